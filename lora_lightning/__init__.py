@@ -1,0 +1,84 @@
+"""Low-rank adapters for any timm backbone and any torchaudio model, from a Lightning Trainer.
+
+    from lora_lightning import LoRACallback
+    Trainer(callbacks=[LoRACallback(rank=8, backbone="model")]).fit(module, data)
+
+Names load on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_lightning.callback import LoRACallback
+    from lora_lightning.config import LoRAConfig
+    from lora_lightning.errors import LoRALightningError
+    from lora_lightning.files import load_adapter, read_header, save_adapter
+    from lora_lightning.inject import (
+        adapters,
+        combine,
+        disabled,
+        inject,
+        merge,
+        remove,
+        set_active,
+        unmerge,
+    )
+    from lora_lightning.optim import parameter_groups
+    from lora_lightning.verify import verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoRACallback": "callback",
+    "LoRAConfig": "config",
+    "LoRALightningError": "errors",
+    "adapters": "inject",
+    "combine": "inject",
+    "disabled": "inject",
+    "inject": "inject",
+    "load_adapter": "files",
+    "merge": "inject",
+    "parameter_groups": "optim",
+    "read_header": "files",
+    "remove": "inject",
+    "save_adapter": "files",
+    "set_active": "inject",
+    "unmerge": "inject",
+    "verify": "verify",
+}
+
+__all__ = [
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRALightningError",
+    "adapters",
+    "combine",
+    "disabled",
+    "inject",
+    "load_adapter",
+    "merge",
+    "parameter_groups",
+    "read_header",
+    "remove",
+    "save_adapter",
+    "set_active",
+    "unmerge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
+    module = importlib.import_module(f"lora_lightning.{_HOME[name]}")
+    for public, home in _HOME.items():
+        if home == _HOME[name]:
+            globals()[public] = getattr(module, public)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

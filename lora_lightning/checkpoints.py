@@ -1,0 +1,124 @@
+"""Loading state dicts into an injected model, strictly, whatever part of it they hold.
+
+A state dict may hold all of the model; or no factors (a *source checkpoint*, written before
+injection); or factors and no base weights (an *adapter checkpoint*, as `LoRACallback` writes).
+The hook below completes the latter two with the model's own values, so that ``strict=True``
+goes on meaning what it says. Anything in between is an error that names the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from lora_lightning import state as states
+from lora_lightning.adapter import Factors
+from lora_lightning.errors import AdapterFileError
+from lora_lightning.fingerprint import fingerprint
+from lora_lightning.structure import base_parameters, live_tensors
+
+_FACTOR_KEY = re.compile(r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|magnitude)$")
+
+
+def register(model: nn.Module) -> None:
+    """Install the hooks on the injected module."""
+    model.register_load_state_dict_pre_hook(_complete)
+    model.register_load_state_dict_post_hook(_renew)
+
+
+def unregister(model: nn.Module) -> None:
+    """Take the hooks off again."""
+    pre: Any = model._load_state_dict_pre_hooks
+    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _complete]:
+        del pre[key]
+    post: Any = model._load_state_dict_post_hooks
+    for key in [k for k, h in post.items() if h is _renew]:
+        del post[key]
+
+
+def factor_keys(model: nn.Module) -> dict[str, nn.Parameter]:
+    """State-dict key → parameter of every factor in the model."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Factors):
+            found |= {f"{path}.{n}": p for n, p in module.named_parameters()}
+    return found
+
+
+def _complete(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    *_: Any,
+) -> None:
+    own = factor_keys(module)
+    given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
+    factors = given & own.keys()
+    state = states.state_of(module)
+    assert state is not None
+    state.loads_source = not any(_FACTOR_KEY.search(k) for k in given)
+    if strict:
+        _check(module, state_dict, prefix, given, own)
+    if not factors:
+        state_dict.update({f"{prefix}{k}": p.detach() for k, p in own.items()})
+        return
+    base = live_tensors(module)
+    whole = states.all_extras(module, state)
+    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter)} - whole
+    if not given & frozen:
+        fill = {n: t for n, t in base.items() if n not in given and n not in whole}
+        state_dict.update({f"{prefix}{n}": t.detach() for n, t in fill.items()})
+
+
+def _check(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    given: set[str],
+    own: dict[str, nn.Parameter],
+) -> None:
+    """Refuse a checkpoint whose adapters are not the model's, before anything is copied."""
+    foreign = sorted(k for k in given if _FACTOR_KEY.search(k) and k not in own)
+    if foreign:
+        names = sorted({m[1] for k in foreign if (m := _FACTOR_KEY.search(k))})
+        raise AdapterFileError(
+            f"the checkpoint holds factors that this model has no place for (adapters {names}; "
+            f"first: {foreign[0]}). Inject with the configuration that it was saved with"
+        )
+    present = given & own.keys()
+    absent = sorted(own.keys() - given)
+    if present and absent:
+        raise AdapterFileError(
+            f"the checkpoint holds {len(present)} of {len(own)} factors; missing: "
+            f"{', '.join(absent[:5])}{' …' if len(absent) > 5 else ''}"
+        )
+    for key in sorted(present):
+        shape, expected = tuple(state_dict[prefix + key].shape), tuple(own[key].shape)
+        if shape != expected:
+            raise AdapterFileError(
+                f"{key} has shape {shape} in the checkpoint and {expected} in the model: it was "
+                "saved with another rank or another base"
+            )
+
+
+def _renew(module: nn.Module, incompatible: Any) -> None:
+    state = states.state_of(module)
+    if state is None:
+        return
+    for sub in module.modules():
+        if isinstance(sub, Factors) and sub.lora_A.is_meta:
+            _materialise(sub, module)
+    states.snapshot(module, state, renew=state.loads_source)
+    state.fingerprint = fingerprint(module, states.all_extras(module, state))
+
+
+def _materialise(factors: Factors, module: nn.Module) -> None:
+    """Base weights were assigned to a model on the meta device: give the factors numbers."""
+    device = next((p.device for p in base_parameters(module).values() if not p.is_meta), None)
+    if device is not None:
+        factors.to_empty(device=device)
+        factors.reset()

@@ -1,0 +1,119 @@
+"""Weighted sums of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning import state as states
+from lora_lightning.adapter import Factors, FactorSpec, adapt
+from lora_lightning.config import LoRAConfig
+from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
+from lora_lightning.inject import _fresh_or_existing, _register, set_active
+from lora_lightning.state import ModelState
+from lora_lightning.structure import live_tensors
+from lora_lightning.summary import InjectionReport, Row
+
+
+def combine_adapters(model: nn.Module, weights: dict[str, float], name: str) -> InjectionReport:
+    """See `lora_lightning.combine`."""
+    state = _check(model, weights, name)
+    stacks = _stacks(model, weights)
+    values = _extras(model, state, weights)
+    rows = []
+    for path, parts in stacks.items():
+        owner, _, tensor = path.rpartition(".")
+        rows.append(_place(model.get_submodule(owner), name, tensor, parts, owner))
+    first = next(iter(weights))
+    config = LoRAConfig.make(state.configs[first])
+    config.trainable = sorted({p for n in weights for p in state.configs[n].trainable})
+    total = state.reports[first].total_parameters
+    report = InjectionReport(name, tuple(rows), {n: v.numel() for n, v in values.items()}, total)
+    _register(model, state, name, config, report, state.frozen)
+    state.parked[name] = values
+    set_active(model, name)
+    return report
+
+
+def _check(model: nn.Module, weights: dict[str, float], name: str) -> ModelState:
+    state = states.state_of(model)
+    unknown = sorted(set(weights) - set(state.configs if state else ()))
+    if state is None or unknown or not weights:
+        have = list(state.configs) if state else []
+        raise AdapterNotFoundError(f"cannot combine {unknown or 'nothing'}; there are {have}")
+    _fresh_or_existing(model, name)
+    if name in state.configs:
+        raise ConfigError(f"adapter {name!r} exists; remove it or choose another name")
+    dora = sorted(n for n in weights if state.configs[n].dora)
+    if dora:
+        raise AdapterError(
+            f"{dora} use DoRA, whose weights are not linear in the factors: a weighted sum has no "
+            "meaning. Merge one of them and train on, or combine adapters without DoRA"
+        )
+    buffers = sorted(n for n in weights if _moved_buffers(model, state, n))
+    if buffers:
+        raise AdapterError(
+            f"{buffers} moved buffers (BatchNorm statistics), of which a weighted sum has no "
+            "meaning; train them with batch_norm='frozen' to combine them"
+        )
+    return state
+
+
+def _moved_buffers(model: nn.Module, state: ModelState, name: str) -> list[str]:
+    whole = set(states.extras(model, state, name))
+    if state.active == name:
+        return [n for n in states.owned_names(model, state, name) if n not in whole]
+    return [n for n in state.parked.get(name, {}) if n not in whole]
+
+
+def _stacks(
+    model: nn.Module, weights: dict[str, float]
+) -> dict[str, list[tuple[float, Factors]]]:
+    stacks: dict[str, list[tuple[float, Factors]]] = {}
+    for name, weight in weights.items():
+        for path, factors in states.named_factors(model, name).items():
+            stacks.setdefault(path, []).append((weight, factors))
+    return stacks
+
+
+@torch.no_grad()
+def _place(
+    module: nn.Module, name: str, tensor: str, parts: list[tuple[float, Factors]], owner: str
+) -> Row:
+    """Stack A row by row and w·s·B column by column: B A is then the weighted sum itself."""
+    lora_A = torch.cat([f.lora_A for _, f in parts])
+    lora_B = torch.cat([w * f.spec.scaling * f.lora_B for w, f in parts], dim=1)
+    rank = lora_A.shape[0]
+    first = parts[0][1]
+    bare = first.matrix[0] != _shape(module, tensor)[0]
+    adapt(module, name, {tensor: FactorSpec(rank, float(rank), 1.0, key=f"{owner}.{tensor}")}, bare)
+    live: Any = module
+    placed: Factors = live.lora[name][tensor]
+    placed.lora_A.copy_(lora_A)
+    placed.lora_B.copy_(lora_B)
+    size = placed.lora_A.numel() + placed.lora_B.numel()
+    kind = live._adapted_base.__name__
+    return Row(owner, tensor, kind, "effective", rank, float(rank), size, first.matrix)
+
+
+def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
+    from lora_lightning.adapter import raw_tensor
+
+    return tuple(raw_tensor(module, tensor).shape)
+
+
+@torch.no_grad()
+def _extras(
+    model: nn.Module, state: ModelState, weights: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """Source + Σ w (own − source) of each tensor that an adapter trains in full."""
+    live = live_tensors(model)
+    sums: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        for key in states.extras(model, state, name):
+            source = state.source[key][1].to(live[key].device)
+            own = live[key].data if state.active == name else state.parked[name].get(key, source)
+            sums[key] = sums.get(key, source.clone()) + weight * (own - source)
+    return sums

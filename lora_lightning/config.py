@@ -1,0 +1,191 @@
+"""`LoRAConfig`: everything that describes one adapter, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.initialize import INITIALIZERS
+
+SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
+
+
+@dataclass
+class LoRAConfig:
+    r"""One low-rank adapter: where it sits, how large it is, and what else trains with it.
+
+    An adapted weight is :math:`W + s\,B A` with :math:`A \in R^{r \times in}`,
+    :math:`B \in R^{out \times r}` and the scaling :math:`s` (Hu et al. 2021,
+    "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685).
+
+    Args:
+        rank: Inner dimension r of the factors. At least 1.
+        alpha: Numerator of the scaling. Above 0.
+        scaling: ``"alpha/r"``, or ``"alpha/sqrt(r)"`` (rank-stabilised, Kalajdzievski 2023,
+            arXiv:2312.03732), which keeps the step size when the rank grows.
+        dropout: Probability of dropping an input of A while training, in [0, 1). Where the
+            layer reads an effective weight, whole input features are dropped, one mask a forward.
+        target_modules: ``"auto"`` (the family's table, else by structure; never the classifier),
+            ``"all"`` (every adaptable layer), or a list of names, globs, ``re:`` regular
+            expressions and ``type:`` class names. See `lora_lightning.targets`.
+        exclude_modules: Same language; what it matches is left alone.
+        blocks: Indices into the model's outermost list of blocks (negative ones count from
+            the end); only layers inside these blocks are adapted. ``None``: all.
+        rank_pattern: Pattern to rank, for layers that want another one; the last match wins.
+        alpha_pattern: Pattern to alpha, likewise.
+        clamp_rank: Where a layer is too small for the rank, use the largest that it allows
+            (the report shows it) instead of raising.
+        trainable: What trains in full besides the factors: ``"head"`` (the classifier, where
+            the model has one), ``"norms"``, ``"biases"``, or names, globs and ``re:`` patterns
+            of modules or parameters.
+        dora: Learn each output row's magnitude apart from its direction (Liu et al. 2024,
+            "DoRA", arXiv:2402.09353).
+        freeze_a: Train B only, with A fixed at random (Zhang et al. 2023, "LoRA-FA",
+            arXiv:2308.03303).
+        init: Name of the initialisation, a key of `lora_lightning.initialize.INITIALIZERS`.
+        seed: Seed of the starting factors. ``None``: one draw from torch's global generator,
+            so that ``seed_everything`` decides.
+
+    Raises:
+        ConfigError: a value is out of range; the message names key, value and correction.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "alpha/r"
+    dropout: float = 0.0
+    target_modules: Any = "auto"
+    exclude_modules: Any = field(default_factory=list)
+    blocks: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    clamp_rank: bool = False
+    trainable: Any = field(default_factory=lambda: ["head"])
+    dora: bool = False
+    freeze_a: bool = False
+    init: str = "zero"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.target_modules = _patterns("target_modules", self.target_modules)
+        self.exclude_modules = _patterns("exclude_modules", self.exclude_modules)
+        self.trainable = _patterns("trainable", self.trainable)
+        for key, rank in {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}.items():
+            if not _is_int(rank) or rank < 1:
+                raise ConfigError(f"{key} must be a whole number of at least 1, got {rank!r}")
+        for key, alpha in {
+            "alpha": self.alpha,
+            **_keyed("alpha_pattern", self.alpha_pattern),
+        }.items():
+            if not _is_real(alpha) or not 0 < alpha < math.inf:
+                raise ConfigError(f"{key} must be a number above 0, got {alpha!r}")
+        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"dropout must lie in [0, 1), got {self.dropout!r}; 0 switches it off"
+            )
+        _check_choice("scaling", self.scaling, SCALING_RULES)
+        _check_choice("init", self.init, INITIALIZERS)
+        if not self.target_modules:
+            raise ConfigError('target_modules is empty; "auto" lets the library choose')
+        self._check_flags()
+
+    def _check_flags(self) -> None:
+        for key in ("dora", "freeze_a", "clamp_rank"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        if self.seed is not None and (not _is_int(self.seed) or self.seed < 0):
+            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if self.blocks is None:
+            return
+        if isinstance(self.blocks, (str, Mapping)) or not isinstance(self.blocks, Iterable):
+            raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
+        self.blocks = list(self.blocks)
+        if not self.blocks or not all(_is_int(index) for index in self.blocks):
+            raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The scaling s of a layer with this rank and alpha."""
+        return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only: what an adapter file's header and a checkpoint hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def make(cls, config: LoRAConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> LoRAConfig:
+        """A config from a config, a mapping (also an OmegaConf one) and keyword overrides.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one), or a bad value.
+        """
+        if isinstance(config, LoRAConfig):
+            given: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+        elif config is None or isinstance(config, Mapping):
+            given = _to_plain(config)
+        else:
+            raise ConfigError(f"expected a LoRAConfig or a mapping, got {type(config).__name__}")
+        given.update(kwargs)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(unknown_key(str(key), known))
+        return cls(**given)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The sentence for a key that does not exist, with the nearest ones that do."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _to_plain(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if type(config).__module__.startswith("omegaconf"):
+        from omegaconf import OmegaConf
+
+        return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    return dict(config)
+
+
+def _patterns(key: str, value: Any) -> list[str]:
+    """A list of pattern strings from a string, a class, or an iterable of both."""
+    if isinstance(value, (str, type)):
+        value = [value]
+    if value is None or isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{key} must be a string, a class or a list of them, got {value!r}")
+    patterns = []
+    for item in value:
+        if isinstance(item, type):
+            item = f"type:{item.__module__}.{item.__qualname__}"
+        if not isinstance(item, str) or not item.strip():
+            raise ConfigError(f"{key} holds {item!r}; expected a pattern (a string) or a class")
+        patterns.append(item)
+    return patterns
+
+
+def _keyed(key: str, mapping: Any) -> dict[str, Any]:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{key} must map patterns to numbers, got {mapping!r}")
+    return {f"{key}[{pattern!r}]": value for pattern, value in mapping.items()}
+
+
+def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
+    names = list(choices)
+    if value not in names:
+        raise ConfigError(f"{key} must be one of {', '.join(map(repr, names))}; got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,332 @@
+"""Adapters on a whole model: put them on, switch, merge, combine and take them off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning import checkpoints, layers
+from lora_lightning import state as states
+from lora_lightning.adapter import (
+    FactorSpec,
+    adapt,
+    matrix_shape,
+    merge_layer,
+    raw_tensor,
+    release,
+    unmerge_layer,
+)
+from lora_lightning.config import LoRAConfig
+from lora_lightning.errors import (
+    AdapterError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    ConfigError,
+    TargetError,
+)
+from lora_lightning.fingerprint import fingerprint
+from lora_lightning.state import ModelState
+from lora_lightning.structure import base_parameters
+from lora_lightning.summary import InjectionReport, Row
+from lora_lightning.targets import Target, matches, select, trainable_names
+
+
+def inject(
+    model: nn.Module,
+    config: LoRAConfig | Mapping[str, Any] | None = None,
+    *,
+    name: str = "default",
+    freeze: bool = True,
+    **kwargs: Any,
+) -> InjectionReport:
+    r"""Put an adapter on `model`, in place, and make it the active one.
+
+    Each chosen weight W becomes :math:`W + s\,BA` to whoever reads or uses it; with B = 0 at
+    the start the output is the base's, bit for bit. Keys of the base's state dict stay.
+
+    Args:
+        model: Any module; a timm backbone, a torchaudio model, a LightningModule's network.
+        config: A `LoRAConfig`, a mapping of its fields, or nothing.
+        name: Name of the adapter: letters, digits, ``_`` and ``-``.
+        freeze: Let only the factors and what `trainable` names require a gradient.
+        **kwargs: Fields of `LoRAConfig`, over those in `config`.
+
+    Returns:
+        The report: what was adapted, how, at which rank. Injecting the same configuration
+        under the same name again changes nothing and returns the first report.
+
+    Raises:
+        ConfigError: a bad value, or a rank larger than a layer allows.
+        TargetError: a target matches nothing or cannot be adapted.
+        AdapterExistsError: the name is taken by another configuration.
+    """
+    config = LoRAConfig.make(config, **kwargs)
+    state = _fresh_or_existing(model, name)
+    if name in state.configs:
+        if state.configs[name] == config:
+            return state.reports[name]
+        raise AdapterExistsError(
+            f"adapter {name!r} exists with another configuration; remove(model, {name!r}) first "
+            "or choose another name"
+        )
+    targets = select(model, config)
+    specs = _specs(targets, config)
+    whole = trainable_names(model, config.trainable, targets)
+    report = _report(model, name, targets, specs, whole)
+    _put(model, name, targets, specs)
+    _register(model, state, name, config, report, freeze)
+    set_active(model, name)
+    return report
+
+
+def _fresh_or_existing(model: nn.Module, name: str) -> ModelState:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
+            "method of torch modules"
+        )
+    state = states.state_of(model)
+    if state is None and any(states.state_of(m) for m in model.modules()):
+        inner = next(n for n, m in model.named_modules() if states.state_of(m))
+        raise AdapterError(f"{inner!r} inside this model has adapters; inject into that module")
+    if states.merged_layers(model):
+        raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
+    return state or ModelState()
+
+
+def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
+    """Sizes of every pair of factors, all checked before the model is touched."""
+    seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
+    specs, too_large = {}, {}
+    for target in targets:
+        rank = _last_match(config.rank_pattern, target, config.rank)
+        alpha = _last_match(config.alpha_pattern, target, config.alpha)
+        largest = layers.largest_rank(raw_tensor(target.module, target.tensor), target.bare)
+        if rank > largest and config.clamp_rank:
+            rank = largest
+        elif rank > largest:
+            too_large[target.path] = (rank, largest)
+        specs[target.path] = FactorSpec(
+            rank, alpha, config.scale(rank, alpha), config.dropout, config.dora, config.freeze_a,
+            config.init, seed, target.path,
+        )  # fmt: skip
+    if too_large:
+        lines = "\n".join(f"  {p}: rank {r}, at most {m}" for p, (r, m) in too_large.items())
+        raise ConfigError(
+            f"rank is larger than these layers allow:\n{lines}\nlower rank, set rank_pattern for "
+            "them, exclude them, or set clamp_rank=True to use the largest that fits"
+        )
+    _all_used(config, targets)
+    return specs
+
+
+def _last_match(patterns: Mapping[str, Any], target: Target, default: Any) -> Any:
+    found = [v for p, v in patterns.items() if _hits(p, target)]
+    return found[-1] if found else default
+
+
+def _hits(pattern: str, target: Target) -> bool:
+    return matches(pattern, target.name, target.module) or matches(pattern, target.path)
+
+
+def _all_used(config: LoRAConfig, targets: list[Target]) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(_hits(pattern, t) for t in targets):
+                raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
+
+
+def _put(
+    model: nn.Module, name: str, targets: list[Target], specs: dict[str, FactorSpec]
+) -> None:
+    per_module: dict[tuple[str, bool], dict[str, FactorSpec]] = {}
+    for t in targets:
+        per_module.setdefault((t.name, t.bare), {})[t.tensor] = specs[t.path]
+    for (path, bare), tensors in per_module.items():
+        adapt(model.get_submodule(path), name, tensors, bare)
+
+
+def _register(
+    model: nn.Module,
+    state: ModelState,
+    name: str,
+    config: LoRAConfig,
+    report: InjectionReport,
+    freeze: bool,
+) -> None:
+    first = not state.configs
+    if first:
+        state.required_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
+        states.attach(model, state)
+        checkpoints.register(model)
+    state.configs[name], state.reports[name], state.frozen = config, report, freeze
+    owned = states.all_extras(model, state)
+    states.snapshot(model, state, owned)
+    state.fingerprint = fingerprint(model, owned)
+
+
+def _report(
+    model: nn.Module,
+    name: str,
+    targets: list[Target],
+    specs: dict[str, FactorSpec],
+    whole: list[str],
+) -> InjectionReport:
+    live = base_parameters(model)
+    rows = []
+    for t in targets:
+        spec = specs[t.path]
+        out, columns = matrix_shape(tuple(raw_tensor(t.module, t.tensor).shape), t.bare)
+        size = spec.rank * (out if spec.freeze_a else out + columns) + (out if spec.dora else 0)
+        base = getattr(t.module, "_adapted_base", type(t.module))
+        path = "effective" if t.bare else layers.path_of(t.module)
+        rows.append(
+            Row(t.name, t.tensor, base.__name__, path, spec.rank, spec.alpha, size, (out, columns))
+        )
+    total = sum({id(p): p.numel() for p in base_parameters(model).values()}.values())
+    return InjectionReport(name, tuple(rows), {n: live[n].numel() for n in whole}, total)
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters on `model`, in the order in which they came; empty without any."""
+    found = [s for m in model.modules() if (s := states.state_of(m)) is not None]
+    return list(dict.fromkeys(name for state in found for name in state.configs))
+
+
+def set_active(model: nn.Module, name: str | None) -> None:
+    """Make the adapter `name` the one in force; ``None`` leaves the source model alone.
+
+    Head, norms and statistics that an adapter owns change places with it.
+
+    Raises:
+        AdapterNotFoundError: no adapter of that name (the message lists those there are).
+        AdapterError: the model is merged.
+    """
+    holders = states.roots(model)
+    if name is not None and name not in adapters(model):
+        raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
+    if states.merged_layers(model):
+        raise AdapterError("the model is merged; call unmerge(model) before switching")
+    for root, state in holders:
+        if name is not None and name not in state.configs:
+            continue
+        if name != state.active:
+            if state.active is not None:
+                states.park(root, state)
+            state.active = name
+            if name is not None:
+                states.unpark(root, state, name)
+        for layer in states.adapted_layers(root).values():
+            layer.lora_active = name if name in layer.lora else None
+        if state.frozen:
+            states.freeze(root, state)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block `model` is the source model, exactly; merged models included.
+
+    Reading and writing ``layer.weight`` here means the base's own weight.
+    """
+    holders = states.roots(model)
+    was_merged = bool(states.merged_layers(model))
+    if was_merged:
+        unmerge(model)
+    layers_ = states.adapted_layers(model).values()
+    active = [(layer, layer.lora_active) for layer in layers_]
+    with ExitStack() as stack:
+        for root, state in holders:
+            stack.enter_context(states.source_values(root, state))
+        for layer, _ in active:
+            layer.lora_active = None
+        try:
+            yield model
+        finally:
+            for layer, name in active:
+                layer.lora_active = name
+    if was_merged:
+        merge(model)
+
+
+def merge(model: nn.Module) -> None:
+    """Put W + s·BA of the active adapter in W's place; merging a merged model changes nothing.
+
+    Every layer is of its own class again: forward costs what the base's costs, TorchScript
+    and export see plain layers, and ``state_dict`` holds the base's keys only.
+
+    Raises:
+        AdapterNotFoundError: there is no adapter, or none is active.
+    """
+    holders = states.roots(model)
+    if all(state.active is None for _, state in holders):
+        raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
+    for layer in states.adapted_layers(model).values():
+        merge_layer(layer)
+
+
+def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
+    """Undo `merge`: the raw weights come back bit for bit; an unmerged model stays as it is.
+
+    Raises:
+        AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
+    """
+    states.roots(model)
+    for layer in states.merged_layers(model).values():
+        unmerge_layer(layer, discard_changes)
+    for root, state in states.roots(model):
+        if state.frozen:
+            states.freeze(root, state)
+
+
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Take the adapter `name` off, or all of them: with the last one the model is the source.
+
+    Raw weights, classes, head, statistics and ``requires_grad`` are what they were before
+    `inject`. Removing from a model without adapters raises, as the call must be a mistake.
+
+    Raises:
+        AdapterNotFoundError: there is no adapter, or none of that name.
+    """
+    holders = states.roots(model)
+    if name is not None and name not in adapters(model):
+        raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
+    unmerge(model)
+    for root, state in holders:
+        for each in [n for n in list(state.configs) if name in (None, n)]:
+            _remove_one(root, state, each)
+
+
+def _remove_one(root: nn.Module, state: ModelState, name: str) -> None:
+    if state.active == name:
+        set_active(root, None)
+    state.parked.pop(name, None)
+    del state.configs[name], state.reports[name]
+    for layer in states.adapted_layers(root).values():
+        release(layer, name)
+    if state.configs:
+        return
+    checkpoints.unregister(root)
+    states.detach(root)
+    for key, parameter in base_parameters(root).items():
+        parameter.requires_grad_(state.required_grad.get(key, parameter.requires_grad))
+
+
+def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
+    r"""A new adapter with :math:`\Delta W = \sum_i w_i\,s_i\,B_i A_i`, exactly, for any scaling.
+
+    The factors are stacked, so ranks add up; what adapters train in full is combined likewise,
+    source + Σ w_i (own − source). The new adapter becomes the active one.
+
+    Raises:
+        AdapterNotFoundError, AdapterExistsError, ConfigError: a name is unknown or taken.
+        AdapterError: an adapter is not linear in its factors (DoRA) or moved buffers, so that
+            a weighted sum has no meaning.
+    """
+    from lora_lightning.combination import combine_adapters
+
+    return combine_adapters(model, dict(weights), name)

@@ -1,0 +1,193 @@
+"""Which layer takes which path.
+
+Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own
+output and never forms BA. *Effective weight*: the base class's own ``forward`` runs, and what
+it reads as its weight is W + s·BA. A class takes the factorised path only where its forward is
+known to be torch's own, so that an overridden forward (weight standardisation, "same" padding,
+a functional read) is honoured by construction.
+
+Shapes below: x_BxI (any leading dimensions, in), lora_A (r, in·kernel), lora_B (out, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning import parametrized
+from lora_lightning.adapter import Factors, matrix_shape
+
+_CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SINGLE: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,  # transposed ones as well
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+)
+
+
+def tensors_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the weights of an adaptable layer; empty for any other module."""
+    if isinstance(module, _SINGLE):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        packed = module.in_proj_weight is not None
+        return ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return tuple(n for n in module._parameters if n.startswith("weight"))
+    return ()
+
+
+def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
+    """Why this tensor cannot carry an adapter, in words for the user; ``None`` where it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled TorchScript, whose code cannot change; adapt before scripting"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "it is lazy and has no shape yet; run one batch through the model first"
+    if not isinstance(weight, Tensor):
+        return f"it holds no tensor called {tensor!r}"
+    if not weight.is_floating_point():
+        return f"{tensor} has dtype {weight.dtype}; factors need a floating-point weight"
+    if weight.dim() < 2 or 0 in weight.shape:
+        return (
+            f"{tensor} has shape {tuple(weight.shape)}, which is no matrix; "
+            "to train it in full, list it in `trainable`"
+        )
+    return parametrized.refusal(module, tensor)
+
+
+def largest_rank(weight: Tensor, bare: bool) -> int:
+    """The full rank of the weight's matrix: a larger one would only waste parameters."""
+    return min(matrix_shape(tuple(weight.shape), bare))
+
+
+def path_of(module: nn.Module) -> str:
+    """``"factorised"`` or ``"effective"``: the path that an adapter on this module takes."""
+    base = getattr(module, "_adapted_base", type(module))
+    forward = _factorised_forward(base)
+    if forward is None:
+        return "effective"
+    if forward is _conv_forward and module.groups != 1:
+        return "effective"
+    if forward is _embedding_forward and module.max_norm is not None:
+        return "effective"
+    return "factorised"
+
+
+def overrides(base: type[nn.Module]) -> dict[str, Any]:
+    """What the adapted subclass of `base` defines besides its effective tensors."""
+    if issubclass(base, nn.RNNBase):
+        return {
+            "_flat_weights": property(_effective_flat_weights, _keep_flat_weights),
+            "_update_flat_weights": lambda self: None,
+            "flatten_parameters": lambda self: None,
+        }
+    forward = _factorised_forward(base)
+    return {} if forward is None else {"forward": _choose(base, forward)}
+
+
+def _factorised_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
+    forward = getattr(base, "forward", None)
+    if "weight" in vars(base) or getattr(base, "parametrizations", None) is not None:
+        return None  # parametrised: its weight is computed, read it as such
+    if issubclass(base, nn.Linear) and forward is nn.Linear.forward:
+        return _linear_forward
+    if issubclass(base, nn.Embedding) and forward is nn.Embedding.forward:
+        return _embedding_forward
+    for conv in _CONVS:
+        own: Any = conv
+        if issubclass(base, conv) and forward is own.forward:
+            return _conv_forward if base._conv_forward is own._conv_forward else None
+    return None
+
+
+def _choose(
+    base: type[nn.Module], factorised: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Any, Tensor], Tensor]:
+    base_forward: Any = base.forward
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        # A weight that is no parameter is computed by a hook: only the effective path sees it.
+        if "weight" not in self._parameters or path_of(self) == "effective":
+            out: Tensor = base_forward(self, input)
+            return out
+        return factorised(self, input)
+
+    return forward
+
+
+def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
+    out_BxO = F.linear(x_BxI, self._parameters["weight"], self.bias)
+    factors: Factors | None = self.factors("weight")
+    if factors is None:
+        return out_BxO
+    low_BxO = F.linear(F.linear(_drop(x_BxI, factors), factors.lora_A), factors.lora_B)
+    return _add(self, factors, out_BxO, low_BxO, (-1,))
+
+
+def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
+    weight = self._parameters["weight"]
+    out_BOx = self._conv_forward(x_BIx, weight, self.bias)
+    factors: Factors | None = self.factors("weight")
+    if factors is None:
+        return out_BOx
+    lora_A = factors.lora_A.view(-1, *weight.shape[1:])
+    mid_BRx = self._conv_forward(_drop(x_BIx, factors), lora_A, None)
+    ones = [1] * len(self.kernel_size)
+    pointwise: Any = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+    low_BOx = pointwise(mid_BRx, factors.lora_B.view(*factors.lora_B.shape, *ones))
+    return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
+
+
+def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
+    factors: Factors | None = self.factors("weight")
+
+    def look_up(table: Tensor) -> Tensor:
+        return F.embedding(
+            index_Bx, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
+        )
+
+    out_BxO = look_up(self._parameters["weight"])
+    if factors is None:
+        return out_BxO
+    low_BxO = look_up(factors.lora_B) @ factors.lora_A
+    if factors.magnitude is None:
+        return out_BxO + factors.spec.scaling * low_BxO
+    ratio = factors.row_scale(self._parameters["weight"] + factors.delta(self.weight.shape))
+    return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio)
+
+
+def _drop(x: Tensor, factors: Factors) -> Tensor:
+    p = factors.spec.dropout
+    return F.dropout(x, p, factors.training) if p > 0 and factors.training else x
+
+
+def _add(
+    self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]
+) -> Tensor:
+    """out + s·low, or DoRA's form of it; exactly `out` while B is zero."""
+    low = factors.spec.scaling * low
+    if factors.magnitude is None:
+        return out + low
+    weight = self._parameters["weight"]
+    ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)
+    plain = out if self.bias is None else out - self.bias.view(channel)
+    return out + (ratio - 1) * plain + ratio * low
+
+
+def _effective_flat_weights(self: Any) -> list[Tensor]:
+    return [_plain(getattr(self, name)) for name in self._flat_weights_names if hasattr(self, name)]
+
+
+def _plain(weight: Tensor) -> Tensor:
+    # The recurrent kernels take plain tensors; nobody else sees this list.
+    return weight if isinstance(weight, nn.Parameter) else weight.as_subclass(Tensor)
+
+
+def _keep_flat_weights(self: Any, value: list[Tensor]) -> None:
+    """Torch assigns this list when weights move; ours is always computed."""

@@ -1,0 +1,207 @@
+"""What an injected model remembers: its adapters, and the source's own values.
+
+Besides factors, an adapter may own whole tensors: what `trainable` names (a head, norms) and
+buffers that training moved (BatchNorm's statistics). They live in the model under the base's
+names while the adapter is active; the source's values are kept here, so that `disabled`,
+`set_active` and `remove` can bring the source model back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapter import AdaptedModule, Factors, is_merged
+from lora_lightning.config import LoRAConfig
+from lora_lightning.errors import AdapterNotFoundError
+from lora_lightning.structure import base_parameters, live_tensors
+from lora_lightning.summary import InjectionReport
+from lora_lightning.targets import trainable_names
+
+_ATTRIBUTE = "_lora_state"
+
+
+@dataclass
+class ModelState:
+    """Kept on the module that was given to `inject`, outside its state dict."""
+
+    configs: dict[str, LoRAConfig] = field(default_factory=dict)
+    reports: dict[str, InjectionReport] = field(default_factory=dict)
+    active: str | None = None
+    frozen: bool = True
+    # Name → whether it required a gradient before the first injection.
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    # Name → (the live tensor object, the source's values): another object means that the user
+    # replaced it, a classifier reset for instance, and then the old values are void.
+    source: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Inactive adapter → name → its values of what it owns.
+    parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    loads_source: bool = False
+
+
+def state_of(model: nn.Module) -> ModelState | None:
+    """The state kept on this very module, or ``None``."""
+    state: ModelState | None = model.__dict__.get(_ATTRIBUTE)
+    return state
+
+
+def attach(model: nn.Module, state: ModelState) -> None:
+    """Keep `state` on `model`."""
+    model.__dict__[_ATTRIBUTE] = state
+
+
+def detach(model: nn.Module) -> None:
+    """Forget the state of `model`."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
+    """Every injected module within `model`, itself included.
+
+    Raises:
+        AdapterNotFoundError: there is none.
+    """
+    found = [(m, s) for m in model.modules() if (s := state_of(m)) is not None]
+    if not found:
+        raise AdapterNotFoundError(
+            f"{type(model).__name__} has no adapter: call inject(model, LoRAConfig(...)) or "
+            "load_adapter(model, path) first, and pass the same model here"
+        )
+    return found
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Path → module of every layer with factors (none while merged)."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedModule)}
+
+
+def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → module of every layer that holds merged weights."""
+    return {n: m for n, m in model.named_modules() if is_merged(m)}
+
+
+def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
+    """Full tensor path → factors of the adapter `name` (not while merged)."""
+    found: dict[str, Factors] = {}
+    for path, layer in adapted_layers(model).items():
+        if name is not None and name in layer.lora:
+            for tensor, factors in layer.lora[name].items():
+                found[f"{path}.{tensor}" if path else tensor] = factors
+    return found
+
+
+def extras(model: nn.Module, state: ModelState, name: str) -> list[str]:
+    """Parameters that the adapter `name` trains in full, by today's structure of the model."""
+    chosen = trainable_names(model, state.configs[name].trainable, [])
+    adapted = {f"{row.module}.{row.tensor}".lstrip(".") for row in state.reports[name].rows}
+    return [n for n in chosen if n not in adapted]
+
+
+def all_extras(model: nn.Module, state: ModelState) -> set[str]:
+    """What any adapter of the model trains in full."""
+    return {e for name in state.configs for e in extras(model, state, name)}
+
+
+def snapshot(
+    model: nn.Module, state: ModelState, owned: set[str] | None = None, renew: bool = False
+) -> None:
+    """Keep the source's values of all that an adapter may own; what is kept stays.
+
+    With `renew` (a source checkpoint was loaded) the live values replace the kept ones.
+    `owned` is `all_extras`, for a caller who has it already.
+    """
+    live = live_tensors(model)
+    owned = all_extras(model, state) if owned is None else owned
+    for name, tensor in live.items():
+        if name not in owned and isinstance(tensor, nn.Parameter):
+            continue
+        known = state.source.get(name)
+        if renew or known is None or known[0] is not tensor:
+            state.source[name] = (tensor, tensor.detach().clone())
+
+
+def owned_names(model: nn.Module, state: ModelState, name: str) -> list[str]:
+    """What the active adapter owns: its extras, and buffers that moved from the source's."""
+    live = live_tensors(model)
+    moved = [
+        n
+        for n, (tensor, value) in state.source.items()
+        if n in live
+        and live[n] is tensor
+        and not isinstance(tensor, nn.Parameter)
+        and not _same(tensor, value)
+    ]
+    return [*extras(model, state, name), *moved]
+
+
+def park(model: nn.Module, state: ModelState) -> None:
+    """Set the active adapter's own tensors aside and bring the source's back."""
+    assert state.active is not None
+    snapshot(model, state)
+    live = live_tensors(model)
+    values = {}
+    for name in owned_names(model, state, state.active):
+        known = state.source.get(name)
+        if known is not None and known[0] is live[name]:
+            values[name] = live[name].data
+            live[name].data = _like(known[1], live[name])
+    state.parked[state.active] = values
+
+
+def unpark(model: nn.Module, state: ModelState, name: str) -> None:
+    """Bring the adapter's own tensors into the model (the source's must be there now)."""
+    live = live_tensors(model)
+    for key, value in state.parked.pop(name, {}).items():
+        live[key].data = _like(value, live[key])
+
+
+@contextmanager
+def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
+    """The source's own tensors for the length of a ``with`` block."""
+    if state.active is None:
+        yield
+        return
+    snapshot(model, state)
+    live = live_tensors(model)
+    kept = {n: live[n].data for n in owned_names(model, state, state.active) if n in state.source}
+    for name in kept:
+        value = _like(state.source[name][1], live[name])
+        # A forward in training mode moves statistics in place: not the kept ones.
+        live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            live[name].data = value
+
+
+def freeze(model: nn.Module, state: ModelState) -> None:
+    """Let exactly the active adapter's factors and extras require a gradient."""
+    whole = set(extras(model, state, state.active)) if state.active else set()
+    for name, parameter in base_parameters(model).items():
+        parameter.requires_grad_(name in whole)
+    for layer in adapted_layers(model).values():
+        for name, per_tensor in layer.lora.items():
+            for factors in per_tensor.values():
+                _set_factor_grad(factors, name == state.active)
+
+
+def _set_factor_grad(factors: Factors, on: bool) -> None:
+    for key, parameter in factors.named_parameters():
+        parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
+
+
+def _like(value: Tensor, live: Tensor) -> Tensor:
+    return value.to(device=live.device, dtype=live.dtype)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta:
+        return True
+    return torch.equal(a, b.to(a.device)) if a.shape == b.shape else False

@@ -1,0 +1,124 @@
+"""What can be read off a model: its own tensors, its classifier, its outermost blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning import layers
+from lora_lightning.adapter import Factors
+
+_HEAD_NAMES = ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist")
+
+
+def classifier_modules(model: nn.Module) -> set[str]:
+    """Paths of the final classifier's layers; empty where the model ends without one.
+
+    Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``),
+    else the last adaptable layer under a customary name (``head``, ``fc``, ``classifier`` …)
+    or, failing that, at the very end and outside every list of blocks.
+    """
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "get_classifier", None)):
+            return {_join(prefix, name) for name in _timm_classifier(module)}
+    ordered = [n for n, m in model.named_modules() if layers.tensors_of(m)]
+    for name, _ in model.named_children():
+        under = [n for n in ordered if n == name or n.startswith(f"{name}.")]
+        if name in _HEAD_NAMES and under:
+            return {under[-1]}
+    inside = tuple(f"{block}." for block in block_list(model))
+    last = ordered[-1:]
+    return {n for n in last if isinstance(model.get_submodule(n), nn.Linear) and n.count(".") < 2
+            and not n.startswith(inside or ("\0",))}
+
+
+def _timm_classifier(model: Any) -> Iterable[str]:
+    try:
+        found = model.get_classifier()
+    except (AttributeError, NotImplementedError):
+        found = None
+    if isinstance(found, dict):
+        found = list(found.values())
+    found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+    heads = {id(m) for f in found if isinstance(f, nn.Module) for m in f.modules()}
+    names = {n for n, m in model.named_modules() if id(m) in heads}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    declared = cfg.get("classifier") or ()
+    declared = (declared,) if isinstance(declared, str) else tuple(declared)
+    return names | {n for n, _ in model.named_modules() if n in declared}
+
+
+def block_list(model: nn.Module) -> list[str]:
+    """Paths of the outermost blocks: ViT's ``blocks.*``, Swin's ``layers.*``, ResNet's ``layer*``.
+
+    The shallowest list (or series of numbered siblings) that holds at least half of the
+    adaptable weights, no single member holding nearly all of them. Empty where there is none.
+    """
+    sizes = _layer_sizes(model)
+    total = sum(sizes.values()) or 1
+    best: tuple[int, float, list[str]] | None = None
+    for name, module in model.named_modules():
+        for members in _series(name, module):
+            shares = [_share(sizes, member) / total for member in members]
+            depth = members[0].count(".")
+            if sum(shares) < 0.5 or max(shares) > 0.9:
+                continue
+            if best is None or (depth, -sum(shares)) < best[:2]:
+                best = (depth, -sum(shares), members)
+    return best[2] if best else []
+
+
+def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
+    children = list(module._modules)
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if len(children) > 1:
+            yield [_join(name, child) for child in children]
+        return
+    numbered = [(m[1], c) for c in children if (m := re.fullmatch(r"(.*?[a-zA-Z_])\d+", c))]
+    for _, group in groupby(numbered, key=lambda pair: pair[0]):
+        members = [_join(name, child) for _, child in group]
+        if len(members) > 1:
+            yield members
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name → every parameter and persistent buffer of the base, factors left out."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Factors):
+            continue
+        prefix = f"{path}." if path else ""
+        transient = module._non_persistent_buffers_set
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[prefix + name] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in transient:
+                found[prefix + name] = buffer
+    return found
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → every parameter of the base, factors left out; tied ones under each name."""
+    return {n: p for n, p in live_tensors(model).items() if isinstance(p, nn.Parameter)}
+
+
+def _layer_sizes(model: nn.Module) -> dict[str, int]:
+    sizes = {}
+    for name, module in model.named_modules():
+        if layers.tensors_of(module):
+            own = module._parameters.values()
+            sizes[name] = sum(p.numel() for p in own if p is not None)
+    return sizes
+
+
+def _share(sizes: dict[str, int], member: str) -> int:
+    return sum(size for n, size in sizes.items() if n == member or n.startswith(f"{member}."))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,84 @@
+"""What an injection did, as a report to read, print or write to a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted tensor."""
+
+    module: str
+    tensor: str
+    kind: str
+    path: str  # "factorised" or "effective"
+    rank: int
+    alpha: float
+    parameters: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did.
+
+    Attributes:
+        name: the adapter's name.
+        rows: one `Row` for each adapted tensor.
+        extras: name → number of elements of each parameter that is trained in full.
+        total_parameters: parameters of the base.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    extras: dict[str, int] = field(default_factory=dict)
+    total_parameters: int = 0
+
+    @property
+    def factor_parameters(self) -> int:
+        """Trainable elements of the factors."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable elements of factors and of what is trained in full."""
+        return self.factor_parameters + sum(self.extras.values())
+
+    def table(self) -> Table:
+        """A rich table: module, path taken, rank, parameters; the sums at its foot."""
+        from rich.table import Table
+
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        table = Table(
+            title=f"adapter {self.name!r}: {len(self.rows)} tensors",
+            caption=f"{self.trainable_parameters:,} trainable, {share:.2f} % of the base's "
+            f"{self.total_parameters:,}",
+        )
+        table.add_column("module", overflow="fold")
+        table.add_column("kind")
+        table.add_column("path")
+        for column in ("rank", "parameters"):
+            table.add_column(column, justify="right")
+        for r in self.rows:
+            where = r.module if r.tensor == "weight" else f"{r.module}.{r.tensor}".lstrip(".")
+            table.add_row(where, r.kind, r.path, str(r.rank), f"{r.parameters:,}")
+        for name, size in self.extras.items():
+            table.add_row(name, "—", "in full", "—", f"{size:,}")
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=80, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()

@@ -1,0 +1,243 @@
+"""What to adapt: from patterns to tensors of a model.
+
+The language of `target_modules`, `exclude_modules` and `rank_pattern`:
+
+=====================  ==========================================================
+``"qkv"``              a name: the full dotted path, or its last whole components
+``"blocks.*.mlp.fc?"`` a glob over the same (``*`` crosses dots)
+``"re:.*attn\\.(q|k)"`` a regular expression for the full path, from end to end
+``"type:Linear"``      a class by name or dotted path, subclasses included
+``"auto"``             the family's table, else by structure; never the classifier
+``"all"``              every adaptable layer, except those trained in full
+=====================  ==========================================================
+
+A pattern that matches no layer is tried on bare parameters (``"pos_embed"``); one that
+matches nothing at all is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lightning import families, layers
+from lora_lightning.adapter import Factors, raw_tensor
+from lora_lightning.config import LoRAConfig
+from lora_lightning.errors import TargetError
+from lora_lightning.structure import base_parameters, block_list, classifier_modules
+
+KEYWORDS = ("auto", "all")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to adapt: the module's path, the tensor's name on it, and how it is seen."""
+
+    name: str
+    module: nn.Module
+    tensor: str
+    bare: bool = False
+
+    @property
+    def path(self) -> str:
+        """Full dotted name of the tensor."""
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+
+
+def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
+    """Whether a pattern of the language above matches a dotted name (and its module)."""
+    if pattern.startswith("re:"):
+        return _compiled(pattern).fullmatch(name) is not None
+    if pattern.startswith("type:"):
+        return module is not None and _is_type(module, pattern[5:])
+    parts = name.split(".")
+    tails = (".".join(parts[i:]) for i in range(len(parts)))
+    if _is_glob(pattern):
+        return any(fnmatch.fnmatchcase(tail, pattern) for tail in tails)
+    return pattern in tails
+
+
+def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
+    """The tensors of `model` that `config` adapts, in the model's own order.
+
+    Raises:
+        TargetError: a pattern matches nothing, a block index does not exist, nothing is left
+            after the exclusions, or something named cannot be adapted (with the reason).
+    """
+    chosen: dict[str, Target] = {}
+    for pattern in config.target_modules:
+        found = _keyword(model, pattern, config) if pattern in KEYWORDS else _named(model, pattern)
+        chosen |= {target.path: target for target in found}
+    chosen = {path: t for path, t in chosen.items() if not _excluded(t, config.exclude_modules)}
+    if config.blocks is not None:
+        prefixes = _block_prefixes(model, config.blocks)
+        chosen = {p: t for p, t in chosen.items() if p.startswith(prefixes)}
+    if not chosen:
+        raise TargetError(
+            f"no layer is left to adapt: target_modules={config.target_modules}, "
+            f"exclude_modules={config.exclude_modules}, blocks={config.blocks}"
+        )
+    order = {name: i for i, name in enumerate(n for n, _ in model.named_modules())}
+    targets = sorted(chosen.values(), key=lambda t: (order[t.name], t.tensor))
+    _refuse(targets)
+    return targets
+
+
+def trainable_names(model: nn.Module, patterns: Iterable[str], targets: list[Target]) -> list[str]:
+    """Names of the parameters that `trainable` selects, less those that are adapted.
+
+    Raises:
+        TargetError: a name or pattern matches no module and no parameter.
+    """
+    parameters = list(base_parameters(model))
+    adapted = {t.path for t in targets}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = set(_trainable(model, pattern, parameters))
+        if not found and pattern not in ("head", "norms", "biases"):
+            raise TargetError(
+                f"trainable: {pattern!r} matches no module and no parameter{_near(pattern, model)}"
+            )
+        chosen |= found
+    return [n for n in parameters if n in chosen and n not in adapted]
+
+
+def _trainable(model: nn.Module, pattern: str, parameters: list[str]) -> Iterable[str]:
+    if pattern == "head":
+        heads = classifier_modules(model)
+        return [p for p in parameters if any(p.startswith(f"{h}.") or not h for h in heads)]
+    if pattern == "biases":
+        return [p for p in parameters if p.split(".")[-1].startswith("bias")]
+    if pattern == "norms":
+        modules = [n for n, m in model.named_modules() if _is_norm(m)]
+    else:
+        modules = [n for n, m in model.named_modules() if n and matches(pattern, n, m)]
+    prefixes = tuple(f"{n}." for n in modules)
+    return [p for p in parameters if p.startswith(prefixes) or matches(pattern, p)]
+
+
+def _keyword(model: nn.Module, keyword: str, config: LoRAConfig) -> list[Target]:
+    heads = classifier_modules(model)
+    if keyword == "all":
+        whole = set(trainable_names(model, config.trainable, []))
+        found = [t for t in _layers(model) if t.path not in whole]
+    else:
+        found = [t for t in families.auto(model, list(_layers(model))) if t.name not in heads]
+    if not found:
+        raise TargetError(
+            f'target_modules="{keyword}" finds no adaptable layer in {type(model).__name__}; '
+            "name the modules to adapt"
+        )
+    return found
+
+
+def _named(model: nn.Module, pattern: str) -> list[Target]:
+    found = [t for t in _layers(model) if matches(pattern, t.name, t.module)]
+    found = found or [t for t in _bare(model) if matches(pattern, t.path)]
+    if found:
+        return found
+    other = [n for n, m in model.named_modules() if n and matches(pattern, n, m)]
+    if other:
+        kinds = sorted({type(model.get_submodule(n)).__name__ for n in other})
+        raise TargetError(
+            f"target_modules: {pattern!r} matches only modules without a weight of their own to "
+            f"adapt ({', '.join(kinds)}; first: {other[0]}). For the layers inside write "
+            f"{other[0] + '.*'!r}; to train them in full, list them in `trainable`"
+        )
+    raise TargetError(f"target_modules: {pattern!r} matches nothing{_near(pattern, model)}")
+
+
+def _layers(model: nn.Module) -> Iterable[Target]:
+    for name, module in model.named_modules():
+        for tensor in layers.tensors_of(module):
+            yield Target(name, module, tensor)
+
+
+def _bare(model: nn.Module) -> Iterable[Target]:
+    for name, module in model.named_modules():
+        known = layers.tensors_of(module)
+        for tensor, value in module._parameters.items():
+            if value is not None and tensor not in known and not isinstance(module, Factors):
+                yield Target(name, module, tensor, bare=True)
+
+
+def _excluded(target: Target, patterns: list[str]) -> bool:
+    return any(
+        matches(p, target.name, target.module) or matches(p, target.path) for p in patterns
+    )
+
+
+def _refuse(targets: list[Target]) -> None:
+    reasons = {}
+    for t in targets:
+        try:
+            weight = raw_tensor(t.module, t.tensor)
+        except (KeyError, AttributeError):
+            weight = None
+        reason = layers.refusal(t.module, t.tensor, weight)
+        if reason:
+            reasons[t.path] = reason
+    if reasons:
+        lines = "\n".join(f"  {path}: {reason}" for path, reason in sorted(reasons.items()))
+        raise TargetError(
+            f"cannot be adapted:\n{lines}\nleave them out with exclude_modules, or do as said"
+        )
+
+
+def _block_prefixes(model: nn.Module, indices: list[int]) -> tuple[str, ...]:
+    blocks = block_list(model)
+    if not blocks:
+        raise TargetError(
+            f"blocks={indices}: {type(model).__name__} has no outermost list of blocks to count; "
+            "choose by name instead"
+        )
+    wrong = [i for i in indices if not -len(blocks) <= i < len(blocks)]
+    if wrong:
+        raise TargetError(
+            f"blocks={wrong} do not exist: the model has {len(blocks)} blocks, "
+            f"{blocks[0]} … {blocks[-1]}"
+        )
+    return tuple(f"{blocks[i]}." for i in indices)
+
+
+def _is_type(module: nn.Module, name: str) -> bool:
+    if "." not in name:
+        return any(cls.__name__ == name for cls in type(module).__mro__)
+    where, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(where), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"type:{name} cannot be imported: {error}") from error
+    return isinstance(module, cls)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not layers.tensors_of(module)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(c in pattern for c in "*?[")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _near(pattern: str, model: nn.Module) -> str:
+    """The nearest last components of the model's own names, to suggest."""
+    names = {n.split(".")[-1] for n, _ in model.named_modules() if n}
+    names |= {n for n, _ in model.named_modules() if n}
+    near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    adaptable = sorted({t.name.split(".")[-1] for t in _layers(model)} - {""})
+    return f"; adaptable layers end in {', '.join(adaptable[:12])}"
