@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_lightning.config import LoRAConfig
     from lora_lightning.errors import LoRALightningError
     from lora_lightning.files import load_adapter, read_header, save_adapter
-    from lora_lightning.inject import (
+    from lora_lightning.injection import (
         adapters,
         combine,
         disabled,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from lora_lightning.optim import parameter_groups
-    from lora_lightning.verify import verify
+    from lora_lightning.verification import verify
 
 __version__ = "0.1.0"
 
@@ -35,19 +35,19 @@ _HOME = {
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
-    "adapters": "inject",
-    "combine": "inject",
-    "disabled": "inject",
-    "inject": "inject",
+    "adapters": "injection",
+    "combine": "injection",
+    "disabled": "injection",
+    "inject": "injection",
     "load_adapter": "files",
-    "merge": "inject",
+    "merge": "injection",
     "parameter_groups": "optim",
     "read_header": "files",
-    "remove": "inject",
+    "remove": "injection",
     "save_adapter": "files",
-    "set_active": "inject",
-    "unmerge": "inject",
-    "verify": "verify",
+    "set_active": "injection",
+    "unmerge": "injection",
+    "verify": "verification",
 }
 
 __all__ = [

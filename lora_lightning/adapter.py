@@ -22,7 +22,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ class AdaptedModule:
         if self.lora_active is None or self.lora_active not in self.lora:
             return None
         per_tensor: Any = self.lora[self.lora_active]
-        return per_tensor[tensor] if tensor in per_tensor else None
+        return per_tensor.get(tensor, None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle what it is made of.
@@ -172,7 +172,7 @@ def _new(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapted_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `base` in which these tensors are effective; made once for each."""
     from lora_lightning.layers import overrides  # layers are written in terms of this module

@@ -11,7 +11,7 @@ from lora_lightning import state as states
 from lora_lightning.adapter import Factors, FactorSpec, adapt
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
-from lora_lightning.inject import _fresh_or_existing, _register, set_active
+from lora_lightning.injection import check_free, register, set_active
 from lora_lightning.state import ModelState
 from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport, Row
@@ -31,7 +31,7 @@ def combine_adapters(model: nn.Module, weights: dict[str, float], name: str) -> 
     config.trainable = sorted({p for n in weights for p in state.configs[n].trainable})
     total = state.reports[first].total_parameters
     report = InjectionReport(name, tuple(rows), {n: v.numel() for n, v in values.items()}, total)
-    _register(model, state, name, config, report, state.frozen)
+    register(model, state, name, config, report, state.frozen)
     state.parked[name] = values
     set_active(model, name)
     return report
@@ -43,7 +43,7 @@ def _check(model: nn.Module, weights: dict[str, float], name: str) -> ModelState
     if state is None or unknown or not weights:
         have = list(state.configs) if state else []
         raise AdapterNotFoundError(f"cannot combine {unknown or 'nothing'}; there are {have}")
-    _fresh_or_existing(model, name)
+    check_free(model, name)
     if name in state.configs:
         raise ConfigError(f"adapter {name!r} exists; remove it or choose another name")
     dora = sorted(n for n in weights if state.configs[n].dora)
@@ -68,9 +68,7 @@ def _moved_buffers(model: nn.Module, state: ModelState, name: str) -> list[str]:
     return [n for n in state.parked.get(name, {}) if n not in whole]
 
 
-def _stacks(
-    model: nn.Module, weights: dict[str, float]
-) -> dict[str, list[tuple[float, Factors]]]:
+def _stacks(model: nn.Module, weights: dict[str, float]) -> dict[str, list[tuple[float, Factors]]]:
     stacks: dict[str, list[tuple[float, Factors]]] = {}
     for name, weight in weights.items():
         for path, factors in states.named_factors(model, name).items():

@@ -117,14 +117,18 @@ class LoRAConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def make(cls, config: LoRAConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> LoRAConfig:
+    def make(
+        cls, config: LoRAConfig | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> LoRAConfig:
         """A config from a config, a mapping (also an OmegaConf one) and keyword overrides.
 
         Raises:
             ConfigError: an unknown key (with the nearest known one), or a bad value.
         """
         if isinstance(config, LoRAConfig):
-            given: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+            given: dict[str, Any] = {
+                f.name: getattr(config, f.name) for f in dataclasses.fields(cls)
+            }
         elif config is None or isinstance(config, Mapping):
             given = _to_plain(config)
         else:

@@ -59,7 +59,9 @@ def _refuse_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def _guard_views(out: Any, sources: list[EffectiveWeight]) -> Any:
     if isinstance(out, (tuple, list)):
-        return type(out)(_guard_views(o, sources) for o in out) if type(out) in (tuple, list) else out
+        return (
+            type(out)(_guard_views(o, sources) for o in out) if type(out) in (tuple, list) else out
+        )
     if isinstance(out, Tensor) and any(_shares_storage(out, s) for s in sources):
         return out.as_subclass(EffectiveWeight)
     return out

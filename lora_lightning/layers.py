@@ -37,7 +37,9 @@ def tensors_of(module: nn.Module) -> tuple[str, ...]:
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
         packed = module.in_proj_weight is not None
-        return ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return (
+            ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return tuple(n for n in module._parameters if n.startswith("weight"))
     return ()
@@ -167,9 +169,7 @@ def _drop(x: Tensor, factors: Factors) -> Tensor:
     return F.dropout(x, p, factors.training) if p > 0 and factors.training else x
 
 
-def _add(
-    self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]
-) -> Tensor:
+def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]) -> Tensor:
     """out + s·low, or DoRA's form of it; exactly `out` while B is zero."""
     low = factors.spec.scaling * low
     if factors.magnitude is None:

@@ -32,8 +32,13 @@ def classifier_modules(model: nn.Module) -> set[str]:
             return {under[-1]}
     inside = tuple(f"{block}." for block in block_list(model))
     last = ordered[-1:]
-    return {n for n in last if isinstance(model.get_submodule(n), nn.Linear) and n.count(".") < 2
-            and not n.startswith(inside or ("\0",))}
+    return {
+        n
+        for n in last
+        if isinstance(model.get_submodule(n), nn.Linear)
+        and n.count(".") < 2
+        and not n.startswith(inside or ("\0",))
+    }
 
 
 def _timm_classifier(model: Any) -> Iterable[str]:

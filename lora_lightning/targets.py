@@ -168,9 +168,7 @@ def _bare(model: nn.Module) -> Iterable[Target]:
 
 
 def _excluded(target: Target, patterns: list[str]) -> bool:
-    return any(
-        matches(p, target.name, target.module) or matches(p, target.path) for p in patterns
-    )
+    return any(matches(p, target.name, target.module) or matches(p, target.path) for p in patterns)
 
 
 def _refuse(targets: list[Target]) -> None:

@@ -24,7 +24,7 @@ Solid = tuple[Floats, int]  # a (k, n, 3) stack of rings, and the slot of its ma
 PATTERNS = ("plain", "plain", "stripes", "checks", "noise", "speckles")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Material:
     """A pattern that mixes two RGB colours and repeats `scale` times over an object."""
 
@@ -35,7 +35,7 @@ class Material:
     smooth: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """One closed piece of an object and what it is made of."""
 
@@ -109,7 +109,7 @@ def airplane(rng: Rng) -> list[Solid]:
     taper, sweep, span, high = u(0.35, 0.9), u(-0.05, 0.5), u(0.75, 1.15), u(-0.08, 0.12)
 
     def panel(start: ArrayLike, chord: float, reach: ArrayLike) -> Floats:
-        path = np.linspace(start, np.add(start, reach), 5)
+        path = np.asarray(start) + np.linspace(0, 1, 5)[:, None] * np.asarray(reach)
         airfoil = ring((0, 0, 0), 0.5, 0.06, 12)  # thin along y: right for the fin
         if abs(np.asarray(reach)[1]) > abs(np.asarray(reach)[2]):
             airfoil = airfoil[:, [0, 2, 1]]
@@ -320,7 +320,7 @@ def mug(rng: Rng) -> list[Solid]:
             1,
         )
         solids.append((tube(path, u(0.05, 0.09)), int(rng.integers(0, 2))))
-    return turned(solids, rng.choice([0, 180]) + u(-45, 45))
+    return turned(solids, rng.choice([0, 180]) + u(-30, 30))
 
 
 def table(rng: Rng) -> list[Solid]:
@@ -344,9 +344,9 @@ def table(rng: Rng) -> list[Solid]:
 def tree(rng: Rng) -> list[Solid]:
     """A fir, a palm or a round crown."""
     u, h, r = rng.uniform, rng.uniform(0.5, 1.1), rng.uniform(0.05, 0.11)
-    bend = (u(-0.12, 0.12), u(-0.12, 0.12), h)
+    bend = np.array([u(-0.12, 0.12), u(-0.12, 0.12), h])
     solids: list[Solid] = [
-        (tube([(0, 0, 0), np.multiply(bend, (0.2, 0.2, 0.5)), bend], [r * 1.4, r, r * 0.7]), 1)
+        (tube([bend * 0, bend * (0.2, 0.2, 0.5), bend], [r * 1.4, r, r * 0.7]), 1)
     ]
     style, wide = rng.choice(["fir", "round", "round", "palm"]), u(0.4, 0.65)
     if style == "fir":
@@ -358,12 +358,11 @@ def tree(rng: Rng) -> list[Solid]:
             )
     for a in np.linspace(0, 2 * np.pi, rng.integers(6, 10))[1:] if style == "palm" else []:
         t, out = np.linspace(0, 1, 6), np.array([np.cos(a + u(-0.2, 0.2)), np.sin(a), 0])
-        leaf = np.asarray(bend) + np.outer(t, out) * wide * 1.3
+        leaf = bend + np.outer(t, out) * wide * 1.3
         leaf[:, 2] += 0.5 * t - u(0.7, 1.1) * t**2
         solids.append((tube(leaf, [0.04, 0.11, 0.09, 0.01], 6), 0))
     for _ in range(rng.integers(4, 11) if style == "round" else 0):
-        way = rng.normal(size=3) * wide * 0.42
-        at = np.add(np.add(bend, way), (0, 0, wide * 0.5))
+        at = bend + rng.normal(size=3) * wide * 0.42 + np.array([0, 0, wide * 0.5])
         solids += [(ball(at, u(0.5, 0.75, 3) * wide), 0), (tube([bend, at], r * 0.6), 1)]
     return solids
 
@@ -395,7 +394,7 @@ def _mesh(rings: Floats) -> trimesh.Trimesh:
     faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
     points = stack.reshape(-1, 3)
     v0, v1, v2 = (points[faces[:, i]] for i in range(3))
-    volume = np.einsum("ij,ij->", v0 - points.mean(0), np.cross(v1, v2))
+    volume = np.einsum("ij,ij->", v0, np.cross(v1, v2))
     return trimesh.Trimesh(points, faces if volume > 0 else faces[:, ::-1], process=False)
 
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from lora_lightning.data.meshes import Floats, Material, Part, Rng
 from lora_lightning.errors import ConfigError, MissingDependencyError
 
+Bytes = NDArray[np.uint8]
 GAMMA = 2.2
 CREASE = 0.8  # cosine of the angle between faces above which a surface looks smooth
 SCENES = ("room", "room", "outdoors", "backdrop")
+REACH = 1.3  # half the width of the shadow map; objects lie within a unit ball
 _CORNER = [("vertex", "<f4", 3), ("colour", "u1", 4), ("uv", "<f4", 2)]
-_QUIET = "notify-level error\naudio-library-name null\nthreading-model\ntextures-power-2 none"
+_QUIET = "notify-level error\naudio-library-name null"
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Lighting:
 
     azimuth: float = 0.0
     elevation: float = 40.0
-    intensity: float = 1.0
+    intensity: float = 1.25
     ambient: float = 0.45
     colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
     exposure: float = 1.0
-    noise: float = 0.003
+    noise: float = 0.001
     vignette: float = 0.1
 
     def jittered(self, rng: Rng) -> Lighting:
@@ -63,15 +65,15 @@ class Lighting:
 
 LIGHTINGS: dict[str, Lighting] = {
     "source": Lighting(),
-    "dim-1": Lighting(intensity=0.12, noise=0.006),
-    "dim-2": Lighting(intensity=0.05, noise=0.008, exposure=1.2),
-    "dim-3": Lighting(intensity=0.02, noise=0.009, exposure=1.6),
-    "low-1": Lighting(elevation=8, ambient=0.22),
-    "low-2": Lighting(elevation=-12, ambient=0.1),
-    "low-3": Lighting(elevation=-32, ambient=0.04, intensity=0.8),
+    "dim-1": Lighting(intensity=0.22, noise=0.003),
+    "dim-2": Lighting(intensity=0.09, noise=0.0045),
+    "dim-3": Lighting(intensity=0.04, noise=0.006, exposure=1.2),
+    "low-1": Lighting(elevation=6, ambient=0.2),
+    "low-2": Lighting(elevation=-14, ambient=0.1, noise=0.0015),
+    "low-3": Lighting(elevation=-34, ambient=0.04, intensity=0.9, noise=0.002),
     "side-1": Lighting(azimuth=-65, elevation=25, ambient=0.2),
-    "side-2": Lighting(azimuth=-90, elevation=18, ambient=0.08),
-    "side-3": Lighting(azimuth=-115, elevation=12, ambient=0.03),
+    "side-2": Lighting(azimuth=-90, elevation=18, ambient=0.08, noise=0.0015),
+    "side-3": Lighting(azimuth=-115, elevation=12, ambient=0.03, noise=0.002),
     "coloured-1": Lighting(colour=(1.0, 0.5, 0.25)),
     "coloured-2": Lighting(colour=(1.0, 0.15, 0.35)),
     "coloured-3": Lighting(colour=(0.35, 0.02, 1.0)),
@@ -95,27 +97,22 @@ class Camera:
         shift = (u(-0.08, 0.08), u(-0.08, 0.08))
         return cls(u(-35, 35), u(10, 35), u(25, 45), u(0.6, 0.82), shift)
 
-    def place(self, points: Floats) -> tuple[Floats, Floats]:
-        """Return where the viewer stands and looks, so that the points fill the picture."""
-        e, half = np.radians(self.elevation), np.tan(np.radians(self.fov / 2))
-        axes = np.array([[1, 0, 0], [0, np.cos(e), -np.sin(e)], [0, np.sin(e), np.cos(e)]])
-        target, distance = points.mean(0), 5.0
+    @property
+    def axes(self) -> Floats:
+        """The viewer's right, forward and up, as rows; the object is turned, not the viewer."""
+        c, s = np.cos(np.radians(self.elevation)), np.sin(np.radians(self.elevation))
+        return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+
+    def place(self, points: Floats) -> Floats:
+        """Return where the viewer stands so that the points fill the picture."""
+        target, distance, half = points.mean(0), 5.0, np.tan(np.radians(self.fov / 2))
         for _ in range(4):
-            seen = (points - target) @ axes.T
+            seen = (points - target) @ self.axes.T
             flat = seen[:, [0, 2]] / (distance + seen[:, [1]]) / half  # -1 to 1 in the picture
             low, high = flat.min(0), flat.max(0)
-            middle = (low + high) / 2 - self.shift
-            target = target + (middle * distance * half) @ axes[[0, 2]]
+            target = target + ((low + high) / 2 - self.shift) * distance * half @ self.axes[[0, 2]]
             distance *= float((high - low).max()) / (2 * self.fill)
-        return target - distance * axes[1], target
-
-
-@dataclass(frozen=True)
-class Background:
-    """What is behind the object: its colours, and which pixels are ground."""
-
-    albedo: Floats
-    ground: NDArray[np.bool_]
+        return np.asarray(target - distance * self.axes[1])
 
 
 def pattern(kind: str, size: int, rng: Rng) -> Floats:
@@ -126,25 +123,290 @@ def pattern(kind: str, size: int, rng: Rng) -> Floats:
     if kind == "checks":
         n = int(rng.integers(2, 5))
         return np.asarray((np.floor(x * 2 * n) + np.floor(y * 2 * n)) % 2)
-    slope = {"noise": 1.3, "foliage": 0.7, "blobs": 2.5, "stripes": 2.0, "speckles": 0.4}[kind]
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size) * size, np.fft.rfftfreq(size) * size))
+    slope = {"noise": 1.3, "foliage": 0.8, "blobs": 2.5, "stripes": 2.0, "speckles": 0.4}[kind]
+    rows, columns = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size) * size
     spectrum = np.fft.rfft2(rng.normal(size=(size, size)))
-    spectrum /= np.maximum(frequency.T if frequency.shape[0] != size else frequency, 1) ** slope
-    field = np.fft.irfft2(spectrum, (size, size))
+    field = np.fft.irfft2(spectrum / np.maximum(np.hypot(rows, columns), 1) ** slope, (size, size))
     field = (field - field.mean()) / field.std()
-    if kind == "stripes":  # the rings of a plank of wood
+    if kind == "stripes":  # the grain of a plank
         return np.asarray(0.5 + 0.5 * np.sin(2 * np.pi * rng.integers(3, 8) * x + 0.8 * field))
     if kind == "speckles":
         return np.asarray(field > 1.2, dtype=float)
-    return np.clip(0.5 + field * (0.28 if kind == "noise" else 0.5), 0, 1)
+    return np.asarray(np.clip(0.5 + field * 0.3, 0, 1))
 
 
-def _mix(tile: Floats, first: Floats, second: Floats) -> Floats:
-    return np.asarray(first + (second - first) * tile[..., None])
+def _tile(kind: str, first: Floats, second: Floats, rng: Rng) -> Floats:
+    return np.asarray(first + (second - first) * pattern(kind, 64, rng)[..., None])
 
 
-def _colours(rng: Rng) -> Floats:
-    """Draw two related colours: natural grounds and walls are rarely of two hues."""
-    colour = rng.uniform(0.25, 0.9) * (1 - rng.uniform(0, 0.5) * rng.uniform(0, 1, 3))
-    other = np.clip(colour * rng.uniform(0.55, 1.3) + rng.normal(0, 0.05, 3), 0.05, 1)
-    return np.stack([colour, other])
+@dataclass(frozen=True, eq=False)
+class Background:
+    """Two textured planes: the ground, up to `depth` behind the object, and a wall or sky."""
+
+    ground: Floats
+    wall: Floats
+    depth: float
+    scale: float
+    fade: float
+
+    @classmethod
+    def random(cls, rng: Rng) -> Background:
+        """Draw a room, an open ground under a sky, or a mere backdrop."""
+        kinds = ("noise", "blobs", "foliage", "stripes", "checks", "plain", "speckles")
+        tiles = []
+        for _ in range(2):  # of related colours: real grounds are rarely of two hues
+            base = rng.uniform(0.35, 1) * (1 - rng.uniform(0, 0.5) * rng.uniform(0, 1, 3))
+            other = np.clip(base * rng.uniform(0.6, 1.3) + rng.normal(0, 0.05, 3), 0.05, 1)
+            tiles.append(_tile(str(rng.choice(kinds)), base, other, rng))
+        depth = float(rng.choice([rng.uniform(0.9, 3), 60, -60], p=[0.55, 0.25, 0.2]))
+        return cls(tiles[0], tiles[1], depth, rng.uniform(0.15, 0.5), rng.uniform(-0.25, 0.25))
+
+    def look(self, eye: Floats, rays: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        """Return colours, places and which pixels are ground; rays are (h, w, 3)."""
+        down = np.minimum(rays[..., 2], -1e-6)
+        ground = (rays[..., 2] < 0) & (eye[1] - eye[2] / down * rays[..., 1] < self.depth)
+        to_wall = (max(abs(self.depth), 1.2) - eye[1]) / np.maximum(rays[..., 1], 0.1)
+        along = np.where(ground, -eye[2] / down, to_wall)
+        place = eye + along[..., None] * rays
+        u, v = (
+            place[..., 0] * self.scale,
+            np.where(ground, place[..., 1], place[..., 2]) * self.scale,
+        )
+        if abs(self.depth) > 10:  # far away: a sky keeps its pattern's size in the picture
+            far = ~ground
+            u, v = np.where(far, rays[..., 0], u), np.where(far, rays[..., 2], v)
+        row, column = (np.floor(v * 64).astype(int) % 64, np.floor(u * 64).astype(int) % 64)
+        colour = np.where(ground[..., None], self.ground[row, column], self.wall[row, column])
+        slope = 1 + self.fade * (rays[..., 2:] - rays[..., 2:].mean()) * 2
+        return np.clip(colour * slope, 0, 1), place, ground
+
+
+def _corners(parts: Sequence[Part]) -> tuple[Floats, Floats, Floats]:
+    """Return the corners of all faces (n, 3, 3), their normals, and the faces' own normals.
+
+    A corner takes the mean normal of the faces that meet there, but for an edge.
+    """
+    counts = [0, *np.cumsum([len(part.mesh.vertices) for part in parts])]
+    vertices = np.concatenate([np.asarray(part.mesh.vertices) for part in parts])
+    pairs = list(zip(parts, counts[:-1], strict=True))
+    faces = np.concatenate([np.asarray(part.mesh.faces) + start for part, start in pairs])
+    smooth = np.repeat([p.material.smooth for p in parts], [len(p.mesh.faces) for p in parts])
+    corners = vertices[faces]
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    spread, index = np.repeat(flat, 3, 0), faces.ravel()
+    total: Floats = np.stack([np.bincount(index, axis, len(vertices)) for axis in spread.T], 1)
+    flat, mean = _unit(flat), _unit(total)[faces]
+    curved = ((mean * flat[:, None]).sum(2) > CREASE) & smooth[:, None]
+    return corners, np.where(curved[..., None], mean, flat[:, None]), flat
+
+
+def _unit(vectors: Floats) -> Floats:
+    length = np.sqrt((vectors**2).sum(1, keepdims=True))
+    return np.asarray(vectors / np.maximum(length, 1e-12))
+
+
+class _ShadowMap:
+    """How near to the light the object reaches, seen from the light."""
+
+    def __init__(self, light: Floats, centre: Floats):
+        right = np.cross((0, 0, 1), light)
+        right /= np.linalg.norm(right)
+        self.axes, self.centre = np.stack([right, light, np.cross(light, right)]), centre
+        self.depth: Floats = np.zeros((1, 1))
+
+    def project(self, points: Floats) -> Floats:
+        return np.asarray((points - self.centre) @ self.axes.T / REACH)
+
+    def lit(self, points: Floats) -> Floats:
+        """Return which share of the light reaches the points, softened at the edges."""
+        seen, n = self.project(points), self.depth.shape[0]
+        inside = np.abs(seen[..., [0, 2]]).max(-1) < 0.95
+        column, row = ((seen[..., i].clip(-0.95, 0.95) + 1) * n / 2 for i in (0, 2))
+        lit = np.zeros(seen.shape[:-1])
+        for dx, dy in ((0, 0), (-1.2, 0), (1.2, 0), (0, -1.2), (0, 1.2)):
+            found = self.depth[(row + dy).astype(int), (column + dx).astype(int)]
+            lit += found < seen[..., 1] + 0.04
+        return np.where(inside, lit / 5, 1.0)
+
+
+class Renderer:
+    """Draws square pictures of `size` pixels without a window; any number may coexist.
+
+    Raises:
+        ConfigError: the size is too small.
+        MissingDependencyError: the extra `demo` is not installed.
+    """
+
+    def __init__(self, size: int, supersample: int = 2):
+        if size < 16:
+            raise ConfigError(f"size must be at least 16 pixels, got {size}")
+        try:
+            from panda3d import core
+        except ImportError as error:
+            raise MissingDependencyError(
+                'rendered objects need panda3d: pip install "lora-lightning[demo]"'
+            ) from error
+        core.loadPrcFileData("", _QUIET)
+        self.size, self.supersample, self._core = size, supersample, core
+        selection = core.GraphicsPipeSelection.getGlobalPtr()
+        self._pipe = selection.makePipe("TinyOffscreenGraphicsPipe", "p3tinydisplay")
+        self._engine = core.GraphicsEngine()
+        self._eye = self._view(size * supersample, core.PerspectiveLens())
+        self._light = self._view(96, core.OrthographicLens())
+        self._light[2].setFilmSize(2, 2)
+
+    def _view(self, pixels: int, lens: Any) -> tuple[Any, Any, Any]:
+        """Make an off-screen picture; its camera stands at the origin and looks along y."""
+        core = self._core
+        lens.setNearFar(0.02, 50)
+        shape = core.FrameBufferProperties()
+        shape.setRgbaBits(8, 8, 8, 8)
+        shape.setDepthBits(24)
+        window, refuse = (
+            core.WindowProperties.size(pixels, pixels),
+            core.GraphicsPipe.BFRefuseWindow,
+        )
+        buffer = self._engine.makeOutput(self._pipe, "view", 0, shape, window, refuse)
+        picture, root = core.Texture(), core.NodePath("root")
+        buffer.addRenderTexture(picture, core.GraphicsOutput.RTMCopyRam)
+        buffer.setClearColor((0, 0, 0, 0))
+        buffer.setActive(False)
+        buffer.makeDisplayRegion().setCamera(root.attachNewNode(core.Camera("eye", lens)))
+        root.setTwoSided(True)
+        return (buffer, picture), root, lens
+
+    def _shoot(self, view: tuple[Any, Any, Any], pieces: Sequence[tuple[Any, Any]]) -> Bytes:
+        """Rasterise (corners, texture) pieces; return RGBA, the top row first."""
+        core, ((buffer, picture), root, _) = self._core, view
+        nodes = []
+        for corners, texture in pieces:
+            data = core.GeomVertexData(
+                "part", core.GeomVertexFormat.getV3c4t2(), core.Geom.UHStatic
+            )
+            data.uncleanSetNumRows(len(corners))
+            memoryview(data.modifyArray(0)).cast("B")[:] = corners.tobytes()
+            triangles = core.GeomTriangles(core.Geom.UHStatic)
+            triangles.addConsecutiveVertices(0, len(corners))
+            geometry, node = core.Geom(data), core.GeomNode("part")
+            geometry.addPrimitive(triangles)
+            node.addGeom(geometry)
+            nodes.append(root.attachNewNode(node))
+            if texture is not None:
+                nodes[-1].setTexture(texture)
+        buffer.setActive(True)
+        self._engine.renderFrame()
+        buffer.setActive(False)
+        for node in nodes:
+            node.removeNode()
+        side = picture.getXSize()
+        raw = np.frombuffer(picture.getRamImageAs("RGBA"), np.uint8)
+        return raw.reshape(side, side, 4)[::-1]
+
+    def _texture(self, material: Material, rng: Rng) -> Any:
+        core = self._core
+        tile = _tile(material.pattern, material.colour, material.accent, rng)
+        texture = core.Texture()
+        texture.setup2dTexture(64, 64, core.Texture.TUnsignedByte, core.Texture.FRgb)
+        texture.setRamImage((tile[..., ::-1] * 255).astype(np.uint8).tobytes())
+        return texture
+
+    def render(
+        self,
+        parts: Sequence[Part],
+        camera: Camera,
+        lighting: Lighting,
+        background: Background,
+        rng: Rng,
+    ) -> Bytes:
+        """Return a (size, size, 3) picture; `rng` draws the textures and the sensor's noise."""
+        corners, normals, flat = _corners(parts)
+        a = np.radians(camera.azimuth)
+        turn = np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]])
+        turned, normals = corners.reshape(-1, 3) @ turn, normals.reshape(-1, 3) @ turn
+        shadow = self._shadow(turned, lighting)
+        light = _light(turned, normals, shadow, lighting)
+        shades = np.clip(light, 0, 1) ** (1 / GAMMA)
+        eye = camera.place(turned[::3])
+        uv = _flat_texture(corners, flat)
+        pieces = self._pieces(parts, (turned - eye) @ camera.axes.T, uv, shades, rng)
+        self._eye[2].setFov(camera.fov)
+        n = self.supersample
+        fine = self._shoot(self._eye, pieces).astype(np.float32)
+        drawn = np.zeros((self.size, self.size, 4), np.float32)
+        for i, j in np.ndindex(n, n):
+            drawn += fine[i::n, j::n] / (255 * n * n)
+        behind = self._behind(background, camera, eye, shadow, lighting)
+        return _sense(drawn[..., :3] + behind * (1 - drawn[..., 3:]), lighting, rng)
+
+    def _shadow(self, points: Floats, lighting: Lighting) -> _ShadowMap:
+        """Draw the object as the light sees it, its grey telling how near each place is."""
+        shadow = _ShadowMap(lighting.direction, (points.min(0) + points.max(0)) / 2)
+        seen = shadow.project(points)
+        corners = np.zeros(len(points), _CORNER)
+        corners["vertex"] = seen * (1, -1, 1) + (0, 3, 0)
+        corners["colour"] = (127.5 * (seen[:, [1, 1, 1, 1]] + 1)).clip(0, 255)
+        drawn = self._shoot(self._light, [(corners, None)])[::-1]
+        shadow.depth = np.where(drawn[..., 3] > 127, drawn[..., 0] / 127.5 - 1, -np.inf)
+        return shadow
+
+    def _pieces(
+        self, parts: Sequence[Part], seen: Floats, uv: Floats, shades: Floats, rng: Rng
+    ) -> list[tuple[Any, Any]]:
+        """Return textured corners as the viewer sees them, one piece for each material."""
+        corners = np.zeros(len(seen), _CORNER)
+        corners["vertex"], corners["uv"], corners["colour"] = seen, uv, 255
+        corners["colour"][:, :3] = np.round(255 * shades)[:, None]
+        counts = [3 * len(part.mesh.faces) for part in parts]
+        owner = np.repeat([id(part.material) for part in parts], counts)
+        pieces = []
+        for material in {id(part.material): part.material for part in parts}.values():
+            own = corners[owner == id(material)]
+            own["uv"] *= material.scale
+            pieces.append((own, self._texture(material, rng)))
+        return pieces
+
+    def _behind(
+        self,
+        background: Background,
+        camera: Camera,
+        eye: Floats,
+        shadow: _ShadowMap,
+        lighting: Lighting,
+    ) -> Floats:
+        """Return the lit background, with the object's shadow on ground and wall."""
+        at = (np.arange(self.size) + 0.5) / self.size * 2 - 1
+        x, y = np.meshgrid(at, -at)
+        half = np.tan(np.radians(camera.fov / 2))
+        flat = np.stack([x * half, np.ones_like(x), y * half], -1)
+        colour, place, ground = background.look(eye, flat @ camera.axes)
+        normals = np.where(ground[..., None], (0, 0, 1), (0, -1, 0))
+        light = _light(place, normals, shadow, lighting)
+        across, up = lighting.direction[[0, 2]]
+        nearer = np.exp(0.45 * (x * across + y * min(0.0, up - 0.3)))  # lamps are not at infinity
+        return np.asarray(colour * np.clip(light * nearer, 0, 1)[..., None] ** (1 / GAMMA))
+
+
+def _flat_texture(corners: Floats, flat: Floats) -> Floats:
+    """Lay textures on from the front, the side or the top, whichever a face looks to most."""
+    planes = np.array([(1, 2), (0, 2), (0, 1)])[np.abs(flat).argmax(1)]
+    return np.take_along_axis(corners, planes[:, None], 2).reshape(-1, 2)
+
+
+def _light(points: Floats, normals: Floats, shadow: _ShadowMap, lighting: Lighting) -> Floats:
+    """Return the light at each point: from everywhere, more of it from above, and the lamp's."""
+    facing = (normals @ lighting.direction).clip(0)
+    facing = facing * shadow.lit(points + 0.03 * normals)
+    around = 0.7 + 0.3 * normals[..., 2]
+    return np.asarray(lighting.ambient * around + (1 - lighting.ambient) * facing)
+
+
+def _sense(picture: Floats, lighting: Lighting, rng: Rng) -> Bytes:
+    """Return what the sensor makes of a fully exposed picture under the given light."""
+    at = np.linspace(-1, 1, len(picture))
+    corner = 1 - lighting.vignette * (at[:, None] ** 2 + at**2)
+    light = corner[..., None] * np.array(lighting.colour) * lighting.intensity
+    linear = picture.astype(np.float32) ** GAMMA * light.astype(np.float32)
+    grain = lighting.noise * np.sqrt(1 + 10 * linear)  # of the electronics and of the light
+    noise = rng.standard_normal(picture.shape, np.float32)
+    caught = lighting.exposure * (linear + grain * noise)
+    return np.asarray(np.round(255 * np.clip(caught, 0, 1) ** (1 / GAMMA)), dtype=np.uint8)

@@ -66,7 +66,7 @@ def inject(
         AdapterExistsError: the name is taken by another configuration.
     """
     config = LoRAConfig.make(config, **kwargs)
-    state = _fresh_or_existing(model, name)
+    state = check_free(model, name)
     if name in state.configs:
         if state.configs[name] == config:
             return state.reports[name]
@@ -79,12 +79,13 @@ def inject(
     whole = trainable_names(model, config.trainable, targets)
     report = _report(model, name, targets, specs, whole)
     _put(model, name, targets, specs)
-    _register(model, state, name, config, report, freeze)
+    register(model, state, name, config, report, freeze)
     set_active(model, name)
     return report
 
 
-def _fresh_or_existing(model: nn.Module, name: str) -> ModelState:
+def check_free(model: nn.Module, name: str) -> ModelState:
+    """The state to enter an adapter of this name in; raises where the model cannot take one."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
@@ -141,9 +142,7 @@ def _all_used(config: LoRAConfig, targets: list[Target]) -> None:
                 raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
 
 
-def _put(
-    model: nn.Module, name: str, targets: list[Target], specs: dict[str, FactorSpec]
-) -> None:
+def _put(model: nn.Module, name: str, targets: list[Target], specs: dict[str, FactorSpec]) -> None:
     per_module: dict[tuple[str, bool], dict[str, FactorSpec]] = {}
     for t in targets:
         per_module.setdefault((t.name, t.bare), {})[t.tensor] = specs[t.path]
@@ -151,7 +150,7 @@ def _put(
         adapt(model.get_submodule(path), name, tensors, bare)
 
 
-def _register(
+def register(
     model: nn.Module,
     state: ModelState,
     name: str,
@@ -159,8 +158,8 @@ def _register(
     report: InjectionReport,
     freeze: bool,
 ) -> None:
-    first = not state.configs
-    if first:
+    """Enter a new adapter in the model's state."""
+    if not state.configs:
         state.required_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
         states.attach(model, state)
         checkpoints.register(model)
@@ -188,8 +187,13 @@ def _report(
         rows.append(
             Row(t.name, t.tensor, base.__name__, path, spec.rank, spec.alpha, size, (out, columns))
         )
-    total = sum({id(p): p.numel() for p in base_parameters(model).values()}.values())
-    return InjectionReport(name, tuple(rows), {n: live[n].numel() for n in whole}, total)
+    extras = {n: live[n].numel() for n in whole}
+    return InjectionReport(name, tuple(rows), extras, count_parameters(model))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of the base's parameters, tied ones once."""
+    return sum({id(p): p.numel() for p in base_parameters(model).values()}.values())
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -234,12 +238,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Reading and writing ``layer.weight`` here means the base's own weight.
     """
     holders = states.roots(model)
-    was_merged = bool(states.merged_layers(model))
-    if was_merged:
-        unmerge(model)
-    layers_ = states.adapted_layers(model).values()
-    active = [(layer, layer.lora_active) for layer in layers_]
-    with ExitStack() as stack:
+    with unmerged(model), ExitStack() as stack:
+        layers_ = states.adapted_layers(model).values()
+        active = [(layer, layer.lora_active) for layer in layers_]
         for root, state in holders:
             stack.enter_context(states.source_values(root, state))
         for layer, _ in active:
@@ -249,8 +250,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for layer, name in active:
                 layer.lora_active = name
-    if was_merged:
-        merge(model)
 
 
 def merge(model: nn.Module) -> None:
@@ -281,6 +280,17 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     for root, state in states.roots(model):
         if state.frozen:
             states.freeze(root, state)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is unmerged; a merged one is merged again afterwards."""
+    merged = bool(states.merged_layers(model))
+    if merged:
+        unmerge(model)
+    yield
+    if merged:
+        merge(model)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:

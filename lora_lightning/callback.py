@@ -1,0 +1,246 @@
+"""`LoRACallback`: adapters through Lightning's hooks. No mathematics lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lora_lightning import trainer_checks as checks
+from lora_lightning.batchnorm import POLICIES, BatchNormKeeper
+from lora_lightning.config import LoRAConfig
+from lora_lightning.decompose import effective_rank, spectrum
+from lora_lightning.errors import BaseMismatchError, ConfigError
+from lora_lightning.files import save_adapter
+from lora_lightning.fingerprint import fingerprint
+from lora_lightning.first_batch import FirstBatch
+from lora_lightning.injection import inject
+from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
+from lora_lightning.structure import base_parameters
+from lora_lightning.summary import InjectionReport
+
+
+class LoRACallback(Callback):
+    """Adapt the backbone of a LightningModule with low-rank adapters.
+
+        Trainer(callbacks=[LoRACallback(rank=8, target_modules="auto", backbone="model")])
+
+    In `setup` (or right after the module's own ``configure_model``, where the network is built
+    only there) the adapter is injected, the base frozen and exactly the factors, the head and
+    what ``trainable`` names left trainable; so the optimizer that Lightning makes afterwards
+    sees them. The first batch verifies that every adapter is alive. Checkpoints hold factors,
+    what is trained, and buffers, but no frozen base weight; they load strictly into a fresh
+    module of the same base. An adapter file is written with each checkpoint and at the end.
+
+    Args:
+        config: A `LoRAConfig` or a mapping of its fields; its fields can be given as keyword
+            arguments instead, or over it.
+        backbone: Attribute path of the network in the LightningModule; ``""``: the module.
+        name: Name of the adapter.
+        batch_norm: What BatchNorm statistics do while training: ``"frozen"`` (eval mode, the
+            source's statistics stay; the default), ``"adapt"`` (they follow the target), or
+            ``"reset"`` (forgotten at the start, then averaged over the target's batches).
+            Statistics that moved are saved with the adapter.
+        verify: Verify every adapter on the first training batch (see `lora_lightning.verify`).
+        log_spectrum: Log the singular values of each ΔW to the trainer's loggers every epoch.
+        output_dir: Folder for adapter files; default ``adapters`` in the trainer's log folder.
+
+    Attributes:
+        report_: what was adapted; set in `setup`.
+        adapter_path_: the file written at the end of the fit.
+
+    Raises:
+        ConfigError: a bad value, or a combination of callbacks that cannot work.
+        TargetError: the backbone or a target does not exist.
+        VerificationError: on the first batch, an adapter is dead.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | Mapping[str, Any] | None = None,
+        *,
+        backbone: str = "model",
+        name: str = "default",
+        batch_norm: str = "frozen",
+        verify: bool = True,
+        log_spectrum: bool = True,
+        output_dir: str | Path | None = None,
+        **config_kwargs: Any,
+    ) -> None:
+        if batch_norm not in POLICIES:
+            raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
+        self.config = LoRAConfig.make(config, **config_kwargs)
+        self.backbone = backbone
+        self.name = name
+        self.verify = verify
+        self.log_spectrum = log_spectrum
+        self.output_dir = output_dir
+        self.report_: InjectionReport | None = None
+        self.adapter_path_: Path | None = None
+        self._batch_norm = BatchNormKeeper(batch_norm)
+        self._first_batch: FirstBatch | None = None
+        self._folder = Path()
+        self._wrapped: list[tuple[LightningModule, str]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for each adapter, so that two callbacks can share a trainer."""
+        return self._generate_state_key(backbone=self.backbone, name=self.name)
+
+    # ---- before training -------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject, or arrange that it happens once the network exists."""
+        checks.check_callbacks(trainer, self)
+        # Asked on every rank: in distributed runs the answer is broadcast.
+        self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
+        self._after(pl_module, "on_save_checkpoint", self._prune_and_export(trainer, pl_module))
+        if checks.has_backbone(pl_module, self.backbone):
+            self._inject(pl_module)
+        if self.report_ is None or checks.builds_late(pl_module):
+            self._after(pl_module, "configure_model", lambda *_: self._inject(pl_module))
+
+    def _inject(self, pl_module: LightningModule) -> None:
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        state = state_of(backbone)
+        if state is not None and self.name in state.configs and merged_layers(backbone):
+            self.report_ = state.reports[self.name]
+            return
+        self.report_ = inject(backbone, self.config, name=self.name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what the optimizer captured; log the size of the adapter."""
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        checks.check_optimizers(trainer, pl_module, backbone, self.name)
+        checks.check_unused_parameters(trainer, backbone)
+        self._batch_norm.start(trainer, backbone)
+        if self.verify:
+            self._first_batch = FirstBatch(backbone)
+        report = self.report_
+        assert report is not None
+        sizes = {
+            "lora/trainable_parameters": float(report.trainable_parameters),
+            "lora/factor_parameters": float(report.factor_parameters),
+        }
+        self._log(trainer, sizes)
+
+    # ---- while training --------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The base must still be frozen; BatchNorm keeps to its policy."""
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        checks.check_still_frozen(backbone)
+        self._batch_norm.apply(backbone)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """BatchNorm again: a validation in mid-epoch may have touched the modes."""
+        self._batch_norm.apply(checks.find_backbone(pl_module, self.backbone))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On the first batch, verify every adapter with the backbone's own input."""
+        if self._first_batch is not None:
+            first, self._first_batch = self._first_batch, None
+            first.verify()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the spectrum of each delta."""
+        if not self.log_spectrum or not trainer.loggers:
+            return
+        metrics: dict[str, float] = {}
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        for path, factors in named_factors(backbone, self.name).items():
+            values = spectrum(factors.lora_B, factors.lora_A, factors.spec.scaling)
+            metrics |= {f"lora/{path}/sigma_{i}": float(v) for i, v in enumerate(values)}
+            metrics[f"lora/{path}/effective_rank"] = effective_rank(values)
+        self._log(trainer, metrics)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter file."""
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        self._batch_norm.stop(backbone)
+        path = self._folder / f"{self.name}.safetensors"
+        if trainer.is_global_zero:
+            save_adapter(backbone, path, self.name)
+        self.adapter_path_ = path
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the LightningModule its own hooks back."""
+        for module, method in self._wrapped:
+            module.__dict__.pop(method, None)
+        self._wrapped.clear()
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def _prune_and_export(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Runs last when Lightning saves: after weight averaging has put its copy in as well."""
+
+        def prune(checkpoint: dict[str, Any]) -> None:
+            backbone = checks.find_backbone(pl_module, self.backbone)
+            if merged_layers(backbone):
+                return
+            frozen = {
+                f"{self.backbone}.{n}".lstrip(".")
+                for n, p in base_parameters(backbone).items()
+                if not p.requires_grad
+            }
+            for key in ("state_dict", "current_model_state"):
+                if key in checkpoint:
+                    kept = {k: v for k, v in checkpoint[key].items() if k not in frozen}
+                    checkpoint[key] = kept
+            if trainer.is_global_zero and trainer.training:
+                stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
+                save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
+
+        return prune
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note which base the checkpoint belongs to."""
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        state = state_of(backbone)
+        assert state is not None
+        notes = checkpoint.setdefault("lora_lightning", {})
+        notes[self.state_key] = {
+            "config": self.config.to_dict(),
+            "base": fingerprint(backbone, all_extras(backbone, state)),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint whose adapters were trained on another base."""
+        note = checkpoint.get("lora_lightning", {}).get(self.state_key)
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        state = state_of(backbone)
+        if note is None or state is None:
+            return
+        own = fingerprint(backbone, all_extras(backbone, state))
+        if own != note["base"]:
+            raise BaseMismatchError(
+                f"the checkpoint's adapter {self.name!r} was trained on {note['base']}, and the "
+                f"module's backbone is {own}. Checkpoints hold no base weights: build the module "
+                "with the same pretrained weights as in the run that wrote it"
+            )
+
+    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _after(self, pl_module: LightningModule, method: str, then: Any) -> None:
+        """Call `then` after a hook of the LightningModule, until `teardown`."""
+        if (pl_module, method) in self._wrapped:
+            return
+        original = getattr(pl_module, method)
+
+        def wrapped(*args: Any) -> None:
+            original(*args)
+            then(*args)
+
+        # In __dict__: a module's __setattr__ has no business with it.
+        pl_module.__dict__[method] = wrapped
+        self._wrapped.append((pl_module, method))

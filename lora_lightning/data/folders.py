@@ -1,0 +1,161 @@
+"""Which pictures a folder of domains holds, and whether they can be used.
+
+Two layouts are understood, as Office-31, Office-Home, DomainNet, PACS and VisDA have them::
+
+    root/<domain>/<class>/*.png
+    root/<domain>/<split>/<class>/*.png         split: train and test (or val, validation)
+
+Below a class, folders may go as deep as they like. `Office-31`'s extra folder ``images``
+under each domain is stepped over. Names that begin with a dot are not looked at.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_lightning.errors import DataError, DataNotFoundError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TEST_NAMES = ("test", "val", "validation")  # the first that is there is the held-out part
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: where it lies, and what it shows."""
+
+    path: Path
+    domain: str
+    class_name: str
+    split: str  # "train", "test", or "" where the layout has no splits
+
+
+def find_domains(root: Path, wanted: Iterable[str] | None = None) -> list[str]:
+    """The folders under `root` that are domains: all, or those in `wanted`, which must exist.
+
+    Raises:
+        DataNotFoundError: `root` or a wanted domain is missing; names the folders there are.
+    """
+    if not root.is_dir():
+        near = _subfolders(root.parent) if root.parent.is_dir() else []
+        hint = f"; {root.parent} holds: {_names(near)}" if near else ""
+        raise DataNotFoundError(f"data.root: there is no folder {root}{hint}")
+    there = [p.name for p in _subfolders(root)]
+    if not there:
+        raise DataNotFoundError(f"{root} holds no folders; expected {root}/<domain>/<class>/*.png")
+    missing = [name for name in wanted or () if name not in there]
+    if missing:
+        raise DataNotFoundError(
+            f"no domain {', '.join(map(repr, missing))} under {root}; it holds: {', '.join(there)}"
+        )
+    return there if wanted is None else list(dict.fromkeys(wanted))
+
+
+def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[Item]:
+    """Every picture of a domain, sorted by path.
+
+    Raises:
+        DataError: there is none.
+    """
+    top = root / domain
+    children = _subfolders(top)
+    if [p.name for p in children] == ["images"]:
+        top, children = children[0], _subfolders(children[0])
+    splits = _splits({p.name for p in children})
+    items = []
+    for split, name in splits.items():
+        for folder in _subfolders(top / name):
+            if classes is None or folder.name in classes:
+                pictures = sorted(p for p in folder.rglob("*") if _is_picture(p, folder))
+                items += [Item(p, domain, folder.name, split) for p in pictures]
+    if not items:
+        raise DataError(
+            f"domain {domain!r} is empty: no pictures ({', '.join(sorted(SUFFIXES))}) under "
+            f"{top}/<class>/" + (f" for data.classes={list(classes)}" if classes else "")
+        )
+    return items
+
+
+def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
+    """Give each picture without a split one: `fraction` of each class is held out, by seed.
+
+    Raises:
+        DataError: a class has a single picture, or lacks one in a split that is on disk.
+    """
+    out = []
+    for (domain, name), group in _grouped(items).items():
+        if not group[0].split:
+            if len(group) < 2:
+                raise DataError(
+                    f"class {name!r} of domain {domain!r} has one readable picture; training "
+                    "and held-out part need one each: add pictures, or leave the class out "
+                    "with data.classes=[...]"
+                )
+            # Seeded by name, so that another domain or class does not move this one's split.
+            shuffled = random.Random(f"{seed}/{domain}/{name}").sample(group, len(group))
+            held = min(max(1, round(fraction * len(group))), len(group) - 1)
+            test = {item.path for item in shuffled[:held]}
+            group = [replace(i, split="test" if i.path in test else "train") for i in group]
+        for split in ("train", "test"):
+            if not any(item.split == split for item in group):
+                raise DataError(
+                    f"class {name!r} of domain {domain!r} has no readable picture in {split!r}; "
+                    "add some, or leave the class out with data.classes=[...]"
+                )
+        out += group
+    return out
+
+
+def common_classes(items: Iterable[Item], wanted: Sequence[str] | None = None) -> list[str]:
+    """The classes, sorted; every domain must have every one, and there must be two.
+
+    Raises:
+        DataError: a class is missing from a domain, or there is only one; says what to write.
+    """
+    items = list(items)
+    domains = list(dict.fromkeys(item.domain for item in items))
+    having = {d: {i.class_name for i in items if i.domain == d} for d in domains}
+    known = set(wanted) if wanted else set[str]().union(*having.values())
+    lacking = {name: [d for d in domains if name not in having[d]] for name in sorted(known)}
+    lacking = {name: absent for name, absent in lacking.items() if absent}
+    shared = sorted(known - set(lacking))
+    if lacking:
+        lines = "\n".join(f"  {name!r} is not in {', '.join(d)}" for name, d in lacking.items())
+        raise DataError(
+            f"these classes are not in every domain:\n{lines}\n"
+            f"use the shared ones only: data.classes=[{','.join(shared)}]"
+        )
+    if len(shared) < 2:
+        raise DataError(f"classification needs at least two classes, got {shared}")
+    return shared
+
+
+def _splits(names: set[str]) -> dict[str, str]:
+    """Split → name of its folder; ``{"": ""}`` where the layout has none."""
+    test = next((name for name in TEST_NAMES if name in names), None)
+    if "train" in names and test and names <= {"train", *TEST_NAMES}:
+        return {"train": "train", "test": test}
+    return {"": ""}
+
+
+def _grouped(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.domain, item.class_name), []).append(item)
+    return groups
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_picture(path: Path, below: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(below).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+def _names(folders: list[Path], most: int = 12) -> str:
+    names = [p.name for p in folders[:most]]
+    return ", ".join(names) + (", …" if len(folders) > most else "")

@@ -1,0 +1,240 @@
+"""`ImageDomains`: pictures in folders by domain, checked once, for training and held-out use.
+
+Every picture is decoded once before training. What cannot be read is left out and listed in
+``skipped``, so that no run dies in the middle of an epoch. The decoded pictures, small and
+square, stay in memory as bytes as long as they fit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from lora_lightning.data.folders import Item, common_classes, find_domains, scan, split_items
+from lora_lightning.errors import ConfigError, DataError
+
+CROP = 0.875  # a picture is kept this much larger than what the network sees of it
+
+
+class ImageDomains(LightningDataModule):
+    """Image folders by domain: ``root/<domain>/<class>/*`` or ``…/<split>/<class>/*``.
+
+    Training loaders draw from `train_on`, test and predict loaders read the held-out pictures
+    of `test_on`, in order. `on` gives another choice over the same pictures in memory.
+
+    Args:
+        root: Folder of the domains.
+        source: Domain with the labels that the source model is trained on.
+        target: Domains to adapt to; ``None``: every other folder under `root`.
+        classes: Classes to use; ``None``: all, which every domain must then have.
+        size: Side of the square that the network sees, in pixels.
+        mean: Mean of each colour channel, as the backbone expects.
+        std: Standard deviation of each colour channel, likewise.
+        test_fraction: Part of each class that is held out where the folders have no splits.
+        seed: Seed of that split.
+        batch_size: Pictures in a training batch.
+        num_workers: Processes that load; 0 loads in this one.
+        cache_mb: Decoded pictures stay in memory if they take at most so many MiB.
+        horizontal_flip: Mirror training pictures at random.
+        tick: Called with (done, total) while pictures are checked.
+
+    Raises:
+        DataNotFoundError: `root` or a domain is missing.
+        DataError: an empty domain, a class that some domain lacks, fewer than two classes.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        source: str = "source",
+        target: Sequence[str] | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        size: int = 112,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        test_fraction: float = 0.3,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        cache_mb: float = 1024,
+        horizontal_flip: bool = True,
+        tick: Callable[[int, int], None] | None = None,
+    ):
+        super().__init__()
+        if not 0 < test_fraction < 1:
+            raise ConfigError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
+        self.root, self.source = Path(root), source
+        self.wanted_target, self.wanted_classes = target, classes
+        self.size, self.test_fraction, self.seed = size, test_fraction, seed
+        self.batch_size, self.num_workers, self.cache_mb = batch_size, num_workers, cache_mb
+        self.tick = tick or (lambda done, total: None)
+        self.train_transform, self.test_transform = _transforms(size, mean, std, horizontal_flip)
+        self.target: list[str] = []
+        self.classes: list[str] = []
+        self.items: list[Item] = []
+        self.skipped: list[tuple[str, str]] = []
+        self._pictures: dict[Path, Tensor] = {}
+        self.train_on: list[str] = [source]
+        self.test_on: list[str] = []
+
+    @property
+    def stored_side(self) -> int:
+        """Side of the pictures in memory, in pixels."""
+        return round(self.size / CROP)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find, check and split the pictures; the second time there is nothing left to do."""
+        if self.items:
+            return
+        self.target = self._targets()
+        domains = [self.source, *self.target]
+        found = [i for d in domains for i in scan(self.root, d, self.wanted_classes)]
+        # The classes first, before time goes into reading: most mistakes are in the folders.
+        common_classes(found, self.wanted_classes)
+        readable = self._check(found)
+        if empty := [d for d in domains if not any(i.domain == d for i in readable)]:
+            raise DataError(f"domain {', '.join(map(repr, empty))}: no picture can be read")
+        self.classes = common_classes(readable, self.wanted_classes)
+        self.items = split_items(readable, self.test_fraction, self.seed)
+        self.test_on = self.test_on or self.target
+
+    def _targets(self) -> list[str]:
+        wanted = None if self.wanted_target is None else [self.source, *self.wanted_target]
+        domains = find_domains(self.root, wanted)
+        find_domains(self.root, [self.source])
+        target = [name for name in domains if name != self.source]
+        if not target:
+            raise DataError(f"there is no target domain beside the source {self.source!r}")
+        return target
+
+    def _check(self, items: list[Item]) -> list[Item]:
+        """Decode each picture once; keep it if all fit, list it if it cannot be read."""
+        keep = len(items) * 3 * self.stored_side**2 <= self.cache_mb * 2**20
+        readable = []
+        for done, item in enumerate(items, start=1):
+            try:
+                picture = read_picture(item.path, self.stored_side)
+            except DataError as error:
+                self.skipped.append((str(item.path.relative_to(self.root)), str(error)))
+            else:
+                readable.append(item)
+                if keep:
+                    self._pictures[item.path] = picture
+            self.tick(done, len(items))
+        return readable
+
+    def on(self, train: Sequence[str] = (), test: Sequence[str] = ()) -> ImageDomains:
+        """The same pictures, with other domains to train on and to test on."""
+        self.setup()
+        view = object.__new__(ImageDomains)
+        view.__dict__.update(self.__dict__)
+        view.train_on, view.test_on = list(train) or self.train_on, list(test) or self.test_on
+        view.trainer = None  # each trainer has its own
+        return view
+
+    def held_out(self) -> list[Item]:
+        """The held-out pictures of `test_on`, in the order in which predictions come."""
+        return [i for d in self.test_on for i in self.items if (i.domain, i.split) == (d, "test")]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training pictures of `train_on`, shuffled and augmented."""
+        items = [i for i in self.items if i.domain in self.train_on and i.split == "train"]
+        return self._loader(items, self.train_transform, self.batch_size, train=True)
+
+    def unlabelled_dataloader(self) -> DataLoader[Any]:
+        """The training pictures of `train_on` as the network sees test pictures, in order."""
+        items = [i for i in self.items if i.domain in self.train_on and i.split == "train"]
+        return self._loader(items, self.test_transform, 2 * self.batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Held-out pictures of `test_on`, in order."""
+        return self._loader(self.held_out(), self.test_transform, 2 * self.batch_size)
+
+    test_dataloader = predict_dataloader
+
+    def _loader(
+        self,
+        items: list[Item],
+        transform: Any,
+        size: int,
+        shuffle: bool = False,
+        drop: bool = False,
+    ) -> DataLoader[Any]:
+        dataset = _Pictures(items, self.classes, transform, self._pictures, self.stored_side)
+        return DataLoader(
+            dataset, size, shuffle=shuffle, drop_last=drop, num_workers=self.num_workers
+        )
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures as (tensor, class index), from memory where they are there."""
+
+    def __init__(
+        self,
+        items: list[Item],
+        classes: list[str],
+        transform: Any,
+        pictures: dict[Path, Tensor],
+        side: int,
+    ):
+        self.items, self.transform, self.pictures, self.side = items, transform, pictures, side
+        self.index = {name: i for i, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        item = self.items[i]
+        picture = self.pictures.get(item.path)
+        picture = read_picture(item.path, self.side) if picture is None else picture
+        return self.transform(picture), self.index[item.class_name]
+
+
+def read_picture(path: Path, side: int) -> Tensor:
+    """A picture as bytes, (3, side, side): the middle square, resized; transparency on white.
+
+    Raises:
+        DataError: it cannot be read; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # palette and metadata oddities of no consequence
+            with Image.open(path) as opened:
+                picture = _rgb(ImageOps.exif_transpose(opened))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), path.name) or type(error).__name__
+        raise DataError(f"cannot be read: {reason}") from error
+    picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    pixels: Tensor = v2.functional.pil_to_tensor(picture)
+    return pixels
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        return picture.convert("F").point(lambda value: value / 256).convert("L").convert("RGB")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _transforms(
+    size: int, mean: Sequence[float], std: Sequence[float], flip: bool
+) -> tuple[v2.Compose, v2.Compose]:
+    """What a training and a test picture go through, in this order."""
+    # A list, since torchvision refuses the tuples of OmegaConf and timm alike.
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    mirror = [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([v2.RandomCrop(size), *mirror, *last]), v2.Compose(
+        [v2.CenterCrop(size), *last]
+    )

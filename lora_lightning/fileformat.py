@@ -1,0 +1,137 @@
+"""The bytes of an adapter file: reading them warily, writing them atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lora_lightning
+from lora_lightning.errors import AdapterFileError
+
+FORMAT_VERSION = 1
+_KEY = "lora_lightning"
+_FIELDS = {
+    "format_version": int,
+    "name": str,
+    "base": dict,
+    "config": dict,
+    "targets": list,
+    "extras": list,
+    "buffers": list,
+}
+_TARGET_FIELDS = ("module", "tensor", "kind", "path", "shape", "matrix", "rank", "alpha",
+                  "scaling", "dropout", "dora", "freeze_a")  # fmt: skip
+# First bytes of what people rename to .safetensors: zip (torch.save) and pickle protocols.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+    """Write a file beside `path` and let it take `path`'s place in one step."""
+    from safetensors.torch import save
+
+    data = save(
+        {k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+         for k, v in tensors.items()},
+        metadata={"format": "pt", _KEY: json.dumps(header)},
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read(path: Path, header_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter file, whole or not at all.
+
+    Raises:
+        AdapterFileError: the file is missing, damaged, a pickle, or no adapter.
+    """
+    from safetensors import safe_open
+
+    with _explained(path), safe_open(str(path), framework="pt") as file:
+        header = _parse(file.metadata(), path)
+        names = [] if header_only else list(file.keys())
+        return header, {name: file.get_tensor(name) for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a file or a run."""
+    found = {"lora_lightning": lora_lightning.__version__, "python": platform.python_version()}
+    return found | {"torch": str(torch.__version__)}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading into a sentence for the user."""
+    from safetensors import SafetensorError
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise AdapterFileError(f"{path} {what}; expected an adapter file (.safetensors)")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(_PICKLES):
+        raise AdapterFileError(
+            f"{path} is a pickle (torch.save), whatever its name says. It was not opened, because "
+            "a pickle can run code; ask for a file written by save_adapter"
+        )
+    try:
+        yield
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"{path} is damaged or no safetensors file ({error}); copy or write it again"
+        ) from error
+
+
+def _parse(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        raise AdapterFileError(
+            f"{path} is a safetensors file without lora-lightning's header: it holds no adapter "
+            "of ours (a base checkpoint?)"
+        )
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterFileError(f"{path}: the header is no JSON ({error})") from error
+    if isinstance(header, dict) and isinstance(header.get("format_version"), int):
+        if header["format_version"] > FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{path} has format version {header['format_version']}, newer than this package "
+                f"reads ({FORMAT_VERSION}); upgrade lora-lightning"
+            )
+    _check_fields(header, path)
+    return dict(header)
+
+
+def _check_fields(header: Any, path: Path) -> None:
+    wrong = [
+        key
+        for key, kind in _FIELDS.items()
+        if not isinstance(header, dict) or not isinstance(header.get(key), kind)
+    ]
+    if not wrong:
+        wrong = sorted(
+            {f"targets[{i}].{key}" for i, t in enumerate(header["targets"]) for key in
+             _TARGET_FIELDS if not isinstance(t, dict) or key not in t}
+        )  # fmt: skip
+        wrong += [f"base.{k}" for k in ("architecture", "structure") if k not in header["base"]]
+    if wrong:
+        raise AdapterFileError(f"{path}: the header lacks or garbles {', '.join(wrong[:8])}")

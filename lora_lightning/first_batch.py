@@ -1,0 +1,77 @@
+"""Verification on the first training batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapter import Factors
+from lora_lightning.errors import VerificationError
+from lora_lightning.verification import verify
+
+_ITEMS = 2
+
+
+class FirstBatch:
+    """Records what the backbone is called with, and verifies with it after the backward pass.
+
+    A backbone that is never *called* (``self.model.forward_features(x)``) leaves no input;
+    then the gradients of the training step itself must show that the factors are alive.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone = backbone
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._handle = backbone.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._call is None and torch.is_grad_enabled():
+            self._call = (_few(args), kwargs) if not kwargs else (args, kwargs)
+
+    def verify(self) -> None:
+        """Raises `VerificationError` where an adapter is dead."""
+        self._handle.remove()
+        if self._call is None:
+            self._check_gradients()
+            return
+        args, kwargs = self._call
+        model = _Call(self.backbone, kwargs) if kwargs else self.backbone
+        verify(model, _detached(args))
+
+    def _check_gradients(self) -> None:
+        factors = [
+            (n, f)
+            for n, f in self.backbone.named_modules()
+            if isinstance(f, Factors) and f.lora_B.requires_grad
+        ]
+        dead = [n for n, f in factors if f.lora_B.grad is None]
+        if dead:
+            raise VerificationError(
+                f"{len(dead)} of {len(factors)} adapters got no gradient from the first batch: "
+                f"{', '.join(dead[:10])}. The model does not use these weights; exclude them"
+            )
+
+
+class _Call(nn.Module):
+    """The backbone with its keyword arguments bound."""
+
+    def __init__(self, backbone: nn.Module, kwargs: dict[str, Any]):
+        super().__init__()
+        self.backbone = backbone
+        self.kwargs = kwargs
+
+    def forward(self, *args: Any) -> Any:
+        return self.backbone(*args, **self.kwargs)
+
+
+def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Two items of a batch of images are enough; other inputs keep their size."""
+    if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 4:
+        return (args[0][:_ITEMS],)
+    return args
+
+
+def _detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)

@@ -1,0 +1,74 @@
+"""Parameter groups for an optimizer: LoRA+ learning rates, no weight decay where it harms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.adapter import Factors
+from lora_lightning.errors import AdapterNotFoundError, ConfigError
+
+
+def parameter_groups(
+    module: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    lora_plus_ratio: float = 1.0,
+    head_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters of `module`, ready for a torch optimizer.
+
+    Args:
+        module: An injected model, or a LightningModule that holds one.
+        lr: Learning rate of A, and of what is trained in full.
+        weight_decay: For factors and matrices; norms, biases and magnitudes get 0.
+        lora_plus_ratio: Learning rate of B over that of A. LoRA+ (Hayou et al. 2024,
+            arXiv:2402.12354) advises values around 16 for large models.
+        head_lr: Learning rate of what is trained in full, if another one is wanted.
+
+    Returns:
+        Up to four groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``:
+        ``lora_A``, ``lora_B``, ``full`` and ``no_decay``.
+
+    Raises:
+        ConfigError: a rate or ratio is not above zero.
+        AdapterNotFoundError: no factor of `module` is trainable.
+    """
+    for key, value in (("lr", lr), ("lora_plus_ratio", lora_plus_ratio), ("head_lr", head_lr)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key} must be above 0, got {value!r}")
+    split = _split(module)
+    if not split["lora_A"] and not split["lora_B"]:
+        raise AdapterNotFoundError(
+            "no trainable factor found: inject an adapter before making the optimizer "
+            "(LoRACallback does so in its setup)"
+        )
+    full_lr = lr if head_lr is None else head_lr
+    rates = {"lora_A": lr, "lora_B": lr * lora_plus_ratio, "full": full_lr, "no_decay": full_lr}
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "weight_decay": 0.0 if name == "no_decay" else weight_decay,
+        }
+        for name, parameters in split.items()
+        if parameters
+    ]
+
+
+def _split(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    split: dict[str, list[nn.Parameter]] = {n: [] for n in ("lora_A", "lora_B", "full", "no_decay")}
+    seen: set[int] = set()
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(owner, Factors) and name in ("lora_A", "lora_B"):
+                split[name].append(parameter)
+            else:
+                split["no_decay" if parameter.dim() < 2 else "full"].append(parameter)
+    return split

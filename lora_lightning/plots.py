@@ -1,0 +1,191 @@
+"""The pictures of a run, drawn without a display and without pyplot's global state.
+
+Each function takes a run and gives a matplotlib `Figure`; `draw` collects those that the run
+has data for. Figures are 9 inches wide, so that at 100 px an inch they fit a page of 900 px.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_lightning.results import Run, Summary, severity, shorten
+
+INK, QUIET, FAINT = "#1f2933", "#616e7c", "#d9dee3"
+RIGHT, WRONG = "#00755a", "#b8400a"
+# Okabe and Ito's palette, darkened where it would be faint on white; told apart by
+# people with any of the common colour blindnesses. Markers differ as well.
+COLOURS = ("#616e7c", "#009e73", "#0072b2", "#d55e00", "#b15e8f", "#b07d00", "#56b4e9")
+MARKERS = "oDs^vPX"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$5"
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+MOST_DOMAINS, MOST_SAMPLES = 40, 24
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture with what a reader needs to read it."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+
+
+def draw(run: Run) -> list[Plot]:
+    """All plots that the run has data for."""
+    plots = []
+    for name, title, figure_of in _PLOTS:
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            # Class names in scripts that the font lacks are drawn as boxes: no cause for alarm.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            drawn = figure_of(run)
+            if drawn is None:
+                continue
+            figure, caption = drawn
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+            plots.append(Plot(name, title, caption, png.getvalue()))
+    return plots
+
+
+def domain_plot(run: Run) -> tuple[Figure, str] | None:
+    """The metric by severity, one panel a kind of shift; by domain where none is graded."""
+    summary = Summary(run)
+    if not summary.methods or not summary.targets:
+        return None
+    return _by_severity(run, summary) if summary.graded else _by_domain(run, summary)
+
+
+def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
+    graded = [(severity(domain) or ("", 0), domain) for domain in summary.targets]
+    kinds = list(dict.fromkeys(kind for (kind, _), _ in graded))
+    columns = min(len(kinds), 4)
+    lines = math.ceil(len(kinds) / columns)
+    figure = Figure(figsize=(9, 0.9 + 2.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(kinds) :]:
+        axes.remove()
+    for axes, kind in zip(grid.flat, kinds, strict=False):
+        levels = sorted((level, domain) for (k, level), domain in graded if k == kind)
+        places = [(0, summary.source)] * bool(summary.source) + levels
+        axes.set_title(kind)
+        axes.grid(visible=True)
+        _lines(axes, summary, places)
+        ticks = {0: "source"} if summary.source else {}
+        ticks |= {level: str(level) for (_, level), _ in graded}
+        axes.set_xticks(list(ticks), list(ticks.values()))
+    for row in grid[:, 0]:
+        row.set_ylabel(f"{run.metric} (%)")
+    figure.supxlabel("severity of the shift", fontsize=9.5)
+    for i in range(columns - 1, len(kinds), columns):
+        _label_ends(grid.flat[i], summary.methods)
+    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
+    return figure, (
+        "Each panel is one kind of shift, from the source domain on the left to the most severe "
+        f"on the right; higher is better. All panels share one scale.{spread}"
+    )
+
+
+def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]]) -> None:
+    for i, method in enumerate(summary.methods):
+        cells = [summary.cell(method, [domain]) for _, domain in places]
+        # Methods stand a little beside one another, so that none hides another.
+        x = np.array([place for place, _ in places]) + 0.06 * (i - (len(summary.methods) - 1) / 2)
+        y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **_look(i, 1.6))
+
+
+def _look(i: int, width: float) -> dict[str, Any]:
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": width}
+
+
+def _label_ends(axes: Axes, methods: Sequence[str]) -> None:
+    """Write each line's name beside its end, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    ends = []
+    for i, container in enumerate(axes.containers):
+        x, y = np.asarray(container[0].get_data(), dtype=float)
+        if np.isfinite(y).any():
+            last = np.flatnonzero(np.isfinite(y))[-1]
+            ends.append((y[last], x[last], i))
+    ends.sort()
+    heights = _apart([y for y, _, _ in ends], 0.155 * (high - low), low, high)
+    right = axes.get_xlim()[1]
+    for (y, x, i), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            shorten(methods[i], 60).replace(", ", ",\n"),
+            (x, y),
+            (right + 0.25, height),
+            va="center",
+            fontsize=8.5,
+            color=COLOURS[i % len(COLOURS)],
+            fontweight="bold",
+            linespacing=1.0,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": COLOURS[i % len(COLOURS)], "lw": 0.6},
+        )
+
+
+def _apart(sorted_values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights near the given ones, `gap` apart, and within the axes where there is room."""
+    placed = list(sorted_values)
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    ceiling = high
+    for i in reversed(range(len(placed))):
+        placed[i] = ceiling = min(placed[i], ceiling)
+        ceiling -= gap
+    return placed
+
+
+def _by_domain(run: Run, summary: Summary) -> tuple[Figure, str]:
+    shown = ([summary.source] if summary.source else []) + summary.targets[:MOST_DOMAINS]
+    figure = Figure(figsize=(9, 1.3 + 0.42 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(visible=True, axis="x")
+    for i, method in enumerate(summary.methods):
+        cells = [summary.cell(method, [domain]) for domain in shown]
+        x, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        y = np.arange(len(shown)) + 0.14 * (i - (len(summary.methods) - 1) / 2)
+        axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, **_look(i, 1.2), linestyle="")
+    names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
+    axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel(f"{run.metric} (%)")
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
+    rest = len(summary.targets) - MOST_DOMAINS
+    more = f" The first {MOST_DOMAINS} target domains are shown, {rest} are not." * (rest > 0)
+    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
+    return figure, f"One line a domain; further right is better.{spread}{more}"

@@ -1,0 +1,218 @@
+"""What a run measured: rows, predictions, and the summary that every table and plot is made of.
+
+Start with `Summary`: each mean, spread and average over domains comes from there, so that the
+terminal, the plots and the page cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+_GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
+NAN = float("nan")
+
+
+@dataclass
+class Row:
+    """One measurement: a method on a domain with a seed. `value` is a fraction, not percent."""
+
+    method: str
+    domain: str
+    seed: int
+    metric: str
+    value: float
+    trainable_parameters: int
+    seconds: float
+    file_bytes: int | None = None
+
+
+@dataclass
+class Prediction:
+    """One target item before (`source`) and after (`adapted`) adaptation."""
+
+    item: str  # relative to the root of the data
+    domain: str
+    label: str
+    source: str
+    source_confidence: float
+    adapted: str
+    adapted_confidence: float
+    seed: int
+
+
+@dataclass
+class Run:
+    """All that a report is made of.
+
+    Attributes:
+        metric: the metric shown; rows of other metrics go to the files only.
+        spectra: layer → singular values of its delta.
+        config: the resolved configuration; `data.source` names the source domain where no
+            domain is called "source".
+        versions: name → version, hardware included.
+        skipped: (path, reason) of each input that was left out.
+        command: what to type to repeat the run; made from the name where empty.
+    """
+
+    name: str
+    title: str
+    metric: str
+    rows: list[Row]
+    predictions: list[Prediction]
+    classes: list[str]
+    spectra: dict[str, list[float]]
+    config: dict[str, Any]
+    data_root: Path
+    versions: dict[str, str]
+    skipped: list[tuple[str, str]]
+    notes: list[str]
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and sample standard deviation over seeds, as fractions; `lost` seeds had no value."""
+
+    mean: float = NAN
+    sd: float = NAN
+    seeds: int = 0
+    lost: int = 0
+
+    def texts(self) -> tuple[str, str]:
+        """Mean and spread in percent, "" for a spread that does not exist."""
+        mean = "–" if math.isnan(self.mean) else f"{100 * self.mean:.1f}"
+        spread = "" if math.isnan(self.sd) else f"± {100 * self.sd:.1f}"
+        return mean + "*" * bool(self.lost), spread
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: the average over some domains."""
+
+    group: str
+    name: str
+    domains: tuple[str, ...]
+
+
+def severity(domain: str) -> tuple[str, int] | None:
+    """("dim", 2) for "dim-2", nothing for a name of another form."""
+    match = _GRADED.fullmatch(domain)
+    return (match["kind"], int(match["severity"])) if match else None
+
+
+class Summary:
+    """The run's metric by method and group of domains.
+
+    Attributes:
+        methods: in the order of first appearance.
+        source: the source domain, where it was measured.
+        targets: the other domains, in the order of first appearance.
+        graded: whether every target domain is named "<kind>-<severity>".
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._rows = [row for row in run.rows if row.metric == run.metric]
+        self._values = {(r.method, r.domain, r.seed): r.value for r in self._rows}
+        self.methods = list(dict.fromkeys(r.method for r in self._rows))
+        domains = list(dict.fromkeys(r.domain for r in self._rows))
+        self.source = next((d for d in ("source", _source_of(run)) if d in domains), None)
+        others = [d for d in domains if d != self.source]
+        # A caller's own average counts only where there is nothing to average.
+        self.targets = [d for d in others if d != "target"] or others
+        self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
+
+    @property
+    def seeds(self) -> int:
+        """Number of different seeds."""
+        return len({r.seed for r in self._rows})
+
+    def cell(self, method: str, domains: Sequence[str]) -> Cell:
+        """Average over `domains` for each seed, then mean and spread over seeds.
+
+        A seed that lacks one of the domains is left out and counted: an average over fewer
+        domains would not compare.
+        """
+        seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
+        found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
+        if not any(v is not None for values in found for v in values):
+            return Cell()  # never measured here, which is no loss
+        means = [fmean(NAN if v is None else v for v in values) for values in found]
+        kept = [m for m in means if math.isfinite(m)]
+        spread = stdev(kept) if len(kept) > 1 else NAN
+        return Cell(fmean(kept) if kept else NAN, spread, len(kept), len(means) - len(kept))
+
+    def target(self, method: str) -> Cell:
+        """The average over all target domains."""
+        return self.cell(method, self.targets) if self.targets else Cell()
+
+    def columns(self, limit: int = 3) -> list[Column]:
+        """Source, up to `limit` severities or domains (else none), the average last."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for domain in self.targets:
+            graded = severity(domain) if self.graded else None
+            name = f"sev. {graded[1]}" if graded else domain
+            groups[name] = (*groups.get(name, ()), domain)
+        columns = [Column("source", "test", (self.source,))] if self.source else []
+        if len(self.targets) == 1 or 1 < len(groups) <= limit:
+            names = sorted(groups) if self.graded else list(groups)
+            columns += [Column("target", name, groups[name]) for name in names]
+        if len(self.targets) > 1:
+            columns.append(Column("target", "mean", tuple(self.targets)))
+        return columns
+
+    def best(self) -> set[str]:
+        """The methods that do best on the target: of all, and of those without its labels."""
+        means = {m: self.target(m).mean for m in self.methods}
+        means = {m: value for m, value in means.items() if not math.isnan(value)}
+        free = {m: value for m, value in means.items() if "target labels" not in m}
+        return {max(group, key=group.__getitem__) for group in (means, free) if group}
+
+    def parameters(self, method: str) -> int:
+        """Trainable parameters of a method."""
+        return max(r.trainable_parameters for r in self._rows if r.method == method)
+
+    def costs(self, method: str) -> tuple[str, str, str]:
+        """Trainable parameters, seconds and size of the file, for people."""
+        rows = [r for r in self._rows if r.method == method]
+        seconds = fmean(r.seconds for r in rows)
+        size = next((r.file_bytes for r in rows if r.file_bytes is not None), None)
+        return (
+            si(self.parameters(method)),
+            "–" if math.isnan(seconds) else f"{seconds:.{0 if seconds >= 9.95 else 1}f}",
+            "–" if size is None else si(size, "B"),
+        )
+
+    def footnote(self) -> str:
+        """How to read the table."""
+        spread = f"mean ± sd over {self.seeds} seeds" if self.seeds > 1 else "one seed"
+        targets = f", {len(self.targets)} target domains" if len(self.targets) > 1 else ""
+        lost = any(self.cell(m, c.domains).lost for m in self.methods for c in self.columns())
+        note = f"In %, {spread}{targets}. Bold: best on the target, with and without its labels."
+        return note + " *: seeds without a value for each domain are left out." * lost
+
+
+def _source_of(run: Run) -> Any:
+    data = run.config.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    return source if isinstance(source, str) else None
+
+
+def si(number: float, unit: str = "") -> str:
+    """3.4 M for 3,400,000: three digits at most, an SI prefix and the unit."""
+    prefixes = iter(" kMGT")
+    prefix = next(prefixes)
+    while number >= 999.5:
+        number, prefix = number / 1000, next(prefixes)
+    digits = 1 if prefix != " " and number < 9.95 else 0
+    return f"{number:.{digits}f} {prefix.strip()}{unit}".strip()
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, the last an ellipsis where some are missing."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,133 @@
+"""What can go wrong between a Trainer and an adapter, said before it costs a run."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lora_lightning.errors import AdapterError, ConfigError, TargetError
+from lora_lightning.state import all_extras, named_factors, state_of
+from lora_lightning.structure import base_parameters
+
+
+def has_backbone(pl_module: LightningModule, path: str) -> bool:
+    """Whether the network exists already (it may be built in `setup` or `configure_model`)."""
+    return isinstance(_get(pl_module, path), nn.Module)
+
+
+def find_backbone(pl_module: LightningModule, path: str) -> nn.Module:
+    """The network at this attribute path.
+
+    Raises:
+        TargetError: there is none; the message names the attributes there are.
+    """
+    found = _get(pl_module, path)
+    if isinstance(found, nn.Module):
+        return found
+    children = [name for name, _ in pl_module.named_children()]
+    raise TargetError(
+        f"backbone={path!r}: {type(pl_module).__name__} has no module there; "
+        f"its modules are {children}"
+    )
+
+
+def builds_late(pl_module: LightningModule) -> bool:
+    """Whether the module may replace its network after the callbacks' `setup`."""
+    return is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+
+
+def _get(pl_module: LightningModule, path: str) -> Any:
+    if not path:
+        return pl_module
+    try:
+        return operator.attrgetter(path)(pl_module)
+    except AttributeError:
+        return None
+
+
+def check_callbacks(trainer: Trainer, own: Callback) -> None:
+    """Refuse callbacks that would undo the adapter, or copy the model before it exists."""
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, BaseFinetuning):
+            raise ConfigError(
+                f"{type(other).__name__} unfreezes the base that LoRACallback freezes: use one of "
+                "the two (LoRACallback's `trainable` says what else to train)"
+            )
+        early = own in callbacks and callbacks.index(other) < callbacks.index(own)
+        if isinstance(other, WeightAveraging) and early:
+            raise ConfigError(
+                f"put LoRACallback before {type(other).__name__} in `callbacks`: the average is a "
+                "copy of the module, which must hold the factors already"
+            )
+
+
+def check_optimizers(
+    trainer: Trainer, pl_module: LightningModule, backbone: nn.Module, name: str
+) -> None:
+    """Every trainable factor must be in an optimizer; frozen parameters need not be.
+
+    Raises:
+        AdapterError: factors are missing, and would never be trained.
+    """
+    if not trainer.optimizers or not isinstance(
+        trainer.strategy, (DDPStrategy, SingleDeviceStrategy)
+    ):
+        return
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    captured = {id(p) for group in groups for p in group["params"]}
+    wanted = {
+        f"{path}.{key}": parameter
+        for path, factors in named_factors(backbone, name).items()
+        for key, parameter in factors.named_parameters()
+        if parameter.requires_grad
+    }
+    missing = [path for path, p in wanted.items() if id(p) not in captured]
+    if missing:
+        raise AdapterError(
+            f"configure_optimizers holds {len(wanted) - len(missing)} of {len(wanted)} factors "
+            f"(missing: {missing[0]} …). Give it self.parameters(), or "
+            "lora_lightning.parameter_groups(self, lr=...)"
+        )
+    frozen = [n for n, p in pl_module.named_parameters() if not p.requires_grad]
+    idle = [n for n in frozen if id(pl_module.get_parameter(n)) in captured]
+    if idle:
+        rank_zero_warn(
+            f"configure_optimizers captured {len(idle)} frozen parameters ({idle[0]} …). They are "
+            "not updated; to pass only what is trained use "
+            "lora_lightning.parameter_groups(self, lr=...) or filter on requires_grad."
+        )
+
+
+def check_unused_parameters(trainer: Trainer, backbone: nn.Module) -> None:
+    """Layers that are dropped at random leave factors without gradient, which DDP refuses."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    dropping = [n for n, m in backbone.named_modules() if (getattr(m, "layer_drop", None) or 0) > 0]
+    if dropping and not strategy._ddp_kwargs.get("find_unused_parameters", False):
+        raise ConfigError(
+            f"{dropping[0]}.layer_drop is above 0: layers dropped at random leave their factors "
+            'without gradient. Use strategy="ddp_find_unused_parameters_true" or layer_drop=0'
+        )
+
+
+def check_still_frozen(backbone: nn.Module) -> None:
+    """Raises `AdapterError` where something unfroze the base meanwhile."""
+    state = state_of(backbone)
+    if state is None or not state.frozen:
+        return
+    whole = all_extras(backbone, state)
+    loose = [n for n, p in base_parameters(backbone).items() if p.requires_grad and n not in whole]
+    if loose:
+        raise AdapterError(
+            f"{len(loose)} base parameters require a gradient again ({loose[0]} …): something "
+            "unfroze the base after injection. List what you want to train in `trainable`"
+        )

@@ -1,0 +1,273 @@
+"""Verify, don't hope: is each adapter alive, in training and in eval, and neutral to merge?
+
+`verify` gives every pair of factors random values for the length of the call (B = 0 would
+hide everything), runs the model and asks, of each adapted tensor:
+
+1. does a gradient reach both factors, in training mode and in eval mode?
+2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
+3. does merging leave the output as it was?
+
+Factors, buffers, modes, gradients and random state are put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import injection as adapters
+from lora_lightning import state as states
+from lora_lightning.adapter import Factors, merge_layer, raw_tensor, unmerge_layer
+from lora_lightning.errors import VerificationError
+from lora_lightning.probe import preserved, run, without_noise
+
+# Largest accepted difference, relative to the largest output, by precision.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_TRIES = 3
+
+
+@dataclass
+class Verification:
+    """What `verify` found for one adapter.
+
+    Attributes:
+        name: the adapter.
+        tensors: paths of the adapted tensors that were examined.
+        failures: path → why it fails; empty when all is well.
+        effect: largest change of the eval output by the random factors, relative.
+        merge_error: largest difference between merged and unmerged output, relative.
+    """
+
+    name: str
+    tensors: list[str]
+    failures: dict[str, str] = field(default_factory=dict)
+    effect: float = 0.0
+    merge_error: float = 0.0
+
+
+def verify(
+    model: nn.Module,
+    example_batch: Any,
+    *,
+    tolerance: float | None = None,
+    raise_on_failure: bool = True,
+) -> list[Verification]:
+    """Check every adapter of `model` on one batch; returns one `Verification` each.
+
+    Args:
+        model: The injected model.
+        example_batch: What it is called with: a tensor, a tuple of arguments, or a mapping of
+            keyword arguments. Two items are enough.
+        tolerance: Accepted relative difference (default 1e-4 in float32, 1e-9 in float64, and
+            5e-2 below).
+        raise_on_failure: Raise when anything fails; else look at ``failures``.
+
+    Raises:
+        AdapterNotFoundError: there is no adapter.
+        VerificationError: names each adapted tensor that fails, and why.
+    """
+    states.roots(model)
+    names = adapters.adapters(model)
+    found = []
+    with preserved(model), adapters.unmerged(model):
+        active = _active(model)
+        try:
+            for name in names:
+                adapters.set_active(model, name)
+                found.append(_verify_one(model, name, example_batch, tolerance))
+        finally:
+            adapters.set_active(model, active)
+    failing = [v for v in found if v.failures]
+    if failing and raise_on_failure:
+        raise VerificationError(_message(failing))
+    return found
+
+
+def _verify_one(model: nn.Module, name: str, batch: Any, tolerance: float | None) -> Verification:
+    factors = states.named_factors(model, name)
+    result = Verification(name, list(factors))
+    with _randomised(model, factors):
+        for training in (True, False):
+            for path, reason in _dead(model, factors, batch, training).items():
+                mode = "training" if training else "eval"
+                result.failures.setdefault(path, f"in {mode}: {reason}")
+        model.eval()
+        _check_eval(model, result, batch, tolerance)
+    return result
+
+
+def _dead(
+    model: nn.Module, factors: dict[str, Factors], batch: Any, training: bool
+) -> dict[str, str]:
+    """Path → why no gradient reaches it; what is alive in one of three draws is alive."""
+    dead: dict[str, str] = dict.fromkeys(factors, "")
+    for attempt in range(_TRIES):
+        with without_noise(model, training), torch.enable_grad():
+            outputs = run(model, batch, seed=attempt)
+            loss = _probe_loss(outputs, attempt)
+            if loss is None:
+                return dict.fromkeys(factors, "the output depends on no adapter at all")
+            model.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        dead = {p: r for p in dead if (r := _gradient_problem(factors[p]))}
+        if not dead:
+            break
+        _randomise(model, factors, seed=attempt + 1)
+    model.zero_grad(set_to_none=True)
+    return dead
+
+
+def _gradient_problem(factors: Factors) -> str | None:
+    for key, parameter in factors.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        grad = parameter.grad
+        if grad is None:
+            return "the model never uses this weight (no gradient)"
+        if not torch.isfinite(grad).all():
+            return f"the gradient of {key} is not finite"
+        if not grad.any():
+            return (
+                f"the gradient of {key} is exactly zero: the model multiplies this path by zero "
+                "(a zero-initialised gate or norm weight, random weights?) or never uses it"
+            )
+    return None
+
+
+def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
+    """A random projection of all differentiable outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for out in outputs:
+        if out.requires_grad:
+            weights = torch.randn(out.shape, generator=generator).to(out.device)
+            terms.append((out.float() * weights).sum())
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _check_eval(
+    model: nn.Module, result: Verification, batch: Any, tolerance: float | None
+) -> None:
+    with_gradient = [o.detach() for o in run(model, batch)]
+    with torch.no_grad():
+        plain = run(model, batch)
+        with adapters.disabled(model):
+            source = run(model, batch)
+        limit = _limit(plain) if tolerance is None else tolerance
+        result.effect = difference(plain, source)
+        if result.effect == 0:
+            result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")
+            return
+        # `not <=`, so that a NaN fails as well.
+        if not difference(plain, with_gradient) <= limit:
+            result.failures |= _without_effect(model, result, batch, source)
+        adapters.merge(model)
+        merged = run(model, batch)
+        adapters.unmerge(model)
+        result.merge_error = difference(merged, plain)
+        if not result.merge_error <= limit:
+            result.failures |= _unmergeable(model, batch, plain, limit, result.merge_error)
+
+
+def _without_effect(
+    model: nn.Module, result: Verification, batch: Any, source: list[Tensor]
+) -> dict[str, str]:
+    """Which tensors lose their effect without gradients: each switched on alone."""
+    layers = states.adapted_layers(model)
+    failing = {}
+    with adapters.disabled(model):
+        for path, layer in layers.items():
+            layer.lora_active = result.name if result.name in layer.lora else None
+            if layer.lora_active and difference(run(model, batch), source) == 0:
+                failing |= {
+                    t: "in eval: no effect without gradients (a fused path reads the raw weight)"
+                    for t in result.tensors
+                    if t.rpartition(".")[0] == path
+                }
+            layer.lora_active = None
+    why = "in eval: the output without gradients differs from the one with gradients"
+    return failing or dict.fromkeys(result.tensors, why)
+
+
+def _unmergeable(
+    model: nn.Module, batch: Any, plain: list[Tensor], limit: float, whole: float
+) -> dict[str, str]:
+    """Which layers change the output when merged alone."""
+    failing = {}
+    for path, layer in states.adapted_layers(model).items():
+        merge_layer(layer)
+        error = difference(run(model, batch), plain)
+        unmerge_layer(layer)
+        if not error <= limit:
+            failing[path] = f"merging changes the output by {error:.1e} (relative)"
+    return failing or {"(all together)": f"merging changes the output by {whole:.1e} (relative)"}
+
+
+@contextmanager
+def _randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
+    """Random factors, whose product is about a tenth of each weight, for a ``with`` block."""
+    kept = {p: {k: v.detach().clone() for k, v in f.named_parameters()} for p, f in factors.items()}
+    flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
+    try:
+        for f in factors.values():
+            for key, parameter in f.named_parameters():
+                parameter.requires_grad_(not (f.spec.freeze_a and key == "lora_A"))
+        _randomise(model, factors, seed=0)
+        yield
+    finally:
+        with torch.no_grad():
+            for path, f in factors.items():
+                for key, parameter in f.named_parameters():
+                    parameter.data.copy_(kept[path][key])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for path, f in factors.items():
+        owner, _, tensor = path.rpartition(".")
+        raw = raw_tensor(model.get_submodule(owner), tensor)
+        for parameter in (f.lora_A, f.lora_B):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        size = f.delta(raw.shape).norm()
+        goal = 0.1 * raw.norm() if raw.any() else torch.as_tensor(0.01 * raw.numel() ** 0.5)
+        f.lora_B.mul_(goal.to(size.device) / size)
+        if f.magnitude is not None:
+            f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest |a − b| over the outputs, relative to the largest |b| of the same output."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            scale = y.detach().abs().max().clamp_min(torch.finfo(y.dtype).tiny)
+            error = float(((x - y).abs().max() / scale).detach())
+            worst = error if error > worst or error != error else worst
+    return worst
+
+
+def _limit(outputs: list[Tensor]) -> float:
+    return max((_TOLERANCE.get(o.dtype, 5e-2) for o in outputs), default=1e-4)
+
+
+def _active(model: nn.Module) -> str | None:
+    return next((s.active for _, s in states.roots(model)), None)
+
+
+def _message(failing: list[Verification]) -> str:
+    lines = []
+    for v in failing:
+        lines.append(f"adapter {v.name!r}: {len(v.failures)} of {len(v.tensors)} tensors fail")
+        lines += [f"  {path}: {reason}" for path, reason in list(v.failures.items())[:20]]
+        if len(v.failures) > 20:
+            lines.append(f"  … and {len(v.failures) - 20} more")
+    lines.append("leave them out with exclude_modules, or repair what is said of them")
+    return "\n".join(lines)
