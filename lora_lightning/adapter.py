@@ -22,7 +22,6 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -75,11 +74,11 @@ class Factors(nn.Module):
     def __init__(self, weight: Tensor, matrix: tuple[int, int], spec: FactorSpec):
         super().__init__()
         rows, columns = matrix
-        like = {"dtype": weight.dtype, "device": weight.device}
         self.spec = spec
         self.matrix = matrix
-        self.lora_A = nn.Parameter(torch.empty(spec.rank, columns, **like), not spec.freeze_a)
-        self.lora_B = nn.Parameter(torch.empty(rows, spec.rank, **like))
+        self.lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
+        self.lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
         if spec.dora:
             self.magnitude = nn.Parameter(self._row_norm(weight.detach()))
@@ -97,7 +96,7 @@ class Factors(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no numbers until it is materialised.
         was_meta = self.lora_A.is_meta
-        out = super()._apply(fn, recurse)
+        out = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta:
             self.reset()
         return out
@@ -110,28 +109,29 @@ class Factors(nn.Module):
         device = lora_A.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.spec.scaling * (self.lora_B @ lora_A)
-        return self.spec.scaling * (self.lora_B @ lora_A)
+                return self._product(lora_A)
+        product: Tensor = self.spec.scaling * (self.lora_B @ lora_A)
+        return product
 
     def effective(self, weight: Tensor, dropout: bool = True) -> Tensor:
         """W' from W. In training with dropout, whole columns of A are dropped for this read."""
-        lora_A = self.lora_A
+        lora_A: Tensor = self.lora_A
         if dropout and self.training and self.spec.dropout > 0:
             keep = torch.ones_like(lora_A[:1])
             lora_A = lora_A * nn.functional.dropout(keep, self.spec.dropout)
-        out = weight + self._product(lora_A).view(weight.shape)
-        return out if self.magnitude is None else out * self.row_scale(out)
+        out: Tensor = weight + self._product(lora_A).view(weight.shape)
+        if self.magnitude is None:
+            return out
+        return (out.reshape(self.matrix) * self.row_scale(out)[:, None]).view(weight.shape)
 
     def row_scale(self, summed: Tensor) -> Tensor:
-        """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shaped to multiply it."""
+        """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
         assert self.magnitude is not None
-        ratio = self.magnitude / self._row_norm(summed.detach())
-        rows, _ = self.matrix
-        lead = summed.dim() - 1 if summed.shape[0] == rows else summed.dim() - 2
-        return ratio.view(rows, *[1] * max(lead, 1))
+        ratio: Tensor = self.magnitude / self._row_norm(summed.detach())
+        return ratio
 
     def _row_norm(self, weight: Tensor) -> Tensor:
-        norm = weight.reshape(self.matrix).norm(dim=1)
+        norm = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def extra_repr(self) -> str:
@@ -139,6 +139,10 @@ class Factors(nn.Module):
         s = self.spec
         flags = "".join(f", {f}" for f, on in (("dora", s.dora), ("freeze_a", s.freeze_a)) if on)
         return f"{self.matrix[0]}×{self.matrix[1]}, rank={s.rank}, scaling={s.scaling:.4g}{flags}"
+
+
+def _empty_like(weight: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
 
 class AdaptedModule:
@@ -159,7 +163,8 @@ class AdaptedModule:
         if self.lora_active is None or self.lora_active not in self.lora:
             return None
         per_tensor: Any = self.lora[self.lora_active]
-        return per_tensor.get(tensor, None)
+        found: Factors | None = per_tensor._modules.get(tensor)
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle what it is made of.
@@ -172,9 +177,17 @@ def _new(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@cache
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def adapted_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `base` in which these tensors are effective; made once for each."""
+    if (base, tensors) not in _CLASSES:
+        _CLASSES[base, tensors] = _make_class(base, tensors)
+    return _CLASSES[base, tensors]
+
+
+def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     from lora_lightning.layers import overrides  # layers are written in terms of this module
 
     body: dict[str, Any] = {tensor: _effective_property(base, tensor) for tensor in tensors}
@@ -257,7 +270,7 @@ def _refresh(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
         if not isinstance(module, AdaptedModule):
-            module._init_flat_weights()  # type: ignore[no-untyped-call]
+            module._init_flat_weights()
 
 
 @dataclass

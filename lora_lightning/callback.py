@@ -17,6 +17,7 @@ from lora_lightning.files import save_adapter
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.first_batch import FirstBatch
 from lora_lightning.injection import inject
+from lora_lightning.save_hook import install as install_save_hook
 from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
 from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport
@@ -82,7 +83,6 @@ class LoRACallback(Callback):
         self._batch_norm = BatchNormKeeper(batch_norm)
         self._first_batch: FirstBatch | None = None
         self._folder = Path()
-        self._wrapped: list[tuple[LightningModule, str]] = []
 
     @property
     def state_key(self) -> str:
@@ -96,11 +96,11 @@ class LoRACallback(Callback):
         checks.check_callbacks(trainer, self)
         # Asked on every rank: in distributed runs the answer is broadcast.
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
-        self._after(pl_module, "on_save_checkpoint", self._prune_and_export(trainer, pl_module))
+        install_save_hook(pl_module, self.backbone)
         if checks.has_backbone(pl_module, self.backbone):
             self._inject(pl_module)
         if self.report_ is None or checks.builds_late(pl_module):
-            self._after(pl_module, "configure_model", lambda *_: self._inject(pl_module))
+            self._after_configure_model(pl_module)
 
     def _inject(self, pl_module: LightningModule) -> None:
         backbone = checks.find_backbone(pl_module, self.backbone)
@@ -169,38 +169,14 @@ class LoRACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the LightningModule its own hooks back."""
-        for module, method in self._wrapped:
-            module.__dict__.pop(method, None)
-        self._wrapped.clear()
+        pl_module.__dict__.pop("configure_model", None)
 
     # ---- checkpoints -----------------------------------------------------------------------
-
-    def _prune_and_export(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Runs last when Lightning saves: after weight averaging has put its copy in as well."""
-
-        def prune(checkpoint: dict[str, Any]) -> None:
-            backbone = checks.find_backbone(pl_module, self.backbone)
-            if merged_layers(backbone):
-                return
-            frozen = {
-                f"{self.backbone}.{n}".lstrip(".")
-                for n, p in base_parameters(backbone).items()
-                if not p.requires_grad
-            }
-            for key in ("state_dict", "current_model_state"):
-                if key in checkpoint:
-                    kept = {k: v for k, v in checkpoint[key].items() if k not in frozen}
-                    checkpoint[key] = kept
-            if trainer.is_global_zero and trainer.training:
-                stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
-                save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
-
-        return prune
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note which base the checkpoint belongs to."""
+        """Note which base the checkpoint belongs to; write the adapter file beside it."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         state = state_of(backbone)
         assert state is not None
@@ -209,6 +185,9 @@ class LoRACallback(Callback):
             "config": self.config.to_dict(),
             "base": fingerprint(backbone, all_extras(backbone, state)),
         }
+        if trainer.is_global_zero and trainer.training:
+            stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
+            save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -231,16 +210,13 @@ class LoRACallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _after(self, pl_module: LightningModule, method: str, then: Any) -> None:
-        """Call `then` after a hook of the LightningModule, until `teardown`."""
-        if (pl_module, method) in self._wrapped:
-            return
-        original = getattr(pl_module, method)
+    def _after_configure_model(self, pl_module: LightningModule) -> None:
+        """Inject right after the module's own ``configure_model``, until `teardown`."""
+        original = pl_module.configure_model
 
-        def wrapped(*args: Any) -> None:
-            original(*args)
-            then(*args)
+        def wrapped() -> None:
+            original()
+            self._inject(pl_module)
 
         # In __dict__: a module's __setattr__ has no business with it.
-        pl_module.__dict__[method] = wrapped
-        self._wrapped.append((pl_module, method))
+        pl_module.__dict__["configure_model"] = wrapped

@@ -24,8 +24,8 @@ _FACTOR_KEY = re.compile(r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|magnit
 
 def register(model: nn.Module) -> None:
     """Install the hooks on the injected module."""
-    model.register_load_state_dict_pre_hook(_complete)
-    model.register_load_state_dict_post_hook(_renew)
+    model.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(_renew)  # type: ignore[no-untyped-call]
 
 
 def unregister(model: nn.Module) -> None:
@@ -40,7 +40,7 @@ def unregister(model: nn.Module) -> None:
 
 def factor_keys(model: nn.Module) -> dict[str, nn.Parameter]:
     """State-dict key → parameter of every factor in the model."""
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if isinstance(module, Factors):
             found |= {f"{path}.{n}": p for n, p in module.named_parameters()}

@@ -15,7 +15,8 @@ def spectrum(lora_B: Tensor, lora_A: Tensor, scaling: float = 1.0) -> Tensor:
     """
     r_B = torch.linalg.qr(lora_B.float(), mode="r").R
     r_A = torch.linalg.qr(lora_A.float().T, mode="r").R
-    return abs(scaling) * torch.linalg.svdvals(r_B @ r_A.T)
+    values: Tensor = torch.linalg.svdvals(r_B @ r_A.T)
+    return abs(scaling) * values
 
 
 def effective_rank(singular_values: Tensor) -> float:

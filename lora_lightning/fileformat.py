@@ -111,12 +111,12 @@ def _parse(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise AdapterFileError(f"{path}: the header is no JSON ({error})") from error
-    if isinstance(header, dict) and isinstance(header.get("format_version"), int):
-        if header["format_version"] > FORMAT_VERSION:
-            raise AdapterFileError(
-                f"{path} has format version {header['format_version']}, newer than this package "
-                f"reads ({FORMAT_VERSION}); upgrade lora-lightning"
-            )
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path} has format version {version}, newer than this package reads "
+            f"({FORMAT_VERSION}); upgrade lora-lightning"
+        )
     _check_fields(header, path)
     return dict(header)
 

@@ -68,4 +68,4 @@ def _guard_views(out: Any, sources: list[EffectiveWeight]) -> Any:
 
 
 def _shares_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning import parametrized
 from lora_lightning.adapter import Factors, matrix_shape
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_METHODS = ("forward", "_conv_forward")
 _SINGLE: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.modules.conv._ConvNd,  # transposed ones as well
@@ -49,7 +51,7 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
     """Why this tensor cannot carry an adapter, in words for the user; ``None`` where it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript, whose code cannot change; adapt before scripting"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(weight):
         return "it is lazy and has no shape yet; run one batch through the model first"
     if not isinstance(weight, Tensor):
         return f"it holds no tensor called {tensor!r}"
@@ -102,10 +104,13 @@ def _factorised_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor
     if issubclass(base, nn.Embedding) and forward is nn.Embedding.forward:
         return _embedding_forward
     for conv in _CONVS:
-        own: Any = conv
-        if issubclass(base, conv) and forward is own.forward:
-            return _conv_forward if base._conv_forward is own._conv_forward else None
+        if issubclass(base, conv) and all(_inherits(base, conv, m) for m in _CONV_METHODS):
+            return _conv_forward
     return None
+
+
+def _inherits(base: type[nn.Module], torch_class: type[nn.Module], method: str) -> bool:
+    return getattr(base, method) is getattr(torch_class, method)
 
 
 def _choose(
@@ -161,7 +166,7 @@ def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
     if factors.magnitude is None:
         return out_BxO + factors.spec.scaling * low_BxO
     ratio = factors.row_scale(self._parameters["weight"] + factors.delta(self.weight.shape))
-    return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio)
+    return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio[:, None])
 
 
 def _drop(x: Tensor, factors: Factors) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Prediction", "Row", "Run", "print_table", "write_report"]
+__all__ = ["Prediction", "Row", "Run", "print_table", "verdict", "write_report"]
 
 
 def print_table(run: Run, console: Console | None = None) -> None:
@@ -37,6 +37,7 @@ def print_table(run: Run, console: Console | None = None) -> None:
         return
     console.print(_table(run, summary))
     console.print(Text(summary.footnote(), style="dim"))
+    console.print(Text(f"\n{verdict(run)}"))
 
 
 def _table(run: Run, summary: Summary) -> Table:
@@ -45,9 +46,9 @@ def _table(run: Run, summary: Summary) -> Table:
     from rich.text import Text
 
     columns = summary.columns()
-    table = Table(title=Text(f"{run.title}: {run.metric}"), box=box.SIMPLE_HEAD)
+    table = Table(title=Text(f"{run.title}: {run.metric}"), box=box.SIMPLE_HEAD, show_edge=False)
     table.pad_edge, table.collapse_padding, table.title_justify = False, True, "left"
-    table.add_column("method", overflow="fold", max_width=max(17, 41 - 7 * len(columns)))
+    table.add_column("method", overflow="fold", max_width=max(18, 42 - 7 * len(columns)))
     for c in columns:
         table.add_column(Text(f"{c.group}\n{shorten(c.name, 8)}"), justify="right", no_wrap=True)
     for name in ("tuned\nparams", "time\n(s)", "file\nsize"):
@@ -63,6 +64,45 @@ def _table(run: Run, summary: Summary) -> Table:
     return table
 
 
+def verdict(run: Run) -> str:
+    """One sentence: what LoRA brought on the target, and how near it comes to full fine-tuning."""
+    summary = Summary(run)
+    target = {m: summary.target(m) for m in summary.methods}
+    known = [m for m in summary.methods if not math.isnan(target[m].mean)]
+    before = next((m for m in known if m.lower().startswith("source")), None)
+    tuned = [m for m in known if "lora" in m.lower()] or [m for m in known if m != before]
+    if before is None or not tuned or before in tuned:
+        return "There are no two methods on the target to compare."
+    after = max(tuned, key=lambda m: target[m].mean)
+    start, end = 100 * target[before].mean, 100 * target[after].mean
+    word = "raises" if end > start else "lowers"
+    change = f"{word} {run.metric} from {start:.1f} % to {end:.1f} %"
+    if f"{start:.1f}" == f"{end:.1f}":
+        change = f"leaves {run.metric} at {end:.1f} %"
+    seeds = f" (mean of {summary.seeds} seeds)" if summary.seeds > 1 else ""
+    full = next((m for m in known if m.lower().startswith("full") and m != after), None)
+    rest = "" if full is None else _against(summary, after, full)
+    return f"On the target, {_spoken(after)} {change}{seeds}{rest}."
+
+
+def _spoken(method: str) -> str:
+    return method.replace(", target labels", " with target labels")
+
+
+def _against(summary: Summary, method: str, full: str) -> str:
+    cells = summary.target(method), summary.target(full)
+    gap = 100 * (cells[0].mean - cells[1].mean)
+    share = 100 * summary.parameters(method) / max(summary.parameters(full), 1)
+    if abs(gap) < 0.05:
+        text = "level with full fine-tuning"
+    else:
+        points = f"{abs(gap):.1f} point" + "s" * (f"{abs(gap):.1f}" != "1.0")
+        text = f"{points} {'above' if gap > 0 else 'below'} full fine-tuning"
+        spread = 100 * max((c.sd for c in cells if not math.isnan(c.sd)), default=0.0)
+        text += " (within the spread over seeds)" if abs(gap) <= spread else ""
+    return f", {text}, with {share:.{1 if share < 10 else 0}f} % of its trainable parameters"
+
+
 def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
@@ -76,11 +116,11 @@ def write_report(run: Run, out: Path) -> None:
     _write(out / "results.csv", _csv(Row, results))
     _write(out / "predictions.csv", _csv(Prediction, map(asdict, run.predictions)))
     drawn = plots.draw(run)
-    for name in plots.NAMES:  # an earlier run's picture must not pass for this one's
+    for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
         _write(out / "plots" / f"{plot.name}.png", plot.png)
-    _write(out / "report.html", html.page(run, drawn).encode())
+    _write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
 
 
 def _json(rows: list[dict[str, Any]]) -> str:

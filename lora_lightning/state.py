@@ -150,7 +150,8 @@ def park(model: nn.Module, state: ModelState) -> None:
         known = state.source.get(name)
         if known is not None and known[0] is live[name]:
             values[name] = live[name].data
-            live[name].data = _like(known[1], live[name])
+            # A copy: what trains next in this place must not write into the source's values.
+            live[name].data = _like(known[1], live[name]).clone()
     state.parked[state.active] = values
 
 

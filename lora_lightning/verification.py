@@ -179,7 +179,7 @@ def _without_effect(
 ) -> dict[str, str]:
     """Which tensors lose their effect without gradients: each switched on alone."""
     layers = states.adapted_layers(model)
-    failing = {}
+    failing: dict[str, str] = {}
     with adapters.disabled(model):
         for path, layer in layers.items():
             layer.lora_active = result.name if result.name in layer.lora else None

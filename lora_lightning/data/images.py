@@ -7,6 +7,7 @@ square, stay in memory as bytes as long as they fit.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,9 +153,10 @@ class ImageDomains(LightningDataModule):
         return self._loader(items, self.train_transform, self.batch_size, train=True)
 
     def unlabelled_dataloader(self) -> DataLoader[Any]:
-        """The training pictures of `train_on` as the network sees test pictures, in order."""
+        """The training pictures of `train_on`, not augmented, in one order that mixes them."""
         items = [i for i in self.items if i.domain in self.train_on and i.split == "train"]
-        return self._loader(items, self.test_transform, 2 * self.batch_size)
+        mixed = random.Random(self.seed).sample(items, len(items))
+        return self._loader(mixed, self.test_transform, 2 * self.batch_size)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Held-out pictures of `test_on`, in order."""
@@ -163,16 +165,18 @@ class ImageDomains(LightningDataModule):
     test_dataloader = predict_dataloader
 
     def _loader(
-        self,
-        items: list[Item],
-        transform: Any,
-        size: int,
-        shuffle: bool = False,
-        drop: bool = False,
+        self, items: list[Item], transform: Any, size: int, train: bool = False
     ) -> DataLoader[Any]:
         dataset = _Pictures(items, self.classes, transform, self._pictures, self.stored_side)
+        # A last batch of one would have no variance for BatchNorm.
+        drop_last = train and len(items) > 1 and len(items) % size == 1
+        # Keywords only: Lightning makes the loader again, with a sampler of its own.
         return DataLoader(
-            dataset, size, shuffle=shuffle, drop_last=drop, num_workers=self.num_workers
+            dataset,
+            batch_size=size,
+            shuffle=train,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
         )
 
 

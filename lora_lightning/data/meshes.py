@@ -386,8 +386,10 @@ def _mesh(rings: Floats) -> trimesh.Trimesh:
     """Skin a stack of rings, close its ends with shrinking copies, and face outwards."""
     import trimesh
 
-    caps = [end.mean(0) + (end - end.mean(0)) * s for end in rings[[0, -1]] for s in (0, 0.35, 0.7)]
-    stack = np.concatenate([caps[:3], rings, caps[:2:-1]])
+    ends, shrink = rings[[0, -1]], np.array([0, 0.35, 0.7])[:, None, None, None]
+    middle = ends.mean(1, keepdims=True)
+    caps = middle + (ends - middle) * shrink
+    stack = np.concatenate([caps[:, 0], rings, caps[::-1, 1]])
     index = np.arange(stack.shape[0] * stack.shape[1]).reshape(stack.shape[:2])
     a, b = index[:-1], index[1:]
     quads = np.stack([a, np.roll(a, -1, 1), np.roll(b, -1, 1), b], -1).reshape(-1, 4)

@@ -23,6 +23,7 @@ CREASE = 0.8  # cosine of the angle between faces above which a surface looks sm
 SCENES = ("room", "room", "outdoors", "backdrop")
 REACH = 1.3  # half the width of the shadow map; objects lie within a unit ball
 _CORNER = [("vertex", "<f4", 3), ("colour", "u1", 4), ("uv", "<f4", 2)]
+_UP, _FRONT = np.eye(3, dtype=np.float32)[2], -np.eye(3, dtype=np.float32)[1]
 _QUIET = "notify-level error\naudio-library-name null"
 
 
@@ -31,9 +32,10 @@ class Lighting:
     """A light and the sensor that sees by it; angles in degrees, as the viewer sees them.
 
     Azimuth 0 shines from the viewer, -90 from the left; elevation 90 from above.
-    `ambient` is the share of the light that comes from everywhere. `noise` is the
-    sensor's standard deviation against a fully lit white; `exposure` multiplies what
-    the sensor caught, noise included.
+    The lamp stands `distance` away (an object's half diagonal is 1), never below the
+    ground; what is nearer to it is brighter. `ambient` is the share of the light that
+    comes from everywhere, in its own colour. `noise` is the sensor's standard deviation
+    against a fully lit white; `exposure` multiplies what it caught, noise included.
     """
 
     azimuth: float = 0.0
@@ -41,6 +43,8 @@ class Lighting:
     intensity: float = 1.25
     ambient: float = 0.45
     colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ambient_colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    distance: float = 8.0
     exposure: float = 1.0
     noise: float = 0.001
     vignette: float = 0.1
@@ -53,30 +57,41 @@ class Lighting:
             azimuth=self.azimuth + rng.uniform(-14, 14),
             elevation=self.elevation + rng.uniform(-6, 6),
             intensity=self.intensity * float(np.exp(rng.normal(0, 0.12))),
-            colour=tuple((tint / tint.max()).tolist()),
+            colour=tuple(tint.tolist()),
         )
+
+    def lamp(self, centre: Floats) -> Floats:
+        """Return where the lamp stands, for an object around `centre`."""
+        place = centre + self.distance * self.direction
+        place[2] = max(place[2], 0.05)
+        return np.asarray(place, np.float32)
 
     @property
     def direction(self) -> Floats:
         """The unit vector towards the light."""
         a, e = np.radians([self.azimuth, self.elevation])
-        return np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)])
+        toward = [np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)]
+        return np.array(toward, np.float32)
 
 
 LIGHTINGS: dict[str, Lighting] = {
     "source": Lighting(),
-    "dim-1": Lighting(intensity=0.22, noise=0.003),
-    "dim-2": Lighting(intensity=0.09, noise=0.0045),
-    "dim-3": Lighting(intensity=0.04, noise=0.006, exposure=1.2),
-    "low-1": Lighting(elevation=6, ambient=0.2),
-    "low-2": Lighting(elevation=-14, ambient=0.1, noise=0.0015),
-    "low-3": Lighting(elevation=-34, ambient=0.04, intensity=0.9, noise=0.002),
-    "side-1": Lighting(azimuth=-65, elevation=25, ambient=0.2),
-    "side-2": Lighting(azimuth=-90, elevation=18, ambient=0.08, noise=0.0015),
-    "side-3": Lighting(azimuth=-115, elevation=12, ambient=0.03, noise=0.002),
-    "coloured-1": Lighting(colour=(1.0, 0.5, 0.25)),
-    "coloured-2": Lighting(colour=(1.0, 0.15, 0.35)),
-    "coloured-3": Lighting(colour=(0.35, 0.02, 1.0)),
+    "dim-1": Lighting(intensity=0.18, noise=0.003),
+    "dim-2": Lighting(intensity=0.1, noise=0.004),
+    "dim-3": Lighting(intensity=0.06, noise=0.0045),
+    "low-1": Lighting(25, 5, ambient=0.15, distance=2.5, intensity=1, noise=0.002),
+    "low-2": Lighting(35, -8, ambient=0.05, distance=1.6, intensity=0.6, noise=0.004),
+    "low-3": Lighting(45, -15, ambient=0.015, distance=1.15, intensity=0.4, noise=0.006),
+    "side-1": Lighting(-70, 25, ambient=0.15, distance=4, intensity=1, noise=0.002),
+    "side-2": Lighting(-100, 18, ambient=0.04, distance=2.5, intensity=0.6, noise=0.003),
+    "side-3": Lighting(-125, 12, ambient=0.015, distance=2, intensity=0.6, noise=0.005),
+    "coloured-1": Lighting(colour=(1, 0.45, 0.2), ambient_colour=(0.8, 0.4, 0.4), noise=0.002),
+    "coloured-2": Lighting(
+        40, intensity=0.5, colour=(1, 0.12, 0.2), ambient_colour=(0.1, 0.15, 1), noise=0.0035
+    ),
+    "coloured-3": Lighting(
+        60, intensity=0.42, colour=(1, 0, 0.08), ambient_colour=(0, 0.05, 1), noise=0.004
+    ),
 }
 
 
@@ -112,7 +127,7 @@ class Camera:
             low, high = flat.min(0), flat.max(0)
             target = target + ((low + high) / 2 - self.shift) * distance * half @ self.axes[[0, 2]]
             distance *= float((high - low).max()) / (2 * self.fill)
-        return np.asarray(target - distance * self.axes[1])
+        return np.asarray(target - distance * self.axes[1], np.float32)
 
 
 def pattern(kind: str, size: int, rng: Rng) -> Floats:
@@ -136,7 +151,8 @@ def pattern(kind: str, size: int, rng: Rng) -> Floats:
 
 
 def _tile(kind: str, first: Floats, second: Floats, rng: Rng) -> Floats:
-    return np.asarray(first + (second - first) * pattern(kind, 64, rng)[..., None])
+    tile = first + (second - first) * pattern(kind, 64, rng)[..., None]
+    return np.asarray(tile, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,10 +224,14 @@ def _unit(vectors: Floats) -> Floats:
 class _ShadowMap:
     """How near to the light the object reaches, seen from the light."""
 
-    def __init__(self, light: Floats, centre: Floats):
+    def __init__(self, lighting: Lighting, centre: Floats):
+        light = lighting.lamp(centre) - centre
+        light /= np.linalg.norm(light)
         right = np.cross((0, 0, 1), light)
         right /= np.linalg.norm(right)
-        self.axes, self.centre = np.stack([right, light, np.cross(light, right)]), centre
+        axes = np.stack([right, light, np.cross(light, right)])
+        self.axes, self.centre = axes.astype(np.float32), centre.astype(np.float32)
+        self.lamp = lighting.lamp(self.centre)
         self.depth: Floats = np.zeros((1, 1))
 
     def project(self, points: Floats) -> Floats:
@@ -291,6 +311,8 @@ class Renderer:
             geometry.addPrimitive(triangles)
             node.addGeom(geometry)
             nodes.append(root.attachNewNode(node))
+            # By default panda3d draws in the order of addresses: faces in one plane would flicker.
+            nodes[-1].setBin("fixed", len(nodes))
             if texture is not None:
                 nodes[-1].setTexture(texture)
         buffer.setActive(True)
@@ -340,7 +362,7 @@ class Renderer:
 
     def _shadow(self, points: Floats, lighting: Lighting) -> _ShadowMap:
         """Draw the object as the light sees it, its grey telling how near each place is."""
-        shadow = _ShadowMap(lighting.direction, (points.min(0) + points.max(0)) / 2)
+        shadow = _ShadowMap(lighting, (points.min(0) + points.max(0)) / 2)
         seen = shadow.project(points)
         corners = np.zeros(len(points), _CORNER)
         corners["vertex"] = seen * (1, -1, 1) + (0, 3, 0)
@@ -355,7 +377,7 @@ class Renderer:
         """Return textured corners as the viewer sees them, one piece for each material."""
         corners = np.zeros(len(seen), _CORNER)
         corners["vertex"], corners["uv"], corners["colour"] = seen, uv, 255
-        corners["colour"][:, :3] = np.round(255 * shades)[:, None]
+        corners["colour"][:, :3] = np.round(255 * shades)
         counts = [3 * len(part.mesh.faces) for part in parts]
         owner = np.repeat([id(part.material) for part in parts], counts)
         pieces = []
@@ -374,16 +396,14 @@ class Renderer:
         lighting: Lighting,
     ) -> Floats:
         """Return the lit background, with the object's shadow on ground and wall."""
-        at = (np.arange(self.size) + 0.5) / self.size * 2 - 1
+        at = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size * 2 - 1
         x, y = np.meshgrid(at, -at)
         half = np.tan(np.radians(camera.fov / 2))
         flat = np.stack([x * half, np.ones_like(x), y * half], -1)
-        colour, place, ground = background.look(eye, flat @ camera.axes)
-        normals = np.where(ground[..., None], (0, 0, 1), (0, -1, 0))
+        colour, place, ground = background.look(eye, (flat @ camera.axes).astype(np.float32))
+        normals = np.where(ground[..., None], _UP, _FRONT)
         light = _light(place, normals, shadow, lighting)
-        across, up = lighting.direction[[0, 2]]
-        nearer = np.exp(0.45 * (x * across + y * min(0.0, up - 0.3)))  # lamps are not at infinity
-        return np.asarray(colour * np.clip(light * nearer, 0, 1)[..., None] ** (1 / GAMMA))
+        return np.asarray(colour * np.clip(light, 0, 1) ** (1 / GAMMA))
 
 
 def _flat_texture(corners: Floats, flat: Floats) -> Floats:
@@ -394,18 +414,22 @@ def _flat_texture(corners: Floats, flat: Floats) -> Floats:
 
 def _light(points: Floats, normals: Floats, shadow: _ShadowMap, lighting: Lighting) -> Floats:
     """Return the light at each point: from everywhere, more of it from above, and the lamp's."""
-    facing = (normals @ lighting.direction).clip(0)
-    facing = facing * shadow.lit(points + 0.03 * normals)
-    around = 0.7 + 0.3 * normals[..., 2]
-    return np.asarray(lighting.ambient * around + (1 - lighting.ambient) * facing)
+    way = shadow.lamp - points
+    far = np.sqrt((way**2).sum(-1)) + 0.1  # a lamp is no point: nothing is infinitely bright
+    middle = np.linalg.norm(shadow.lamp - shadow.centre) + 0.1
+    facing = ((normals * way).sum(-1) / far).clip(0) * (middle / far) ** 2
+    facing *= shadow.lit(points + 0.03 * normals) * (1 - lighting.ambient)
+    around = lighting.ambient * (0.7 + 0.3 * normals[..., 2])
+    key, fill = (np.array(c, np.float32) for c in (lighting.colour, lighting.ambient_colour))
+    return np.asarray(facing[..., None] * key + around[..., None] * fill)
 
 
 def _sense(picture: Floats, lighting: Lighting, rng: Rng) -> Bytes:
     """Return what the sensor makes of a fully exposed picture under the given light."""
     at = np.linspace(-1, 1, len(picture))
     corner = 1 - lighting.vignette * (at[:, None] ** 2 + at**2)
-    light = corner[..., None] * np.array(lighting.colour) * lighting.intensity
-    linear = picture.astype(np.float32) ** GAMMA * light.astype(np.float32)
+    light = (corner[..., None] * lighting.intensity).astype(np.float32)
+    linear = picture.astype(np.float32) ** GAMMA * light
     grain = lighting.noise * np.sqrt(1 + 10 * linear)  # of the electronics and of the light
     noise = rng.standard_normal(picture.shape, np.float32)
     caught = lighting.exposure * (linear + grain * noise)

@@ -1,82 +1,18 @@
-"""The pictures of a run, drawn without a display and without pyplot's global state.
-
-Each function takes a run and gives a matplotlib `Figure`; `draw` collects those that the run
-has data for. Figures are 9 inches wide, so that at 100 px an inch they fit a page of 900 px.
-"""
+"""The metric by domain: lines over severities, or one line of dots for each domain."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lightning.plots.style import colour, look
 from lora_lightning.results import Run, Summary, severity, shorten
 
-INK, QUIET, FAINT = "#1f2933", "#616e7c", "#d9dee3"
-RIGHT, WRONG = "#00755a", "#b8400a"
-# Okabe and Ito's palette, darkened where it would be faint on white; told apart by
-# people with any of the common colour blindnesses. Markers differ as well.
-COLOURS = ("#616e7c", "#009e73", "#0072b2", "#d55e00", "#b15e8f", "#b07d00", "#56b4e9")
-MARKERS = "oDs^vPX"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called "$5"
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
-MOST_DOMAINS, MOST_SAMPLES = 40, 24
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture with what a reader needs to read it."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-
-
-def draw(run: Run) -> list[Plot]:
-    """All plots that the run has data for."""
-    plots = []
-    for name, title, figure_of in _PLOTS:
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            # Class names in scripts that the font lacks are drawn as boxes: no cause for alarm.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            drawn = figure_of(run)
-            if drawn is None:
-                continue
-            figure, caption = drawn
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-            plots.append(Plot(name, title, caption, png.getvalue()))
-    return plots
+MOST_DOMAINS = 40
 
 
 def domain_plot(run: Run) -> tuple[Figure, str] | None:
@@ -98,10 +34,10 @@ def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
         axes.remove()
     for axes, kind in zip(grid.flat, kinds, strict=False):
         levels = sorted((level, domain) for (k, level), domain in graded if k == kind)
-        places = [(0, summary.source)] * bool(summary.source) + levels
+        places = ([(0, summary.source)] if summary.source else []) + levels
         axes.set_title(kind)
-        axes.grid(visible=True)
-        _lines(axes, summary, places)
+        axes.grid(visible=True, axis="y")
+        _lines(axes, summary, places, 0.015 * columns)
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -109,7 +45,7 @@ def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
         row.set_ylabel(f"{run.metric} (%)")
     figure.supxlabel("severity of the shift", fontsize=9.5)
     for i in range(columns - 1, len(kinds), columns):
-        _label_ends(grid.flat[i], summary.methods)
+        _label_ends(grid.flat[i], summary.methods, 0.06 * columns)
     spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     return figure, (
         "Each panel is one kind of shift, from the source domain on the left to the most severe "
@@ -117,21 +53,17 @@ def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
     )
 
 
-def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]]) -> None:
+def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodge: float) -> None:
+    middle = (len(summary.methods) - 1) / 2
     for i, method in enumerate(summary.methods):
         cells = [summary.cell(method, [domain]) for _, domain in places]
         # Methods stand a little beside one another, so that none hides another.
-        x = np.array([place for place, _ in places]) + 0.06 * (i - (len(summary.methods) - 1) / 2)
+        x = np.array([place for place, _ in places]) + dodge * (i - middle)
         y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
-        axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **_look(i, 1.6))
+        axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))
 
 
-def _look(i: int, width: float) -> dict[str, Any]:
-    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": width}
-
-
-def _label_ends(axes: Axes, methods: Sequence[str]) -> None:
+def _label_ends(axes: Axes, methods: Sequence[str], distance: float) -> None:
     """Write each line's name beside its end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     ends = []
@@ -147,14 +79,14 @@ def _label_ends(axes: Axes, methods: Sequence[str]) -> None:
         axes.annotate(
             shorten(methods[i], 60).replace(", ", ",\n"),
             (x, y),
-            (right + 0.25, height),
+            (right + distance, height),
             va="center",
             fontsize=8.5,
-            color=COLOURS[i % len(COLOURS)],
+            color=colour(i),
             fontweight="bold",
             linespacing=1.0,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": COLOURS[i % len(COLOURS)], "lw": 0.6},
+            arrowprops={"arrowstyle": "-", "color": colour(i), "lw": 0.6},
         )
 
 
@@ -179,7 +111,7 @@ def _by_domain(run: Run, summary: Summary) -> tuple[Figure, str]:
         cells = [summary.cell(method, [domain]) for domain in shown]
         x, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
         y = np.arange(len(shown)) + 0.14 * (i - (len(summary.methods) - 1) / 2)
-        axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, **_look(i, 1.2), linestyle="")
+        axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, linestyle="", **look(i))
     names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
     axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)

@@ -1,0 +1,141 @@
+"""The HTML page of a run: one file, no script, nothing loaded from elsewhere.
+
+The page is `report_template.html` with its `$names` filled in. Whatever comes from a user (names
+of classes, files, domains, settings) is escaped here, on its way into the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from itertools import groupby
+from string import Template
+
+from lora_lightning.plots import Plot
+from lora_lightning.results import Cell, Column, Run, Summary
+
+MOST_SKIPPED, MOST_COLUMNS = 500, 6
+
+
+def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
+    """The whole page; `verdict` is the sentence at its top."""
+    summary = Summary(run)
+    template = resources.files("lora_lightning").joinpath("report_template.html")
+    return Template(template.read_text(encoding="utf-8")).substitute(
+        title=escape(run.title),
+        facts=escape(_facts(run, summary)),
+        verdict=escape(verdict),
+        table=_results(run, summary),
+        figures="\n".join(_figure(plot) for plot in plots),
+        notes=_list("Notes", run.notes),
+        details="\n".join(_details(run, summary)),
+        command=escape(run.command or f"lora-lightning run {run.name}"),
+    )
+
+
+def _facts(run: Run, summary: Summary) -> str:
+    counts = (
+        (len(run.classes), "class", "classes"),
+        (len(summary.targets), "target domain", "target domains"),
+        (summary.seeds, "seed", "seeds"),
+    )
+    facts = [f"{number} {one if number == 1 else many}" for number, one, many in counts]
+    hardware = run.versions.get("hardware")
+    return " · ".join([*facts, str(hardware)] if hardware else facts)
+
+
+def _results(run: Run, summary: Summary) -> str:
+    if not summary.methods:
+        return f"<p>No {escape(run.metric)} was measured.</p>"
+    return (
+        f"<h2>{escape(run.metric.capitalize())}</h2>"
+        f"{_table(summary, summary.columns(MOST_COLUMNS))}"
+        f'<p class="note">{escape(summary.footnote())}</p>'
+    )
+
+
+def _table(summary: Summary, columns: Sequence[Column]) -> str:
+    costs = ("trained params", "time (s)", "file")
+    groups = "".join(
+        f'<th colspan="{len(list(members))}" scope="colgroup"><span>{escape(group)}</span></th>'
+        for group, members in groupby(columns, key=lambda c: c.group)
+    )
+    names = "".join(
+        f'<th scope="col">{escape(n)}</th>' for n in (*(c.name for c in columns), *costs)
+    )
+    body = []
+    best = summary.best()
+    for method in summary.methods:
+        cells = [_cell(summary.cell(method, c.domains)) for c in columns]
+        if method in best:
+            cells[-1] = cells[-1].replace("<td>", '<td class="best">', 1)
+        cells += [f"<td>{escape(cost)}</td>" for cost in summary.costs(method)]
+        body.append(f'<tr><th scope="row">{escape(method)}</th>{"".join(cells)}</tr>')
+    return (
+        f'<div class="wide"><table><thead><tr class="groups"><th></th>{groups}'
+        f'<th colspan="{len(costs)}"></th></tr><tr><th scope="col">method</th>{names}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(cell: Cell) -> str:
+    mean, spread = cell.texts()
+    return f"<td>{mean}" + (f' <span class="sd">{spread}</span>' if spread else "") + "</td>"
+
+
+def _figure(plot: Plot) -> str:
+    source = base64.b64encode(plot.png).decode()
+    return (
+        f'<h2>{escape(plot.title)}</h2><figure><img alt="{escape(plot.title)}" '
+        f'src="data:image/png;base64,{source}"><figcaption>{escape(plot.caption)}</figcaption>'
+        "</figure>"
+    )
+
+
+def _list(title: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
+
+
+def _details(run: Run, summary: Summary) -> list[str]:
+    parts = []
+    if len(summary.targets) > 1:
+        parts.append(_fold("Every domain", _by_domain(summary)))
+    if run.skipped:
+        shown = [(escape(path), escape(reason)) for path, reason in run.skipped[:MOST_SKIPPED]]
+        if len(run.skipped) > MOST_SKIPPED:
+            shown.append((f"and {len(run.skipped) - MOST_SKIPPED} more", ""))
+        noun = "file" if len(run.skipped) == 1 else "files"
+        parts.append(_fold(f"{len(run.skipped):,} {noun} skipped", _pairs(shown)))
+    config = json.dumps(run.config, indent=2, default=str, ensure_ascii=False)
+    parts.append(_fold("Resolved configuration", f"<pre>{escape(config)}</pre>"))
+    versions = [(escape(name), escape(str(text))) for name, text in run.versions.items()]
+    parts.append(_fold("Versions and hardware", _pairs(versions)))
+    return parts
+
+
+def _by_domain(summary: Summary) -> str:
+    names = "".join(f'<th scope="col">{escape(m)}</th>' for m in summary.methods)
+    sources = [summary.source] if summary.source else []
+    rows = "".join(
+        f'<tr><th scope="row">{escape(domain)}</th>'
+        + "".join(_cell(summary.cell(method, [domain])) for method in summary.methods)
+        + "</tr>"
+        for domain in [*sources, *summary.targets]
+    )
+    return (
+        f'<div class="wide"><table><thead><tr><th scope="col">domain</th>{names}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(f"<tr><td>{first}</td><td>{second}</td></tr>" for first, second in pairs)
+    return f'<div><table class="plain"><tbody>{rows}</tbody></table></div>'
+
+
+def _fold(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"

@@ -1,0 +1,44 @@
+"""Colours, markers and matplotlib settings that all plots share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INK, QUIET, FAINT = "#1f2933", "#616e7c", "#d9dee3"
+RIGHT, WRONG = "#00755a", "#b8400a"
+# Okabe and Ito's palette, darkened where it would be faint on white; told apart by
+# people with any of the common colour blindnesses. Markers differ as well.
+COLOURS = ("#616e7c", "#009e73", "#0072b2", "#d55e00", "#b15e8f", "#b07d00", "#56b4e9")
+MARKERS = "oDs^vPX"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$5"
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th method, the same in every plot."""
+    return {"color": colour(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4.5}
+
+
+def colour(i: int) -> str:
+    """Colour of the i-th method."""
+    return COLOURS[i % len(COLOURS)]

@@ -1,0 +1,226 @@
+"""Recipes: a commented YAML file, checked against a typed configuration, and run.
+
+A recipe is a folder with a ``recipe.yaml`` and a README. Its key ``kind`` names the code that
+runs it (`KINDS`), which brings the typed configuration too. Values come from three places,
+the later ones over the earlier: the configuration's defaults, recipe.yaml, ``key=value``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lightning.config import unknown_key
+from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_lightning.results import Run
+
+# Kind of run → the module of its dataclass `Config`, and the one of its `run(config) -> Run`.
+KINDS = {"classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification")}
+
+_PACKAGE = Path(__file__).parent
+
+
+def list_recipes() -> dict[str, Path]:
+    """Name → folder of each recipe that comes with the package."""
+    # In the wheel they lie in the package, in a checkout (editable install) beside it.
+    for home in (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes"):
+        if home.is_dir():
+            return {p.parent.name: p.parent for p in sorted(home.glob("*/recipe.yaml"))}
+    return {}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The recipe.yaml of a recipe's name, of a folder, or the file itself.
+
+    Raises:
+        ConfigError: there is no such recipe; names the nearest.
+    """
+    known = list_recipes()
+    if str(name) in known:
+        return known[str(name)] / "recipe.yaml"
+    path = Path(name)
+    path = path / "recipe.yaml" if path.is_dir() else path
+    if path.is_file():
+        return path
+    nearest = unknown_key(str(name), known).replace("unknown key", "there is no recipe")
+    raise ConfigError(f"{nearest} (or the path of a recipe.yaml, or of its folder)")
+
+
+def load_recipe(name: str | Path) -> DictConfig:
+    """The typed configuration of a recipe, with the values of its recipe.yaml.
+
+    Raises:
+        ConfigError: no such recipe, a file that is no YAML, an unknown key, a bad value.
+    """
+    path = find_recipe(name)
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # of PyYAML or OmegaConf; both say where
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path} must map keys to values")
+    kind = given.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    config = OmegaConf.structured(importlib.import_module(KINDS[kind][0]).Config)
+    known = set(settings(config))
+    for key in _leaves(given):
+        if key not in known and not _inside_free(key, config):
+            raise ConfigError(f"{path}: {unknown_key(key, known)}")
+    return _merged(config, given, str(path))
+
+
+def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A copy of `config` with each ``key=value`` put in; values are read as YAML.
+
+    Raises:
+        ConfigError: no ``=``, an unknown key (with the nearest known one), or a bad value.
+    """
+    known = list(settings(config))
+    groups = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"expected key=value, got {override!r}")
+        if key not in known and key not in groups and not _inside_free(key, config):
+            raise ConfigError(unknown_key(key, known))
+        try:
+            given = OmegaConf.from_dotlist([override])
+        except Exception as error:  # PyYAML's, for a value such as "[1,"
+            raise ConfigError(f"{override!r}: the value is no valid YAML") from error
+        config = _merged(config, given, override)
+    return config
+
+
+def _merged(config: DictConfig, given: Any, where: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, given)
+        OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_explained(error, config)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _explained(error: OmegaConfBaseException, config: DictConfig) -> str:
+    key, first = error.full_key or "", str(error).splitlines()[0]
+    now = OmegaConf.select(config, key) if key else None
+    if isinstance(now, ListConfig) or "ListConfig" in first:
+        return f"{key} must be a list, such as [{', '.join(map(str, now or ['a', 'b']))}]"
+    if isinstance(now, DictConfig) or "not a subclass" in first:
+        return "this is a group of settings; set those in it, one by one"
+    return f"{key}: {first}" if key else first
+
+
+def run_recipe(
+    name: str | Path, overrides: Sequence[str] = (), out: Path | str | None = None
+) -> Run:
+    """Run a recipe; all that it finds lies in its output folder afterwards.
+
+    Args:
+        name: Name of a recipe, a folder, or a recipe.yaml.
+        overrides: ``key=value`` strings.
+        out: The output folder, over the configuration's own.
+
+    Returns:
+        What was measured, as it was written to ``results.json``.
+    """
+    config = apply_overrides(load_recipe(name), overrides)
+    if out is not None:
+        config.out = str(out)
+    module = importlib.import_module(KINDS[config.kind][1])
+    result: Run = module.run(config)
+    return result
+
+
+def settings(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of every setting."""
+    found: dict[str, Any] = {}
+    for key in map(str, config):
+        value, path = config[key], f"{prefix}{key}"
+        if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
+            found |= settings(value, f"{path}.")
+        else:
+            found[path] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return found
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        value = config[key]
+        if isinstance(value, DictConfig) and len(value):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not isinstance(value, DictConfig):
+            yield f"{prefix}{key}"
+
+
+def _inside_free(key: str, config: DictConfig) -> bool:
+    """Whether a key lies in a mapping with keys of the user's own, such as `rank_pattern`."""
+    return any(key.startswith(f"{k}.") for k, v in settings(config).items() if isinstance(v, dict))
+
+
+def comments(name: str | Path) -> dict[str, str]:
+    """Dotted key → what is said of it: in recipe.yaml, else in the configuration's docstring."""
+    config = load_recipe(name)
+    said = dict(_docstrings(OmegaConf.get_type(config) or object))
+    return said | yaml_comments(find_recipe(name).read_text(encoding="utf-8"))
+
+
+def yaml_comments(text: str) -> dict[str, str]:
+    """Dotted key → its comment: the lines above it, and the one at its end."""
+    found: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    above: list[str] = []
+    for line in text.splitlines():
+        key = re.match(r"( *)([A-Za-z_]\w*):(?: .*?| *)(?:\s#\s*(.*))?$", line)
+        if key is None:
+            note = re.match(r" *# ?(.*)", line)
+            above = [*above, note[1]] if note else []  # an empty line ends a comment
+            continue
+        indent = len(key[1])
+        path = [(i, k) for i, k in path if i < indent] + [(indent, key[2])]
+        comment = " ".join([*above, key[3] or ""]).strip()
+        if comment:
+            found[".".join(k for _, k in path)] = comment
+        above = []
+    return found
+
+
+def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key → the first sentence of its entry in the dataclass's docstring."""
+    hints = typing.get_type_hints(cls)
+    said = _entries(inspect.cleandoc(cls.__doc__ or ""))
+    for field in fields(cls) if is_dataclass(cls) else ():
+        if is_dataclass(hints[field.name]):
+            yield from _docstrings(hints[field.name], f"{prefix}{field.name}.")
+        elif field.name in said:
+            yield f"{prefix}{field.name}", _first_sentence(said[field.name])
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".").replace("`", "")
+
+
+def _entries(doc: str) -> dict[str, str]:
+    """Name → text of each indented ``name: text``, lines that go on indented further."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in doc.splitlines():
+        if entry := re.match(r" {4}(\w+): (.+)", line):
+            name, found[entry[1]] = entry[1], entry[2]
+        elif name and line.startswith(" " * 8):
+            found[name] += f" {line.strip()}"
+        else:
+            name = ""
+    return found

@@ -1,0 +1,94 @@
+"""Plots: honest samples, rows that add up, and no input that breaks a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import matplotlib
+import pytest
+from PIL import Image
+
+from lora_lightning import plots
+from lora_lightning.plots.domains import _apart
+from lora_lightning.plots.items import MOST_LABELS, _confusion, sample
+from lora_lightning.plots.spectra import _without_common_prefix
+from lora_lightning.results import Prediction
+from tests.report_runs import make_run, three_seeds
+
+
+def test_many_classes_are_thinned(tmp_path: Path) -> None:
+    classes = [f"class {i}" for i in range(65)]
+    answers = [Prediction("x", "dim-1", c, c, 0.5, classes[0], 0.5, 0) for c in classes[:60]]
+    run = make_run(tmp_path, three_seeds(), classes=classes, predictions=answers)
+    figure, caption = plots.confusion_plot(run) or pytest.fail("no plot")
+    labels = figure.axes[0].get_yticklabels()
+    assert 10 < len(labels) <= MOST_LABELS
+    assert "Only some" in caption
+
+
+def test_confusion_is_normalised_by_row_and_knows_missing_classes() -> None:
+    shares = _confusion([("a", "a"), ("a", "b"), ("b", "b")], ["a", "b", "c"])
+    assert shares[:2].tolist() == [[50, 50, 0], [0, 100, 0]]
+    assert all(math.isnan(share) for share in shares[2])
+
+
+def test_one_class_and_a_prediction_that_is_no_class(tmp_path: Path) -> None:
+    answers = [Prediction("x", "dim-1", "mug", "mug", 0.5, "ghost", math.nan, 0)]
+    run = make_run(tmp_path, three_seeds(), classes=["mug"], predictions=answers)
+    assert len(plots.draw(run)) == 4
+
+
+def test_images_that_are_broken_missing_or_of_any_mode(tmp_path: Path) -> None:
+    for name, mode in (("a.png", "RGB"), ("b.png", "L"), ("c.png", "RGBA"), ("d.png", "P")):
+        Image.new(mode, (20, 7)).save(tmp_path / name)
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "f.png").write_text("no image")
+    (tmp_path / "g.png").mkdir()
+    answers = [
+        Prediction(f"{n}.png", "dim-1", "漢字", "mug", 0.5, "mug", 0.5, 0) for n in "abcdefgh"
+    ]
+    run = make_run(tmp_path, three_seeds(), predictions=answers)
+    assert "samples" in [plot.name for plot in plots.draw(run)]
+
+
+def test_sample_is_fixed_stratified_and_blind_to_the_outcome() -> None:
+    items = [
+        Prediction(f"{d}/{i}", d, "a", "b", 0.5, "ab"[i % 2], 0.5, seed)
+        for seed in (1, 0)
+        for d in ("x", "y", "z")
+        for i in range(20)
+    ]
+    drawn = sample(items, 12)
+    assert drawn == sample(items[::-1], 12)
+    assert [p.domain for p in drawn] == ["x"] * 4 + ["y"] * 4 + ["z"] * 4
+    assert {p.seed for p in drawn} == {0}
+    flipped = [dataclasses.replace(p, adapted="a") for p in items]
+    assert [p.item for p in sample(flipped, 12)] == [p.item for p in drawn]
+    assert len(sample(items, 2)) == 2
+
+
+def test_spectra_without_values_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, three_seeds(), spectra={"a": [0.0], "b": [], "c": [math.nan]})
+    assert plots.spectrum_plot(run) is None
+    run.spectra["d"] = [1e-3]
+    assert plots.spectrum_plot(run) is not None
+
+
+def test_layer_names_lose_what_they_share() -> None:
+    names = ["model.blocks.0.fc", "model.blocks.1.fc"]
+    assert _without_common_prefix(names) == ["blocks.0.fc", "blocks.1.fc"]
+    assert _without_common_prefix(["model.a", "model.b.c"]) == ["a", "b.c"]
+    assert _without_common_prefix(["head"]) == ["head"]
+
+
+def test_labels_are_moved_apart_and_stay_inside() -> None:
+    assert _apart([1.0, 5.0], 1, 0, 10) == [1, 5]
+    assert _apart([9.8, 9.9, 10.0], 1, 0, 10) == [8, 9, 10]
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    plots.draw(make_run(tmp_path, three_seeds()))
+    assert dict(matplotlib.rcParams) == before
