@@ -93,6 +93,12 @@ class Factors(nn.Module):
         generator = torch.Generator().manual_seed((self.spec.seed * 0x9E3779B1 + name_hash) % 2**63)
         INITIALIZERS[self.spec.init](self.lora_A, self.lora_B, generator)
 
+    @torch.no_grad()
+    def renorm(self, weight: Tensor) -> None:
+        """Take DoRA's magnitudes from a new base weight, unless training has begun (B ≠ 0)."""
+        if self.magnitude is not None and not self.lora_B.any():
+            self.magnitude.copy_(self._row_norm(weight))
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no numbers until it is materialised.
         was_meta = self.lora_A.is_meta
@@ -245,6 +251,7 @@ def adapt(module: nn.Module, name: str, specs: dict[str, FactorSpec], bare: bool
     tensors = tuple(sorted({*getattr(module, "_adapted_tensors", ()), *specs}))
     factors = nn.ModuleDict()
     for tensor, spec in specs.items():
+        parametrized.recompute(module, tensor)
         weight = raw_tensor(module, tensor)
         factors[tensor] = Factors(weight, matrix_shape(tuple(weight.shape), bare), spec)
     factors.train(module.training)
@@ -294,6 +301,8 @@ class Merged:
 def merge_layer(module: nn.Module) -> None:
     """Put the effective weights in the raw ones' place; the class is the base's own again."""
     live: Any = module
+    for tensor in live._adapted_tensors:
+        parametrized.recompute(module, tensor)
     effective = {
         tensor: factors.effective(raw_tensor(module, tensor), dropout=False)
         for tensor in live._adapted_tensors

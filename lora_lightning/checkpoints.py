@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import Factors
+from lora_lightning.adapter import Factors, raw_tensor
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
@@ -36,6 +36,13 @@ def unregister(model: nn.Module) -> None:
     post: Any = model._load_state_dict_post_hooks
     for key in [k for k, h in post.items() if h is _renew]:
         del post[key]
+
+
+def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
+    """(full tensor path, factors) of every adapter."""
+    state = states.state_of(model)
+    names = list(state.configs) if state else []
+    return [pair for n in names for pair in states.named_factors(model, n).items()]
 
 
 def factor_keys(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -109,9 +116,12 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
     state = states.state_of(module)
     if state is None:
         return
-    for sub in module.modules():
-        if isinstance(sub, Factors) and sub.lora_A.is_meta:
-            _materialise(sub, module)
+    for path, factors in all_factors(module):
+        if factors.lora_A.is_meta:
+            _materialise(factors, module)
+        if state.loads_source:
+            owner, _, tensor = path.rpartition(".")
+            factors.renorm(raw_tensor(module.get_submodule(owner), tensor))
     states.snapshot(module, state, renew=state.loads_source)
     state.fingerprint = fingerprint(module, states.all_extras(module, state))
 

@@ -62,6 +62,11 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
             f"{tensor} has shape {tuple(weight.shape)}, which is no matrix; "
             "to train it in full, list it in `trainable`"
         )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return (
+            "max_norm rewrites the weight in every forward, so that there is no fixed base to adapt; "
+            "set max_norm=None after renormalising once"
+        )
     return parametrized.refusal(module, tensor)
 
 
@@ -72,15 +77,13 @@ def largest_rank(weight: Tensor, bare: bool) -> int:
 
 def path_of(module: nn.Module) -> str:
     """``"factorised"`` or ``"effective"``: the path that an adapter on this module takes."""
-    base = getattr(module, "_adapted_base", type(module))
-    forward = _factorised_forward(base)
-    if forward is None:
-        return "effective"
-    if forward is _conv_forward and module.groups != 1:
-        return "effective"
-    if forward is _embedding_forward and module.max_norm is not None:
-        return "effective"
-    return "factorised"
+    forward = _factorised_forward(getattr(module, "_adapted_base", type(module)))
+    return "factorised" if forward is not None and _factorises(module, forward) else "effective"
+
+
+def _factorises(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
+    # A weight that is no parameter is computed by a hook: only the effective path sees it.
+    return "weight" in module._parameters and (forward is not _conv_forward or module.groups == 1)
 
 
 def overrides(base: type[nn.Module]) -> dict[str, Any]:
@@ -119,11 +122,8 @@ def _choose(
     base_forward: Any = base.forward
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        # A weight that is no parameter is computed by a hook: only the effective path sees it.
-        if "weight" not in self._parameters or path_of(self) == "effective":
-            out: Tensor = base_forward(self, input)
-            return out
-        return factorised(self, input)
+        out: Tensor = (factorised if _factorises(self, factorised) else base_forward)(self, input)
+        return out
 
     return forward
 

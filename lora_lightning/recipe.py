@@ -47,8 +47,8 @@ def find_recipe(name: str | Path) -> Path:
         ConfigError: there is no such recipe; names the nearest.
     """
     known = list_recipes()
-    if str(name) in known:
-        return known[str(name)] / "recipe.yaml"
+    if isinstance(name, str) and name in known:
+        return known[name] / "recipe.yaml"
     path = Path(name)
     path = path / "recipe.yaml" if path.is_dir() else path
     if path.is_file():

@@ -49,8 +49,9 @@ def _table(run: Run, summary: Summary) -> Table:
     table = Table(title=Text(f"{run.title}: {run.metric}"), box=box.SIMPLE_HEAD, show_edge=False)
     table.pad_edge, table.collapse_padding, table.title_justify = False, True, "left"
     table.add_column("method", overflow="fold", max_width=max(18, 42 - 7 * len(columns)))
+    room = 8 if len(columns) > 3 else 14  # a name's characters, so that 80 columns do
     for c in columns:
-        table.add_column(Text(f"{c.group}\n{shorten(c.name, 8)}"), justify="right", no_wrap=True)
+        table.add_column(Text(f"{c.group}\n{shorten(c.name, room)}"), justify="right", no_wrap=True)
     for name in ("tuned\nparams", "time\n(s)", "file\nsize"):
         table.add_column(name, justify="right", no_wrap=True)
     best = summary.best()

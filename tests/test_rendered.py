@@ -3,7 +3,6 @@
 import builtins
 import json
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,9 +29,9 @@ def picture(class_name="mug", lighting="source", seed=0, renderer=None):
 
 @pytest.fixture(scope="module")
 def lit():
-    """The mean picture of the same thirty scenes under each light, from 0 to 1."""
+    """The mean picture of the same twenty scenes under each light, from 0 to 1."""
     renderer = Renderer(SIZE)
-    scenes = [(name, seed) for name in CLASSES for seed in range(3)]
+    scenes = [(name, seed) for name in CLASSES for seed in range(2)]
     return {
         light: np.mean([picture(name, light, seed, renderer) for name, seed in scenes], 0) / 255
         for light in LIGHTINGS
@@ -69,16 +68,11 @@ def test_every_instance_has_its_own_shape(name):
     shapes = [make_mesh(name, np.random.default_rng(seed)) for seed in range(6)]
     points = [np.concatenate([part.mesh.vertices for part in parts]) for parts in shapes]
     assert len({cloud.tobytes() for cloud in points}) == 6
+    assert all(part.mesh.volume > 0 for parts in shapes for part in parts)  # facing outwards
     for cloud in points:
         assert np.isfinite(cloud).all()
         assert cloud[:, 2].min() == pytest.approx(0)  # it stands on the ground
         assert np.linalg.norm(np.ptp(cloud, axis=0)) == pytest.approx(2)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_parts_face_outwards(name):
-    for part in make_mesh(name, np.random.default_rng(3)):
-        assert part.mesh.volume > 0
 
 
 def test_the_object_is_framed():
@@ -116,12 +110,13 @@ def test_side_light_comes_from_the_left(lit):
     assert all(left_to_right(f"side-{severity}") > 1.12 for severity in (1, 2, 3))
 
 
-def test_low_light_leaves_the_ground_dark(lit):
-    def ground(name):
-        return lit[name][-8:].mean() / lit[name].mean()
+def test_low_light_is_brighter_below_the_more_severe(lit):
+    def below_to_above(name):
+        above, _, below = np.split(lit[name], 3)
+        return below.mean() / above.mean()
 
-    values = [ground(name) for name in ("source", "low-1", "low-2", "low-3")]
-    assert all(a > b for a, b in pairwise(values))
+    values = [below_to_above(name) for name in ("low-3", "low-2", "low-1", "source")]
+    assert all(a > 1.05 * b for a, b in pairwise(values))
 
 
 def test_there_are_four_kinds_of_three_severities():
@@ -132,8 +127,7 @@ def test_there_are_four_kinds_of_three_severities():
 
 def test_jitter_moves_the_light_a_little():
     rng = np.random.default_rng(0)
-    lights = [LIGHTINGS["side-2"].jittered(rng) for _ in range(50)]
-    azimuths = [light.azimuth for light in lights]
+    azimuths = [LIGHTINGS["side-2"].jittered(rng).azimuth for _ in range(50)]
     assert np.ptp(azimuths) > 10
     assert max(abs(azimuth - LIGHTINGS["side-2"].azimuth) for azimuth in azimuths) < 20
 
@@ -255,4 +249,4 @@ def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependencyError, match=r'pip install "lora-lightning\[demo\]"'):
         render_domains(tmp_path / "set", domains=SMALL, size=32, progress=False)
-    assert list(Path(tmp_path).iterdir()) == []
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,6 @@ from lora_lightning.errors import ConfigError, MissingDependencyError
 Bytes = NDArray[np.uint8]
 GAMMA = 2.2
 CREASE = 0.8  # cosine of the angle between faces above which a surface looks smooth
-SCENES = ("room", "room", "outdoors", "backdrop")
 REACH = 1.3  # half the width of the shadow map; objects lie within a unit ball
 _CORNER = [("vertex", "<f4", 3), ("colour", "u1", 4), ("uv", "<f4", 2)]
 _UP, _FRONT = np.eye(3, dtype=np.float32)[2], -np.eye(3, dtype=np.float32)[1]
@@ -116,7 +115,7 @@ class Camera:
     def axes(self) -> Floats:
         """The viewer's right, forward and up, as rows; the object is turned, not the viewer."""
         c, s = np.cos(np.radians(self.elevation)), np.sin(np.radians(self.elevation))
-        return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+        return np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32)
 
     def place(self, points: Floats) -> Floats:
         """Return where the viewer stands so that the points fill the picture."""
@@ -203,7 +202,7 @@ def _corners(parts: Sequence[Part]) -> tuple[Floats, Floats, Floats]:
     A corner takes the mean normal of the faces that meet there, but for an edge.
     """
     counts = [0, *np.cumsum([len(part.mesh.vertices) for part in parts])]
-    vertices = np.concatenate([np.asarray(part.mesh.vertices) for part in parts])
+    vertices = np.concatenate([np.asarray(part.mesh.vertices, np.float32) for part in parts])
     pairs = list(zip(parts, counts[:-1], strict=True))
     faces = np.concatenate([np.asarray(part.mesh.faces) + start for part, start in pairs])
     smooth = np.repeat([p.material.smooth for p in parts], [len(p.mesh.faces) for p in parts])
@@ -211,14 +210,18 @@ def _corners(parts: Sequence[Part]) -> tuple[Floats, Floats, Floats]:
     flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     spread, index = np.repeat(flat, 3, 0), faces.ravel()
     total: Floats = np.stack([np.bincount(index, axis, len(vertices)) for axis in spread.T], 1)
-    flat, mean = _unit(flat), _unit(total)[faces]
-    curved = ((mean * flat[:, None]).sum(2) > CREASE) & smooth[:, None]
+    flat, mean = _unit(flat), _unit(total.astype(np.float32))[faces]
+    curved = (_dot(mean, flat[:, None]) > CREASE) & smooth[:, None]
     return corners, np.where(curved[..., None], mean, flat[:, None]), flat
 
 
 def _unit(vectors: Floats) -> Floats:
-    length = np.sqrt((vectors**2).sum(1, keepdims=True))
-    return np.asarray(vectors / np.maximum(length, 1e-12))
+    length = np.sqrt(_dot(vectors, vectors))
+    return np.asarray(vectors / np.maximum(length, 1e-12)[:, None])
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    return np.asarray(np.einsum("...i,...i->...", a, b))  # several times as fast as a sum
 
 
 class _ShadowMap:
@@ -240,7 +243,7 @@ class _ShadowMap:
     def lit(self, points: Floats) -> Floats:
         """Return which share of the light reaches the points, softened at the edges."""
         seen, n = self.project(points), self.depth.shape[0]
-        inside = np.abs(seen[..., [0, 2]]).max(-1) < 0.95
+        inside = np.maximum(np.abs(seen[..., 0]), np.abs(seen[..., 2])) < 0.95
         column, row = ((seen[..., i].clip(-0.95, 0.95) + 1) * n / 2 for i in (0, 2))
         lit = np.zeros(seen.shape[:-1])
         for dx, dy in ((0, 0), (-1.2, 0), (1.2, 0), (0, -1.2), (0, 1.2)):
@@ -343,7 +346,7 @@ class Renderer:
         """Return a (size, size, 3) picture; `rng` draws the textures and the sensor's noise."""
         corners, normals, flat = _corners(parts)
         a = np.radians(camera.azimuth)
-        turn = np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]])
+        turn = np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]], "f4")
         turned, normals = corners.reshape(-1, 3) @ turn, normals.reshape(-1, 3) @ turn
         shadow = self._shadow(turned, lighting)
         light = _light(turned, normals, shadow, lighting)
@@ -415,9 +418,9 @@ def _flat_texture(corners: Floats, flat: Floats) -> Floats:
 def _light(points: Floats, normals: Floats, shadow: _ShadowMap, lighting: Lighting) -> Floats:
     """Return the light at each point: from everywhere, more of it from above, and the lamp's."""
     way = shadow.lamp - points
-    far = np.sqrt((way**2).sum(-1)) + 0.1  # a lamp is no point: nothing is infinitely bright
+    far = np.sqrt(_dot(way, way)) + 0.1  # a lamp is no point: nothing is infinitely bright
     middle = np.linalg.norm(shadow.lamp - shadow.centre) + 0.1
-    facing = ((normals * way).sum(-1) / far).clip(0) * (middle / far) ** 2
+    facing = (_dot(normals, way) / far).clip(0) * (middle / far) ** 2
     facing *= shadow.lit(points + 0.03 * normals) * (1 - lighting.ambient)
     around = lighting.ambient * (0.7 + 0.3 * normals[..., 2])
     key, fill = (np.array(c, np.float32) for c in (lighting.colour, lighting.ambient_colour))

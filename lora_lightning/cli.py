@@ -1,0 +1,235 @@
+"""The command ``lora-lightning``: run, list and copy recipes; inspect and merge adapters.
+
+Modules that take long to import are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lightning.errors import AdapterFileError, ConfigError, LoRALightningError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXAMPLES = """\
+examples:
+  lora-lightning run lighting
+  lora-lightning run lighting --help           every setting, with its default
+  lora-lightning run lighting seeds=[0,1,2] out=runs/three
+  lora-lightning run lighting data.root=photos data.source=day data.target=[night]
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except LoRALightningError as error:
+        _complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _complain("stopped")
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-lightning",
+        description="Adapt speech and vision models to a new domain with low-rank adapters.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from lora_lightning import __version__
+
+    parser.add_argument("--version", action="version", version=f"lora-lightning {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)
+    run.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, folder or file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
+    run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
+    run.set_defaults(command=_run, parser=run)
+
+    commands.add_parser("list", help="list the recipes").set_defaults(command=_list)
+
+    copy = commands.add_parser("copy", help="copy a recipe's files, to edit them")
+    copy.add_argument("name", metavar="NAME", help="a recipe's name")
+    copy.add_argument("folder", metavar="DIR", type=Path, help="where the folder NAME is made")
+    copy.set_defaults(command=_copy)
+
+    inspect = commands.add_parser("inspect", help="show what an adapter file holds")
+    inspect.add_argument("adapter", metavar="ADAPTER.safetensors", type=Path)
+    inspect.set_defaults(command=_inspect)
+
+    merge = commands.add_parser("merge", help="write a timm model with an adapter merged in")
+    merge.add_argument("--model", required=True, metavar="NAME", help="the base's name in timm")
+    merge.add_argument("--checkpoint", metavar="FILE", type=Path, help="the base's weights")
+    merge.add_argument("--adapter", required=True, metavar="FILE", type=Path)
+    merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
+    merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")
+    merge.set_defaults(command=_merge)
+    return parser
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.help or arguments.name is None:
+        return _help(arguments)
+    from lora_lightning.recipe import run_recipe
+    from lora_lightning.report import print_table
+
+    result = run_recipe(arguments.name, arguments.overrides)
+    console = _console()
+    print_table(result, console)
+    out = Path(str(result.config["out"]))
+    console.print(f"\nopen {out / 'report.html'}; all results are in {out}/", soft_wrap=True)
+    return None
+
+
+def _help(arguments: argparse.Namespace) -> None:
+    """``run --help`` shows the usage; ``run NAME --help`` also every setting of that recipe."""
+    console = _console()
+    arguments.parser.print_help()
+    if arguments.name is None:
+        console.print("\nrecipes:")
+        return _list(arguments)
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from lora_lightning.recipe import apply_overrides, comments, load_recipe, settings
+
+    config = apply_overrides(load_recipe(arguments.name), arguments.overrides)
+    said = comments(arguments.name)
+    console.print(f"\nsettings of {arguments.name}, with their values:")
+    for key, value in settings(config).items():
+        console.print(Text.assemble("  ", (key, "bold"), f"={_as_typed(value)}"))
+        if key in said:
+            console.print(Padding(Text(said[key], style="dim"), (0, 0, 0, 6)))
+    return None
+
+
+def _as_typed(value: Any) -> str:
+    """A value as it is written after ``key=``."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_typed, value))}]"
+    return str(value)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from lora_lightning.recipe import list_recipes, load_recipe
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name in list_recipes():
+        table.add_row(f"  {name}", str(load_recipe(name).title))
+    _console().print(table)
+
+
+def _copy(arguments: argparse.Namespace) -> None:
+    import shutil
+
+    from lora_lightning.recipe import find_recipe
+
+    source = find_recipe(arguments.name).parent
+    target: Path = arguments.folder / source.name
+    if target.exists():
+        raise ConfigError(f"{target} exists already; choose another folder, or remove it first")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    _console().print(
+        f"edit {target / 'recipe.yaml'}, then:\n  lora-lightning run ./{target}"
+        if not target.is_absolute()
+        else f"edit {target / 'recipe.yaml'}, then:\n  lora-lightning run {target}",
+        soft_wrap=True,
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_lightning.files import read_header
+
+    header = read_header(arguments.adapter)
+    console = _console()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    base = ", ".join(f"{k} {v}" for k, v in header["base"].items())
+    settings = ", ".join(f"{k}={_as_typed(v)}" for k, v in header["config"].items())
+    whole = ", ".join([*header["extras"], *header["buffers"]]) or "–"
+    for key, value in {
+        "file": f"{arguments.adapter} ({arguments.adapter.stat().st_size:,} bytes)",
+        "adapter": f"{header['name']} (format {header['format_version']})",
+        "base": base,
+        "made with": versions,
+        "settings": settings,
+        "in full": whole,
+    }.items():
+        facts.add_row(Text(key, style="bold"), Text(value))
+    console.print(facts)
+    table = Table(title=f"{len(header['targets'])} adapted tensors", title_justify="left")
+    for column in ("tensor", "kind", "path"):
+        table.add_column(column, overflow="fold")
+    for column in ("shape", "rank"):
+        table.add_column(column, justify="right")
+    for t in header["targets"]:
+        where = f"{t['module']}.{t['tensor']}".lstrip(".")
+        shape = "×".join(map(str, t["shape"]))
+        table.add_row(Text(where), t["kind"], t["path"], shape, str(t["rank"]))
+    console.print(table)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    from lora_lightning import load_adapter, merge
+    from lora_lightning.fileformat import read
+    from lora_lightning.structure import classifier_modules
+    from lora_lightning.tasks.backbones import create_backbone
+
+    _, tensors = read(arguments.adapter)
+    classes = arguments.num_classes
+    if classes is None:
+        heads = classifier_modules(create_backbone(arguments.model, 2))
+        sizes = [tensors[f"{h}.weight"].shape[0] for h in heads if f"{h}.weight" in tensors]
+        if not sizes:
+            raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
+        classes = sizes[0]
+    model = create_backbone(arguments.model, classes, arguments.checkpoint)
+    load_adapter(model, arguments.adapter)
+    merge(model)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned: safetensors refuses tensors that share memory, and non-contiguous ones.
+    weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, arguments.out)
+    _console().print(
+        f"{arguments.out}: {arguments.model} with {classes} classes, {len(weights)} tensors",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
