@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
-_RATES = ("drop_prob", "layer_drop", "drop_path_rate")
+_RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")
 
 
 def run(model: nn.Module, batch: Any, seed: int = 0) -> list[Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lora_lightning import layers
 from lora_lightning.adapter import Factors
 
-_HEAD_NAMES = ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist")
+_HEAD_NAMES = frozenset(
+    ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")
+)
 
 
 def classifier_modules(model: nn.Module) -> set[str]:
@@ -115,7 +117,8 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _layer_sizes(model: nn.Module) -> dict[str, int]:
     sizes = {}
     for name, module in model.named_modules():
-        if layers.tensors_of(module):
+        # A large head is no series of blocks.
+        if layers.tensors_of(module) and not _HEAD_NAMES.intersection(name.split(".")):
             own = module._parameters.values()
             sizes[name] = sum(p.numel() for p in own if p is not None)
     return sizes

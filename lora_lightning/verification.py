@@ -134,7 +134,7 @@ def _gradient_problem(factors: Factors) -> str | None:
         if not grad.any():
             return (
                 f"the gradient of {key} is exactly zero: the model multiplies this path by zero "
-                "(a zero-initialised gate or norm weight, random weights?) or never uses it"
+                "(a zero-initialised gate or norm weight?), or this batch is too small to use it"
             )
     return None
 

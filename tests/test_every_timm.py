@@ -23,6 +23,10 @@ from lora_lightning.verification import _randomised, difference
 
 SMALLEST: dict[str, str] = json.loads(Path(__file__).with_name("timm_smallest.json").read_text())
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 384)
+# Below this its last stage is a single position, where attention has no gradient to its keys.
+LEAST_SIZE = {"efficientvit_m0": 192}
+# The smallest entry is still 24 blocks of 412 million parameters; two blocks say the same.
+FEWER_BLOCKS = {"deepseek_vit_412m": {"depth": 2}}
 TABLE: list[str] = []
 
 
@@ -32,8 +36,9 @@ def test_the_list_holds_every_architecture_module():
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     """The model with ten classes and the smallest input that it accepts."""
-    for size in SIZES:
-        for options in ({"img_size": size}, {}):
+    fewer = FEWER_BLOCKS.get(name, {})
+    for size in [s for s in SIZES if s >= LEAST_SIZE.get(name, 0)]:
+        for options in ({"img_size": size, **fewer}, fewer):
             torch.manual_seed(0)
             try:
                 with warnings.catch_warnings():
@@ -66,6 +71,9 @@ def wake(model: nn.Module) -> None:
 @pytest.mark.parametrize("module", sorted(SMALLEST))
 def test_every_architecture(module: str, targets: str):
     model, x = build(SMALLEST[module])
+    # Frozen first: torch picks some kernels by requires_grad, which is not our doing.
+    model.requires_grad_(False)
+    limit = max(1e-5, 4 * sensitivity(model, x))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     classes = [type(m) for m in model.modules()]
     with torch.no_grad():
@@ -77,9 +85,9 @@ def test_every_architecture(module: str, targets: str):
     with torch.no_grad():
         assert all(map(torch.equal, run(model, x), source)), "not the base's output at the start"
     assert before.keys() <= model.state_dict().keys()
-    found = verify(model, x, tolerance=1e-5)[0]
+    found = verify(model, x, tolerance=limit)[0]
     train_gap = train_against_eval(model, x)
-    assert train_gap is None or train_gap < 1e-5
+    assert train_gap is None or train_gap <= limit
 
     remove(model)
     assert [type(m) for m in model.modules()] == classes
@@ -92,10 +100,20 @@ def test_every_architecture(module: str, targets: str):
     TABLE.append(
         f"{module:28s} {SMALLEST[module]:36s} {targets:5s} {x.shape[-1]:4d} "
         f"{len(report.rows):4d} {'+'.join(kinds):21s} effect {found.effect:.1e} "
-        f"merge {found.merge_error:.1e}"
+        f"merge {found.merge_error:.1e} of {limit:.0e}"
     )
     del model
     gc.collect()
+
+
+@torch.no_grad()
+def sensitivity(model: nn.Module, x: torch.Tensor) -> float:
+    """How much the base's own output moves when its input moves by one rounding unit.
+
+    Random weights amplify rounding in a few architectures beyond 1e-5; no two ways of
+    computing the same thing agree better than that.
+    """
+    return difference(run(model, x * (1 + 2**-23)), run(model, x))
 
 
 def train_against_eval(model: nn.Module, x: torch.Tensor) -> float | None:

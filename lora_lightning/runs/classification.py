@@ -1,0 +1,220 @@
+"""A run of adaptation between image domains: data, source model, methods, report.
+
+Reading order: `run`, then `lora_lightning.runs.methods`, where each line of the table is a
+function.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lightning.config import LoRAConfig, unknown_key
+from lora_lightning.data.images import ImageDomains
+from lora_lightning.errors import ConfigError
+from lora_lightning.report import write_report
+from lora_lightning.results import Prediction, Run
+from lora_lightning.runs.methods import METHODS, Context
+from lora_lightning.runs.progress import Stages, quiet_lightning
+from lora_lightning.runs.settings import Config, DataSettings
+from lora_lightning.tasks.backbones import create_backbone
+
+# The adapted model that the predictions show: the last of these that was run.
+SHOWN = ("BatchNorm statistics", "full, target labels", "LoRA, target labels")
+
+
+def run(given: DictConfig) -> Run:
+    """Run every stage for every seed; the results lie in ``config.out`` afterwards.
+
+    Raises:
+        ConfigError: a value that no type could catch, before anything is rendered or trained.
+        DataError: the pictures cannot be used.
+    """
+    config = _checked(given)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(given, out / "config.yaml")
+    with quiet_lightning():
+        result = _run(config, given)
+    return result
+
+
+def _run(config: Config, given: DictConfig) -> Run:
+    root = Path(config.data.root) if config.data.root else _render(config.data)
+    with Stages() as stages:
+        # The backbone first: a mistake in its name should not cost the reading of the pictures.
+        normalisation = _normalisation(_backbone(config, 2, []))
+        data = _pictures(config.data, root, normalisation, stages)
+        result = _empty(config, given, data)
+        for seed in config.seeds:
+            stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
+            _one_seed(config, data, seed, stages, result)
+            write_report(result, Path(config.out))
+    return result
+
+
+def _one_seed(config: Config, data: ImageDomains, seed: int, stages: Stages, result: Run) -> None:
+    seed_everything(seed, verbose=False)
+    notices: list[str] = []
+    source = _backbone(config, len(data.classes), notices)
+    result.notes += [n for n in notices if n not in result.notes]
+    context = Context(config, data, source, seed, stages, result)
+    context.fit(source, config.train.source, [data.source], "training the source model")
+    # The adapter is of use together with the model that it was made for only.
+    weights = {k: v.detach().clone().contiguous() for k, v in source.state_dict().items()}
+    save_file(weights, Path(config.out) / f"{context.named('source')}.safetensors")
+    for name in config.methods:
+        result.rows += METHODS[name](context)
+    result.predictions += _predictions(context)
+
+
+def _predictions(context: Context) -> list[Prediction]:
+    """The held-out target pictures before and after adaptation."""
+    before = context.probabilities.get("source only")
+    shown = [m for m in SHOWN if m in context.probabilities]
+    if before is None or not shown:
+        return []
+    after = context.probabilities[shown[-1]]
+    data = context.data
+    items = data.on(test=[data.source, *data.target]).held_out()
+    return [
+        Prediction(
+            item.path.relative_to(data.root).as_posix(),
+            item.domain,
+            item.class_name,
+            *_best(old, data.classes),
+            *_best(new, data.classes),
+            context.seed,
+        )
+        for item, old, new in zip(items, before, after, strict=True)
+        if item.domain != data.source
+    ]
+
+
+def _best(probabilities: Tensor, classes: list[str]) -> tuple[str, float]:
+    best = int(probabilities.argmax())
+    return classes[best], round(float(probabilities[best]), 4)
+
+
+def _checked(given: DictConfig) -> Config:
+    config: Any = OmegaConf.to_object(given)
+    assert isinstance(config, Config)
+    for name in config.methods:
+        if name not in METHODS:
+            raise ConfigError(f"methods: {unknown_key(name, METHODS).replace('key', 'method')}")
+    if not config.seeds or not config.methods:
+        raise ConfigError("seeds and methods must not be empty")
+    if min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds must be different and 0 or more, got {config.seeds}")
+    stages = config.train
+    for name, stage in (("source", stages.source), ("lora", stages.lora), ("full", stages.full)):
+        if stage.epochs < 1:
+            raise ConfigError(f"train.{name}.epochs must be at least 1, got {stage.epochs}")
+    for key in ("size", "batch_size"):
+        if getattr(config.data, key) < 2:
+            raise ConfigError(f"data.{key} must be at least 2, got {getattr(config.data, key)}")
+    LoRAConfig.make(config.lora)
+    return config
+
+
+def _render(data: DataSettings) -> Path:
+    """The rendered set that the settings describe, from the cache where it is there."""
+    from lora_lightning.data.rendered import DEFAULT_DOMAINS, render_domains
+
+    number = data.render
+    source = {"train": number.source_train, "test": number.source_test}
+    target = {"train": number.target_train, "test": number.target_test}
+    wanted = (
+        [d for d in DEFAULT_DOMAINS if d != data.source] if data.target is None else data.target
+    )
+    domains = {data.source: source, **{name: target for name in wanted if name != data.source}}
+    side = ImageDomains(".", size=data.size).stored_side
+    return render_domains(data.render.cache, domains=domains, size=side, seed=data.seed)
+
+
+def _backbone(config: Config, num_classes: int, notices: list[str]) -> nn.Module:
+    m = config.model
+    return create_backbone(m.name, num_classes, m.checkpoint, m.pretrained, m.imagenet, notices)
+
+
+def _normalisation(model: nn.Module) -> dict[str, Any]:
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    return {key: known[key] for key in ("mean", "std") if key in known}
+
+
+def _pictures(
+    settings: DataSettings, root: Path, normalisation: dict[str, Any], stages: Stages
+) -> ImageDomains:
+    data = ImageDomains(
+        root,
+        settings.source,
+        settings.target,
+        classes=settings.classes,
+        size=settings.size,
+        test_fraction=settings.test_fraction,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        cache_mb=settings.cache_mb,
+        horizontal_flip=settings.horizontal_flip,
+        tick=stages.stage("reading pictures", "pictures"),
+        **normalisation,
+    )
+    data.setup()
+    if data.skipped:
+        stages.console.print(
+            f"[yellow]{len(data.skipped)} pictures cannot be read and are left out:"
+        )
+        for path, reason in data.skipped[:5]:
+            stages.console.print(f"  {path}: {reason}", markup=False)
+    return data
+
+
+def _empty(config: Config, given: DictConfig, data: ImageDomains) -> Run:
+    plain: Any = OmegaConf.to_container(given)
+    counts = {s: sum(i.split == s for i in data.items) for s in ("train", "test")}
+    notes = [
+        f"One adapter for all target domains together; {len(data.classes)} classes, "
+        f"{counts['train']} training and {counts['test']} held-out pictures.",
+        "Every method starts from the same source model and is measured on the same held-out "
+        "pictures, which no training sees.",
+    ]
+    return Run(
+        name=config.name,
+        title=config.title,
+        metric="accuracy",
+        rows=[],
+        predictions=[],
+        classes=data.classes,
+        spectra={},
+        config=plain,
+        data_root=data.root,
+        versions=_versions(),
+        skipped=data.skipped,
+        notes=notes,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import lightning
+    import timm
+
+    import lora_lightning
+
+    return {
+        "lora-lightning": lora_lightning.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "timm": timm.__version__,
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }

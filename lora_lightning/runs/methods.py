@@ -1,0 +1,222 @@
+"""The methods that a classification run compares, each a function from `Context` to rows.
+
+A further method is one more function and one more entry in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor, nn
+
+from lora_lightning.callback import LoRACallback
+from lora_lightning.data.images import ImageDomains
+from lora_lightning.decompose import spectrum
+from lora_lightning.injection import merge
+from lora_lightning.results import Row, Run
+from lora_lightning.runs.progress import Stages, Ticks
+from lora_lightning.runs.settings import Config, TrainSettings
+from lora_lightning.state import named_factors
+from lora_lightning.tasks.classification import Classifier
+
+
+@dataclass
+class Context:
+    """What a method may use: the data, the trained source model, and ways to train and measure.
+
+    Attributes:
+        source: the source model; a method works on a copy of it (`fresh`).
+        probabilities: method → (held-out items, classes), as `measure` leaves them.
+        run: what the report is made of; a method may add spectra and notes.
+    """
+
+    config: Config
+    data: ImageDomains
+    source: nn.Module
+    seed: int
+    stages: Stages
+    run: Run
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first seed, which the report shows where it shows one."""
+        return self.seed == self.config.seeds[0]
+
+    def named(self, name: str) -> str:
+        """A name for this seed's file: the first seed's is plain."""
+        return name if self.first else f"{name}-seed{self.seed}"
+
+    def fresh(self) -> nn.Module:
+        """A copy of the source model, and the random numbers that every method starts with."""
+        seed_everything(self.seed, verbose=False)
+        return copy.deepcopy(self.source)
+
+    def fit(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        domains: Sequence[str],
+        title: str,
+        callbacks: Sequence[Callback] = (),
+    ) -> float:
+        """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
+        module = Classifier(
+            model,
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.label_smoothing,
+            settings.schedule,
+        )
+        tick = self.stages.stage(title, "batches")
+        trainer = self.trainer(settings.epochs, [*callbacks, Ticks(tick)])
+        start = time.perf_counter()
+        trainer.fit(module, datamodule=self.data.on(train=domains))
+        _stop_if_interrupted(trainer)
+        return time.perf_counter() - start
+
+    def measure(
+        self,
+        method: str,
+        model: nn.Module,
+        seconds: float,
+        parameters: int = 0,
+        file_bytes: int | None = None,
+    ) -> list[Row]:
+        """Accuracy on the held-out pictures of the source and of each target domain."""
+        domains = [self.data.source, *self.data.target]
+        data = self.data.on(test=domains)
+        tick = self.stages.stage(f"  measuring {method}", "batches")
+        trainer = self.trainer(0, [Ticks(tick)])
+        outputs: Any = trainer.predict(Classifier(model), datamodule=data)
+        _stop_if_interrupted(trainer)
+        probabilities = torch.cat(outputs)
+        items = data.held_out()
+        self.probabilities[method] = probabilities
+        labels = torch.tensor([data.classes.index(i.class_name) for i in items])
+        right = probabilities.argmax(1) == labels
+        rows = []
+        for domain in domains:
+            here = torch.tensor([i.domain == domain for i in items])
+            value = float(right[here].double().mean())
+            rows.append(
+                Row(method, domain, self.seed, "accuracy", value, parameters, seconds, file_bytes)
+            )
+        return rows
+
+    def trainer(self, epochs: int, callbacks: list[Callback]) -> Trainer:
+        """A trainer that shows nothing and writes nothing by itself."""
+        return Trainer(
+            max_epochs=epochs,
+            accelerator=self.config.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            default_root_dir=self.config.out,
+        )
+
+
+def source_only(context: Context) -> list[Row]:
+    """The source model as it is."""
+    return context.measure("source only", context.fresh(), seconds=0.0)
+
+
+def batchnorm(context: Context) -> list[Row]:
+    """BatchNorm's statistics taken anew from the target's unlabelled training pictures.
+
+    Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN),
+    arXiv:1603.04779.
+    """
+    model = context.fresh()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        context.run.notes.append("The backbone has no BatchNorm: no statistics to take anew.")
+        return []
+    start = time.perf_counter()
+    module = _BatchNormStatistics(model, norms)
+    tick = context.stages.stage("BatchNorm statistics of the target", "batches")
+    trainer = context.trainer(0, [Ticks(tick)])
+    loader = context.data.on(train=context.data.target).unlabelled_dataloader()
+    trainer.predict(module, loader, return_predictions=False)
+    _stop_if_interrupted(trainer)
+    seconds = time.perf_counter() - start
+    size = sum(b.nbytes for norm in norms for b in norm.buffers())
+    return context.measure("BatchNorm statistics", model, seconds, 0, size)
+
+
+class _BatchNormStatistics(Classifier):
+    """Each forward adds a batch to the averages of the BatchNorm layers."""
+
+    def __init__(self, model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]):
+        super().__init__(model)
+        self.norms = norms
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average over all batches
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The labels are not looked at; all but BatchNorm stays in eval mode."""
+        for norm in self.norms:
+            norm.train()
+        return super().predict_step(batch, batch_idx)
+
+
+def lora(context: Context) -> list[Row]:
+    """Low-rank factors and the head, trained with the target's labels."""
+    model = context.fresh()
+    name = context.named("adapter")
+    callback = LoRACallback(
+        context.config.lora,
+        name=name,
+        batch_norm=context.config.batch_norm,
+        output_dir=Path(context.config.out),
+    )
+    title = "LoRA with target labels"
+    settings = context.config.train.lora
+    seconds = context.fit(model, settings, context.data.target, title, [callback])
+    assert callback.report_ is not None
+    assert callback.adapter_path_ is not None
+    if context.first:
+        for path, factors in named_factors(model, name).items():
+            values = spectrum(factors.lora_B, factors.lora_A, factors.spec.scaling)
+            context.run.spectra[path] = values.tolist()
+    size = callback.adapter_path_.stat().st_size
+    parameters = callback.report_.trainable_parameters
+    # Measured as it would be used: merged, at the speed of the source model.
+    merge(model)
+    return context.measure("LoRA, target labels", model, seconds, parameters, size)
+
+
+def full(context: Context) -> list[Row]:
+    """Every weight trained with the target's labels: the upper reference."""
+    model = context.fresh()
+    title = "full fine-tuning with target labels"
+    seconds = context.fit(model, context.config.train.full, context.data.target, title)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(t.nbytes for t in model.state_dict().values())
+    return context.measure("full, target labels", model, seconds, parameters, size)
+
+
+# In the order of the table.
+METHODS: dict[str, Callable[[Context], list[Row]]] = {
+    "source_only": source_only,
+    "batchnorm": batchnorm,
+    "lora": lora,
+    "full": full,
+}
+
+
+def _stop_if_interrupted(trainer: Trainer) -> None:
+    """Lightning ends a fit quietly at Ctrl-C; the run must end as well."""
+    if trainer.interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,89 @@
+"""One progress bar for each stage of a run, and a Lightning that says nothing else."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+# What Lightning warns of although this run has chosen it: loaders that load in this process
+# (the pictures are in memory), and logging less often than there are batches.
+_CHOSEN = (
+    r".*does not have many workers.*",
+    r".*number of training batches .* is smaller than the logging interval.*",
+    r".*GPU available but not used.*",
+    r".*MPS available but not used.*",
+    # Lightning's own use of a class that torch deprecates.
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+)
+
+
+class Stages:
+    """Progress bars, one below the other; what is done stays on the screen."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+
+    def __enter__(self) -> Stages:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def stage(self, name: str, unit: str, total: float = 1) -> Callable[[int, int], None]:
+        """Begin a stage; returns what to call with (done, total)."""
+        task = self._bars.add_task(name, total=total, unit=unit)
+
+        def tick(done: int, total: int) -> None:
+            self._bars.update(task, completed=done, total=total)
+
+        return tick
+
+
+class Ticks(Callback):
+    """Tells a stage's bar how many batches are done."""
+
+    def __init__(self, tick: Callable[[int, int], None]):
+        self.tick = tick
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Counts a training batch."""
+        self.tick(trainer.global_step, int(trainer.estimated_stepping_batches))
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Counts a batch of predictions."""
+        self.tick(batch_idx + 1, int(sum(trainer.num_predict_batches)))
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Within the block Lightning speaks only of problems."""
+    loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in _CHOSEN:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

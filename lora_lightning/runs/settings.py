@@ -1,0 +1,144 @@
+"""The typed configuration of a classification run; every field is a key of recipe.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_lightning.config import LoRAConfig
+
+
+@dataclass
+class RenderSettings:
+    """How many pictures are rendered, where no folder of the user's own is given.
+
+    Args:
+        source_train: Training pictures per class of the source.
+        source_test: Held-out pictures per class of the source.
+        target_train: Training pictures per class of each target domain.
+        target_test: Held-out pictures per class of each target domain.
+        cache: Folder for the rendered sets; null: ~/.cache/lora-lightning.
+    """
+
+    source_train: int = 60
+    source_test: int = 8
+    target_train: int = 10
+    target_test: int = 8
+    cache: str | None = None
+
+
+@dataclass
+class DataSettings:
+    """Pictures in folders by domain, as `lora_lightning.data.images.ImageDomains` takes them.
+
+    Args:
+        root: Folder that holds <domain>/<class>/*.png; null: rendered objects.
+        source: Domain that the source model is trained on.
+        target: Domains to adapt to, together; null: all others.
+        classes: Classes to use; null: all.
+        size: Side of the square that the network sees, in pixels.
+        test_fraction: Part of each class that is held out, where folders have no splits.
+        seed: Seed of rendering and of that split; the same pictures for every seed of `seeds`.
+        batch_size: Pictures in a training batch.
+        num_workers: Processes that load pictures; 0 loads in this one.
+        cache_mb: Decoded pictures stay in memory if they take at most so many MiB.
+        horizontal_flip: Mirror training pictures at random.
+        render: How many pictures are rendered.
+    """
+
+    root: str | None = None
+    source: str = "source"
+    target: list[str] | None = None
+    classes: list[str] | None = None
+    size: int = 112
+    test_fraction: float = 0.3
+    seed: int = 0
+    batch_size: int = 32
+    num_workers: int = 0
+    cache_mb: float = 1024
+    horizontal_flip: bool = True
+    render: RenderSettings = field(default_factory=RenderSettings)
+
+
+@dataclass
+class ModelSettings:
+    """The backbone and where its weights come from.
+
+    Args:
+        name: A name that timm knows.
+        imagenet: "package": the ImageNet weights that pip brings, for tf_efficientnet_lite0;
+            "none": random weights.
+        checkpoint: Local state dict (.pth, .pt, .safetensors), in place of `imagenet`.
+        pretrained: Fetch timm's own weights from a hub, in place of `imagenet`.
+    """
+
+    name: str = "tf_efficientnet_lite0"
+    imagenet: str = "package"
+    checkpoint: str | None = None
+    pretrained: bool = False
+
+
+@dataclass
+class TrainSettings:
+    """One training, as `lora_lightning.tasks.classification.Classifier` takes it.
+
+    Args:
+        epochs: Passes over the training pictures.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        label_smoothing: Part of the target spread over all classes.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    schedule: str = "one-cycle"
+
+
+@dataclass
+class TrainStages:
+    """The trainings of a run.
+
+    Args:
+        source: Of the source model, on the source domain.
+        lora: Of the adapter, on the target domains with their labels.
+        full: Of all weights, on the target domains with their labels.
+    """
+
+    source: TrainSettings = field(default_factory=TrainSettings)
+    lora: TrainSettings = field(default_factory=TrainSettings)
+    full: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Args:
+        kind: Which code runs the recipe.
+        name: Name of the run.
+        title: Title of table and report.
+        out: Folder for all results.
+        seeds: One run for each; they decide on heads, order, augmentation and factors.
+        methods: What is compared, keys of `lora_lightning.runs.methods.METHODS`.
+        accelerator: cpu, gpu, mps or auto, as Lightning has it.
+        batch_norm: BatchNorm statistics under the adapter: frozen, adapt or reset.
+        data: The pictures.
+        model: The backbone.
+        train: The trainings.
+        lora: The adapter, a `LoRAConfig`.
+    """
+
+    kind: str = "classification"
+    name: str = "classification"
+    title: str = "Domain adaptation of an image classifier"
+    out: str = "runs/classification"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    methods: list[str] = field(default_factory=lambda: ["source_only", "batchnorm", "lora", "full"])
+    accelerator: str = "auto"
+    batch_norm: str = "frozen"
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainStages = field(default_factory=TrainStages)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -1,0 +1,30 @@
+"""What makes a recipe run in seconds: little pictures, a tiny network, one epoch."""
+
+import numpy as np
+from PIL import Image
+
+TINY = [
+    "model.name=test_efficientnet",
+    "model.imagenet=none",
+    "data.size=32",
+    "data.batch_size=8",
+    "train.source.epochs=1",
+    "train.lora.epochs=1",
+    "train.full.epochs=1",
+    "lora.rank=1",
+    "accelerator=cpu",
+]
+
+
+def photos(root, domains=("day", "night"), classes=("cat", "dog"), count=6):
+    """Folders of noise whose mean tells the classes apart; `night` is darker."""
+    for d, domain in enumerate(domains):
+        for c, name in enumerate(classes):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = np.random.default_rng([d, c, i]).integers(0, 60, (36, 36, 3))
+                Image.fromarray((noise + 100 * c // (d + 1)).astype(np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    return root

