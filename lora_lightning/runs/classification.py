@@ -17,13 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lightning.config import LoRAConfig, unknown_key
+from lora_lightning.callback import LoRACallback
+from lora_lightning.config import unknown_key
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
 from lora_lightning.results import Prediction, Run
-from lora_lightning.runs.methods import METHODS, Context
-from lora_lightning.runs.progress import Stages, quiet_lightning
+from lora_lightning.runs.methods import METHODS, Context, classifier, make_trainer
+from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.settings import Config, DataSettings
 from lora_lightning.tasks.backbones import create_backbone
 
@@ -38,13 +39,12 @@ def run(given: DictConfig) -> Run:
         ConfigError: a value that no type could catch, before anything is rendered or trained.
         DataError: the pictures cannot be used.
     """
-    config = _checked(given)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(given, out / "config.yaml")
-    with quiet_lightning():
-        result = _run(config, given)
-    return result
+    with quiet_lightning(), interruptible():
+        config = _checked(given)
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(given, out / "config.yaml")
+        return _run(config, given)
 
 
 def _run(config: Config, given: DictConfig) -> Run:
@@ -118,10 +118,13 @@ def _checked(given: DictConfig) -> Config:
     for name, stage in (("source", stages.source), ("lora", stages.lora), ("full", stages.full)):
         if stage.epochs < 1:
             raise ConfigError(f"train.{name}.epochs must be at least 1, got {stage.epochs}")
+        classifier(nn.Identity(), stage)
     for key in ("size", "batch_size"):
         if getattr(config.data, key) < 2:
             raise ConfigError(f"data.{key} must be at least 2, got {getattr(config.data, key)}")
-    LoRAConfig.make(config.lora)
+    # Both check what they are given; better now than after the source model's training.
+    LoRACallback(config.lora, batch_norm=config.batch_norm)
+    make_trainer(config)
     return config
 
 

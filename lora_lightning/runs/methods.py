@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.decompose import spectrum
+from lora_lightning.errors import ConfigError
 from lora_lightning.injection import merge
 from lora_lightning.results import Row, Run
 from lora_lightning.runs.progress import Stages, Ticks
@@ -68,18 +70,11 @@ class Context:
         callbacks: Sequence[Callback] = (),
     ) -> float:
         """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
-        module = Classifier(
-            model,
-            settings.learning_rate,
-            settings.weight_decay,
-            settings.label_smoothing,
-            settings.schedule,
-        )
+        module = classifier(model, settings)
         tick = self.stages.stage(title, "batches")
-        trainer = self.trainer(settings.epochs, [*callbacks, Ticks(tick)])
+        trainer = make_trainer(self.config, settings.epochs, [*callbacks, Ticks(tick)])
         start = time.perf_counter()
         trainer.fit(module, datamodule=self.data.on(train=domains))
-        _stop_if_interrupted(trainer)
         return time.perf_counter() - start
 
     def measure(
@@ -94,9 +89,8 @@ class Context:
         domains = [self.data.source, *self.data.target]
         data = self.data.on(test=domains)
         tick = self.stages.stage(f"  measuring {method}", "batches")
-        trainer = self.trainer(0, [Ticks(tick)])
+        trainer = make_trainer(self.config, 0, [Ticks(tick)])
         outputs: Any = trainer.predict(Classifier(model), datamodule=data)
-        _stop_if_interrupted(trainer)
         probabilities = torch.cat(outputs)
         items = data.held_out()
         self.probabilities[method] = probabilities
@@ -111,19 +105,35 @@ class Context:
             )
         return rows
 
-    def trainer(self, epochs: int, callbacks: list[Callback]) -> Trainer:
-        """A trainer that shows nothing and writes nothing by itself."""
+
+def classifier(model: nn.Module, settings: TrainSettings) -> Classifier:
+    """The module that trains `model` in this way; raises ConfigError for a bad value."""
+    s = settings
+    return Classifier(model, s.learning_rate, s.weight_decay, s.label_smoothing, s.schedule)
+
+
+def make_trainer(config: Config, epochs: int = 0, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """A trainer that shows nothing and writes nothing by itself.
+
+    Raises:
+        ConfigError: there is no such accelerator, or not here.
+    """
+    try:
         return Trainer(
             max_epochs=epochs,
-            accelerator=self.config.accelerator,
+            accelerator=config.accelerator,
             devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=callbacks,
-            default_root_dir=self.config.out,
+            callbacks=list(callbacks),
+            default_root_dir=config.out,
         )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(
+            f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
+        ) from error
 
 
 def source_only(context: Context) -> list[Row]:
@@ -145,10 +155,9 @@ def batchnorm(context: Context) -> list[Row]:
     start = time.perf_counter()
     module = _BatchNormStatistics(model, norms)
     tick = context.stages.stage("BatchNorm statistics of the target", "batches")
-    trainer = context.trainer(0, [Ticks(tick)])
+    trainer = make_trainer(context.config, 0, [Ticks(tick)])
     loader = context.data.on(train=context.data.target).unlabelled_dataloader()
     trainer.predict(module, loader, return_predictions=False)
-    _stop_if_interrupted(trainer)
     seconds = time.perf_counter() - start
     size = sum(b.nbytes for norm in norms for b in norm.buffers())
     return context.measure("BatchNorm statistics", model, seconds, 0, size)
@@ -214,9 +223,3 @@ METHODS: dict[str, Callable[[Context], list[Row]]] = {
     "lora": lora,
     "full": full,
 }
-
-
-def _stop_if_interrupted(trainer: Trainer) -> None:
-    """Lightning ends a fit quietly at Ctrl-C; the run must end as well."""
-    if trainer.interrupted:
-        raise KeyboardInterrupt

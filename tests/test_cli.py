@@ -1,0 +1,142 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_lightning import inject, merge, save_adapter
+from lora_lightning.cli import main
+from tests.conftest import randomise
+from tests.miniature import TINY, photos
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter file, its base's checkpoint, and the adapted model."""
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    inject(model, rank=2)
+    randomise(model)
+    return save_adapter(model, tmp_path / "adapter.safetensors"), model
+
+
+def test_run_prints_the_table_and_where_the_results_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    root = photos(tmp_path / "photos")
+    own = [f"data.root={root}", "data.source=day", f"out={tmp_path / 'out'}"]
+    assert main(["run", "lighting", *TINY, *own]) == 0
+    out, err = capsys.readouterr()
+    assert "LoRA" in out
+    assert "report.html" in out
+    assert (tmp_path / "out/results.json").is_file()
+    assert "training the source model" in err
+    assert "Trainer" not in out + err  # none of Lightning's own chatter
+    assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
+
+
+def test_help_of_a_recipe_lists_every_setting(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["run", "lighting", "--help"]) == 0
+    out = capsys.readouterr().out
+    for text in ("lora.rank=", "data.root=null", "inner dimension", "data.horizontal_flip=true"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_without_a_recipe_lists_the_recipes(capsys):
+    assert main(["run", "--help"]) == 0
+    assert "lighting" in capsys.readouterr().out
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    assert "lighting  Objects in another light" in capsys.readouterr().out
+
+
+def test_copy_gives_a_recipe_that_runs_from_there(tmp_path, capsys):
+    assert main(["copy", "lighting", str(tmp_path)]) == 0
+    assert {p.name for p in (tmp_path / "lighting").iterdir()} == {"recipe.yaml", "README.md"}
+    assert f"lora-lightning run {tmp_path / 'lighting'}" in capsys.readouterr().out
+    assert main(["run", str(tmp_path / "lighting"), "--help"]) == 0
+    assert main(["copy", "lighting", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_inspect(adapter, capsys):
+    path, _ = adapter
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    for text in ("test_vit", "rank=2", "blocks.0.attn.qkv.weight", "head.weight"):
+        assert text in out
+
+
+def test_merge_writes_a_model_that_needs_nothing_of_ours(adapter, tmp_path, capsys):
+    path, model = adapter
+    base, out = str(tmp_path / "base.safetensors"), tmp_path / "new/merged.safetensors"
+    common = ["merge", "--model", "test_vit", "--checkpoint", base, "--adapter", str(path)]
+    assert main([*common, "--out", str(out)]) == 0
+    assert "3 classes" in capsys.readouterr().out
+    plain = timm.create_model("test_vit", num_classes=3).eval()
+    plain.load_state_dict(load_file(out))
+    x = torch.randn(2, 3, 160, 160)
+    merge(model)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_merge_with_another_base(adapter, tmp_path, capsys):
+    arguments = ["--adapter", str(adapter[0]), "--out", str(tmp_path / "m.safetensors")]
+    assert main(["merge", "--model", "test_vit", *arguments]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "lightin"], "there is no recipe 'lightin'; did you mean 'lighting'?"),
+        (["run", "lighting", "lora.rnk=3"], "unknown key 'lora.rnk'; did you mean 'lora.rank'"),
+        (["run", "lighting", "data.root=/nowhere/at/all", "out=OUT"], "there is no folder"),
+        (["inspect", "nothing.safetensors"], "does not exist"),
+        (["copy", "lightin", "."], "there is no recipe"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(arguments, message, capsys, tmp_path):
+    arguments = [a.replace("OUT", str(tmp_path)) for a in arguments]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "error: " in err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_in_training_ends_the_run(tmp_path, capsys, monkeypatch):
+    from lora_lightning.tasks.classification import Classifier
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "training_step", stop)
+    own = [f"data.root={photos(tmp_path / 'p')}", "data.source=day", f"out={tmp_path / 'out'}"]
+    assert main(["run", "lighting", *TINY, *own]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fly"])
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from lora_lightning.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'lightning', 'timm', 'omegaconf'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lora-lightning run lighting" in done.stdout
