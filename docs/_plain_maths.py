@@ -21,6 +21,7 @@ def plain(latex: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", latex)
     for command, symbol in sorted(_SYMBOLS.items(), key=lambda pair: -len(pair[0])):
         text = text.replace(command, symbol)
+    text = re.sub(r"\^\{([^{}]*)\}", r"^(\1)", text)
     return re.sub(r"[{}]", "", text).strip()
 
 

@@ -113,7 +113,7 @@ class Factors(nn.Module):
 
     def _product(self, lora_A: Tensor) -> Tensor:
         device = lora_A.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self._product(lora_A)
         product: Tensor = self.spec.scaling * (self.lora_B @ lora_A)

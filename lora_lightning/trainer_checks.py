@@ -96,9 +96,7 @@ def check_optimizers(
             f"(missing: {missing[0]} …). Give it self.parameters(), or "
             "lora_lightning.parameter_groups(self, lr=...)"
         )
-    idle = [
-        n for n, p in pl_module.named_parameters() if not p.requires_grad and id(p) in captured
-    ]
+    idle = [n for n, p in pl_module.named_parameters() if not p.requires_grad and id(p) in captured]
     if idle:
         rank_zero_warn(
             f"configure_optimizers captured {len(idle)} frozen parameters ({idle[0]} …). They are "

@@ -171,7 +171,8 @@ def _check_eval(
         adapters.unmerge(model)
         result.merge_error = difference(merged, plain)
         if not result.merge_error <= limit:
-            result.failures |= _unmergeable(model, batch, plain, limit, result.merge_error)
+            found = _unmergeable(model, result, batch, plain, limit)
+            result.failures = {**found, **result.failures}
 
 
 def _without_effect(
@@ -184,28 +185,32 @@ def _without_effect(
         for path, layer in layers.items():
             layer.lora_active = result.name if result.name in layer.lora else None
             if layer.lora_active and difference(run(model, batch), source) == 0:
-                failing |= {
-                    t: "in eval: no effect without gradients (a fused path reads the raw weight)"
-                    for t in result.tensors
-                    if t.rpartition(".")[0] == path
-                }
+                reason = "in eval: no effect without gradients (a fused path reads the raw weight)"
+                failing |= dict.fromkeys(_tensors_of(result, path), reason)
             layer.lora_active = None
     why = "in eval: the output without gradients differs from the one with gradients"
     return failing or dict.fromkeys(result.tensors, why)
 
 
 def _unmergeable(
-    model: nn.Module, batch: Any, plain: list[Tensor], limit: float, whole: float
+    model: nn.Module, result: Verification, batch: Any, plain: list[Tensor], limit: float
 ) -> dict[str, str]:
     """Which layers change the output when merged alone."""
-    failing = {}
+    failing: dict[str, str] = {}
     for path, layer in states.adapted_layers(model).items():
         merge_layer(layer)
         error = difference(run(model, batch), plain)
         unmerge_layer(layer)
         if not error <= limit:
-            failing[path] = f"merging changes the output by {error:.1e} (relative)"
-    return failing or {"(all together)": f"merging changes the output by {whole:.1e} (relative)"}
+            reason = f"merging changes the output by {error:.1e} (relative)"
+            failing |= dict.fromkeys(_tensors_of(result, path), reason)
+    return failing or {
+        "(all together)": f"merging changes the output by {result.merge_error:.1e} (relative)"
+    }
+
+
+def _tensors_of(result: Verification, layer: str) -> list[str]:
+    return [t for t in result.tensors if t.rpartition(".")[0] == layer]
 
 
 @contextmanager

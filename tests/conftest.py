@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -184,9 +184,7 @@ def test_batchnorm_statistics_are_saved(tmp_path, policy):
     module = Module(efficientnet())
     callback = lora(batch_norm=policy, output_dir=tmp_path)
     trainer(tmp_path, callback).fit(module, loader())
-    moved = not torch.equal(
-        module.model.bn1.running_mean, efficientnet().bn1.running_mean
-    )
+    moved = not torch.equal(module.model.bn1.running_mean, efficientnet().bn1.running_mean)
     assert moved == (policy != "frozen")
     header = read_header(callback.adapter_path_)
     assert bool(header["buffers"]) == moved

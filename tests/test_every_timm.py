@@ -79,9 +79,7 @@ def test_every_architecture(module: str, targets: str):
     with torch.no_grad():
         source = run(model, x)
 
-    report = inject(
-        model, rank=4, target_modules=targets, clamp_rank=True, trainable=[], seed=0
-    )
+    report = inject(model, rank=4, target_modules=targets, clamp_rank=True, trainable=[], seed=0)
     with torch.no_grad():
         assert all(map(torch.equal, run(model, x), source)), "not the base's output at the start"
     assert before.keys() <= model.state_dict().keys()

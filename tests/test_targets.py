@@ -48,7 +48,10 @@ def test_patterns(pattern, name, expected):
 def test_names_globs_regular_expressions_and_types():
     assert adapted(tiny_vit(), target_modules="blocks.1.attn.qkv") == ["blocks.1.attn.qkv"]
     assert adapted(tiny_vit(), target_modules="qkv") == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
-    assert adapted(tiny_vit(), target_modules="re:.*0.*fc.") == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    assert adapted(tiny_vit(), target_modules="re:.*0.*fc.") == [
+        "blocks.0.mlp.fc1",
+        "blocks.0.mlp.fc2",
+    ]
     assert adapted(tiny_vit(), target_modules=nn.Conv2d) == ["patch_embed.proj"]
     assert adapted(tiny_vit(), target_modules="type:Conv2d") == ["patch_embed.proj"]
     assert len(adapted(tiny_vit(), target_modules=nn.Linear)) == 9
@@ -138,7 +141,13 @@ def test_auto_of_convnext_is_not_only_the_classifier():
 
 
 def test_auto_never_takes_the_classifier():
-    for name in ("vit_tiny_patch16_224", "convnext_atto", "resnet18", "vgg11", "mobilenetv3_small_050"):
+    for name in (
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        "resnet18",
+        "vgg11",
+        "mobilenetv3_small_050",
+    ):
         model = meta(name)
         heads = classifier_modules(model)
         assert heads
@@ -191,7 +200,9 @@ def test_nothing_left_and_nothing_to_choose():
 
 def test_rank_larger_than_the_layer_allows():
     model = nn.Sequential(nn.Linear(64, 3), nn.Conv2d(8, 8, 3, groups=8))
-    with pytest.raises(ConfigError, match=r"0\.weight: rank 20, at most 3\n.*1\.weight: rank 20, at most 8"):
+    with pytest.raises(
+        ConfigError, match=r"0\.weight: rank 20, at most 3\n.*1\.weight: rank 20, at most 8"
+    ):
         adapted(model, rank=20, target_modules="all")
     assert not any(".lora" in n for n, _ in model.named_modules()), "the model was touched"
     report = inject(model, rank=20, target_modules="all", trainable=[], clamp_rank=True)

@@ -1,0 +1,329 @@
+"""The cases in which today's libraries fail, most of them in silence: one test each.
+
+docs/conformance.md says what happens elsewhere. Cases about files, Lightning, targets and
+kinds of layers that have a home of their own are tested there too; here they stand by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torchaudio
+from torch import nn
+
+from lora_lightning import (
+    LoRACallback,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    verify,
+)
+from lora_lightning.errors import BaseMismatchError, ConfigError
+from lora_lightning.state import named_factors
+from lora_lightning.targets import matches
+from lora_lightning.verification import difference
+from tests.conftest import Module, loader, randomise, tiny_vit, trainer
+from tests.test_every_timm import wake
+from tests.zoo import ZOO
+
+
+def check(model: nn.Module, batch, **options) -> nn.Module:
+    """Inject, verify (gradient, effect, merge within 1e-5), remove: the base bit for bit."""
+    model.eval().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    inject(model, **{"rank": 2, "trainable": [], "clamp_rank": True, **options})
+    found = verify(model, batch, tolerance=1e-5)[0]
+    assert found.effect > 0
+    remove(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    return model
+
+
+def image(size: int = 64) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def small(name: str, **options) -> nn.Module:
+    model = timm.create_model(name, num_classes=4, **options)
+    wake(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beit_base_patch16_224", {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2}),
+        ("swinv2_tiny_window8_256", {"img_size": 64, "embed_dim": 24, "depths": (1, 1),
+                                     "num_heads": (2, 2), "window_size": 4}),
+        ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}),
+        ("vit_tiny_patch16_dinov3_qkvb", {"img_size": 32, "depth": 2}),
+    ],
+)  # fmt: skip
+def test_weights_read_by_functional_calls(name, options):
+    """BEiT, SwinV2, EVA02, DINOv3 read `self.qkv.weight` instead of calling `self.qkv`."""
+    check(small(name, **options), image(options["img_size"]), target_modules="qkv")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wavlm_self_attention():
+    model = torchaudio.models.wavlm_model(
+        extractor_mode="group_norm", extractor_conv_layer_config=[(16, 10, 5), (16, 8, 4)],
+        extractor_conv_bias=False, encoder_embed_dim=16, encoder_projection_dropout=0.0,
+        encoder_pos_conv_kernel=4, encoder_pos_conv_groups=2, encoder_num_layers=2,
+        encoder_num_heads=2, encoder_num_buckets=8, encoder_max_distance=16,
+        encoder_attention_dropout=0.0, encoder_ff_interm_features=32,
+        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False,
+        encoder_layer_drop=0.0, aux_num_out=None,
+    )  # fmt: skip
+    wake(model)
+    targets = ["*attention.attention", "out_proj", "re:.*dense"]
+    check(model, torch.randn(2, 800), target_modules=targets)
+
+
+def test_conformer_attention_projections():
+    model = torchaudio.models.Conformer(16, 2, 32, 2, 3)
+    batch = (torch.randn(2, 7, 16), torch.tensor([7, 7]))
+    check(model, batch, target_modules=nn.Linear)
+    check(model, batch, target_modules=nn.MultiheadAttention)
+    check(model, batch, target_modules=nn.Conv1d)
+
+
+def test_transformer_encoder_layer_fast_path():
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2
+    )
+    check(model, torch.randn(2, 5, 16), target_modules=["self_attn", "out_proj", "linear?"])
+
+
+@pytest.mark.parametrize("name", ["resnetv2_18", "nfnet_f0"])
+def test_standardised_convolutions(name):
+    options = {} if name == "nfnet_f0" else {"conv_layer": timm.layers.StdConv2d}
+    if name == "nfnet_f0":
+        model = small("test_nfnet")
+    else:
+        model = small(name, **options)
+    assert any("StdConv2d" in type(m).__name__ for m in model.modules())
+    check(model, image(), target_modules=nn.Conv2d)
+
+
+def test_standardised_same_convolutions_of_hybrids():
+    layer, x = ZOO["StdConv2dSame"]
+    check(layer(), x, target_modules="all")
+    model = small("resnetv2_18", conv_layer=timm.layers.StdConv2dSame)
+    check(model, image(), target_modules=nn.Conv2d)
+
+
+def test_dilated_convolutions():
+    model = small("resnet18", output_stride=8)
+    assert any(m.dilation == (4, 4) for m in model.modules() if isinstance(m, nn.Conv2d))
+    check(model, image(), target_modules=nn.Conv2d)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes(mode):
+    layer = nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)
+    check(layer, torch.randn(2, 4, 9, 9), target_modules="all")
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "test_efficientnet", "resnext26ts"])
+def test_depthwise_and_grouped_convolutions(name):
+    model = small(name)
+    grouped = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert grouped
+    check(model, image(), target_modules=grouped)
+    base = sum(p.numel() for p in model.parameters())
+    report = inject(model, rank=2, target_modules=grouped, trainable=[])
+    assert report.factor_parameters < 0.2 * base
+
+
+@pytest.mark.parametrize("style", ["parametrization", "hook"])
+def test_weight_normed_positional_convolution(style):
+    """Grouped and weight-normed along the kernel, as in wav2vec2."""
+    layer = nn.Conv1d(16, 16, 4, padding=2, groups=4)
+    if style == "hook":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            layer = nn.utils.weight_norm(layer, dim=2)
+    else:
+        layer = nn.utils.parametrizations.weight_norm(layer, dim=2)
+    check(layer, torch.randn(2, 16, 9), target_modules="all")
+
+
+def test_weight_normed_layers_merge():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    x = torch.randn(3, 6)
+    before = layer(x)
+    inject(layer, rank=2, target_modules="all", trainable=[])
+    randomise(layer)
+    adapted = layer(x)
+    merge(layer)
+    assert difference([layer(x)], [adapted]) < 1e-5
+    assert difference([layer(x)], [before]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
+def test_recurrent_layers(kind):
+    make, x = ZOO[kind]
+    check(make(), x, target_modules="all")
+
+
+@pytest.mark.parametrize("kind", ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"])
+def test_transposed_convolutions(kind):
+    make, x = ZOO[kind]
+    check(make(), x, target_modules="all")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_multihead_attention_compiles_fullgraph():
+    make, x = ZOO["MultiheadAttention"]
+    model = make()
+    inject(model, rank=2, target_modules="all", trainable=[])
+    randomise(model)
+    parameters = [id(p) for p in model.parameters()]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert difference([compiled(x)], [model(x)]) < 1e-6
+    assert [id(p) for p in model.parameters()] == parameters
+
+
+def test_batchnorm_statistics_travel_with_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    base = timm.create_model("test_efficientnet", num_classes=4)
+    model = copy.deepcopy(base).train()
+    inject(model, rank=2)
+    for _ in range(3):
+        model(2 * image(32) + 1)
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(base, path)
+    assert torch.equal(base.eval()(image(32)), model.eval()(image(32)))
+
+
+def test_classifier_reset_after_injection_is_saved(tmp_path):
+    base = tiny_vit()
+    model = copy.deepcopy(base)
+    inject(model, rank=2)
+    model.reset_classifier(9)
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    base.reset_classifier(9)
+    load_adapter(base, path)
+    assert torch.equal(base(image(32)), model(image(32)))
+
+
+def test_auto_does_not_adapt_the_classifier():
+    with torch.device("meta"):
+        model = timm.create_model("convnext_atto")
+    names = [row.module for row in inject(model, rank=2, trainable=[]).rows]
+    assert len(names) == 24
+    assert "head.fc" not in names
+
+
+def test_blocks_of_swin_are_counted_on_the_outermost_list():
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    names = [row.module for row in inject(model, rank=2, blocks=[0], trainable=[]).rows]
+    assert {n.split(".")[1] for n in names} == {"0"}
+    assert any(".blocks.1." in n for n in names)
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "fastvit_t8"])
+def test_reparameterize_an_adapted_model(name):
+    model = small(name).eval()
+    inject(model, rank=2, target_modules="all", clamp_rank=True, trainable=[], blocks=[0, 1])
+    randomise(model, std=0.01)
+    with torch.no_grad():
+        expected = model(image())
+        fused = timm.utils.reparameterize_model(model)
+        assert difference([fused(image())], [expected]) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_after_merging():
+    model = tiny_vit()
+    inject(model, rank=2)
+    randomise(model)
+    expected = model(image(32))
+    merge(model)
+    assert difference([torch.jit.script(model)(image(32))], [expected]) < 1e-5
+
+
+def test_top_level_parameters():
+    check(tiny_vit(), image(32), target_modules=["pos_embed", "cls_token"])
+
+
+def test_a_file_names_its_architecture(tmp_path):
+    model = tiny_vit()
+    inject(model, rank=2)
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(BaseMismatchError, match="was made for test_vit"):
+        load_adapter(timm.create_model("test_vit2"), path)
+
+
+def test_factors_reach_the_optimizer(tmp_path):
+    module, t = Module(), trainer(tmp_path, LoRACallback(rank=2))
+    t.fit(module, loader())
+    held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
+    factors = named_factors(module.model, "default").values()
+    assert all(id(p) in held for f in factors for p in f.parameters())
+
+
+def test_layer_drop_under_ddp_is_refused_with_the_remedy(tmp_path):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lora_lightning.trainer_checks import check_unused_parameters
+
+    class FakeTrainer:
+        strategy = DDPStrategy()
+
+    backbone = tiny_vit()
+    backbone.layer_drop = 0.1
+    with pytest.raises(ConfigError, match="ddp_find_unused_parameters_true"):
+        check_unused_parameters(FakeTrainer(), backbone)
+
+
+def test_a_source_checkpoint_loads_strictly_after_injection():
+    source, model = tiny_vit(), tiny_vit()
+    inject(model, rank=2)
+    model.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(model(image(32)), source(image(32)))
+
+
+def test_names_are_never_matched_by_substring():
+    assert not matches("proj", "blocks.0.attn.proj_out")
+    assert not matches("1", "blocks.11")
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("vit_tiny_patch16_224", "auto"),
+        ("swin_tiny_patch4_window7_224", "auto"),
+        ("convnext_atto", "auto"),
+        ("tf_efficientnet_lite0", "auto"),
+    ],
+)
+def test_what_works_elsewhere_works_here(name, targets):
+    options = {
+        "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},
+        "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 4, "depths": (1, 1),
+                                         "num_heads": (2, 2), "embed_dim": 24},
+    }.get(name, {})  # fmt: skip
+    check(small(name, **options), image(options.get("img_size", 64)), target_modules=targets)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wav2vec2_linear_layers():
+    model = torchaudio.models.wav2vec2_model(
+        extractor_mode="group_norm", extractor_conv_layer_config=[(16, 10, 5), (16, 8, 4)],
+        extractor_conv_bias=False, encoder_embed_dim=16, encoder_projection_dropout=0.0,
+        encoder_pos_conv_kernel=4, encoder_pos_conv_groups=2, encoder_num_layers=2,
+        encoder_num_heads=2, encoder_attention_dropout=0.0, encoder_ff_interm_features=32,
+        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False,
+        encoder_layer_drop=0.0, aux_num_out=8,
+    )  # fmt: skip
+    check(model, torch.randn(2, 800), target_modules=[nn.Linear, "*pos_conv_embed.conv"])
