@@ -13,20 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lightning.callback import LoRACallback
+    from lora_lightning.combination import combine
     from lora_lightning.config import LoRAConfig
     from lora_lightning.errors import LoRALightningError
-    from lora_lightning.files import load_adapter, read_header, save_adapter
-    from lora_lightning.injection import (
-        adapters,
-        combine,
-        disabled,
-        inject,
-        merge,
-        remove,
-        set_active,
-        unmerge,
-    )
+    from lora_lightning.files import read_header, save_adapter
+    from lora_lightning.injection import inject
+    from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.verification import verify
 
 __version__ = "0.1.0"
@@ -35,18 +29,18 @@ _HOME = {
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
-    "adapters": "injection",
-    "combine": "injection",
-    "disabled": "injection",
+    "adapters": "switching",
+    "combine": "combination",
+    "disabled": "switching",
     "inject": "injection",
-    "load_adapter": "files",
-    "merge": "injection",
+    "load_adapter": "loading",
+    "merge": "switching",
     "parameter_groups": "optim",
     "read_header": "files",
-    "remove": "injection",
+    "remove": "switching",
     "save_adapter": "files",
-    "set_active": "injection",
-    "unmerge": "injection",
+    "set_active": "switching",
+    "unmerge": "switching",
     "verify": "verification",
 }
 

@@ -19,7 +19,6 @@ from lora_lightning.first_batch import FirstBatch
 from lora_lightning.injection import inject
 from lora_lightning.save_hook import install as install_save_hook
 from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
-from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import Factors, raw_tensor
+from lora_lightning.adapter import raw_tensor
 from lora_lightning.errors import AdapterFileError
+from lora_lightning.factors import Factors
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import Factors, FactorSpec, adapt
+from lora_lightning.adapter import adapt
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
-from lora_lightning.injection import check_free, register, set_active
+from lora_lightning.factors import Factors, FactorSpec
+from lora_lightning.injection import check_free, register
 from lora_lightning.state import ModelState
 from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport, Row
+from lora_lightning.switching import set_active
 
 
-def combine_adapters(model: nn.Module, weights: dict[str, float], name: str) -> InjectionReport:
-    """See `lora_lightning.combine`."""
+def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
+    r"""A new adapter with :math:`\Delta W = \sum_i w_i\,s_i\,B_i A_i`, exactly, for any scaling.
+
+    The factors are stacked, so ranks add up; what adapters train in full is combined likewise,
+    source + Σ w_i (own − source). The new adapter becomes the active one.
+
+    Raises:
+        AdapterNotFoundError, AdapterExistsError, ConfigError: a name is unknown or taken.
+        AdapterError: an adapter is not linear in its factors (DoRA) or moved buffers, so that
+            a weighted sum has no meaning.
+    """
+    weights = dict(weights)
     state = _check(model, weights, name)
     stacks = _stacks(model, weights)
     values = _extras(model, state, weights)

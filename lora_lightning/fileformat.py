@@ -41,7 +41,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pat
     data = save(
         {k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
          for k, v in tensors.items()},
-        metadata={"format": "pt", _KEY: json.dumps(header)},
+        metadata={_KEY: json.dumps(header)},  # one key: several come in random order
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -14,26 +14,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lora_lightning import injection
 from lora_lightning import state as states
-from lora_lightning.adapter import Factors, FactorSpec, adapt, raw_tensor
-from lora_lightning.config import LoRAConfig
+from lora_lightning import switching
+from lora_lightning.adapter import raw_tensor
 from lora_lightning.errors import (
-    AdapterError,
-    AdapterExistsError,
-    AdapterFileError,
     AdapterNotFoundError,
-    BaseMismatchError,
-    ConfigError,
 )
+from lora_lightning.factors import Factors
 from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.structure import live_tensors
-from lora_lightning.summary import InjectionReport, Row
+from lora_lightning.summary import Row
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -46,46 +40,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         AdapterNotFoundError: there is no such adapter.
     """
     root, state, name = _holder(model, name)
-    with injection.unmerged(root):
+    with switching.unmerged(root):
         tensors, header = _contents(root, state, name)
     return write(Path(path), tensors, header)
-
-
-def load_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str | None = None,
-    *,
-    check: str = "weights",
-    overwrite: bool = False,
-) -> InjectionReport:
-    """Put the adapter in `path` on `model`, in place, and make it the active one.
-
-    Args:
-        model: The base that the adapter was made for; other adapters on it stay.
-        path: A file that `save_adapter` wrote.
-        name: Name to give it; default: the one in the file.
-        check: ``"weights"``: the base must have the weights that the adapter was trained on
-            (a sample of each tensor is compared); ``"structure"``: names and shapes only.
-        overwrite: Replace an adapter of that name.
-
-    Raises:
-        AdapterFileError: the file is missing, damaged, no adapter, or does not fit.
-        BaseMismatchError: it was made for another base.
-        AdapterExistsError: the name is taken and `overwrite` is off.
-
-    Whatever is raised, the model is as it was.
-    """
-    if check not in ("weights", "structure"):
-        raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
-    header, tensors = read(Path(path))
-    name = name or str(header["name"])
-    state = _place_for(model, name, overwrite)
-    _check_base(model, header, check, Path(path))
-    _check_tensors(model, header, tensors, Path(path))
-    if state is not None and name in state.configs:
-        injection.remove(model, name)
-    return _install(model, name, header, tensors)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -167,115 +124,3 @@ def _holder(model: nn.Module, name: str | None) -> tuple[nn.Module, ModelState, 
             return root, state, wanted
     have = [n for _, s in holders for n in s.configs]
     raise AdapterNotFoundError(f"no adapter {name or '(active)'!r} to save; there are {have}")
-
-
-def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | None:
-    state = states.state_of(model)
-    if state is None:
-        injection.check_free(model, name)
-    if states.merged_layers(model):
-        raise AdapterError("the model is merged; call unmerge(model) before loading an adapter")
-    if state is not None and name in state.configs and not overwrite:
-        raise AdapterExistsError(
-            f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
-        )
-    return state
-
-
-def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
-    own, made_for = fingerprint(model, header["extras"]), header["base"]
-    if own["structure"] != made_for["structure"]:
-        raise BaseMismatchError(
-            f"{path} was made for {made_for['architecture']}, and this model is "
-            f"{own['architecture']} with other parameters or shapes. Build the base that it was "
-            f"trained on{_first_misfit(model, header)}"
-        )
-    if check == "weights" and own.get("weights") != made_for.get("weights"):
-        raise BaseMismatchError(
-            f"{path} was made for a {made_for['architecture']} with other weights (fingerprint "
-            f"{made_for.get('weights')}, this model {own.get('weights')}): load the same base "
-            "checkpoint first, or pass check='structure' if you mean it"
-        )
-
-
-def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
-    for target in header["targets"]:
-        place = f"{target['module']}.{target['tensor']}".lstrip(".")
-        try:
-            raw = raw_tensor(model.get_submodule(target["module"]), target["tensor"])
-        except (AttributeError, KeyError):
-            return f" (here is no {place})"
-        if list(raw.shape) != target["shape"]:
-            return f" ({place} is {tuple(raw.shape)} here, {tuple(target['shape'])} there)"
-    return ""
-
-
-def _check_tensors(
-    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
-) -> None:
-    """Exactly the tensors that the header promises, in shapes that fit the model."""
-    expected = _factor_shapes(header)
-    live = live_tensors(model)
-    for key in [*header["extras"], *header["buffers"]]:
-        if key not in live:
-            raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
-        expected[key] = tuple(live[key].shape)
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected)
-    if missing or extra:
-        raise AdapterFileError(
-            f"{path} is not whole: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}; "
-            "write it again with save_adapter"
-        )
-    for key, shape in expected.items():
-        if tuple(tensors[key].shape) != shape:
-            hint = "; build the model with the same number of classes" if key in live else ""
-            raise AdapterFileError(
-                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}{hint}"
-            )
-
-
-def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for t in header["targets"]:
-        rows, columns = t["matrix"]
-        key = f"{t['module']}.{t['tensor']}".lstrip(".")
-        shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
-        if t["dora"]:
-            shapes[f"{key}.magnitude"] = (rows,)
-    return shapes
-
-
-@torch.no_grad()
-def _install(
-    model: nn.Module, name: str, header: dict[str, Any], tensors: dict[str, Tensor]
-) -> InjectionReport:
-    config = LoRAConfig.make(header["config"])
-    rows = tuple(_place(model, name, target, config, tensors) for target in header["targets"])
-    live = live_tensors(model)
-    extras = {n: live[n].numel() for n in header["extras"]}
-    report = InjectionReport(name, rows, extras, injection.count_parameters(model))
-    state = states.state_of(model) or ModelState()
-    injection.register(model, state, name, config, report, state.frozen)
-    state.parked[name] = {n: tensors[n] for n in [*header["extras"], *header["buffers"]]}
-    injection.set_active(model, name)
-    return report
-
-
-def _place(
-    model: nn.Module, name: str, t: dict[str, Any], config: LoRAConfig, tensors: dict[str, Tensor]
-) -> Row:
-    module = model.get_submodule(t["module"])
-    key = f"{t['module']}.{t['tensor']}".lstrip(".")
-    spec = FactorSpec(
-        t["rank"], t["alpha"], t["scaling"], t["dropout"], t["dora"], t["freeze_a"],
-        config.init, config.seed or 0, key,
-    )  # fmt: skip
-    bare = t["matrix"][0] != t["shape"][0]
-    adapt(module, name, {t["tensor"]: spec}, bare)
-    live: Any = module
-    factors: Factors = live.lora[name][t["tensor"]]
-    for part, parameter in factors.named_parameters():
-        parameter.copy_(tensors[f"{key}.{part}"])
-    size = sum(p.numel() for p in factors.parameters() if p.requires_grad)
-    row, matrix = (t["module"], t["tensor"], t["kind"], t["path"]), tuple(t["matrix"])
-    return Row(*row, t["rank"], t["alpha"], size, (matrix[0], matrix[1]))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import Factors
 from lora_lightning.errors import VerificationError
+from lora_lightning.factors import Factors
 from lora_lightning.verification import verify
 
 _ITEMS = 2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_lightning import parametrized
-from lora_lightning.adapter import Factors, matrix_shape
+from lora_lightning.factors import Factors, matrix_shape
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_METHODS = ("forward", "_conv_forward")
@@ -64,8 +64,8 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return (
-            "max_norm rewrites the weight in every forward, so that there is no fixed base to adapt; "
-            "set max_norm=None after renormalising once"
+            "max_norm rewrites the weight in every forward, so that there is no fixed base to "
+            "adapt; set max_norm=None after renormalising once"
         )
     return parametrized.refusal(module, tensor)
 
@@ -129,7 +129,7 @@ def _choose(
 
 
 def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
-    out_BxO = F.linear(x_BxI, self._parameters["weight"], self.bias)
+    out_BxO: Tensor = F.linear(x_BxI, self._parameters["weight"], self.bias)
     factors: Factors | None = self.factors("weight")
     if factors is None:
         return out_BxO
@@ -139,7 +139,7 @@ def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
 
 def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     weight = self._parameters["weight"]
-    out_BOx = self._conv_forward(x_BIx, weight, self.bias)
+    out_BOx: Tensor = self._conv_forward(x_BIx, weight, self.bias)
     factors: Factors | None = self.factors("weight")
     if factors is None:
         return out_BOx

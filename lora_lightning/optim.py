@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapter import Factors
 from lora_lightning.errors import AdapterNotFoundError, ConfigError
+from lora_lightning.factors import Factors
 
 
 def parameter_groups(

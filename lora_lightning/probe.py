@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapter import raw_tensor
+from lora_lightning.factors import Factors
+
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
 _RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")
 
@@ -86,3 +89,50 @@ def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, key, rate in rates:
             setattr(module, key, rate)
+
+
+@contextmanager
+def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
+    """Random factors, whose product is about a tenth of each weight, for a ``with`` block."""
+    kept = {p: {k: v.detach().clone() for k, v in f.named_parameters()} for p, f in factors.items()}
+    flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
+    try:
+        for f in factors.values():
+            for key, parameter in f.named_parameters():
+                parameter.requires_grad_(not (f.spec.freeze_a and key == "lora_A"))
+        randomise(model, factors, seed=0)
+        yield
+    finally:
+        with torch.no_grad():
+            for path, f in factors.items():
+                for key, parameter in f.named_parameters():
+                    parameter.data.copy_(kept[path][key])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
+    """Draw all factors anew, each ΔW scaled to a tenth of its weight's norm."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, f in factors.items():
+        owner, _, tensor = path.rpartition(".")
+        raw = raw_tensor(model.get_submodule(owner), tensor)
+        for parameter in (f.lora_A, f.lora_B):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        size = f.delta(raw.shape).norm()
+        goal = 0.1 * raw.norm() if raw.any() else torch.as_tensor(0.01 * raw.numel() ** 0.5)
+        f.lora_B.mul_(goal.to(size.device) / size)
+        if f.magnitude is not None:
+            f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest |a − b| over the outputs, relative to the largest |b| of the same output."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            scale = y.detach().abs().max().clamp_min(torch.finfo(y.dtype).tiny)
+            error = float(((x - y).abs().max() / scale).detach())
+            worst = error if error > worst or error != error else worst
+    return worst

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import AdaptedModule, Factors, is_merged
+from lora_lightning.adapter import AdaptedModule
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterNotFoundError
+from lora_lightning.factors import Factors
+from lora_lightning.merging import is_merged
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names

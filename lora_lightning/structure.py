@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning import layers
-from lora_lightning.adapter import Factors
+from lora_lightning.factors import Factors
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")

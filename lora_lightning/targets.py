@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_lightning import families, layers
-from lora_lightning.adapter import Factors, raw_tensor
+from lora_lightning.adapter import raw_tensor
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import TargetError
+from lora_lightning.factors import Factors
 from lora_lightning.structure import base_parameters, block_list, classifier_modules
 
 KEYWORDS = ("auto", "all")

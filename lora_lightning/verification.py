@@ -12,19 +12,18 @@ Factors, buffers, modes, gradients and random state are put back afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import injection as adapters
 from lora_lightning import state as states
-from lora_lightning.adapter import Factors, merge_layer, raw_tensor, unmerge_layer
+from lora_lightning import switching as adapters
 from lora_lightning.errors import VerificationError
-from lora_lightning.probe import preserved, run, without_noise
+from lora_lightning.factors import Factors
+from lora_lightning.merging import merge_layer, unmerge_layer
+from lora_lightning.probe import difference, preserved, randomise, randomised, run, without_noise
 
 # Largest accepted difference, relative to the largest output, by precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -91,7 +90,7 @@ def verify(
 def _verify_one(model: nn.Module, name: str, batch: Any, tolerance: float | None) -> Verification:
     factors = states.named_factors(model, name)
     result = Verification(name, list(factors))
-    with _randomised(model, factors):
+    with randomised(model, factors):
         for training in (True, False):
             for path, reason in _dead(model, factors, batch, training).items():
                 mode = "training" if training else "eval"
@@ -117,7 +116,7 @@ def _dead(
         dead = {p: r for p in dead if (r := _gradient_problem(factors[p]))}
         if not dead:
             break
-        _randomise(model, factors, seed=attempt + 1)
+        randomise(model, factors, seed=attempt + 1)
     model.zero_grad(set_to_none=True)
     return dead
 
@@ -211,52 +210,6 @@ def _unmergeable(
 
 def _tensors_of(result: Verification, layer: str) -> list[str]:
     return [t for t in result.tensors if t.rpartition(".")[0] == layer]
-
-
-@contextmanager
-def _randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
-    """Random factors, whose product is about a tenth of each weight, for a ``with`` block."""
-    kept = {p: {k: v.detach().clone() for k, v in f.named_parameters()} for p, f in factors.items()}
-    flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
-    try:
-        for f in factors.values():
-            for key, parameter in f.named_parameters():
-                parameter.requires_grad_(not (f.spec.freeze_a and key == "lora_A"))
-        _randomise(model, factors, seed=0)
-        yield
-    finally:
-        with torch.no_grad():
-            for path, f in factors.items():
-                for key, parameter in f.named_parameters():
-                    parameter.data.copy_(kept[path][key])
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@torch.no_grad()
-def _randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for path, f in factors.items():
-        owner, _, tensor = path.rpartition(".")
-        raw = raw_tensor(model.get_submodule(owner), tensor)
-        for parameter in (f.lora_A, f.lora_B):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        size = f.delta(raw.shape).norm()
-        goal = 0.1 * raw.norm() if raw.any() else torch.as_tensor(0.01 * raw.numel() ** 0.5)
-        f.lora_B.mul_(goal.to(size.device) / size)
-        if f.magnitude is not None:
-            f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
-
-
-def difference(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest |a − b| over the outputs, relative to the largest |b| of the same output."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.numel():
-            scale = y.detach().abs().max().clamp_min(torch.finfo(y.dtype).tiny)
-            error = float(((x - y).abs().max() / scale).detach())
-            worst = error if error > worst or error != error else worst
-    return worst
 
 
 def _limit(outputs: list[Tensor]) -> float:

@@ -82,7 +82,7 @@ def trainer(tmp_path, *callbacks, **options) -> pl.Trainer:
 @torch.no_grad()
 def randomise(model: nn.Module, std: float = 0.1, seed: int = 0) -> None:
     """Give every B random values, so that adapters have an effect."""
-    from lora_lightning.adapter import Factors
+    from lora_lightning.factors import Factors
 
     generator = torch.Generator().manual_seed(seed)
     for factors in (m for m in model.modules() if isinstance(m, Factors)):

@@ -20,7 +20,6 @@ from lora_lightning import (
     parameter_groups,
     read_header,
 )
-from lora_lightning.adapter import Factors
 from lora_lightning.errors import (
     AdapterError,
     AdapterFileError,
@@ -29,6 +28,7 @@ from lora_lightning.errors import (
     TargetError,
     VerificationError,
 )
+from lora_lightning.factors import Factors
 from lora_lightning.state import named_factors
 from tests.conftest import Module, loader, tiny_vit, trainer
 

@@ -25,9 +25,9 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import BaseMismatchError, ConfigError
+from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
 from lora_lightning.targets import matches
-from lora_lightning.verification import difference
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.test_every_timm import wake
 from tests.zoo import ZOO
@@ -102,13 +102,10 @@ def test_transformer_encoder_layer_fast_path():
     check(model, torch.randn(2, 5, 16), target_modules=["self_attn", "out_proj", "linear?"])
 
 
-@pytest.mark.parametrize("name", ["resnetv2_18", "nfnet_f0"])
+@pytest.mark.parametrize("name", ["resnetv2_18", "test_nfnet"])
 def test_standardised_convolutions(name):
-    options = {} if name == "nfnet_f0" else {"conv_layer": timm.layers.StdConv2d}
-    if name == "nfnet_f0":
-        model = small("test_nfnet")
-    else:
-        model = small(name, **options)
+    options = {"conv_layer": timm.layers.StdConv2d} if name == "resnetv2_18" else {}
+    model = small(name, **options)
     assert any("StdConv2d" in type(m).__name__ for m in model.modules())
     check(model, image(), target_modules=nn.Conv2d)
 

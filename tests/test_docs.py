@@ -1,4 +1,4 @@
-"""README and docs are read by these tests: code runs, links resolve, names and commands exist.
+"""README, docs and the recipes' pages are read by these tests: code runs, links resolve, names and commands exist.
 
 In a page of docs/, the ```python blocks are run one after the other, as one script. What a
 reader need not see stands in ``<!-- test: setup … -->``. A block that cannot run is tagged
@@ -19,7 +19,8 @@ from lora_lightning import cli, recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
+RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS, *RECIPES]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RUN = re.compile(
@@ -48,7 +49,8 @@ def commands(page: Path) -> list[list[str]]:
     """Arguments of every ``lora-lightning …`` in the page's sh blocks and inline code."""
     text = page.read_text(encoding="utf-8")
     shells = [body for tag, body in _FENCE.findall(text) if tag == "sh"]
-    parts = re.split(r"\n|&&", "\n".join(shells)) + re.findall(r"`(lora-lightning [^`\n]+)`", text)
+    lines = "\n".join(shells).replace("\\\n", " ")
+    parts = re.split(r"\n|&&", lines) + re.findall(r"`(lora-lightning [^`\n]+)`", text)
     return [shlex.split(p, comments=True)[1:] for p in parts if p.strip().startswith("lora-light")]
 
 
@@ -118,12 +120,12 @@ def test_every_conformance_test_is_in_the_table_and_exists():
     rows = re.findall(r"\| `(?:([\w/.]+)::)?(test_\w+)` \|$", page, re.MULTILINE)
     assert len(rows) == len(re.findall(r"^\| (?!case|---)", page, re.MULTILINE))
     named_here = {name for file, name in rows if not file}
-    assert named_here == tests_in(ROOT / "tests/test_conformance.py")
+    assert named_here == defined_tests(ROOT / "tests/test_conformance.py")
     for file, name in rows:
-        assert not file or name in tests_in(ROOT / file)
+        assert not file or name in defined_tests(ROOT / file)
 
 
-def tests_in(file: Path) -> set[str]:
+def defined_tests(file: Path) -> set[str]:
     return set(re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE))
 
 

@@ -17,9 +17,8 @@ from timm.models._registry import _module_to_models
 from torch import nn
 
 from lora_lightning import inject, remove, verify
-from lora_lightning.probe import run, without_noise
+from lora_lightning.probe import difference, randomised, run, without_noise
 from lora_lightning.state import named_factors
-from lora_lightning.verification import _randomised, difference
 
 SMALLEST: dict[str, str] = json.loads(Path(__file__).with_name("timm_smallest.json").read_text())
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 384)
@@ -119,7 +118,7 @@ def train_against_eval(model: nn.Module, x: torch.Tensor) -> float | None:
 
     ``None`` where the model itself returns something else in training (distilled heads).
     """
-    with _randomised(model, named_factors(model, "default")), torch.no_grad():
+    with randomised(model, named_factors(model, "default")), torch.no_grad():
         with without_noise(model, training=True):
             training = run(model, x)
         model.eval()

@@ -167,7 +167,8 @@ def test_half_precision_base_still_counts_as_the_same(trained, base):
 def rewrite(path, change):
     """The same file with its tensors and header changed by `change(tensors, header)`."""
     with safe_open(str(path), framework="pt") as file:
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+        names = list(file.keys())
+        tensors = {k: file.get_tensor(k) for k in names}
         header = json.loads(file.metadata()["lora_lightning"])
     change(tensors, header)
     save_file(tensors, str(path), metadata={"lora_lightning": json.dumps(header)})

@@ -130,7 +130,7 @@ def test_the_check_can_fail(line):
 
 
 def test_the_check_lets_pass_what_it_should():
-    assert not violations("layers", "from lora_lightning.adapter import Factors\nimport torch")
+    assert not violations("layers", "from lora_lightning.factors import Factors\nimport torch")
     typing_only = "if TYPE_CHECKING:\n    from lora_lightning.callback import LoRACallback"
     assert not violations("layers", typing_only)
 

@@ -26,8 +26,8 @@ from lora_lightning.errors import (
     ConfigError,
     WeightWriteError,
 )
+from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
-from lora_lightning.verification import difference
 from tests.conftest import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

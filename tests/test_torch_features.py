@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import disabled, inject, merge, remove, save_adapter, load_adapter
-from lora_lightning.adapter import Factors
+from lora_lightning import disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.factors import Factors
+from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
-from lora_lightning.verification import difference
 from tests.conftest import randomise, tiny_vit
 from tests.zoo import ZOO, targets
 

@@ -17,11 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
+from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.decompose import spectrum
 from lora_lightning.errors import ConfigError
-from lora_lightning.injection import merge
 from lora_lightning.results import Row, Run
 from lora_lightning.runs.progress import Stages, Ticks
 from lora_lightning.runs.settings import Config, TrainSettings

@@ -1,0 +1,101 @@
+"""Merging one layer: W + s·BA in W's place, and the way back, bit for bit.
+
+The merged weight is a *new* parameter; the raw one is kept aside as the object that it is. So
+a tie to another layer is not dragged along, an optimizer's reference stays good, and unmerging
+copies nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning import parametrized
+from lora_lightning.adapter import adapted_class, raw_tensor, refresh
+from lora_lightning.errors import AdapterError
+
+_ATTRIBUTE = "_lora_merged"
+
+
+@dataclass
+class Merged:
+    """What a merged layer keeps aside to be unmerged exactly."""
+
+    base: type[nn.Module]
+    tensors: tuple[str, ...]
+    active: str | None
+    lora: nn.Module
+    raw: dict[str, nn.Parameter]
+    placed: dict[str, nn.Parameter]
+
+    def changed(self, module: nn.Module) -> list[str]:
+        """Parameters written to since the merge (a fresh parameter has version 0)."""
+        live = {key: parametrized.locate(module, key) for key in self.placed}
+        return [k for k, p in self.placed.items() if live[k] is not p or p._version > 0]
+
+
+@torch.no_grad()
+def merge_layer(module: nn.Module) -> None:
+    """Put the effective weights in the raw ones' place; the class is the base's own again."""
+    live: Any = module
+    for tensor in live._adapted_tensors:
+        parametrized.recompute(module, tensor)
+    effective = {
+        tensor: factors.effective(raw_tensor(module, tensor), dropout=False)
+        for tensor in live._adapted_tensors
+        if (factors := live.factors(tensor)) is not None
+    }
+    base, tensors, active = live._adapted_base, live._adapted_tensors, live.lora_active
+    lora = module._modules.pop("lora")
+    assert lora is not None
+    live.__class__ = base
+    del module.__dict__["lora_active"]
+    raw: dict[str, nn.Parameter] = {}
+    placed: dict[str, nn.Parameter] = {}
+    for tensor, value in effective.items():
+        for key, new in parametrized.originals(module, tensor, value).items():
+            raw[key] = parametrized.locate(module, key)
+            placed[key] = nn.Parameter(new, raw[key].requires_grad)
+            parametrized.place(module, key, placed[key])
+        parametrized.recompute(module, tensor)
+    module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed)
+    refresh(module)
+
+
+def unmerge_layer(module: nn.Module, discard_changes: bool = False) -> None:
+    """Undo `merge_layer`: the raw parameters themselves come back, bit for bit.
+
+    Raises:
+        AdapterError: the merged weights were written to since, and the writes would be lost.
+    """
+    merged: Merged = module.__dict__[_ATTRIBUTE]
+    if not discard_changes and (changed := merged.changed(module)):
+        raise AdapterError(
+            f"{', '.join(changed)} of a merged {type(module).__name__} changed since merge(); "
+            "unmerging would lose that. Pass discard_changes=True to drop the changes."
+        )
+    live: Any = module
+    for key, raw in merged.raw.items():
+        now = parametrized.locate(module, key)
+        raw.data = raw.data.to(device=now.device, dtype=now.dtype)
+        parametrized.place(module, key, raw)
+    for tensor in merged.tensors:
+        parametrized.recompute(module, tensor)
+    del module.__dict__[_ATTRIBUTE]
+    module._modules["lora"] = merged.lora
+    module.__dict__["lora_active"] = merged.active
+    live.__class__ = adapted_class(merged.base, merged.tensors)
+    refresh(module)
+    # What moved the merged module did not see the factors.
+    reference = next(iter(merged.raw.values()), None)
+    if reference is not None and not reference.is_meta:
+        merged.lora.to(device=reference.device, dtype=reference.dtype)
+    merged.lora.train(module.training)
+
+
+def is_merged(module: nn.Module) -> bool:
+    """Whether this layer holds merged weights."""
+    return _ATTRIBUTE in module.__dict__

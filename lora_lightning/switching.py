@@ -1,0 +1,146 @@
+"""Whole models: which adapter is in force, merging, and taking adapters off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from lora_lightning import checkpoints
+from lora_lightning import state as states
+from lora_lightning.adapter import release
+from lora_lightning.errors import AdapterError, AdapterNotFoundError
+from lora_lightning.merging import merge_layer, unmerge_layer
+from lora_lightning.state import ModelState
+from lora_lightning.structure import base_parameters
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters on `model`, in the order in which they came; empty without any."""
+    found = [s for m in model.modules() if (s := states.state_of(m)) is not None]
+    return list(dict.fromkeys(name for state in found for name in state.configs))
+
+
+def set_active(model: nn.Module, name: str | None) -> None:
+    """Make the adapter `name` the one in force; ``None`` leaves the source model alone.
+
+    Head, norms and statistics that an adapter owns change places with it.
+
+    Raises:
+        AdapterNotFoundError: no adapter of that name (the message lists those there are).
+        AdapterError: the model is merged.
+    """
+    holders = states.roots(model)
+    if name is not None and name not in adapters(model):
+        raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
+    if states.merged_layers(model):
+        raise AdapterError("the model is merged; call unmerge(model) before switching")
+    for root, state in holders:
+        if name is not None and name not in state.configs:
+            continue
+        if name != state.active:
+            if state.active is not None:
+                states.park(root, state)
+            state.active = name
+            if name is not None:
+                states.unpark(root, state, name)
+        for layer in states.adapted_layers(root).values():
+            layer.lora_active = name if name in layer.lora else None
+        if state.frozen:
+            states.freeze(root, state)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block `model` is the source model, exactly; merged models included.
+
+    Reading and writing ``layer.weight`` here means the base's own weight.
+    """
+    holders = states.roots(model)
+    with unmerged(model), ExitStack() as stack:
+        layers_ = states.adapted_layers(model).values()
+        active = [(layer, layer.lora_active) for layer in layers_]
+        for root, state in holders:
+            stack.enter_context(states.source_values(root, state))
+        for layer, _ in active:
+            layer.lora_active = None
+        try:
+            yield model
+        finally:
+            for layer, name in active:
+                layer.lora_active = name
+
+
+def merge(model: nn.Module) -> None:
+    """Put W + s·BA of the active adapter in W's place; merging a merged model changes nothing.
+
+    Every layer is of its own class again: forward costs what the base's costs, TorchScript
+    and export see plain layers, and ``state_dict`` holds the base's keys only.
+
+    Raises:
+        AdapterNotFoundError: there is no adapter, or none is active.
+    """
+    holders = states.roots(model)
+    if all(state.active is None for _, state in holders):
+        raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
+    for layer in states.adapted_layers(model).values():
+        merge_layer(layer)
+
+
+def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
+    """Undo `merge`: the raw weights come back bit for bit; an unmerged model stays as it is.
+
+    Raises:
+        AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
+    """
+    states.roots(model)
+    for layer in states.merged_layers(model).values():
+        unmerge_layer(layer, discard_changes)
+    for root, state in states.roots(model):
+        if state.frozen:
+            states.freeze(root, state)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is unmerged; a merged one is merged again afterwards."""
+    merged = bool(states.merged_layers(model))
+    if merged:
+        unmerge(model)
+    yield
+    if merged:
+        merge(model)
+
+
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Take the adapter `name` off, or all of them: with the last one the model is the source.
+
+    Raw weights, classes, head, statistics and ``requires_grad`` are what they were before
+    `inject`. Removing from a model without adapters raises, as the call must be a mistake.
+
+    Raises:
+        AdapterNotFoundError: there is no adapter, or none of that name.
+    """
+    holders = states.roots(model)
+    if name is not None and name not in adapters(model):
+        raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
+    unmerge(model)
+    for root, state in holders:
+        for each in [n for n in list(state.configs) if name in (None, n)]:
+            _remove_one(root, state, each)
+
+
+def _remove_one(root: nn.Module, state: ModelState, name: str) -> None:
+    if state.active == name:
+        set_active(root, None)
+    state.parked.pop(name, None)
+    del state.configs[name], state.reports[name]
+    for layer in states.adapted_layers(root).values():
+        release(layer, name)
+    if state.configs:
+        return
+    checkpoints.unregister(root)
+    states.detach(root)
+    for key, parameter in base_parameters(root).items():
+        parameter.requires_grad_(state.required_grad.get(key, parameter.requires_grad))
