@@ -19,6 +19,7 @@ from lora_lightning.errors import AdapterFileError
 from lora_lightning.factors import Factors
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
+from lora_lightning.tree import walk
 
 _FACTOR_KEY = re.compile(r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|magnitude)$")
 
@@ -49,7 +50,7 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
 def factor_keys(model: nn.Module) -> dict[str, nn.Parameter]:
     """State-dict key → parameter of every factor in the model."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, Factors):
             found |= {f"{path}.{n}": p for n, p in module.named_parameters()}
     return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lightning.structure import block_list
+from lora_lightning.tree import walk
 
 if TYPE_CHECKING:
     from lora_lightning.targets import Target
@@ -71,7 +72,7 @@ def by_table(model: nn.Module, layers: list[Target]) -> list[Target]:
     """Layers that the family's patterns match; empty where there is no table."""
     from lora_lightning.targets import matches
 
-    for prefix, module in model.named_modules():
+    for prefix, module in walk(model):
         patterns = TIMM.get(_family(module))
         if patterns:
             inside = f"{prefix}." if prefix else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.structure import base_parameters
 
@@ -15,7 +15,9 @@ _SAMPLES = 16
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, exclude: Iterable[str] = (), live: dict[str, Tensor] | None = None
+) -> dict[str, str]:
     """Hashes of the base's structure and of a sample of its weights.
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
@@ -23,7 +25,7 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, str]
     as the same. `exclude` names what an adapter trains in full: it is no part of the base.
     """
     whole = set(exclude)
-    base = [(n, p) for n, p in base_parameters(model).items() if n not in whole]
+    base = [(n, p) for n, p in base_parameters(model, live).items() if n not in whole]
     names = "\n".join(f"{n} {tuple(p.shape)}" for n, p in base)
     found = {"structure": _digest(names.encode()), "architecture": architecture(model)}
     samples = [_sample(p) for _, p in base if p.numel() and not p.is_meta]
@@ -40,7 +42,7 @@ def architecture(model: nn.Module) -> str:
     return str(name or f"{type(model).__module__}.{type(model).__qualname__}")
 
 
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
+def _sample(parameter: Tensor) -> Tensor:
     step = max(parameter.numel() // _SAMPLES, 1)
     return parameter.detach().reshape(-1)[::step][:_SAMPLES].float()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning import checkpoints, layers
 from lora_lightning import state as states
@@ -22,10 +22,11 @@ from lora_lightning.errors import (
 from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
-from lora_lightning.structure import base_parameters
+from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.switching import set_active
+from lora_lightning.switching import activate
 from lora_lightning.targets import Target, matches, select, trainable_names
+from lora_lightning.tree import walk
 
 
 def inject(
@@ -66,13 +67,17 @@ def inject(
             f"adapter {name!r} exists with another configuration; remove(model, {name!r}) first "
             "or choose another name"
         )
+    # The base's tensors are the same objects before and after: looked up once.
+    live = live_tensors(model)
     targets = select(model, config)
     specs = _specs(targets, config)
-    whole = trainable_names(model, config.trainable, targets)
-    report = _report(model, name, targets, specs, whole)
+    whole = trainable_names(model, config.trainable, targets, live)
+    report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(model, name, targets, specs)
-    register(model, state, name, config, report, freeze)
-    set_active(model, name)
+    register(model, state, name, config, report, freeze, live)
+    activate(model, state, name)
+    if freeze:
+        states.freeze(model, state, set(whole), live)
     return report
 
 
@@ -85,7 +90,7 @@ def check_free(model: nn.Module, name: str) -> ModelState:
         )
     state = states.state_of(model)
     if state is None and any(states.state_of(m) for m in model.modules()):
-        inner = next(n for n, m in model.named_modules() if states.state_of(m))
+        inner = next(n for n, m in walk(model) if states.state_of(m))
         raise AdapterError(f"{inner!r} inside this model has adapters; inject into that module")
     if states.merged_layers(model):
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
@@ -149,26 +154,28 @@ def register(
     config: LoRAConfig,
     report: InjectionReport,
     freeze: bool,
+    live: dict[str, Tensor] | None = None,
 ) -> None:
     """Enter a new adapter in the model's state."""
-    if not state.configs:
-        state.required_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
+    live = live_tensors(model) if live is None else live
+    first = not state.configs
+    if first:
+        state.required_grad = {n: p.requires_grad for n, p in base_parameters(model, live).items()}
         states.attach(model, state)
         checkpoints.register(model)
     state.configs[name], state.reports[name], state.frozen = config, report, freeze
-    owned = states.all_extras(model, state)
-    states.snapshot(model, state, owned)
-    state.fingerprint = fingerprint(model, owned)
+    owned = set(report.extras) if first else states.all_extras(model, state)
+    states.snapshot(model, state, owned, live)
+    state.fingerprint = fingerprint(model, owned, live)
 
 
 def _report(
-    model: nn.Module,
     name: str,
     targets: list[Target],
     specs: dict[str, FactorSpec],
-    whole: list[str],
+    extras: dict[str, int],
+    live: dict[str, Tensor],
 ) -> InjectionReport:
-    live = base_parameters(model)
     rows = []
     for t in targets:
         spec = specs[t.path]
@@ -179,10 +186,9 @@ def _report(
         rows.append(
             Row(t.name, t.tensor, base.__name__, path, spec.rank, spec.alpha, size, (out, columns))
         )
-    extras = {n: live[n].numel() for n in whole}
-    return InjectionReport(name, tuple(rows), extras, count_parameters(model))
+    return InjectionReport(name, tuple(rows), extras, count_parameters(live))
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(live: dict[str, Tensor]) -> int:
     """Elements of the base's parameters, tied ones once."""
-    return sum({id(p): p.numel() for p in base_parameters(model).values()}.values())
+    return sum({id(p): p.numel() for p in live.values() if isinstance(p, nn.Parameter)}.values())

@@ -149,7 +149,7 @@ def _install(
     rows = tuple(_place(model, name, target, config, tensors) for target in header["targets"])
     live = live_tensors(model)
     extras = {n: live[n].numel() for n in header["extras"]}
-    report = InjectionReport(name, rows, extras, injection.count_parameters(model))
+    report = InjectionReport(name, rows, extras, injection.count_parameters(live))
     state = states.state_of(model) or ModelState()
     injection.register(model, state, name, config, report, state.frozen)
     state.parked[name] = {n: tensors[n] for n in [*header["extras"], *header["buffers"]]}

@@ -24,6 +24,7 @@ from lora_lightning.merging import is_merged
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names
+from lora_lightning.tree import walk
 
 _ATTRIBUTE = "_lora_state"
 
@@ -80,12 +81,12 @@ def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Path → module of every layer with factors (none while merged)."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedModule)}
+    return {n: m for n, m in walk(model) if isinstance(m, AdaptedModule)}
 
 
 def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of every layer that holds merged weights."""
-    return {n: m for n, m in model.named_modules() if is_merged(m)}
+    return {n: m for n, m in walk(model) if is_merged(m)}
 
 
 def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
@@ -111,14 +112,18 @@ def all_extras(model: nn.Module, state: ModelState) -> set[str]:
 
 
 def snapshot(
-    model: nn.Module, state: ModelState, owned: set[str] | None = None, renew: bool = False
+    model: nn.Module,
+    state: ModelState,
+    owned: set[str] | None = None,
+    live: dict[str, Tensor] | None = None,
+    renew: bool = False,
 ) -> None:
     """Keep the source's values of all that an adapter may own; what is kept stays.
 
     With `renew` (a source checkpoint was loaded) the live values replace the kept ones.
-    `owned` is `all_extras`, for a caller who has it already.
+    `owned` is `all_extras` and `live` is `live_tensors`, for a caller who has them already.
     """
-    live = live_tensors(model)
+    live = live_tensors(model) if live is None else live
     owned = all_extras(model, state) if owned is None else owned
     for name, tensor in live.items():
         if name not in owned and isinstance(tensor, nn.Parameter):
@@ -184,10 +189,16 @@ def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
             live[name].data = value
 
 
-def freeze(model: nn.Module, state: ModelState) -> None:
-    """Let exactly the active adapter's factors and extras require a gradient."""
-    whole = set(extras(model, state, state.active)) if state.active else set()
-    for name, parameter in base_parameters(model).items():
+def freeze(
+    model: nn.Module,
+    state: ModelState,
+    whole: set[str] | None = None,
+    live: dict[str, Tensor] | None = None,
+) -> None:
+    """Let exactly the active adapter's factors and extras (`whole`) require a gradient."""
+    if whole is None:
+        whole = set(extras(model, state, state.active)) if state.active else set()
+    for name, parameter in base_parameters(model, live).items():
         parameter.requires_grad_(name in whole)
     for layer in adapted_layers(model).values():
         for name, per_tensor in layer.lora.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning import layers
 from lora_lightning.factors import Factors
+from lora_lightning.tree import walk
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")
@@ -24,10 +25,10 @@ def classifier_modules(model: nn.Module) -> set[str]:
     else the last adaptable layer under a customary name (``head``, ``fc``, ``classifier`` …)
     or, failing that, at the very end and outside every list of blocks.
     """
-    for prefix, module in model.named_modules():
+    for prefix, module in walk(model):
         if callable(getattr(module, "get_classifier", None)):
             return {_join(prefix, name) for name in _timm_classifier(module)}
-    ordered = [n for n, m in model.named_modules() if layers.tensors_of(m)]
+    ordered = [n for n, m in walk(model) if layers.tensors_of(m)]
     for name, _ in model.named_children():
         under = [n for n in ordered if n == name or n.startswith(f"{name}.")]
         if name in _HEAD_NAMES and under:
@@ -37,7 +38,8 @@ def classifier_modules(model: nn.Module) -> set[str]:
     return {
         n
         for n in last
-        if isinstance(model.get_submodule(n), nn.Linear)
+        if n  # a model that is one layer has no head
+        and isinstance(model.get_submodule(n), nn.Linear)
         and n.count(".") < 2
         and not n.startswith(inside or ("\0",))
     }
@@ -52,11 +54,11 @@ def _timm_classifier(model: Any) -> Iterable[str]:
         found = list(found.values())
     found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     heads = {id(m) for f in found if isinstance(f, nn.Module) for m in f.modules()}
-    names = {n for n, m in model.named_modules() if id(m) in heads and m._parameters}
+    names = {n for n, m in walk(model) if id(m) in heads and m._parameters}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     declared = cfg.get("classifier") or ()
     declared = (declared,) if isinstance(declared, str) else tuple(declared)
-    return names | {n for n, m in model.named_modules() if n in declared and m._parameters}
+    return names | {n for n, m in walk(model) if n in declared and m._parameters}
 
 
 def block_list(model: nn.Module) -> list[str]:
@@ -68,7 +70,7 @@ def block_list(model: nn.Module) -> list[str]:
     sizes = _layer_sizes(model)
     total = sum(sizes.values()) or 1
     best: tuple[int, float, list[str]] | None = None
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         for members in _series(name, module):
             shares = [_share(sizes, member) / total for member in members]
             depth = members[0].count(".")
@@ -95,7 +97,7 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name → every parameter and persistent buffer of the base, factors left out."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, Factors):
             continue
         prefix = f"{path}." if path else ""
@@ -109,14 +111,20 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → every parameter of the base, factors left out; tied ones under each name."""
-    return {n: p for n, p in live_tensors(model).items() if isinstance(p, nn.Parameter)}
+def base_parameters(
+    model: nn.Module, live: dict[str, Tensor] | None = None
+) -> dict[str, nn.Parameter]:
+    """Name → every parameter of the base, factors left out; tied ones under each name.
+
+    `live` is `live_tensors`, for a caller who has them already.
+    """
+    live = live_tensors(model) if live is None else live
+    return {n: p for n, p in live.items() if isinstance(p, nn.Parameter)}
 
 
 def _layer_sizes(model: nn.Module) -> dict[str, int]:
     sizes = {}
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         # A large head is no series of blocks.
         if layers.tensors_of(module) and not _HEAD_NAMES.intersection(name.split(".")):
             own = module._parameters.values()

@@ -39,16 +39,21 @@ def set_active(model: nn.Module, name: str | None) -> None:
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
-        if name != state.active:
-            if state.active is not None:
-                states.park(root, state)
-            state.active = name
-            if name is not None:
-                states.unpark(root, state, name)
-        for layer in states.adapted_layers(root).values():
-            layer.lora_active = name if name in layer.lora else None
+        activate(root, state, name)
         if state.frozen:
             states.freeze(root, state)
+
+
+def activate(root: nn.Module, state: ModelState, name: str | None) -> None:
+    """`set_active` for one injected module, without its checks."""
+    if name != state.active:
+        if state.active is not None:
+            states.park(root, state)
+        state.active = name
+        if name is not None:
+            states.unpark(root, state, name)
+    for layer in states.adapted_layers(root).values():
+        layer.lora_active = name if name in layer.lora else None
 
 
 @contextmanager

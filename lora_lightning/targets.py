@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning import families, layers
 from lora_lightning.adapter import raw_tensor
@@ -32,6 +32,7 @@ from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import TargetError
 from lora_lightning.factors import Factors
 from lora_lightning.structure import base_parameters, block_list, classifier_modules
+from lora_lightning.tree import walk
 
 KEYWORDS = ("auto", "all")
 
@@ -84,19 +85,24 @@ def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
             f"no layer is left to adapt: target_modules={config.target_modules}, "
             f"exclude_modules={config.exclude_modules}, blocks={config.blocks}"
         )
-    order = {name: i for i, name in enumerate(n for n, _ in model.named_modules())}
+    order = {name: i for i, name in enumerate(n for n, _ in walk(model))}
     targets = sorted(chosen.values(), key=lambda t: (order[t.name], t.tensor))
     _refuse(targets)
     return targets
 
 
-def trainable_names(model: nn.Module, patterns: Iterable[str], targets: list[Target]) -> list[str]:
+def trainable_names(
+    model: nn.Module,
+    patterns: Iterable[str],
+    targets: list[Target],
+    live: dict[str, Tensor] | None = None,
+) -> list[str]:
     """Names of the parameters that `trainable` selects, less those that are adapted.
 
     Raises:
         TargetError: a name or pattern matches no module and no parameter.
     """
-    parameters = list(base_parameters(model))
+    parameters = list(base_parameters(model, live))
     adapted = {t.path for t in targets}
     chosen: set[str] = set()
     for pattern in patterns:
@@ -116,9 +122,9 @@ def _trainable(model: nn.Module, pattern: str, parameters: list[str]) -> Iterabl
     if pattern == "biases":
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
-        modules = [n for n, m in model.named_modules() if _is_norm(m)]
+        modules = [n for n, m in walk(model) if _is_norm(m)]
     else:
-        modules = [n for n, m in model.named_modules() if n and matches(pattern, n, m)]
+        modules = [n for n, m in walk(model) if n and matches(pattern, n, m)]
     prefixes = tuple(f"{n}." for n in modules)
     return [p for p in parameters if p.startswith(prefixes) or matches(pattern, p)]
 
@@ -143,7 +149,7 @@ def _named(model: nn.Module, pattern: str) -> list[Target]:
     found = found or [t for t in _bare(model) if matches(pattern, t.path)]
     if found:
         return found
-    other = [n for n, m in model.named_modules() if n and matches(pattern, n, m)]
+    other = [n for n, m in walk(model) if n and matches(pattern, n, m)]
     if other:
         kinds = sorted({type(model.get_submodule(n)).__name__ for n in other})
         raise TargetError(
@@ -155,13 +161,13 @@ def _named(model: nn.Module, pattern: str) -> list[Target]:
 
 
 def _layers(model: nn.Module) -> Iterable[Target]:
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         for tensor in layers.tensors_of(module):
             yield Target(name, module, tensor)
 
 
 def _bare(model: nn.Module) -> Iterable[Target]:
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         known = layers.tensors_of(module)
         for tensor, value in module._parameters.items():
             if value is not None and tensor not in known and not isinstance(module, Factors):
@@ -233,8 +239,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _near(pattern: str, model: nn.Module) -> str:
     """The nearest last components of the model's own names, to suggest."""
-    names = {n.split(".")[-1] for n, _ in model.named_modules() if n}
-    names |= {n for n, _ in model.named_modules() if n}
+    names = {n.split(".")[-1] for n, _ in walk(model) if n}
+    names |= {n for n, _ in walk(model) if n}
     near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"

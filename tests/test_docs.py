@@ -1,4 +1,4 @@
-"""README, docs and the recipes' pages are read by these tests: code runs, links resolve, names and commands exist.
+"""README, docs and the recipes' pages: code runs, links resolve, names and commands exist.
 
 In a page of docs/, the ```python blocks are run one after the other, as one script. What a
 reader need not see stands in ``<!-- test: setup … -->``. A block that cannot run is tagged
@@ -159,6 +159,8 @@ def test_the_two_lines_of_the_readme():
 @pytest.mark.parametrize("name", [n for n, p in named(PAGES).items() if commands(p)])
 def test_commands_parse(name):
     for arguments in commands(ROOT / name):
+        if len(arguments) == 1 and arguments[0] in {"inspect", "merge", "copy"}:
+            continue  # spoken of, not typed
         parsed = cli._parser().parse_args(arguments)
         if arguments[0] == "run" and Path(parsed.name).name == "lighting":
             recipe.apply_overrides(settings(), parsed.overrides)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from lora_lightning.data import rendered
+from lora_lightning.data.backgrounds import Background
+from lora_lightning.data.lighting import LIGHTINGS
 from lora_lightning.data.meshes import CLASSES, make_mesh
 from lora_lightning.data.rendered import DEFAULT_DOMAINS, render_domains
-from lora_lightning.data.scene import LIGHTINGS, Background, Camera, Renderer
+from lora_lightning.data.scene import Camera, Renderer
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 
 pytest.importorskip("panda3d")

@@ -1,27 +1,26 @@
-"""Procedural everyday objects: every call makes another instance of a class.
+"""Procedural everyday objects: meshes with materials, and the corners that get drawn.
 
-Lengths are arbitrary, z points up, the ground is z = 0 and the viewer stands at -y.
 Shape alone tells the class: colours and patterns come from one palette for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from lora_lightning.data.shapes import MAKERS
+from lora_lightning.data.solids import Floats, Rng, dot, skin
 from lora_lightning.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     import trimesh
 
-Floats = NDArray[np.floating[Any]]
-Rng = np.random.Generator
-Solid = tuple[Floats, int]  # a (k, n, 3) stack of rings, and the slot of its material
+CLASSES: tuple[str, ...] = tuple(sorted(MAKERS))
 PATTERNS = ("plain", "plain", "stripes", "checks", "noise", "speckles")
+CREASE = 0.8  # cosine of the angle between faces above which a surface looks smooth
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,334 +42,28 @@ class Part:
     material: Material
 
 
-def dense(points: ArrayLike, step: float) -> Floats:
-    """Split the pieces of a polyline: light is computed at vertices, so it needs enough."""
-    path = np.asarray(points, float)
-    counts = np.maximum(1, np.ceil(np.linalg.norm(np.diff(path, axis=0), axis=1) / step))
-    at = np.concatenate([i + np.arange(n) / n for i, n in enumerate(counts)] + [[len(counts)]])
-    return np.stack([np.interp(at, np.arange(len(path)), column) for column in path.T], 1)
+def make_mesh(class_name: str, rng: Rng) -> list[Part]:
+    """Return a new instance of a class: standing at the origin, fitted into a unit ball.
 
-
-def ring(centre: ArrayLike, rx: float, ry: float, n: int = 28, power: float = 2.0) -> Floats:
-    """Return a horizontal ring; a higher `power` turns the ellipse into a rounded box."""
-    angle = 2 * np.pi * np.arange(n) / n
-    unit = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
-    unit *= ((np.abs(unit) ** power).sum(1, keepdims=True)) ** (-1 / power)
-    return np.asarray(unit * (rx, ry, 0) + np.asarray(centre))
-
-
-def lathe(profile: ArrayLike, n: int = 28, power: float = 2.0) -> Floats:
-    """Turn a profile of (radius, height) around the z axis."""
-    return np.stack([ring((0, 0, z), r, r, n, power) for r, z in dense(profile, 0.15)])
-
-
-def ball(centre: ArrayLike, radii: ArrayLike) -> Floats:
-    """Return an ellipsoid."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 9)
-    unit = np.stack([ring((0, 0, np.sin(a)), np.cos(a), np.cos(a), 16) for a in angle])
-    return np.asarray(unit * np.asarray(radii) + np.asarray(centre))
-
-
-def tube(path: ArrayLike, radii: float | Sequence[float], n: int = 10) -> Floats:
-    """Sweep a circle along a path; `radii` are spread evenly over its points."""
-    points = dense(path, 0.2)
-    tangent = np.gradient(points, axis=0)
-    side = np.cross(tangent, np.eye(3)[np.ptp(points, axis=0).argmin()])
-    side /= np.linalg.norm(side, axis=1, keepdims=True)
-    up = np.cross(side, tangent) / np.linalg.norm(tangent, axis=1, keepdims=True)
-    given = np.atleast_1d(np.asarray(radii, float))
-    radius = np.interp(np.linspace(0, 1, len(points)), np.linspace(0, 1, len(given)), given)
-    circle = ring((0, 0, 0), 1, 1, n)[None, :, :, None]
-    offset = circle[:, :, 0] * side[:, None] + circle[:, :, 1] * up[:, None]
-    return np.asarray(points[:, None] + radius[:, None, None] * offset)
-
-
-def block(low: ArrayLike, high: ArrayLike, taper: tuple[float, float] = (1, 1)) -> Floats:
-    """Return a box between two corners, its top shrunk by `taper` in x and y."""
-    a, b = np.asarray(low, float), np.asarray(high, float)
-    square = dense([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)], 0.26)[:-1]
-    levels = np.linspace(0, 1, max(2, int((b[2] - a[2]) / 0.2)))
-    rings = np.zeros((len(levels), len(square), 3))
-    shrink = 1 + (np.asarray(taper) - 1) * levels[:, None, None]
-    rings[..., :2] = square * (b - a)[:2] * shrink + (a + b)[:2] / 2
-    rings[..., 2] = (a[2] + (b - a)[2] * levels)[:, None]
-    return rings
-
-
-def turned(solids: Iterable[Solid], degrees: float) -> list[Solid]:
-    """Turn solids about the z axis."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return [(rings @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]), slot) for rings, slot in solids]
-
-
-def airplane(rng: Rng) -> list[Solid]:
-    """An airliner or a jet: sweep, taper and up to two engines a side."""
-    u, r = rng.uniform, rng.uniform(0.1, 0.17)
-    taper, sweep, span, high = u(0.35, 0.9), u(-0.05, 0.5), u(0.75, 1.15), u(-0.08, 0.12)
-
-    def panel(start: ArrayLike, chord: float, reach: ArrayLike) -> Floats:
-        path = np.asarray(start) + np.linspace(0, 1, 5)[:, None] * np.asarray(reach)
-        airfoil = ring((0, 0, 0), 0.5, 0.06, 12)  # thin along y: right for the fin
-        if abs(np.asarray(reach)[1]) > abs(np.asarray(reach)[2]):
-            airfoil = airfoil[:, [0, 2, 1]]
-        return np.asarray(
-            path[:, None] + np.linspace(chord, chord * taper, 5)[:, None, None] * airfoil
-        )
-
-    body = lathe([(0, -1), (r * 0.6, -0.93), (r, -0.7), (r, 0.3), (r * 0.35, 1), (0, 1.02)], 18)
-    pod = lathe([(0, -0.16), (0.07, -0.15), (0.06, 0.15), (0, 0.16)], 12)[..., [2, 0, 1]]
-    solids: list[Solid] = [
-        (body[..., [2, 0, 1]], 0),
-        (panel((0.85, 0, 0.05), 0.3, (0.18, 0, u(0.3, 0.45))), 2),
-    ]
-    chord, pods = u(0.28, 0.42), np.linspace(0.3, 0.6, rng.integers(0, 3))
-    for side in (-1, 1):
-        solids.append((panel((-0.15, 0, high), chord, (sweep, side * span, 0.06)), 1))
-        solids.append((panel((0.85, 0, 0.05), 0.22, (sweep * 0.4, side * span * 0.38, 0.02)), 1))
-        solids += [
-            (np.add(pod, (sweep * at - 0.25, side * span * at, high - 0.06)), 2) for at in pods
-        ]
-    return turned([(np.add(rings, (0, 0, 0.4)), slot) for rings, slot in solids], u(25, 70))
-
-
-def bottle(rng: Rng) -> list[Solid]:
-    """Round or square, with or without label and cap."""
-    u, r, h = rng.uniform, rng.uniform(0.22, 0.4), rng.uniform(0.75, 1.3)
-    neck, length, power = r * u(0.25, 0.45), u(0.15, 0.45), rng.choice([2.0, 2.0, 2.0, 5.0])
-    curve = np.linspace(0, np.pi / 2, 6)
-    drop = u(0.1, 0.4)
-    shoulder = [(neck + (r - neck) * np.cos(a), h + drop * np.sin(a)) for a in curve]
-    top = h + drop + length
-    lip = [(neck, top - 0.06), (neck * 1.25, top - 0.05), (neck * 1.25, top), (0, top)]
-    solids: list[Solid] = [(lathe([(r * u(0.8, 1), 0), (r, 0.05), *shoulder, *lip], 28, power), 0)]
-    if rng.random() < 0.6:
-        low, high = h * u(0.1, 0.35), h * u(0.6, 0.95)
-        solids.append((lathe([(r * 1.02, low), (r * 1.02, high)], 28, power), 1))
-    if rng.random() < 0.6:
-        solids.append((lathe([(neck * 1.35, top - 0.1), (neck * 1.3, top + 0.06)], 16), 2))
-    return solids
-
-
-def bowl(rng: Rng) -> list[Solid]:
-    """Shallow to deep, round or square, with or without foot and band."""
-    u, h, shape, thick = rng.uniform, rng.uniform(0.35, 0.75), rng.uniform(0.35, 0.8), 0.05
-    t = np.linspace(0, 1, 9)
-    out = np.stack([u(0.25, 0.5) + (1 - 0.4) * t**shape, h * t], 1)
-    out[:, 0] *= 1 / out[-1, 0]
-    inside = (out * (1 - thick, 1) + (0, thick))[::-1]
-    inside[0, 1] = h
-    foot = u(0, 0.12) * rng.integers(0, 2)
-    profile = np.add(np.concatenate([out, inside, [(0, thick)]]), (0, foot))
-    solids: list[Solid] = [(lathe(profile, 32, rng.choice([2.0, 2.0, 2.0, 4.0])), 0)]
-    if foot:
-        solids.append((lathe([(u(0.3, 0.5), 0), (0.35, foot + 0.03)], 24), 1))
-    if rng.random() < 0.4:
-        at = 6 + int(rng.integers(0, 2))
-        band = out[at - 2 : at + 1] * (1.012, 1) + (0, foot)
-        solids.append((lathe(band, 32), 2))
-    return solids
-
-
-def car(rng: Rng) -> list[Solid]:
-    """A pickup, a saloon or an estate."""
-    u, w, r = rng.uniform, rng.uniform(0.36, 0.48), rng.uniform(0.16, 0.24)
-    deck, roof, nose = r + u(0.22, 0.34), u(0.24, 0.42), u(0.75, 1)
-    lower = block((-1, -w, r * 0.7), (1, w, deck), (u(0.93, 1), 0.94))
-    lower[..., 2] -= np.where(lower[..., 0] < -0.45, (1 - nose) * lower[..., 2], 0)  # the bonnet
-    front, back = u(-0.5, -0.2), rng.choice([0.25, 0.6, 0.95])  # pickup, saloon, estate
-    cabin = block(
-        (front, -w * 0.92, deck - 0.03), (back, w * 0.92, deck + roof), (u(0.6, 0.9), 0.8)
-    )
-    top = block(
-        (front + 0.12, -w * 0.75, deck + roof - 0.02), (back - 0.1, w * 0.75, deck + roof + 0.04)
-    )
-    solids: list[Solid] = [(lower, 0), (cabin, 1), (top, 0)]
-    wheel = lathe([(r * 0.6, -0.07), (r, -0.07), (r, 0.07), (r * 0.6, 0.07)], 18)[..., [0, 2, 1]]
-    hub = wheel * (0.5, 1.2, 0.5)
-    for x in (-u(0.55, 0.68), u(0.55, 0.68)):
-        for y in (-w, w):
-            solids += [(np.add(part, (x, y, r)), slot) for part, slot in ((wheel, 2), (hub, 1))]
-    return turned(solids, u(-30, 30))
-
-
-def chair(rng: Rng) -> list[Solid]:
-    """Four legs or an office star; a back of panel, slats or uprights."""
-    u, w, d, seat = (
-        rng.uniform,
-        rng.uniform(0.3, 0.42),
-        rng.uniform(0.3, 0.4),
-        rng.uniform(0.5, 0.75),
-    )
-    high, lean, thick = u(0.45, 0.95), u(0, 0.15), u(0.025, 0.05)
-    solids: list[Solid] = [(block((-w, -d, seat - u(0.05, 0.12)), (w, d, seat)), 0)]
-    if rng.random() < 0.25:  # an office chair
-        solids.append((tube([(0, 0, 0.08), (0, 0, seat)], 0.05), 1))
-        for a in np.arange(5) * 2 * np.pi / 5 + u(0, 1):
-            solids.append((tube([(0, 0, 0.1), (w * np.cos(a), w * np.sin(a), 0.03)], 0.035), 1))
-    else:
-        solids += legs(rng, w * 0.9, d * 0.9, seat - 0.03, thick)
-
-    def rest(x: float, t: float) -> tuple[float, float, float]:  # a point of the leaning back
-        return (x * w, d * 0.92 + lean * t, seat + high * t)
-
-    style = rng.choice(["panel", "slats", "uprights"])
-    if style == "panel":
-        low = seat + high * u(0.05, 0.5)
-        panel = block((-w, -0.03, low), (w, 0.03, seat + high))
-        panel[..., 1] += d * 0.92 + lean * (panel[..., 2] - seat) / high
-        solids.append((panel, 2))
-    across = np.linspace(1, 0.35, rng.integers(2, 5)) if style == "slats" else [1]
-    along = np.linspace(-0.9, 0.9, 2 if style != "uprights" else rng.integers(4, 7))
-    solids += [(tube([rest(x, -0.05), rest(x, 1)], thick), 1) for x in along]
-    solids += [(tube([rest(-0.9, t), rest(0.9, t)], 0.045), 2) for t in across]
-    if rng.random() < 0.35:
-        for x in (-w, w):
-            arm = [(x, d * 0.92, seat + 0.25), (x, -d * 0.8, seat + 0.25), (x, -d * 0.8, seat)]
-            solids.append((tube(arm, 0.035), 1))
-    return turned(solids, rng.choice([-1, 1]) * u(0, 40))
-
-
-def house(rng: Rng) -> list[Solid]:
-    """One or two floors under a gable or a hipped roof."""
-    u, w, d, h = rng.uniform, rng.uniform(0.55, 0.9), rng.uniform(0.4, 0.65), rng.uniform(0.45, 1)
-    eaves, ridge, hip = u(0.04, 0.14), u(0.3, 0.7), rng.choice([1, 1, 0.5])
-    roof = block((-w - eaves, -d - eaves, h), (w + eaves, d + eaves, h + ridge), (hip, 0.02))
-    solids: list[Solid] = [(block((-w, -d, 0), (w, d, h)), 0), (roof, 1)]
-    door, floors = u(-0.7, 0.7) * w, 1 if h < 0.75 else 2
-    solids.append((block((door - 0.09, -d - 0.02, 0), (door + 0.09, -d, 0.32)), 2))
-    for z in 0.2 + 0.4 * np.arange(floors):
-        for x in np.linspace(-w * 0.75, w * 0.75, rng.integers(2, 5)):
-            if z > 0.3 or abs(x - door) > 0.2:
-                solids.append((block((x - 0.08, -d - 0.02, z), (x + 0.08, -d, z + 0.17)), 2))
-        for side in (-w - 0.02, w):
-            solids.append((block((side, -0.1, z), (side + 0.02, 0.1, z + 0.17)), 2))
-    if rng.random() < 0.7:
-        x, y = u(-0.6, 0.6) * w * hip, u(0.1, 0.3) * d
-        solids.append((block((x - 0.07, y - 0.07, h), (x + 0.07, y + 0.07, h + ridge * 1.15)), 2))
-    return turned(solids, rng.choice([-1, 1]) * u(10, 45))
-
-
-def lamp(rng: Rng) -> list[Solid]:
-    """A standing lamp, a globe or a desk lamp."""
-    u, h, r, wide = (
-        rng.uniform,
-        rng.uniform(0.7, 1.7),
-        rng.uniform(0.02, 0.05),
-        rng.uniform(0.28, 0.5),
-    )
-    base = u(0.18, 0.32)
-    solids: list[Solid] = [
-        (lathe([(base, 0), (base, 0.03), (base * u(0.3, 0.95), 0.07), (0, 0.08)]), 1)
-    ]
-    tall, style = u(0.3, 0.6), rng.choice(["cone", "cone", "globe", "desk"])
-    if style == "globe":
-        return [
-            *solids,
-            (tube([(0, 0, 0.05), (0, 0, h)], r), 1),
-            (ball((0, 0, h + wide * 0.8), wide * 0.9), 0),
-        ]
-    top = wide * u(0.3, 0.95)
-    shade = lathe([(wide, 0), (top, tall), (top * 0.93, tall), (wide * 0.93, 0)], 28)
-    if style == "desk":  # a bent arm and a tilted head
-        side, reach = rng.choice([-1, 1]), u(0.25, 0.5)
-        elbow, end = (-side * reach * 0.6, 0, h * 0.55), (side * reach, 0, h)
-        tilt = np.array([[0.8, 0, 0.6 * side], [0, 1, 0], [-0.6 * side, 0, 0.8]])
-        head = (lathe([(wide * 0.8, -0.35), (wide * 0.3, 0), (0.05, 0.08), (0, 0.08)]) @ tilt) + end
-        return [*solids, (tube([(0, 0, 0.05), elbow, end], r), 1), (head, 0)]
-    if rng.random() < 0.4:  # a vase for a stem
-        solids.append((ball((0, 0, h * 0.35), (base * 0.9, base * 0.9, h * 0.33)), 2))
-    return [
-        *solids,
-        (tube([(0, 0, 0.05), (0, 0, h + 0.1)], r), 1),
-        (np.add(shade, (0, 0, h - 0.15)), 0),
-    ]
-
-
-def legs(rng: Rng, w: float, d: float, top: float, thick: float) -> list[Solid]:
-    """Return four legs, straight or splayed, with or without stretchers."""
-    splay, taper = rng.choice([1, rng.uniform(1, 1.25)]), thick * rng.uniform(0.5, 1)
-    feet = [(-w, -d), (w, -d), (w, d), (-w, d)]
-    solids: list[Solid] = [
-        (tube([(x * splay, y * splay, 0), (x, y, top)], [taper, thick]), 1) for x, y in feet
-    ]
-    if rng.random() < 0.35:
-        z = top * rng.uniform(0.2, 0.5)
-        for (x, y), (x2, y2) in zip(feet, feet[1:] + feet[:1], strict=True):
-            solids.append((tube([(x, y, z), (x2, y2, z)], thick * 0.7), 1))
-    return solids
-
-
-def mug(rng: Rng) -> list[Solid]:
-    """Straight, conical or bellied; a few have no handle."""
-    u, h, foot, thick = rng.uniform, rng.uniform(0.9, 1.9), rng.uniform(0.6, 1), 0.07
-    t = np.linspace(0, 1, 7)
-    belly = u(-0.08, 0.2)
-    out = np.stack([0.6 * (foot + (1 - foot) * t + belly * np.sin(np.pi * t)), h * t], 1)
-    inside = (out * (1, 1) - (thick, 0))[::-1]
-    inside[-1, 1] = thick
-    profile = np.concatenate([out, inside, [(0, thick)]])
-    solids: list[Solid] = [(lathe(profile, 28, rng.choice([2.0, 2.0, 2.0, 4.0])), 0)]
-    if rng.random() < 0.4:
-        solids.append((lathe(out[2:5] * (1.02, 1)), 2))
-    if rng.random() < 0.88:
-        a = np.linspace(-1.45, 1.45, 9)
-        size, power = u(0.25, 0.42) * h, u(0.5, 1)
-        path = np.stack(
-            [0.52 + u(0.25, 0.5) * np.cos(a) ** power, 0 * a, h * u(0.48, 0.55) + size * np.sin(a)],
-            1,
-        )
-        solids.append((tube(path, u(0.05, 0.09)), int(rng.integers(0, 2))))
-    return turned(solids, rng.choice([0, 180]) + u(-30, 30))
-
-
-def table(rng: Rng) -> list[Solid]:
-    """Round or square, on four legs or a pedestal."""
-    u, w, d, h = rng.uniform, rng.uniform(0.6, 1.1), rng.uniform(0.4, 0.65), rng.uniform(0.45, 0.95)
-    thick, disc = u(0.03, 0.09), rng.random() < 0.4
-    plate = (
-        lathe([(1, 0), (1, thick)], 32) * (w, d, 1) if disc else block((-w, -d, 0), (w, d, thick))
-    )
-    solids: list[Solid] = [(np.add(plate, (0, 0, h)), 0)]
-    if rng.random() < (0.45 if disc else 0.1):
-        solids.append((tube([(0, 0, 0.04), (0, 0, h)], [0.1, u(0.04, 0.1), 0.1]), 1))
-        return [*solids, (lathe([(w * 0.5, 0), (w * 0.45, 0.05), (0.05, 0.08)]) * (1, d / w, 1), 1)]
-    inset = 0.62 if disc else u(0.8, 0.95)
-    solids += legs(rng, w * inset, d * inset, h + 0.01, u(0.03, 0.07))
-    if not disc and rng.random() < 0.35:  # a drawer under the top
-        solids.append((block((-w * 0.8, -d * 0.85, h - 0.15), (w * 0.8, d * 0.85, h)), 2))
-    return turned(solids, u(-40, 40))
-
-
-def tree(rng: Rng) -> list[Solid]:
-    """A fir, a palm or a round crown."""
-    u, h, r = rng.uniform, rng.uniform(0.5, 1.1), rng.uniform(0.05, 0.11)
-    bend = np.array([u(-0.12, 0.12), u(-0.12, 0.12), h])
-    solids: list[Solid] = [
-        (tube([bend * 0, bend * (0.2, 0.2, 0.5), bend], [r * 1.4, r, r * 0.7]), 1)
-    ]
-    style, wide = rng.choice(["fir", "round", "round", "palm"]), u(0.4, 0.65)
-    if style == "fir":
-        levels = int(rng.integers(2, 6))
-        for i in range(levels):
-            size, z = wide * (1 - 0.65 * i / levels), h * 0.5 + i * u(0.26, 0.32)
-            solids.append(
-                (np.add(lathe([(size, 0), (size * 0.55, 0.25), (0, 0.55)], 14), (0, 0, z)), 0)
-            )
-    for a in np.linspace(0, 2 * np.pi, rng.integers(6, 10))[1:] if style == "palm" else []:
-        t, out = np.linspace(0, 1, 6), np.array([np.cos(a + u(-0.2, 0.2)), np.sin(a), 0])
-        leaf = bend + np.outer(t, out) * wide * 1.3
-        leaf[:, 2] += 0.5 * t - u(0.7, 1.1) * t**2
-        solids.append((tube(leaf, [0.04, 0.11, 0.09, 0.01], 6), 0))
-    for _ in range(rng.integers(4, 11) if style == "round" else 0):
-        at = bend + rng.normal(size=3) * wide * 0.42 + np.array([0, 0, wide * 0.5])
-        solids += [(ball(at, u(0.5, 0.75, 3) * wide), 0), (tube([bend, at], r * 0.6), 1)]
-    return solids
-
-
-_MAKERS: dict[str, Callable[[Rng], list[Solid]]] = {
-    f.__name__: f for f in (airplane, bottle, bowl, car, chair, house, lamp, mug, table, tree)
-}
-CLASSES: tuple[str, ...] = tuple(sorted(_MAKERS))
+    Raises:
+        ConfigError: there is no such class.
+        MissingDependencyError: the extra `demo` is not installed.
+    """
+    if class_name not in MAKERS:
+        raise ConfigError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
+    try:
+        import trimesh  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            'rendered objects need trimesh: pip install "lora-lightning[demo]"'
+        ) from error
+    solids = MAKERS[class_name](rng)
+    palette = [_material(rng) for _ in range(3)]
+    points = np.concatenate([rings.reshape(-1, 3) for rings, _ in solids])
+    low, high = points.min(0), points.max(0)
+    origin = ((low + high) / 2 * (1, 1, 0)) + (0, 0, low[2])
+    size = np.linalg.norm(high - low) / 2
+    return [Part(skin((rings - origin) / size), palette[slot]) for rings, slot in solids]
 
 
 def _material(rng: Rng) -> Material:
@@ -382,43 +75,31 @@ def _material(rng: Rng) -> Material:
     return Material(pattern, colours[0], colours[1], rng.uniform(0.5, 2), smooth)
 
 
-def _mesh(rings: Floats) -> trimesh.Trimesh:
-    """Skin a stack of rings, close its ends with shrinking copies, and face outwards."""
-    import trimesh
+def face_corners(parts: Sequence[Part]) -> tuple[Floats, Floats, Floats]:
+    """Return the corners of all faces (n, 3, 3), their normals, and the faces' own normals.
 
-    ends, shrink = rings[[0, -1]], np.array([0, 0.35, 0.7])[:, None, None, None]
-    middle = ends.mean(1, keepdims=True)
-    caps = middle + (ends - middle) * shrink
-    stack = np.concatenate([caps[:, 0], rings, caps[::-1, 1]])
-    index = np.arange(stack.shape[0] * stack.shape[1]).reshape(stack.shape[:2])
-    a, b = index[:-1], index[1:]
-    quads = np.stack([a, np.roll(a, -1, 1), np.roll(b, -1, 1), b], -1).reshape(-1, 4)
-    faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
-    points = stack.reshape(-1, 3)
-    v0, v1, v2 = (points[faces[:, i]] for i in range(3))
-    volume = np.einsum("ij,ij->", v0, np.cross(v1, v2))
-    return trimesh.Trimesh(points, faces if volume > 0 else faces[:, ::-1], process=False)
-
-
-def make_mesh(class_name: str, rng: Rng) -> list[Part]:
-    """Return a new instance of a class: standing at the origin, fitted into a unit ball.
-
-    Raises:
-        ConfigError: there is no such class.
-        MissingDependencyError: the extra `demo` is not installed.
+    A corner takes the mean normal of the faces that meet there, but for an edge.
     """
-    if class_name not in _MAKERS:
-        raise ConfigError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
-    try:
-        import trimesh  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            'rendered objects need trimesh: pip install "lora-lightning[demo]"'
-        ) from error
-    solids = _MAKERS[class_name](rng)
-    palette = [_material(rng) for _ in range(3)]
-    points = np.concatenate([rings.reshape(-1, 3) for rings, _ in solids])
-    low, high = points.min(0), points.max(0)
-    origin = ((low + high) / 2 * (1, 1, 0)) + (0, 0, low[2])
-    size = np.linalg.norm(high - low) / 2
-    return [Part(_mesh((rings - origin) / size), palette[slot]) for rings, slot in solids]
+    counts = [0, *np.cumsum([len(part.mesh.vertices) for part in parts])]
+    vertices = np.concatenate([np.asarray(part.mesh.vertices, np.float32) for part in parts])
+    pairs = list(zip(parts, counts[:-1], strict=True))
+    faces = np.concatenate([np.asarray(part.mesh.faces) + start for part, start in pairs])
+    smooth = np.repeat([p.material.smooth for p in parts], [len(p.mesh.faces) for p in parts])
+    corners = vertices[faces]
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    spread, index = np.repeat(flat, 3, 0), faces.ravel()
+    total: Floats = np.stack([np.bincount(index, axis, len(vertices)) for axis in spread.T], 1)
+    flat, mean = _unit(flat), _unit(total.astype(np.float32))[faces]
+    curved = (dot(mean, flat[:, None]) > CREASE) & smooth[:, None]
+    return corners, np.where(curved[..., None], mean, flat[:, None]), flat
+
+
+def _unit(vectors: Floats) -> Floats:
+    length = np.sqrt(dot(vectors, vectors))
+    return np.asarray(vectors / np.maximum(length, 1e-12)[:, None])
+
+
+def flat_texture(corners: Floats, flat: Floats) -> Floats:
+    """Lay textures on from the front, the side or the top, whichever a face looks to most."""
+    planes = np.array([(1, 2), (0, 2), (0, 1)])[np.abs(flat).argmax(1)]
+    return np.take_along_axis(corners, planes[:, None], 2).reshape(-1, 2)

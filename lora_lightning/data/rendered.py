@@ -1,6 +1,6 @@
 """Folders of rendered objects, `root/<domain>/<split>/<class>/<index>.png`, kept in a cache.
 
-A domain is a light (`scene.LIGHTINGS`). Test objects never occur in training, and they
+A domain is a light (`lighting.LIGHTINGS`). Test objects never occur in training, and they
 are the same in every domain: between two test sets only the light changes. Training
 objects are drawn anew for each domain, as they would be in the world.
 """
@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_lightning.data.backgrounds import Background
+from lora_lightning.data.lighting import LIGHTINGS, Lighting
 from lora_lightning.data.meshes import CLASSES, make_mesh
-from lora_lightning.data.scene import LIGHTINGS, Background, Camera, Lighting, Renderer
+from lora_lightning.data.scene import Camera, Renderer
 from lora_lightning.errors import ConfigError, DataError
 
 EDITION = 1  # raise it whenever the same settings would give other pictures
@@ -200,7 +202,9 @@ def _write(
         for item in shown:
             picture = item.draw(renderer, lightings[item.domain], settings["seed"])
             pixels.update(picture.tobytes())
-            Image.fromarray(picture).save(folder / item.path, compress_level=1)
+            Image.fromarray(picture).save(
+                folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY
+            )  # sensor noise does not repeat: seeking matches costs time and even bytes
     manifest = {
         "settings": settings,
         "versions": _versions(),
