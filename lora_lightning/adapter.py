@@ -25,6 +25,7 @@ from lora_lightning import parametrized
 from lora_lightning.errors import AdapterError
 from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.guard import EffectiveWeight
+from lora_lightning.layers import overrides
 
 
 class AdaptedModule:
@@ -70,8 +71,6 @@ def adapted_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Mo
 
 
 def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
-    from lora_lightning.layers import overrides  # layers are written in terms of this module
-
     body: dict[str, Any] = {tensor: _effective_property(base, tensor) for tensor in tensors}
     body |= overrides(base)
     body |= {"_adapted_base": base, "_adapted_tensors": tensors, "__module__": __name__}

@@ -32,7 +32,7 @@ class LoRAConfig:
             layer reads an effective weight, whole input features are dropped, one mask a forward.
         target_modules: ``"auto"`` (the family's table, else by structure; never the classifier),
             ``"all"`` (every adaptable layer), or a list of names, globs, ``re:`` regular
-            expressions and ``type:`` class names. See `lora_lightning.targets`.
+            expressions and ``type:`` class names. See `lora_lightning.patterns`.
         exclude_modules: Same language; what it matches is left alone.
         blocks: Indices into the model's outermost list of blocks (negative ones count from
             the end); only layers inside these blocks are adapted. ``None``: all.

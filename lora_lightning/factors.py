@@ -118,7 +118,7 @@ class Factors(nn.Module):
         return ratio
 
     def _row_norm(self, weight: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def extra_repr(self) -> str:

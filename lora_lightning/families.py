@@ -7,15 +7,11 @@ family's patterns match nothing, is judged by structure (`by_structure`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
+from lora_lightning.patterns import Target, matches
 from lora_lightning.structure import block_list
 from lora_lightning.tree import walk
-
-if TYPE_CHECKING:
-    from lora_lightning.targets import Target
 
 _VIT = ("attn.qkv", "attn.proj", "attn.[qkv]", "attn.[qkv]_proj", "attn.kv", "mlp.fc[12]",
         "mlp.fc1_[gx]", "mlp.w[12]")  # fmt: skip
@@ -70,8 +66,6 @@ def auto(model: nn.Module, layers: list[Target]) -> list[Target]:
 
 def by_table(model: nn.Module, layers: list[Target]) -> list[Target]:
     """Layers that the family's patterns match; empty where there is no table."""
-    from lora_lightning.targets import matches
-
     for prefix, module in walk(model):
         patterns = TIMM.get(_family(module))
         if patterns:

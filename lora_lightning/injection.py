@@ -21,11 +21,12 @@ from lora_lightning.errors import (
 )
 from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
+from lora_lightning.patterns import Target, matches
 from lora_lightning.state import ModelState
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.switching import activate
-from lora_lightning.targets import Target, matches, select, trainable_names
+from lora_lightning.targets import select, trainable_names
 from lora_lightning.tree import walk
 
 

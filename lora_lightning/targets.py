@@ -1,28 +1,15 @@
 """What to adapt: from patterns to tensors of a model.
 
-The language of `target_modules`, `exclude_modules` and `rank_pattern`:
-
-=====================  ==========================================================
-``"qkv"``              a name: the full dotted path, or its last whole components
-``"blocks.*.mlp.fc?"`` a glob over the same (``*`` crosses dots)
-``"re:.*attn\\.(q|k)"`` a regular expression for the full path, from end to end
-``"type:Linear"``      a class by name or dotted path, subclasses included
-``"auto"``             the family's table, else by structure; never the classifier
-``"all"``              every adaptable layer, except those trained in full
-=====================  ==========================================================
-
-A pattern that matches no layer is tried on bare parameters (``"pos_embed"``); one that
-matches nothing at all is an error.
+`target_modules` takes the patterns of `lora_lightning.patterns` and two keywords: ``"auto"``,
+the family's table or else a rule by structure, never the classifier; and ``"all"``, every
+adaptable layer except those trained in full. A pattern that matches no layer is tried on bare
+parameters (``"pos_embed"``); one that matches nothing at all is an error.
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
-import importlib
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -31,38 +18,11 @@ from lora_lightning.adapter import raw_tensor
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import TargetError
 from lora_lightning.factors import Factors
+from lora_lightning.patterns import Target, matches
 from lora_lightning.structure import base_parameters, block_list, classifier_modules
 from lora_lightning.tree import walk
 
 KEYWORDS = ("auto", "all")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor to adapt: the module's path, the tensor's name on it, and how it is seen."""
-
-    name: str
-    module: nn.Module
-    tensor: str
-    bare: bool = False
-
-    @property
-    def path(self) -> str:
-        """Full dotted name of the tensor."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
-
-
-def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
-    """Whether a pattern of the language above matches a dotted name (and its module)."""
-    if pattern.startswith("re:"):
-        return _compiled(pattern).fullmatch(name) is not None
-    if pattern.startswith("type:"):
-        return module is not None and _is_type(module, pattern[5:])
-    parts = name.split(".")
-    tails = (".".join(parts[i:]) for i in range(len(parts)))
-    if _is_glob(pattern):
-        return any(fnmatch.fnmatchcase(tail, pattern) for tail in tails)
-    return pattern in tails
 
 
 def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
@@ -211,30 +171,8 @@ def _block_prefixes(model: nn.Module, indices: list[int]) -> tuple[str, ...]:
     return tuple(f"{blocks[i]}." for i in indices)
 
 
-def _is_type(module: nn.Module, name: str) -> bool:
-    if "." not in name:
-        return any(cls.__name__ == name for cls in type(module).__mro__)
-    where, _, attribute = name.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(where), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TargetError(f"type:{name} cannot be imported: {error}") from error
-    return isinstance(module, cls)
-
-
 def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not layers.tensors_of(module)
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(c in pattern for c in "*?[")
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern[3:])
-    except re.error as error:
-        raise TargetError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 def _near(pattern: str, model: nn.Module) -> str:

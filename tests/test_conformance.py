@@ -25,9 +25,9 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import BaseMismatchError, ConfigError
+from lora_lightning.patterns import matches
 from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
-from lora_lightning.targets import matches
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.test_every_timm import wake
 from tests.zoo import ZOO

@@ -11,8 +11,8 @@ from torch import nn
 from lora_lightning import inject
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.families import TIMM
+from lora_lightning.patterns import matches
 from lora_lightning.structure import block_list, classifier_modules
-from lora_lightning.targets import matches
 from tests.conftest import tiny_vit
 
 

@@ -1,0 +1,70 @@
+"""The language in which users name modules.
+
+=====================  ==========================================================
+``"qkv"``              a name: the full dotted path, or its last whole components
+``"blocks.*.mlp.fc?"`` a glob over the same (``*`` crosses dots)
+``"re:.*attn\\.(q|k)"`` a regular expression for the full path, from end to end
+``"type:Linear"``      a class by name or dotted path, subclasses included
+=====================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lightning.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to adapt: the module's path, the tensor's name on it, and how it is seen."""
+
+    name: str
+    module: nn.Module
+    tensor: str
+    bare: bool = False
+
+    @property
+    def path(self) -> str:
+        """Full dotted name of the tensor."""
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+
+
+def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
+    """Whether a pattern of the language above matches a dotted name (and its module)."""
+    if pattern.startswith("re:"):
+        return _compiled(pattern).fullmatch(name) is not None
+    if pattern.startswith("type:"):
+        return module is not None and _is_type(module, pattern[5:])
+    parts = name.split(".")
+    tails = (".".join(parts[i:]) for i in range(len(parts)))
+    if _is_glob(pattern):
+        return any(fnmatch.fnmatchcase(tail, pattern) for tail in tails)
+    return pattern in tails
+
+
+def _is_type(module: nn.Module, name: str) -> bool:
+    if "." not in name:
+        return any(cls.__name__ == name for cls in type(module).__mro__)
+    where, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(where), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"type:{name} cannot be imported: {error}") from error
+    return isinstance(module, cls)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(c in pattern for c in "*?[")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is no regular expression: {error}") from error
