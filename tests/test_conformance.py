@@ -239,7 +239,7 @@ def test_reparameterize_an_adapted_model(name):
         assert difference([fused(image())], [expected]) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_torchscript_after_merging():
     model = tiny_vit()
     inject(model, rank=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_lightning.data.backgrounds import Background
-from lora_lightning.data.lighting import LIGHTINGS
+from lora_lightning.data.lighting import LIGHTINGS, Lighting, ShadowMap
 from lora_lightning.data.meshes import CLASSES, make_mesh
 from lora_lightning.data.rendered import DEFAULT_DOMAINS
 from lora_lightning.data.scene import Camera, Renderer
@@ -127,3 +127,8 @@ def test_jitter_moves_the_light_a_little():
 def test_an_unknown_class_is_refused():
     with pytest.raises(ConfigError, match="unknown class 'cow'; the classes are airplane, "):
         make_mesh("cow", np.random.default_rng(0))
+
+
+def test_light_may_come_from_straight_above():
+    shadow = ShadowMap(Lighting(elevation=90), np.full(3, 0.4))
+    assert shadow.axes @ shadow.axes.T == pytest.approx(np.eye(3))

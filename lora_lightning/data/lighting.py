@@ -92,7 +92,7 @@ class ShadowMap:
     def __init__(self, lighting: Lighting, centre: Floats):
         light = lighting.lamp(centre) - centre
         light /= np.linalg.norm(light)
-        right = np.cross((0, 0, 1), light)
+        right = np.cross((0, 0, 1), light) if light[:2].any() else np.eye(3)[0]
         right /= np.linalg.norm(right)
         axes = np.stack([right, light, np.cross(light, right)])
         self.axes, self.centre = axes.astype(np.float32), centre.astype(np.float32)

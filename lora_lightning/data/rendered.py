@@ -202,9 +202,8 @@ def _write(
         for item in shown:
             picture = item.draw(renderer, lightings[item.domain], settings["seed"])
             pixels.update(picture.tobytes())
-            Image.fromarray(picture).save(
-                folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY
-            )  # sensor noise does not repeat: seeking matches costs time and even bytes
+            # Noise does not repeat: to search for matches would cost time, and even bytes.
+            Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
     manifest = {
         "settings": settings,
         "versions": _versions(),

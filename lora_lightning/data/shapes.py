@@ -36,10 +36,8 @@ def airplane(rng: Rng) -> list[Solid]:
 
     body = lathe([(0, -1), (r * 0.6, -0.93), (r, -0.7), (r, 0.3), (r * 0.35, 1), (0, 1.02)], 18)
     pod = lathe([(0, -0.16), (0.07, -0.15), (0.06, 0.15), (0, 0.16)], 12)[..., [2, 0, 1]]
-    solids: list[Solid] = [
-        (body[..., [2, 0, 1]], 0),
-        (panel((0.85, 0, 0.05), 0.3, (0.18, 0, u(0.3, 0.45))), 2),
-    ]
+    fin = panel((0.85, 0, 0.05), 0.3, (0.18, 0, u(0.3, 0.45)))
+    solids: list[Solid] = [(body[..., [2, 0, 1]], 0), (fin, 2)]
     chord, pods = u(0.28, 0.42), np.linspace(0.3, 0.6, rng.integers(0, 3))
     for side in (-1, 1):
         solids.append((panel((-0.15, 0, high), chord, (sweep, side * span, 0.06)), 1))
@@ -53,8 +51,7 @@ def bottle(rng: Rng) -> list[Solid]:
     """Round or square, with or without label and cap."""
     u, r, h = rng.uniform, rng.uniform(0.22, 0.4), rng.uniform(0.75, 1.3)
     neck, length, power = r * u(0.25, 0.45), u(0.15, 0.45), rng.choice([2.0, 2.0, 2.0, 5.0])
-    curve = np.linspace(0, np.pi / 2, 6)
-    drop = u(0.1, 0.4)
+    curve, drop = np.linspace(0, np.pi / 2, 6), u(0.1, 0.4)
     shoulder = [(neck + (r - neck) * np.cos(a), h + drop * np.sin(a)) for a in curve]
     top = h + drop + length
     lip = [(neck, top - 0.06), (neck * 1.25, top - 0.05), (neck * 1.25, top), (0, top)]
