@@ -130,5 +130,5 @@ def test_an_unknown_class_is_refused():
 
 
 def test_light_may_come_from_straight_above():
-    shadow = ShadowMap(Lighting(elevation=90), np.full(3, 0.4))
-    assert shadow.axes @ shadow.axes.T == pytest.approx(np.eye(3))
+    shadow = ShadowMap(Lighting(elevation=90), np.full(3, 0.4, np.float32))
+    assert shadow.axes @ shadow.axes.T == pytest.approx(np.eye(3), abs=1e-6)

@@ -174,6 +174,7 @@ class Renderer:
         corners = np.zeros(len(points), _CORNER)
         corners["vertex"] = seen * (1, -1, 1) + (0, 3, 0)
         corners["colour"] = (127.5 * (seen[:, [1, 1, 1, 1]] + 1)).clip(0, 255)
+        corners["colour"][:, 3] = 255  # alpha tells object from nothing
         drawn = self._shoot(self._light, [(corners, None)])[::-1]
         shadow.depth = np.where(drawn[..., 3] > 127, drawn[..., 0] / 127.5 - 1, -np.inf)
         return shadow
