@@ -24,6 +24,9 @@ def zero(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> None:
     if lora_A.is_meta:
         return
     bound = 1 / math.sqrt(lora_A.shape[1])
+    if lora_A.device.type == "cpu" and lora_A.dtype == torch.float32:
+        lora_A.uniform_(-bound, bound, generator=generator)
+        return
     drawn = torch.empty(lora_A.shape, dtype=torch.float32)
     lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
 

@@ -90,12 +90,16 @@ def check_free(model: nn.Module, name: str) -> ModelState:
             "method of torch modules"
         )
     state = states.state_of(model)
-    if state is None and any(states.state_of(m) for m in model.modules()):
-        inner = next(n for n, m in walk(model) if states.state_of(m))
-        raise AdapterError(f"{inner!r} inside this model has adapters; inject into that module")
+    if state is None:
+        inner = [n for n, m in walk(model) if states.state_of(m)]
+        if inner:
+            raise AdapterError(
+                f"{inner[0]!r} inside this model has adapters; inject into that module"
+            )
+        return ModelState()
     if states.merged_layers(model):
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
-    return state or ModelState()
+    return state
 
 
 def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
