@@ -169,6 +169,9 @@ class LoRACallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the LightningModule its own hooks back."""
         pl_module.__dict__.pop("configure_model", None)
+        if self._first_batch is not None:  # the fit ended before its first backward pass
+            self._first_batch.close()
+            self._first_batch = None
 
     # ---- checkpoints -----------------------------------------------------------------------
 

@@ -30,9 +30,13 @@ class FirstBatch:
         if self._call is None and torch.is_grad_enabled():
             self._call = (_few(args), kwargs) if not kwargs else (args, kwargs)
 
+    def close(self) -> None:
+        """Stop recording."""
+        self._handle.remove()
+
     def verify(self) -> None:
         """Raises `VerificationError` where an adapter is dead."""
-        self._handle.remove()
+        self.close()
         if self._call is None:
             self._check_gradients()
             return

@@ -159,13 +159,14 @@ def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
             index_Bx, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
         )
 
-    out_BxO = look_up(self._parameters["weight"])
+    weight = self._parameters["weight"]
+    out_BxO = look_up(weight)
     if factors is None:
         return out_BxO
     low_BxO = look_up(factors.lora_B) @ factors.lora_A
     if factors.magnitude is None:
         return out_BxO + factors.spec.scaling * low_BxO
-    ratio = factors.row_scale(self._parameters["weight"] + factors.delta(self.weight.shape))
+    ratio = factors.row_scale(weight + factors.delta(weight.shape))
     return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio[:, None])
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -94,11 +95,14 @@ def quiet_lightning() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Within the block Ctrl-C is a KeyboardInterrupt, also while Lightning trains.
 
-    Lightning makes an exit with code 1 of it, and leaves the signal ignored.
+    Lightning makes an exit with code 1 of it, and leaves the signal ignored. Of a SIGTERM it
+    makes an exit with code 0, as if the run were done.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
