@@ -177,13 +177,13 @@ def _drop(x: Tensor, factors: Factors) -> Tensor:
 
 def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]) -> Tensor:
     """out + s·low, or DoRA's form of it; exactly `out` while B is zero."""
-    low = factors.spec.scaling * low
+    scaling = factors.spec.scaling
     if factors.magnitude is None:
-        return out + low
+        return torch.add(out, low, alpha=scaling)
     weight = self._parameters["weight"]
     ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)
     plain = out if self.bias is None else out - self.bias.view(channel)
-    return out + (ratio - 1) * plain + ratio * low
+    return out + (ratio - 1) * plain + scaling * ratio * low
 
 
 def _effective_flat_weights(self: Any) -> list[Tensor]:
