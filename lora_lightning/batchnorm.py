@@ -41,7 +41,8 @@ class BatchNormKeeper:
         """At the end of the fit: the momenta are the model's own again."""
         norms = _tracking(backbone)
         for name, momentum in self._momenta.items():
-            norms[name].momentum = momentum
+            if name in norms:
+                norms[name].momentum = momentum
         self._momenta.clear()
 
 

@@ -20,6 +20,7 @@ from lora_lightning.injection import inject
 from lora_lightning.save_hook import install as install_save_hook
 from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
 from lora_lightning.summary import InjectionReport
+from lora_lightning.switching import set_active
 
 
 class LoRACallback(Callback):
@@ -108,6 +109,8 @@ class LoRACallback(Callback):
             self.report_ = state.reports[self.name]
             return
         self.report_ = inject(backbone, self.config, name=self.name)
+        # It may have been there, asleep behind another.
+        set_active(backbone, self.name)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""
@@ -168,10 +171,21 @@ class LoRACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the LightningModule its own hooks back."""
+        self._clean(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """A fit that failed leaves nothing of ours behind but the adapter."""
+        self._clean(pl_module)
+
+    def _clean(self, pl_module: LightningModule) -> None:
         pl_module.__dict__.pop("configure_model", None)
         if self._first_batch is not None:  # the fit ended before its first backward pass
             self._first_batch.close()
             self._first_batch = None
+        if checks.has_backbone(pl_module, self.backbone):
+            self._batch_norm.stop(checks.find_backbone(pl_module, self.backbone))
 
     # ---- checkpoints -----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ goes on meaning what it says. Anything in between is an error that names the key
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from torch import nn
@@ -69,14 +70,21 @@ def _complete(
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None
-    state.loads_source = not any(_FACTOR_KEY.search(k) for k in given)
+    base = live_tensors(module)
+    any_factor = any(_FACTOR_KEY.search(k) for k in given)
+    state.loads_source = set() if any_factor else given & base.keys()
     if strict:
         _check(module, state_dict, prefix, given, own)
     if not factors:
         state_dict.update({f"{prefix}{k}": p.detach() for k, p in own.items()})
         return
-    base = live_tensors(module)
     whole = states.all_extras(module, state)
+    if whole and len(state.configs) > 1:
+        warnings.warn(
+            "a state dict holds the head and statistics of the active adapter only; with several "
+            "adapters, keep each in a file of its own (save_adapter)",
+            stacklevel=2,
+        )
     frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter)} - whole
     if not given & frozen:
         fill = {n: t for n, t in base.items() if n not in given and n not in whole}
@@ -125,6 +133,7 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
             owner, _, tensor = path.rpartition(".")
             factors.renorm(raw_tensor(module.get_submodule(owner), tensor))
     states.snapshot(module, state, renew=state.loads_source)
+    state.loads_source = set()
     state.fingerprint = fingerprint(module, states.all_extras(module, state))
 
 

@@ -50,11 +50,18 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pat
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, _usual_mode())  # mkstemp's files are private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _usual_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def read(path: Path, header_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:

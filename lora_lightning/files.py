@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from lora_lightning import state as states
 from lora_lightning import switching
 from lora_lightning.adapter import raw_tensor
-from lora_lightning.errors import (
-    AdapterNotFoundError,
-)
+from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
 from lora_lightning.fingerprint import fingerprint
@@ -63,7 +61,9 @@ def _contents(
     live = live_tensors(root)
     extras = [n for n in owned if isinstance(live[n], nn.Parameter)]
     buffers = [n for n in owned if n not in extras]
-    now = fingerprint(root, states.all_extras(root, state))
+    with states.source_values(root, state):  # another adapter's head is no part of the base
+        now = fingerprint(root, states.all_extras(root, state))
+        base = fingerprint(root, extras)
     if now != state.fingerprint:
         warnings.warn(
             "the base's weights changed since the adapter was injected; the file holds the adapter "
@@ -74,7 +74,7 @@ def _contents(
     header = {
         "format_version": FORMAT_VERSION,
         "name": name,
-        "base": fingerprint(root, extras),
+        "base": base,
         "config": state.configs[name].to_dict(),
         "targets": [_target(root, row, factors) for row in state.reports[name].rows],
         "extras": extras,
@@ -97,6 +97,11 @@ def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
 
 def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str, Any]:
     path = f"{row.module}.{row.tensor}".lstrip(".")
+    if path not in factors:
+        raise AdapterError(
+            f"{path} was adapted, and has been replaced since (a classifier reset?): the adapter "
+            "is no longer whole. Remove it and inject again"
+        )
     spec = factors[path].spec
     shape = list(raw_tensor(root.get_submodule(row.module), row.tensor).shape)
     return {

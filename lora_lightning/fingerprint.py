@@ -21,8 +21,9 @@ def fingerprint(
     """Hashes of the base's structure and of a sample of its weights.
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
-    values of each, rounded to bfloat16 so that a base kept in another precision still counts
-    as the same. `exclude` names what an adapter trains in full: it is no part of the base.
+    values of each, rounded to bfloat16 so that a base kept in bfloat16 still counts as the
+    same (float16 rounds otherwise: load with ``check="structure"`` there).
+    `exclude` names what an adapter trains in full: it is no part of the base.
     """
     whole = set(exclude)
     base = [(n, p) for n, p in base_parameters(model, live).items() if n not in whole]

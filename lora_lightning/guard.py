@@ -53,7 +53,10 @@ def _refuse_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         raise WeightWriteError(_MESSAGE.format(op=f"{name}(out=...)"))
     # torch.nn.init passes its tensor by keyword.
     written = args[0] if args else kwargs.get("tensor")
-    if isinstance(written, EffectiveWeight) and _WRITES.match(name):
+    listed = isinstance(written, (list, tuple)) and any(
+        isinstance(w, EffectiveWeight) for w in written
+    )
+    if (listed or isinstance(written, EffectiveWeight)) and _WRITES.match(name):
         raise WeightWriteError(_MESSAGE.format(op=name))
 
 

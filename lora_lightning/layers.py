@@ -49,6 +49,8 @@ def tensors_of(module: nn.Module) -> tuple[str, ...]:
 
 def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
     """Why this tensor cannot carry an adapter, in words for the user; ``None`` where it can."""
+    if hasattr(module, "lora") and not hasattr(module, "lora_active"):
+        return "it has an attribute 'lora' of its own, where the factors would go"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript, whose code cannot change; adapt before scripting"
     if is_lazy(weight):

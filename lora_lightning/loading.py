@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora_lightning.errors import (
     BaseMismatchError,
     ConfigError,
 )
-from lora_lightning.factors import Factors, FactorSpec
+from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.fileformat import read
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
@@ -58,11 +59,13 @@ def load_adapter(
     header, tensors = read(Path(path))
     name = name or str(header["name"])
     state = _place_for(model, name, overwrite)
+    config = _config(header, Path(path))
     _check_base(model, header, check, Path(path))
+    _check_targets(model, header, Path(path))
     _check_tensors(model, header, tensors, Path(path))
     if state is not None and name in state.configs:
         switching.remove(model, name)
-    return _install(model, name, header, tensors)
+    return _install(model, name, header, tensors, config)
 
 
 def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | None:
@@ -79,7 +82,9 @@ def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | Non
 
 
 def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
-    own, made_for = fingerprint(model, header["extras"]), header["base"]
+    made_for, state = header["base"], states.state_of(model)
+    with states.source_values(model, state) if state else nullcontext():
+        own = fingerprint(model, header["extras"])
     if own["structure"] != made_for["structure"]:
         raise BaseMismatchError(
             f"{path} was made for {made_for['architecture']}, and this model is "
@@ -141,11 +146,37 @@ def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _config(header: dict[str, Any], path: Path) -> LoRAConfig:
+    try:
+        return LoRAConfig.make(header["config"])
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: the header's configuration is wrong: {error}") from error
+
+
+def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None:
+    """Each target must be a tensor of this model, seen as the header says."""
+    for t in header["targets"]:
+        try:
+            raw = raw_tensor(model.get_submodule(t["module"]), t["tensor"])
+            shape = tuple(raw.shape)
+        except (AttributeError, KeyError):
+            shape = ()
+        bare = bool(shape) and t["matrix"][0] != shape[0]
+        if not shape or list(shape) != t["shape"] or [*matrix_shape(shape, bare)] != t["matrix"]:
+            raise AdapterFileError(
+                f"{path}: {t['module']}.{t['tensor']} is {shape or 'missing'} in this model, and "
+                f"{t['shape']}, seen as {t['matrix']}, in the file's header"
+            )
+
+
 @torch.no_grad()
 def _install(
-    model: nn.Module, name: str, header: dict[str, Any], tensors: dict[str, Tensor]
+    model: nn.Module,
+    name: str,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    config: LoRAConfig,
 ) -> InjectionReport:
-    config = LoRAConfig.make(header["config"])
     rows = tuple(_place(model, name, target, config, tensors) for target in header["targets"])
     live = live_tensors(model)
     extras = {n: live[n].numel() for n in header["extras"]}

@@ -30,11 +30,22 @@ class Merged:
     lora: nn.Module
     raw: dict[str, nn.Parameter]
     placed: dict[str, nn.Parameter]
+    sums: dict[str, tuple[torch.dtype, float]]
 
     def changed(self, module: nn.Module) -> list[str]:
-        """Parameters written to since the merge (a fresh parameter has version 0)."""
+        """Parameters written to since the merge.
+
+        A fresh parameter has version 0; its sum tells of writes through ``.data``, which no
+        version counts. A model that was converted meanwhile has other sums by rights.
+        """
         live = {key: parametrized.locate(module, key) for key in self.placed}
-        return [k for k, p in self.placed.items() if live[k] is not p or p._version > 0]
+        return [
+            k
+            for k, p in self.placed.items()
+            if live[k] is not p
+            or p._version > 0
+            or (p.dtype == self.sums[k][0] and not _close(_sum(p), self.sums[k][1]))
+        ]
 
 
 @torch.no_grad()
@@ -61,22 +72,24 @@ def merge_layer(module: nn.Module) -> None:
             placed[key] = nn.Parameter(new, raw[key].requires_grad)
             parametrized.place(module, key, placed[key])
         parametrized.recompute(module, tensor)
-    module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed)
+    sums = {key: (p.dtype, _sum(p)) for key, p in placed.items()}
+    module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed, sums)
     refresh(module)
 
 
-def unmerge_layer(module: nn.Module, discard_changes: bool = False) -> None:
-    """Undo `merge_layer`: the raw parameters themselves come back, bit for bit.
-
-    Raises:
-        AdapterError: the merged weights were written to since, and the writes would be lost.
-    """
+def check_unchanged(module: nn.Module) -> None:
+    """Raises `AdapterError` where unmerging would lose what was written since the merge."""
     merged: Merged = module.__dict__[_ATTRIBUTE]
-    if not discard_changes and (changed := merged.changed(module)):
+    if changed := merged.changed(module):
         raise AdapterError(
             f"{', '.join(changed)} of a merged {type(module).__name__} changed since merge(); "
             "unmerging would lose that. Pass discard_changes=True to drop the changes."
         )
+
+
+def unmerge_layer(module: nn.Module) -> None:
+    """Undo `merge_layer`: the raw parameters themselves come back, bit for bit."""
+    merged: Merged = module.__dict__[_ATTRIBUTE]
     live: Any = module
     for key, raw in merged.raw.items():
         now = parametrized.locate(module, key)
@@ -99,3 +112,12 @@ def unmerge_layer(module: nn.Module, discard_changes: bool = False) -> None:
 def is_merged(module: nn.Module) -> bool:
     """Whether this layer holds merged weights."""
     return _ATTRIBUTE in module.__dict__
+
+
+def _sum(parameter: nn.Parameter) -> float:
+    return 0.0 if parameter.is_meta else float(parameter.detach().abs().sum(dtype=torch.float64))
+
+
+def _close(a: float, b: float) -> bool:
+    # Another device adds in another order.
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))

@@ -8,7 +8,7 @@ names while the adapter is active; the source's values are kept here, so that `d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapter import AdaptedModule
 from lora_lightning.config import LoRAConfig
-from lora_lightning.errors import AdapterNotFoundError
+from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.merging import is_merged
 from lora_lightning.structure import base_parameters, live_tensors
@@ -45,7 +45,8 @@ class ModelState:
     # Inactive adapter → name → its values of what it owns.
     parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
-    loads_source: bool = False
+    # Names that a source checkpoint is bringing, while it loads.
+    loads_source: set[str] = field(default_factory=set)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -116,11 +117,11 @@ def snapshot(
     state: ModelState,
     owned: set[str] | None = None,
     live: dict[str, Tensor] | None = None,
-    renew: bool = False,
+    renew: Container[str] = (),
 ) -> None:
     """Keep the source's values of all that an adapter may own; what is kept stays.
 
-    With `renew` (a source checkpoint was loaded) the live values replace the kept ones.
+    For names in `renew` (a source checkpoint was loaded) live values replace the kept ones.
     `owned` is `all_extras` and `live` is `live_tensors`, for a caller who has them already.
     """
     live = live_tensors(model) if live is None else live
@@ -129,7 +130,7 @@ def snapshot(
         if name not in owned and isinstance(tensor, nn.Parameter):
             continue
         known = state.source.get(name)
-        if renew or known is None or known[0] is not tensor:
+        if known is None or name in renew or _replaced(tensor, known):
             state.source[name] = (tensor, tensor.detach().clone())
 
 
@@ -140,9 +141,9 @@ def owned_names(model: nn.Module, state: ModelState, name: str) -> list[str]:
         n
         for n, (tensor, value) in state.source.items()
         if n in live
-        and live[n] is tensor
-        and not isinstance(tensor, nn.Parameter)
-        and not _same(tensor, value)
+        and not isinstance(live[n], nn.Parameter)
+        and not _replaced(live[n], (tensor, value))
+        and not _same(live[n], value)
     ]
     return [*extras(model, state, name), *moved]
 
@@ -155,7 +156,7 @@ def park(model: nn.Module, state: ModelState) -> None:
     values = {}
     for name in owned_names(model, state, state.active):
         known = state.source.get(name)
-        if known is not None and known[0] is live[name]:
+        if known is not None and not _replaced(live[name], known):
             values[name] = live[name].data
             # A copy: what trains next in this place must not write into the source's values.
             live[name].data = _like(known[1], live[name]).clone()
@@ -165,8 +166,17 @@ def park(model: nn.Module, state: ModelState) -> None:
 def unpark(model: nn.Module, state: ModelState, name: str) -> None:
     """Bring the adapter's own tensors into the model (the source's must be there now)."""
     live = live_tensors(model)
-    for key, value in state.parked.pop(name, {}).items():
+    parked = state.parked.get(name, {})
+    for key, value in parked.items():
+        if key not in live or live[key].shape != value.shape:
+            shape = tuple(live[key].shape) if key in live else "gone"
+            raise AdapterError(
+                f"adapter {name!r} holds {key} of shape {tuple(value.shape)}, and the model's is "
+                f"{shape}: the layer was replaced while the adapter was inactive"
+            )
+    for key, value in parked.items():
         live[key].data = _like(value, live[key])
+    state.parked.pop(name, None)
 
 
 @contextmanager
@@ -198,8 +208,10 @@ def freeze(
     """Let exactly the active adapter's factors and extras (`whole`) require a gradient."""
     if whole is None:
         whole = set(extras(model, state, state.active)) if state.active else set()
-    for name, parameter in base_parameters(model, live).items():
-        parameter.requires_grad_(name in whole)
+    own = base_parameters(model, live)
+    trained = {id(own[name]) for name in whole}  # a tied parameter has several names
+    for parameter in own.values():
+        parameter.requires_grad_(id(parameter) in trained)
     for layer in adapted_layers(model).values():
         for name, per_tensor in layer.lora.items():
             for factors in per_tensor.values():
@@ -215,7 +227,15 @@ def _like(value: Tensor, live: Tensor) -> Tensor:
     return value.to(device=live.device, dtype=live.dtype)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta:
-        return True
-    return torch.equal(a, b.to(a.device)) if a.shape == b.shape else False
+def _replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
+    """Whether the user put another tensor in this place since its source value was kept.
+
+    Parameters keep their identity when a model moves; buffers become new objects then.
+    """
+    if isinstance(live, nn.Parameter):
+        return known[0] is not live
+    return known[1].shape != live.shape
+
+
+def _same(live: Tensor, value: Tensor) -> bool:
+    return live.is_meta or value.is_meta or torch.equal(live, _like(value, live))

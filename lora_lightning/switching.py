@@ -11,7 +11,7 @@ from lora_lightning import checkpoints
 from lora_lightning import state as states
 from lora_lightning.adapter import release
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
-from lora_lightning.merging import merge_layer, unmerge_layer
+from lora_lightning.merging import check_unchanged, merge_layer, unmerge_layer
 from lora_lightning.state import ModelState
 from lora_lightning.structure import base_parameters
 
@@ -100,8 +100,12 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
         AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
     """
     states.roots(model)
-    for layer in states.merged_layers(model).values():
-        unmerge_layer(layer, discard_changes)
+    merged = states.merged_layers(model)
+    if not discard_changes:  # all of them first: never half a model
+        for layer in merged.values():
+            check_unchanged(layer)
+    for layer in merged.values():
+        unmerge_layer(layer)
     for root, state in states.roots(model):
         if state.frozen:
             states.freeze(root, state)
@@ -113,9 +117,11 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     merged = bool(states.merged_layers(model))
     if merged:
         unmerge(model)
-    yield
-    if merged:
-        merge(model)
+    try:
+        yield
+    finally:
+        if merged:
+            merge(model)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:

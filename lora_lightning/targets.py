@@ -36,6 +36,7 @@ def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
     for pattern in config.target_modules:
         found = _keyword(model, pattern, config) if pattern in KEYWORDS else _named(model, pattern)
         chosen |= {target.path: target for target in found}
+    _check_exclusions(model, config.exclude_modules)
     chosen = {path: t for path, t in chosen.items() if not _excluded(t, config.exclude_modules)}
     if config.blocks is not None:
         prefixes = _block_prefixes(model, config.blocks)
@@ -132,6 +133,16 @@ def _bare(model: nn.Module) -> Iterable[Target]:
         for tensor, value in module._parameters.items():
             if value is not None and tensor not in known and not isinstance(module, Factors):
                 yield Target(name, module, tensor, bare=True)
+
+
+def _check_exclusions(model: nn.Module, patterns: list[str]) -> None:
+    names: list[tuple[str, nn.Module | None]] = list(walk(model)) if patterns else []
+    names += [(n, None) for n in base_parameters(model)] if patterns else []
+    for pattern in patterns:
+        if not any(matches(pattern, n, m) for n, m in names):
+            raise TargetError(
+                f"exclude_modules: {pattern!r} matches nothing{_near(pattern, model)}"
+            )
 
 
 def _excluded(target: Target, patterns: list[str]) -> bool:

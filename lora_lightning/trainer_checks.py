@@ -61,6 +61,12 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
                 f"{type(other).__name__} unfreezes the base that LoRACallback freezes: use one of "
                 "the two (LoRACallback's `trainable` says what else to train)"
             )
+        twin = type(other) is type(own) and other is not own
+        if twin and other.backbone == getattr(own, "backbone", None):
+            raise ConfigError(
+                f"two LoRACallbacks for backbone={other.backbone!r}: one adapter is active at a "
+                "time, so the other would never be trained. Use one callback, or several runs"
+            )
         early = own in callbacks and callbacks.index(other) < callbacks.index(own)
         if isinstance(other, WeightAveraging) and early:
             raise ConfigError(
@@ -89,6 +95,11 @@ def check_optimizers(
         for key, parameter in factors.named_parameters()
         if parameter.requires_grad
     }
+    if not wanted:
+        raise AdapterError(
+            f"adapter {name!r} has no trainable factor: another adapter is active, or something "
+            "froze it after injection"
+        )
     missing = [path for path, p in wanted.items() if id(p) not in captured]
     if missing:
         raise AdapterError(
@@ -124,7 +135,9 @@ def check_still_frozen(backbone: nn.Module) -> None:
     if state is None or not state.frozen:
         return
     whole = all_extras(backbone, state)
-    loose = [n for n, p in base_parameters(backbone).items() if p.requires_grad and n not in whole]
+    own = base_parameters(backbone)
+    trained = {id(own[n]) for n in whole}  # a tied parameter has several names
+    loose = [n for n, p in own.items() if p.requires_grad and id(p) not in trained]
     if loose:
         raise AdapterError(
             f"{len(loose)} base parameters require a gradient again ({loose[0]} …): something "

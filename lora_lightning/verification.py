@@ -166,8 +166,10 @@ def _check_eval(
         if not difference(plain, with_gradient) <= limit:
             result.failures |= _without_effect(model, result, batch, source)
         adapters.merge(model)
-        merged = run(model, batch)
-        adapters.unmerge(model)
+        try:
+            merged = run(model, batch)
+        finally:
+            adapters.unmerge(model, discard_changes=True)
         result.merge_error = difference(merged, plain)
         if not result.merge_error <= limit:
             found = _unmergeable(model, result, batch, plain, limit)
@@ -198,8 +200,10 @@ def _unmergeable(
     failing: dict[str, str] = {}
     for path, layer in states.adapted_layers(model).items():
         merge_layer(layer)
-        error = difference(run(model, batch), plain)
-        unmerge_layer(layer)
+        try:
+            error = difference(run(model, batch), plain)
+        finally:
+            unmerge_layer(layer)
         if not error <= limit:
             reason = f"merging changes the output by {error:.1e} (relative)"
             failing |= dict.fromkeys(_tensors_of(result, path), reason)
