@@ -16,6 +16,7 @@ from lora_lightning import (
     LoRACallback,
     LoRAConfig,
     disabled,
+    inject,
     load_adapter,
     parameter_groups,
     read_header,
@@ -343,6 +344,33 @@ def test_two_callbacks_of_one_class(tmp_path):
     keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
     assert all(".lora." in k or ".head." in k for k in keys)
     assert (tmp_path / "b.safetensors").exists()
+
+
+def test_two_callbacks_for_one_backbone_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="two LoRACallbacks for backbone='model'"):
+        trainer(tmp_path, lora(name="a"), lora(name="b")).fit(Module(), loader())
+
+
+def test_the_callbacks_adapter_is_the_one_that_trains(tmp_path):
+    module = Module()
+    for name in ("a", "b"):
+        inject(module.model, rank=2, seed=0, name=name)
+    trainer(tmp_path, lora(name="a")).fit(module, loader())
+    assert all(f.lora_B.any() for f in named_factors(module.model, "a").values())
+    assert not any(f.lora_B.any() for f in named_factors(module.model, "b").values())
+
+
+def test_a_failed_fit_leaves_no_hook_behind(tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("on purpose")
+
+    module = Fails(efficientnet())
+    momentum = module.model.bn1.momentum
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path, lora(batch_norm="reset")).fit(module, loader())
+    assert module.model.bn1.momentum == momentum
+    assert not module.model._forward_pre_hooks
 
 
 def test_setup_is_idempotent_over_stages(tmp_path):

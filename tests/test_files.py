@@ -200,6 +200,33 @@ def test_damaged_contents_leave_the_model_alone(trained, base, damage):
     assert untouched(model, base)
 
 
+def test_another_adapters_head_is_no_part_of_the_base(base, tmp_path):
+    """Saved or loaded beside an active adapter with a trained head."""
+    model = copy.deepcopy(base)
+    inject(model, rank=2, name="a")
+    inject(model, rank=2, name="b", trainable=[])
+    set_active(model, "a")
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    path = save_adapter(model, tmp_path / "b.safetensors", "b")
+    load_adapter(copy.deepcopy(base), path)
+    load_adapter(model, path, name="again")
+
+
+def test_a_bad_file_does_not_cost_the_adapter_that_it_would_replace(trained):
+    model, path, output = trained
+    rewrite(path, lambda t, h: h["config"].update(rnk=1))
+    with pytest.raises(AdapterFileError, match="configuration is wrong"):
+        load_adapter(model, path, name="alice", overwrite=True)
+    assert torch.equal(model(X), output)
+
+
+def test_files_are_as_readable_as_any_other(trained, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert trained[1].stat().st_mode == plain.stat().st_mode
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, 3000])
 def test_truncated_file(trained, base, length):
     data = trained[1].read_bytes()

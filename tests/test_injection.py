@@ -14,20 +14,25 @@ from lora_lightning import (
     disabled,
     inject,
     merge,
+    read_header,
     remove,
+    save_adapter,
     set_active,
     unmerge,
     verify,
 )
+from lora_lightning.adapter import AdaptedModule
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
     AdapterNotFoundError,
     ConfigError,
+    TargetError,
     WeightWriteError,
 )
 from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
+from lora_lightning.trainer_checks import check_still_frozen
 from tests.conftest import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -368,3 +373,96 @@ def test_verify_leaves_everything_as_it_was():
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(parameter.grad, gradient)
+
+
+def test_buffers_that_moved_with_the_model_are_still_the_adapters(tmp_path):
+    """Converting or moving a model makes new buffer objects; their history goes on."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    source = copy.deepcopy(model).double()
+    inject(model, rank=2, target_modules=["0"], trainable=[])
+    model.double().train()
+    model(torch.randn(4, 3, 8, 8).double())
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    assert "1.running_mean" in read_header(path)["buffers"]
+    remove(model)
+    assert torch.equal(model[1].running_mean, source[1].running_mean)
+
+
+def test_a_part_of_the_source_does_not_renew_the_rest():
+    model = tiny_vit()
+    before = model.head.weight.detach().clone()
+    inject(model, rank=2)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    model.load_state_dict({}, strict=False)
+    remove(model)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_unmerging_refuses_as_a_whole_and_sees_writes_through_data():
+    model = tiny_vit()
+    inject(model, rank=2)
+    merge(model)
+    model.blocks[1].mlp.fc2.weight.data.zero_()
+    with pytest.raises(AdapterError, match="changed since merge"):
+        unmerge(model)
+    assert not any(isinstance(m, AdaptedModule) for m in model.modules()), "half unmerged"
+
+
+def test_an_error_inside_disabled_leaves_a_merged_model_merged():
+    model = tiny_vit()
+    inject(model, rank=2)
+    randomise(model)
+    merge(model)
+    before = model(X)
+    with pytest.raises(KeyError), disabled(model):
+        raise KeyError
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("order", ["embed first", "head first"])
+def test_a_tied_head_is_trained(order):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            names = ["embed", "head"] if order == "embed first" else ["head", "embed"]
+            for name in names:
+                self.add_module(
+                    name, nn.Embedding(9, 6) if name == "embed" else nn.Linear(6, 9, bias=False)
+                )
+            self.middle = nn.Linear(6, 6)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    inject(model, rank=2, target_modules=["middle"], trainable=["head"])
+    assert model.head.weight.requires_grad
+    check_still_frozen(model)
+
+
+def test_a_head_replaced_while_its_adapter_slept_is_said():
+    model = tiny_vit()
+    inject(model, rank=2)
+    set_active(model, None)
+    model.reset_classifier(5)
+    with pytest.raises(AdapterError, match="was replaced while the adapter was inactive"):
+        set_active(model, "default")
+
+
+def test_a_typo_in_the_exclusions_is_an_error():
+    with pytest.raises(TargetError, match="exclude_modules: 'qvk' matches nothing; did you mean"):
+        inject(tiny_vit(), exclude_modules=["qvk"])
+
+
+def test_a_list_of_writes_is_refused():
+    model = tiny_vit()
+    inject(model, rank=2)
+    with torch.no_grad(), pytest.raises(WeightWriteError):
+        torch._foreach_zero_([model.blocks[0].attn.qkv.weight])
+
+
+def test_a_module_with_its_own_lora_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].lora = "mine"
+    with pytest.raises(TargetError, match="attribute 'lora' of its own"):
+        inject(model, rank=2, target_modules=["0", "1"], trainable=[])
+    assert type(model[0]) is nn.Linear
