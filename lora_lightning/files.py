@@ -26,6 +26,7 @@ from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.structure import live_tensors
 from lora_lightning.summary import Row
+from lora_lightning.tree import join
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -96,7 +97,7 @@ def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
 
 
 def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str, Any]:
-    path = f"{row.module}.{row.tensor}".lstrip(".")
+    path = join(row.module, row.tensor)
     if path not in factors:
         raise AdapterError(
             f"{path} was adapted, and has been replaced since (a classifier reset?): the adapter "

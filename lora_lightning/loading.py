@@ -27,6 +27,7 @@ from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport, Row
+from lora_lightning.tree import join
 
 
 def load_adapter(
@@ -101,7 +102,7 @@ def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path
 
 def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
     for target in header["targets"]:
-        place = f"{target['module']}.{target['tensor']}".lstrip(".")
+        place = join(target["module"], target["tensor"])
         try:
             raw = raw_tensor(model.get_submodule(target["module"]), target["tensor"])
         except (AttributeError, KeyError):
@@ -139,7 +140,7 @@ def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for t in header["targets"]:
         rows, columns = t["matrix"]
-        key = f"{t['module']}.{t['tensor']}".lstrip(".")
+        key = join(t["module"], t["tensor"])
         shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
         if t["dora"]:
             shapes[f"{key}.magnitude"] = (rows,)
@@ -192,7 +193,7 @@ def _place(
     model: nn.Module, name: str, t: dict[str, Any], config: LoRAConfig, tensors: dict[str, Tensor]
 ) -> Row:
     module = model.get_submodule(t["module"])
-    key = f"{t['module']}.{t['tensor']}".lstrip(".")
+    key = join(t["module"], t["tensor"])
     spec = FactorSpec(
         t["rank"], t["alpha"], t["scaling"], t["dropout"], t["dora"], t["freeze_a"],
         config.init, config.seed or 0, key,

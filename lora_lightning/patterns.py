@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_lightning.errors import TargetError
+from lora_lightning.tree import join
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Target:
     @property
     def path(self) -> str:
         """Full dotted name of the tensor."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+        return join(self.name, self.tensor)
 
 
 def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:

@@ -24,7 +24,7 @@ from lora_lightning.merging import is_merged
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names
-from lora_lightning.tree import walk
+from lora_lightning.tree import join, walk
 
 _ATTRIBUTE = "_lora_state"
 
@@ -96,14 +96,14 @@ def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
     for path, layer in adapted_layers(model).items():
         if name is not None and name in layer.lora:
             for tensor, factors in layer.lora[name].items():
-                found[f"{path}.{tensor}" if path else tensor] = factors
+                found[join(path, tensor)] = factors
     return found
 
 
 def extras(model: nn.Module, state: ModelState, name: str) -> list[str]:
     """Parameters that the adapter `name` trains in full, by today's structure of the model."""
     chosen = trainable_names(model, state.configs[name].trainable, [])
-    adapted = {f"{row.module}.{row.tensor}".lstrip(".") for row in state.reports[name].rows}
+    adapted = {join(row.module, row.tensor) for row in state.reports[name].rows}
     return [n for n in chosen if n not in adapted]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning import layers
 from lora_lightning.factors import Factors
-from lora_lightning.tree import walk
+from lora_lightning.tree import join, walk
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")
@@ -27,7 +27,7 @@ def classifier_modules(model: nn.Module) -> set[str]:
     """
     for prefix, module in walk(model):
         if callable(getattr(module, "get_classifier", None)):
-            return {_join(prefix, name) for name in _timm_classifier(module)}
+            return {join(prefix, name) for name in _timm_classifier(module)}
     ordered = [n for n, m in walk(model) if layers.tensors_of(m)]
     for name, _ in model.named_children():
         under = [n for n in ordered if n == name or n.startswith(f"{name}.")]
@@ -85,11 +85,11 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
     children = list(module._modules)
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         if len(children) > 1:
-            yield [_join(name, child) for child in children]
+            yield [join(name, child) for child in children]
         return
     numbered = [(m[1], c) for c in children if (m := re.fullmatch(r"(.*?[a-zA-Z_])\d+", c))]
     for _, group in groupby(numbered, key=lambda pair: pair[0]):
-        members = [_join(name, child) for _, child in group]
+        members = [join(name, child) for _, child in group]
         if len(members) > 1:
             yield members
 
@@ -134,7 +134,3 @@ def _layer_sizes(model: nn.Module) -> dict[str, int]:
 
 def _share(sizes: dict[str, int], member: str) -> int:
     return sum(size for n, size in sizes.items() if n == member or n.startswith(f"{member}."))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.tree import join
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -65,7 +67,7 @@ class InjectionReport:
         for column in ("rank", "parameters"):
             table.add_column(column, justify="right")
         for r in self.rows:
-            where = r.module if r.tensor == "weight" else f"{r.module}.{r.tensor}".lstrip(".")
+            where = r.module if r.tensor == "weight" else join(r.module, r.tensor)
             table.add_row(where, r.kind, r.path, str(r.rank), f"{r.parameters:,}")
         for name, size in self.extras.items():
             table.add_row(name, "—", "in full", "—", f"{size:,}")

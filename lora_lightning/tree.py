@@ -20,3 +20,8 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
         children = [(prefix + n, m) for n, m in module._modules.items() if m is not None]
         stack.extend(reversed(children))
     return found
+
+
+def join(path: str, name: str) -> str:
+    """The dotted path of `name` under `path`, either of which may be empty."""
+    return f"{path}.{name}" if path and name else path or name

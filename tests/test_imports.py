@@ -22,7 +22,8 @@ PACKAGE = Path(lora_lightning.__file__).parent
 # inside a function count as well, imports for type checkers do not.
 LAYERS = (
     # What an adapter is.
-    "decompose errors initialize parametrized summary tree",
+    "tree",
+    "decompose errors initialize parametrized summary",
     "config factors guard patterns",
     "layers",
     "adapter",
