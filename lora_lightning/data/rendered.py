@@ -10,25 +10,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
-import sys
-import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_lightning.data import cache
 from lora_lightning.data.backgrounds import Background
+from lora_lightning.data.cache import made_set
 from lora_lightning.data.lighting import LIGHTINGS, Lighting
 from lora_lightning.data.meshes import CLASSES, make_mesh
 from lora_lightning.data.scene import Camera, Renderer
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import ConfigError
 
 EDITION = 2  # raise it whenever the same settings would give other pictures
 SPLITS = ("train", "test")
@@ -91,19 +88,13 @@ def render_domains(
         MissingDependencyError: something is to be rendered without the extra `demo`.
     """
     settings = _settings(domains, size, seed, lightings)
-    folder = _default_root(settings) if root is None else Path(root)
-    if _complete(folder, settings):
-        return folder
-    _refuse_foreign(folder, lightings)
-    renderer = Renderer(size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch, "fresh")
-        _write(fresh, settings, renderer, lightings, progress)
-        if folder.exists():  # a folder can only be replaced when it is out of the way
-            os.replace(folder, Path(scratch, "old"))
-        os.replace(fresh, folder)
-    return folder
+    items = list(_items(settings))
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        return _write(folder, items, Renderer(size), settings, lightings, progress)
+
+    files = [item.path for item in items]
+    return made_set(root, "rendered", settings, files, make, own=lightings)
 
 
 def _settings(
@@ -137,12 +128,6 @@ def _settings(
     return plain
 
 
-def _default_root(settings: Mapping[str, Any]) -> Path:
-    base = os.environ.get("LORA_LIGHTNING_CACHE") or Path.home() / ".cache" / "lora-lightning"
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path(base, "rendered", digest[:16])
-
-
 def _items(settings: Mapping[str, Any]) -> Iterator[_Item]:
     for domain, counts in settings["domains"].items():
         for split in SPLITS:
@@ -151,86 +136,22 @@ def _items(settings: Mapping[str, Any]) -> Iterator[_Item]:
                     yield _Item(domain, split, class_name, index)
 
 
-def _complete(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Say whether the folder holds exactly this set, every byte of every file as written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["settings"] != settings:
-            return False
-        paths = [item.path for item in _items(settings)]
-        found = sum(1 for _ in folder.rglob("*.png"))
-        return found == len(paths) and manifest["files_sha256"] == _hash_files(folder, paths)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # missing or damaged
-
-
-def _hash_files(folder: Path, paths: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        content = (folder / path).read_bytes()
-        digest.update(f"{path} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def _refuse_foreign(folder: Path, lightings: Mapping[str, Lighting]) -> None:
-    """Never replace a folder that we did not write."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file: name a folder for the rendered images")
-    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    strange = sorted(names - set(lightings) - {"manifest.json"})
-    if names and (strange or "manifest.json" not in names):
-        what = f"holds {strange[0]!r}" if strange else "has no manifest.json"
-        raise DataError(
-            f"{folder} {what}, so it is not a rendered set and is left as it is: "
-            "name an empty or a new folder, or remove it yourself"
-        )
-
-
 def _write(
     folder: Path,
-    settings: Mapping[str, Any],
+    items: Sequence[_Item],
     renderer: Renderer,
+    settings: Mapping[str, Any],
     lightings: Mapping[str, Lighting],
     progress: bool,
-) -> None:
+) -> Mapping[str, Any]:
     from PIL import Image
 
-    items, pixels = list(_items(settings)), hashlib.sha256()
-    for parent in {(folder / item.path).parent for item in items}:
-        parent.mkdir(parents=True)
-    with _progress(items, progress) as shown:
+    pixels = hashlib.sha256()
+    with cache.progress(items, f"rendering {len(items)} images", progress) as shown:
         for item in shown:
             picture = item.draw(renderer, lightings[item.domain], settings["seed"])
             pixels.update(picture.tobytes())
             # Noise does not repeat: to search for matches would cost time, and even bytes.
             Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
-    manifest = {
-        "settings": settings,
-        "versions": _versions(),
-        "files": len(items),
-        "pixels_sha256": pixels.hexdigest(),
-        "files_sha256": _hash_files(folder, (item.path for item in items)),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@contextmanager
-def _progress(items: list[_Item], show: bool) -> Iterator[Iterable[_Item]]:
-    if not show:
-        yield items
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        yield bar.track(items, description=f"rendering {len(items)} images")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for name in ("lora-lightning", "numpy", "panda3d", "pillow", "trimesh"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # a checkout that was never installed
-            versions[name] = "unknown"
-    return versions
+    versions = cache.versions("numpy", "panda3d", "pillow", "trimesh")
+    return {"versions": versions, "pixels_sha256": pixels.hexdigest()}

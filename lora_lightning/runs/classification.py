@@ -6,24 +6,21 @@ function.
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning.callback import LoRACallback
-from lora_lightning.config import unknown_key
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
 from lora_lightning.results import Prediction, Run
-from lora_lightning.runs.methods import METHODS, Context, classifier, make_trainer
+from lora_lightning.runs.common import check_plan, make_trainer, versions
+from lora_lightning.runs.methods import METHODS, Context, classifier
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.settings import Config, DataSettings
 from lora_lightning.tasks.backbones import create_backbone
@@ -107,13 +104,7 @@ def _best(probabilities: Tensor, classes: list[str]) -> tuple[str, float]:
 def _checked(given: DictConfig) -> Config:
     config: Any = OmegaConf.to_object(given)
     assert isinstance(config, Config)
-    for name in config.methods:
-        if name not in METHODS:
-            raise ConfigError(f"methods: {unknown_key(name, METHODS).replace('key', 'method')}")
-    if not config.seeds or not config.methods:
-        raise ConfigError("seeds and methods must not be empty")
-    if min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
-        raise ConfigError(f"seeds must be different and 0 or more, got {config.seeds}")
+    check_plan(config.methods, config.seeds, METHODS)
     stages = config.train
     for name, stage in (("source", stages.source), ("lora", stages.lora), ("full", stages.full)):
         if stage.epochs < 1:
@@ -200,24 +191,7 @@ def _empty(config: Config, given: DictConfig, data: ImageDomains) -> Run:
         spectra={},
         config=plain,
         data_root=data.root,
-        versions=_versions(),
+        versions=versions("timm"),
         skipped=data.skipped,
         notes=notes,
     )
-
-
-def _versions() -> dict[str, str]:
-    import lightning
-    import timm
-
-    import lora_lightning
-
-    return {
-        "lora-lightning": lora_lightning.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "timm": timm.__version__,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-    }

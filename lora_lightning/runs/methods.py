@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.decompose import spectrum
-from lora_lightning.errors import ConfigError
 from lora_lightning.results import Row, Run
+from lora_lightning.runs.common import make_trainer
 from lora_lightning.runs.progress import Stages, Ticks
 from lora_lightning.runs.settings import Config, TrainSettings
 from lora_lightning.state import named_factors
@@ -72,7 +71,7 @@ class Context:
         """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
         module = classifier(model, settings)
         tick = self.stages.stage(title, "batches")
-        trainer = make_trainer(self.config, settings.epochs, [*callbacks, Ticks(tick)])
+        trainer = make_trainer(self.config, [*callbacks, Ticks(tick)], max_epochs=settings.epochs)
         start = time.perf_counter()
         trainer.fit(module, datamodule=self.data.on(train=domains))
         return time.perf_counter() - start
@@ -89,7 +88,7 @@ class Context:
         domains = [self.data.source, *self.data.target]
         data = self.data.on(test=domains)
         tick = self.stages.stage(f"  measuring {method}", "batches")
-        trainer = make_trainer(self.config, 0, [Ticks(tick)])
+        trainer = make_trainer(self.config, [Ticks(tick)])
         outputs: Any = trainer.predict(Classifier(model), datamodule=data)
         probabilities = torch.cat(outputs)
         items = data.held_out()
@@ -112,30 +111,6 @@ def classifier(model: nn.Module, settings: TrainSettings) -> Classifier:
     return Classifier(model, s.learning_rate, s.weight_decay, s.label_smoothing, s.schedule)
 
 
-def make_trainer(config: Config, epochs: int = 0, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """A trainer that shows nothing and writes nothing by itself.
-
-    Raises:
-        ConfigError: there is no such accelerator, or not here.
-    """
-    try:
-        return Trainer(
-            max_epochs=epochs,
-            accelerator=config.accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-            default_root_dir=config.out,
-        )
-    except (MisconfigurationException, ValueError) as error:
-        raise ConfigError(
-            f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
-        ) from error
-
-
 def source_only(context: Context) -> list[Row]:
     """The source model as it is."""
     return context.measure("source only", context.fresh(), seconds=0.0)
@@ -155,7 +130,7 @@ def batchnorm(context: Context) -> list[Row]:
     start = time.perf_counter()
     module = _BatchNormStatistics(model, norms)
     tick = context.stages.stage("BatchNorm statistics of the target", "batches")
-    trainer = make_trainer(context.config, 0, [Ticks(tick)])
+    trainer = make_trainer(context.config, [Ticks(tick)])
     loader = context.data.on(train=context.data.target).unlabelled_dataloader()
     trainer.predict(module, loader, return_predictions=False)
     seconds = time.perf_counter() - start

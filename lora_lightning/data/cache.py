@@ -1,0 +1,128 @@
+"""`made_set`: a folder of files that the package made itself, kept and checked by hash.
+
+A set is described by its settings. It is used again where the folder holds exactly the files
+of these settings, every byte as written; else it is made anew beside its place, and moved
+there in one step, so that a run that is killed leaves no half of a set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_lightning.errors import DataError
+
+MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+
+def made_set(
+    root: Path | str | None,
+    kind: str,
+    settings: Mapping[str, Any],
+    files: Sequence[str],
+    make: Callable[[Path], Mapping[str, Any]],
+    own: Collection[str],
+) -> Path:
+    """The folder of a set, made where it is not there.
+
+    Args:
+        root: the folder; by default one in the cache, named by the settings
+            (`$LORA_LIGHTNING_CACHE`, or else `~/.cache/lora-lightning`).
+        kind: what the set is, in one word, such as "rendered".
+        settings: all that decides on the content; as JSON has it.
+        files: every file of the set, relative to the folder.
+        make: writes the files into a new folder, and returns further facts for the manifest.
+        own: names of files and folders that a set of this kind has at its top.
+
+    Raises:
+        DataError: `root` holds something else than such a set.
+    """
+    folder = _cache_folder(kind, settings) if root is None else Path(root)
+    if _complete(folder, settings, files):
+        return folder
+    _refuse_foreign(folder, kind, own)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch, "fresh")
+        for parent in {(fresh / name).parent for name in files}:
+            parent.mkdir(parents=True, exist_ok=True)
+        facts = {"settings": settings, **make(fresh), "files": len(files)}
+        facts["files_sha256"] = _hash_files(fresh, files)
+        (fresh / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+        if folder.exists():  # a folder can only be replaced when it is out of the way
+            os.replace(folder, Path(scratch, "old"))
+        os.replace(fresh, folder)
+    return folder
+
+
+def _cache_folder(kind: str, settings: Mapping[str, Any]) -> Path:
+    base = os.environ.get("LORA_LIGHTNING_CACHE") or Path.home() / ".cache" / "lora-lightning"
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path(base, kind, digest[:16])
+
+
+def _complete(folder: Path, settings: Mapping[str, Any], files: Sequence[str]) -> bool:
+    """Say whether the folder holds exactly this set, every byte of every file as written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["settings"] != settings:
+            return False
+        found = sum(path.is_file() for path in folder.rglob("*")) - 1
+        return found == len(files) and manifest["files_sha256"] == _hash_files(folder, files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # missing or damaged
+
+
+def _hash_files(folder: Path, files: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name in files:
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _refuse_foreign(folder: Path, kind: str, own: Collection[str]) -> None:
+    """Never replace a folder that we did not write."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file: name a folder for the {kind} set")
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    strange = sorted(names - set(own) - {MANIFEST})
+    if names and (strange or MANIFEST not in names):
+        what = f"holds {strange[0]!r}" if strange else f"has no {MANIFEST}"
+        raise DataError(
+            f"{folder} {what}, so it is not a {kind} set and is left as it is: "
+            "name an empty or a new folder, or remove it yourself"
+        )
+
+
+@contextmanager
+def progress(items: Sequence[T], description: str, show: bool) -> Iterator[Iterable[T]]:
+    """The items, with a bar on standard error while they are gone through."""
+    if not show:
+        yield items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        yield bar.track(items, description=description)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Name → version, of Python, this package and those named."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("lora-lightning", *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout that was never installed
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,114 @@
+"""Spoken digit strings and commands by eSpeak voices, `<speaker>/<index>.flac`, in a cache.
+
+The set has an `utterances.jsonl`, which `lora_lightning.data.manifests.load_utterances` reads
+like any manifest. A speaker is on one side only: `data.voices` names those that a source model
+hears and those that it never hears.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_lightning.data import cache
+from lora_lightning.data.cache import made_set
+from lora_lightning.data.espeak import Voice, speak_all
+from lora_lightning.data.phrases import phrases
+from lora_lightning.errors import ConfigError, MissingDependencyError
+
+EDITION = 1  # raise it whenever the same settings would give other sound
+LISTING = "utterances.jsonl"
+
+
+def spoken_set(
+    root: Path | str | None = None,
+    *,
+    speakers: Mapping[str, Voice],
+    utterances: int,
+    sample_rate: int = 16000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Let each speaker say different sentences, or reuse a complete set with the same settings.
+
+    Args:
+        root: the folder of the set; by default one in the cache, named by the settings
+            (`$LORA_LIGHTNING_CACHE`, or else `~/.cache/lora-lightning`).
+        speakers: the voice of each speaker, by name.
+        utterances: number for each speaker.
+        sample_rate: of the files, in Hz.
+        seed: of the sentences; each speaker draws its own.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The folder. It holds `utterances.jsonl` (path, text, speaker) and `manifest.json`
+        (settings, versions, hashes).
+
+    Raises:
+        ConfigError: a name, a number or a voice is not valid.
+        DataError: `root` holds something else than a spoken set.
+        MissingDependencyError: something is to be spoken without the extra `demo`.
+    """
+    settings = _settings(speakers, utterances, sample_rate, seed)
+    rows = [
+        {"path": f"{name}/{index:04d}.flac", "text": text, "speaker": name}
+        for name in speakers
+        for index, text in enumerate(_sentences(name, utterances, seed))
+    ]
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        jobs = [(row["text"], speakers[row["speaker"]]) for row in rows]
+        with cache.progress(rows, f"speaking {len(rows)} sentences", progress) as shown:
+            for row, (samples, rate) in zip(shown, speak_all(jobs), strict=True):
+                _write(folder / row["path"], samples, rate, sample_rate)
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / LISTING).write_text("".join(lines), encoding="utf-8")
+        return {"versions": cache.versions("numpy", "espeakng-loader", "soundfile")}
+
+    files = [*(row["path"] for row in rows), LISTING]
+    return made_set(root, "spoken", settings, files, make, own=[*speakers, LISTING])
+
+
+def _settings(
+    speakers: Mapping[str, Voice], utterances: int, sample_rate: int, seed: int
+) -> dict[str, Any]:
+    """Check what was asked for, and return all that decides on the sound."""
+    if not speakers:
+        raise ConfigError("speakers is empty: name at least one, with its voice")
+    for name in speakers:
+        if not name or set(name) & set("/\\:") or name.startswith("."):
+            raise ConfigError(f"a speaker's name becomes a folder: {name!r} cannot be one")
+    for what, number, least in (
+        ("utterances", utterances, 1), ("sample_rate", sample_rate, 4000), ("seed", seed, 0),
+    ):  # fmt: skip
+        if number < least:
+            raise ConfigError(f"{what} must be at least {least}, got {number}")
+    voices = {name: asdict(voice) for name, voice in speakers.items()}
+    settings = {"edition": EDITION, "utterances": utterances, "sample_rate": sample_rate}
+    return {**settings, "seed": seed, "speakers": voices}
+
+
+def _sentences(speaker: str, count: int, seed: int) -> list[str]:
+    return phrases(count, np.random.default_rng([seed, zlib.crc32(speaker.encode())]))
+
+
+def _write(path: Path, samples: NDArray[np.int16], rate: int, sample_rate: int) -> None:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingDependencyError(
+            'audio files need soundfile, which is not installed: pip install "lora-lightning[demo]"'
+        ) from error
+    import torch
+    import torchaudio
+
+    waveform = torch.from_numpy(samples.astype(np.float32) / 32768)
+    resampled = torchaudio.functional.resample(waveform, rate, sample_rate).clamp(-1, 1)
+    soundfile.write(path, resampled.numpy(), sample_rate, subtype="PCM_16")

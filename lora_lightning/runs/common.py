@@ -1,0 +1,77 @@
+"""What every kind of run needs: a quiet trainer, checks of the plan, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+
+from lora_lightning.config import unknown_key
+from lora_lightning.errors import ConfigError
+
+
+class RunConfig(Protocol):
+    """What `make_trainer` reads of a run's configuration."""
+
+    accelerator: str
+    out: str
+
+
+def make_trainer(
+    config: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    max_epochs: int = 0,
+    max_steps: int = -1,
+    **settings: Any,
+) -> Trainer:
+    """A trainer that shows nothing and writes nothing by itself.
+
+    Raises:
+        ConfigError: there is no such accelerator, or not here.
+    """
+    try:
+        return Trainer(
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            accelerator=config.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            default_root_dir=config.out,
+            **settings,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(
+            f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
+        ) from error
+
+
+def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[str]) -> None:
+    """Raise ConfigError for a method that is not known, or seeds that cannot be used."""
+    for name in methods:
+        if name not in known:
+            raise ConfigError(f"methods: {unknown_key(name, known).replace('key', 'method')}")
+    if not seeds or not methods:
+        raise ConfigError("seeds and methods must not be empty")
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be different and 0 or more, got {list(seeds)}")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Name → version of what a run depends on; `packages` are further ones. Hardware last."""
+    import lora_lightning
+
+    found = {"lora-lightning": lora_lightning.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    found |= {name: version(name) for name in ("lightning", *packages)}
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {**found, "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores{gpu}"}

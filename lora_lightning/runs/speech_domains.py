@@ -1,0 +1,150 @@
+"""The targets of a speech run: each speaker, or each acoustic environment, with its recordings."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from lora_lightning.data.acoustics import environment
+from lora_lightning.data.manifests import by_speaker, checked, load_utterances
+from lora_lightning.data.spoken import LISTING, spoken_set
+from lora_lightning.data.utterances import Utterance
+from lora_lightning.data.voices import source_voices, target_voices
+from lora_lightning.errors import DataError
+from lora_lightning.runs.progress import Stages
+from lora_lightning.runs.speech_settings import Config, SpeechDataSettings
+
+Transform = Callable[[Tensor, Utterance], Tensor]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A target.
+
+    Attributes:
+        name: Of the speaker or the environment.
+        pool: Recordings to enrol with.
+        held_out: Recordings to measure on; no method sees them.
+        transform: What the environment does to a recording; None: nothing.
+    """
+
+    name: str
+    pool: list[Utterance]
+    held_out: list[Utterance]
+    transform: Transform | None = None
+
+    def enrolment(self, count: int, seed: int) -> list[Utterance]:
+        """`count` recordings of the pool; a larger enrolment holds a smaller one's."""
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        return [self.pool[i] for i in rng.permutation(len(self.pool))[:count]]
+
+
+@dataclass
+class Recordings:
+    """All that a run hears.
+
+    Attributes:
+        source: What the source model is trained on; empty where it need not be.
+        domains: The targets.
+        skipped: (path, reason) of each recording that was left out.
+    """
+
+    domains: list[Domain]
+    source: list[Utterance] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) -> Recordings:
+    """Find, or let speak, what the run needs, and look at every file.
+
+    Args:
+        config: The run.
+        sample_rate: Of the model, in Hz.
+        train: Whether a source model is to be trained.
+        stages: Shows the progress.
+
+    Raises:
+        DataError: there are too few recordings, or none.
+    """
+    data = config.data
+    skipped: list[tuple[str, str]] = []
+
+    def listen(path: Path, title: str) -> list[Utterance]:
+        tick = stages.stage(title, "files")
+        kept, bad = checked(load_utterances(path), data.min_seconds, data.max_seconds, tick)
+        skipped.extend(bad)
+        if unlabelled := [u for u in kept if not u.text]:
+            raise DataError(
+                f"{path}: {len(unlabelled)} recordings have no transcript, such as "
+                f"{unlabelled[0].path.name}; this run measures with them"
+            )
+        return kept
+
+    source = listen(_source(config, sample_rate), "reading the source") if train else []
+    target = listen(_target(config, sample_rate), "reading the target")
+    return Recordings(_domains(config, target, sample_rate), source, skipped)
+
+
+def _source(config: Config, sample_rate: int) -> Path:
+    data, spoken = config.data, config.data.spoken
+    if data.source:
+        return Path(data.source)
+    voices = source_voices(spoken.source_voices)
+    return _spoken(data, voices, spoken.source_utterances, sample_rate, data.seed)
+
+
+def _target(config: Config, sample_rate: int) -> Path:
+    data, spoken = config.data, config.data.spoken
+    if data.target:
+        return Path(data.target)
+    needed = max(config.enrolment) + data.test
+    if not data.environments:
+        return _spoken(data, target_voices(spoken.target_voices), needed, sample_rate, data.seed)
+    # The source's own speakers, who say something new: only the acoustics change.
+    voices = source_voices(spoken.environment_voices)
+    each = -(-needed // len(voices))
+    return _spoken(data, voices, each, sample_rate, data.seed + 1_000_003)
+
+
+def _spoken(
+    data: SpeechDataSettings, voices: dict[str, object], each: int, sample_rate: int, seed: int
+) -> Path:
+    folder = spoken_set(
+        data.spoken.cache and Path(data.spoken.cache, f"{len(voices)}-voices-{each}-{seed}"),
+        speakers=voices,
+        utterances=each,
+        sample_rate=sample_rate,
+        seed=seed,
+    )
+    return folder / LISTING
+
+
+def _domains(config: Config, target: Sequence[Utterance], sample_rate: int) -> list[Domain]:
+    data = config.data
+    if not data.environments:
+        return [_split(config, name, own) for name, own in by_speaker(target).items()]
+    return [
+        _split(config, name, target, environment(name, sample_rate, data.seed))
+        for name in data.environments
+    ]
+
+
+def _split(
+    config: Config, name: str, own: Sequence[Utterance], transform: Transform | None = None
+) -> Domain:
+    needed = max(config.enrolment) + config.data.test
+    if len(own) < needed:
+        raise DataError(
+            f"{name} has {len(own)} usable recordings, but {needed} are needed: "
+            f"{max(config.enrolment)} to enrol and {config.data.test} held out; "
+            "set enrolment or data.test lower"
+        )
+    # Which ones are held out does not depend on the run's seed: all seeds are measured alike.
+    order = np.random.default_rng([config.data.seed, zlib.crc32(name.encode())])
+    shuffled = [own[i] for i in order.permutation(len(own))]
+    return Domain(name, shuffled[config.data.test :], shuffled[: config.data.test], transform)

@@ -1,0 +1,163 @@
+"""The typed configuration of a speech run; every field is a key of recipe.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_lightning.config import LoRAConfig
+
+
+@dataclass
+class SpokenSettings:
+    """What eSpeak says, where no recordings of the user's own are given.
+
+    Args:
+        source_voices: Voices that the source model is trained on.
+        source_utterances: Sentences of each of them.
+        target_voices: Unseen voices to adapt to; null: all of `lora_lightning.data.voices`.
+        environment_voices: Source voices that speak in each acoustic environment.
+        cache: Folder for the spoken sets; null: ~/.cache/lora-lightning.
+    """
+
+    source_voices: int = 84
+    source_utterances: int = 60
+    target_voices: list[str] | None = None
+    environment_voices: int = 10
+    cache: str | None = None
+
+
+@dataclass
+class SpeechDataSettings:
+    """Recordings, as `lora_lightning.data.manifests.load_utterances` reads them.
+
+    Args:
+        source: Manifest or folder that the source model is trained on; null: spoken.
+        target: Manifest or folder with transcripts, to adapt to; null: spoken.
+        environments: Acoustic environments to adapt to, each over all recordings of the target;
+            empty: each speaker is a target.
+        test: Held-out recordings of each target domain.
+        seed: Of the sentences, the noise, and which recordings are held out; the same for every
+            seed of `seeds`.
+        min_seconds: Shorter recordings are left out.
+        max_seconds: Longer recordings are left out.
+        batch_seconds: Sound in a batch of measuring or source training, padding included.
+        spoken: What eSpeak says.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    environments: list[str] = field(default_factory=list)
+    test: int = 60
+    seed: int = 0
+    min_seconds: float = 0.3
+    max_seconds: float = 30.0
+    batch_seconds: float = 80.0
+    spoken: SpokenSettings = field(default_factory=SpokenSettings)
+
+
+@dataclass
+class RecogniserSettings:
+    """The recogniser, a `lora_lightning.tasks.recognisers.ConformerCTC`, and its weights.
+
+    Args:
+        checkpoint: "package": the weights that the package brings; a file that
+            `save_recogniser` wrote; null: trained by this run.
+        dim: Width of the encoder, where it is trained.
+        num_layers: Blocks of the encoder.
+        num_heads: Attention heads.
+        ffn_dim: Hidden width of the feed-forward modules.
+        kernel_size: Of the depthwise convolutions, in frames of 40 ms.
+        dropout: In the encoder.
+    """
+
+    checkpoint: str | None = "package"
+    dim: int = 144
+    num_layers: int = 4
+    num_heads: int = 4
+    ffn_dim: int = 576
+    kernel_size: int = 15
+    dropout: float = 0.1
+
+
+@dataclass
+class SourceTraining:
+    """Training of the source model, as `lora_lightning.tasks.ctc.CTCRecognition` takes it.
+
+    Args:
+        epochs: Passes over the source.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+
+
+@dataclass
+class Adaptation:
+    """Training on the enrolment of a target.
+
+    Args:
+        steps: Optimizer steps, for each size of `enrolment`.
+        batch: Recordings in a batch, at most.
+        learning_rate: Peak learning rate of AdamW, one-cycle.
+        weight_decay: Weight decay of AdamW.
+    """
+
+    steps: list[int] = field(default_factory=lambda: [40, 60, 120])
+    batch: int = 10
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass
+class AdaptationStages:
+    """The trainings of a run.
+
+    Args:
+        source: Of the source model.
+        lora: Of the adapter, on the enrolment with its transcripts.
+        full: Of all weights, on the enrolment with its transcripts.
+    """
+
+    source: SourceTraining = field(default_factory=SourceTraining)
+    lora: Adaptation = field(default_factory=Adaptation)
+    full: Adaptation = field(default_factory=Adaptation)
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Args:
+        kind: Which code runs the recipe.
+        name: Name of the run.
+        title: Title of table and report.
+        out: Folder for all results.
+        seeds: One run for each; they decide on enrolment, order and factors.
+        methods: What is compared, keys of `lora_lightning.runs.speech_methods.METHODS`.
+        enrolment: Labelled recordings of a target that a method is given; one row for each.
+        headline: The size of `enrolment` that the report shows where it shows one.
+        accelerator: cpu, gpu, mps or auto, as Lightning has it.
+        batch_norm: BatchNorm statistics while a target is learnt: frozen, adapt or reset.
+        data: The recordings.
+        model: The recogniser.
+        train: The trainings.
+        lora: The adapter, a `LoRAConfig`.
+    """
+
+    kind: str = "speech"
+    name: str = "speech"
+    title: str = "Domain adaptation of a speech recogniser"
+    out: str = "runs/speech"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    methods: list[str] = field(default_factory=lambda: ["source_only", "lora", "full"])
+    enrolment: list[int] = field(default_factory=lambda: [5, 20, 100])
+    headline: int = 20
+    accelerator: str = "auto"
+    batch_norm: str = "frozen"
+    data: SpeechDataSettings = field(default_factory=SpeechDataSettings)
+    model: RecogniserSettings = field(default_factory=RecogniserSettings)
+    train: AdaptationStages = field(default_factory=AdaptationStages)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)

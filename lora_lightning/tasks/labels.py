@@ -1,0 +1,72 @@
+"""`Labels`: what a recogniser writes, from text to class numbers and back."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+
+from lora_lightning.errors import ConfigError
+
+
+class Labels:
+    """The symbols of a recogniser's classes.
+
+    Args:
+        symbols: One for each class, single characters all, the blank's own aside.
+        blank: Class of the blank.
+        separator: The symbol that stands between words.
+
+    Raises:
+        ConfigError: symbols that are no single characters or occur twice, or no separator.
+    """
+
+    def __init__(self, symbols: Sequence[str], blank: int = 0, separator: str = " "):
+        self.symbols = tuple(symbols)
+        self.blank, self.separator = blank, separator
+        if not 0 <= blank < len(self.symbols):
+            raise ConfigError(f"blank must be a class of 0 to {len(symbols) - 1}, got {blank}")
+        spoken = [s for i, s in enumerate(self.symbols) if i != blank]
+        if len(set(spoken)) < len(spoken):
+            twice = sorted({s for s in spoken if spoken.count(s) > 1})
+            raise ConfigError(f"each symbol may occur once; these occur again: {twice}")
+        if separator not in spoken:
+            raise ConfigError(f"the separator of words, {separator!r}, is none of the symbols")
+        self._classes = {s: i for i, s in enumerate(self.symbols) if i != blank and len(s) == 1}
+        letters = [s for s in self._classes if s != separator]
+        self._upper = any(s.isupper() for s in letters) and not any(s.islower() for s in letters)
+        self._lower = any(s.islower() for s in letters) and not any(s.isupper() for s in letters)
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Labels) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"Labels({list(self.symbols)!r}, blank={self.blank}, separator={self.separator!r})"
+
+    def normalise(self, text: str) -> str:
+        """The text as the recogniser could write it: its case, its characters, single spaces."""
+        text = text.upper() if self._upper else text.lower() if self._lower else text
+        kept = "".join(c if c in self._classes else " " if c.isspace() else "" for c in text)
+        return " ".join(kept.replace(self.separator, " ").split())
+
+    def encode(self, text: str) -> list[int]:
+        """The classes of a text, normalised first; characters that are no symbol are dropped."""
+        return [self._classes[self.separator if c == " " else c] for c in self.normalise(text)]
+
+    def decode(self, classes: Iterable[int]) -> str:
+        """The text of classes (blanks and repetitions taken out before)."""
+        text = "".join(self.symbols[c] for c in classes if c != self.blank)
+        return " ".join(text.replace(self.separator, " ").split())
+
+    @classmethod
+    def english(cls) -> Labels:
+        """Blank, space, apostrophe and the 26 letters, in lower case."""
+        return cls(["-", " ", "'", *string.ascii_lowercase])
+
+    def _key(self) -> tuple[tuple[str, ...], int, str]:
+        return self.symbols, self.blank, self.separator

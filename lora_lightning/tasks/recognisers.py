@@ -1,0 +1,215 @@
+"""`ConformerCTC`: a compact recogniser around torchaudio's Conformer, from waveform to logits.
+
+What it gives for a recording does not depend on what the recording is batched with: wherever
+something looks beyond a single frame, frames of padding are zero.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torchaudio.models import Conformer
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.labels import Labels
+
+_Size = TypeVar("_Size", Tensor, int)
+FORMAT = 1  # of the file
+# Trained by `lora-lightning run speaker model.checkpoint=null`.
+PACKAGED = Path(__file__).parents[1] / "weights" / "spoken_conformer.safetensors"
+FLOOR = 1e-6  # below which energy counts as silence, as a full-scale signal counts as about 1
+
+
+class LogMel(nn.Module):
+    """Log-mel features, each band with mean 0 and variance 1 over the recording.
+
+    Args:
+        sample_rate: Of the waveforms, in Hz.
+        n_mels: Number of bands.
+
+    The window is 25 ms, the hop 10 ms; there are no trainable parameters.
+    """
+
+    def __init__(self, sample_rate: int = 16000, n_mels: int = 80):
+        super().__init__()
+        self.hop = sample_rate // 100
+        self.window = sample_rate // 40
+        n_fft = 1 << (self.window - 1).bit_length()
+        # Padded by hand with zeros, not by reflection: a recording's own end must look as it
+        # looks in a batch, where zeros follow.
+        self.padding = n_fft // 2
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate, n_fft, self.window, self.hop, n_mels=n_mels, center=False
+        )
+
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) and samples (B,) → (B, n_mels, F), zero in the padding, and frames (B,)."""
+        padded = nn.functional.pad(waveforms, (self.padding, self.padding))
+        features = (self.mel(padded) + FLOOR).log()
+        frames = lengths // self.hop + 1
+        mask = frame_mask(frames, features.shape[2])[:, None]
+        count = frames[:, None, None]
+        mean = (features * mask).sum(2, keepdim=True) / count
+        centred = (features - mean) * mask
+        deviation = (centred.square().sum(2, keepdim=True) / count).sqrt()
+        return centred / (deviation + 1e-2), frames
+
+
+class ConformerCTC(nn.Module):
+    """Log-mel features, two strided convolutions (40 ms a frame), Conformer, linear head.
+
+    Gulati et al. 2020, "Conformer: convolution-augmented Transformer for speech recognition",
+    arXiv:2005.08100; the encoder is `torchaudio.models.Conformer`.
+
+    Args:
+        labels: What it writes.
+        sample_rate: Of the waveforms, in Hz.
+        n_mels: Bands of the features.
+        dim: Width of the encoder.
+        num_layers: Blocks of the encoder.
+        num_heads: Attention heads; must divide `dim`.
+        ffn_dim: Hidden width of the feed-forward modules.
+        kernel_size: Of the depthwise convolution, in frames of 40 ms; odd.
+        dropout: In the encoder.
+        channels: Of the two strided convolutions.
+        augment: Applied to the features (B, n_mels, F) in training, such as SpecAugment.
+
+    Raises:
+        ConfigError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        labels: Labels | None = None,
+        sample_rate: int = 16000,
+        n_mels: int = 80,
+        dim: int = 144,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        ffn_dim: int = 576,
+        kernel_size: int = 15,
+        dropout: float = 0.1,
+        channels: int = 32,
+        augment: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.settings = {
+            "sample_rate": sample_rate, "n_mels": n_mels, "dim": dim, "num_layers": num_layers,
+            "num_heads": num_heads, "ffn_dim": ffn_dim, "kernel_size": kernel_size,
+            "dropout": dropout, "channels": channels,
+        }  # fmt: skip
+        if dim % num_heads:
+            raise ConfigError(f"num_heads must divide dim; got num_heads={num_heads}, dim={dim}")
+        if kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size must be odd, got {kernel_size}")
+        self.labels = labels or Labels.english()
+        self.sample_rate = sample_rate
+        self.features = LogMel(sample_rate, n_mels)
+        self.augment = augment
+        self.subsampling = _Subsampling(n_mels, channels, dim)
+        self.encoder = Conformer(dim, num_heads, ffn_dim, num_layers, kernel_size, dropout)
+        for layer in self.encoder.conformer_layers:
+            layer.conv_module.sequential[1] = _MaskedGLU(dim=1)
+        self.head = nn.Linear(dim, len(self.labels))
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Waveforms (B, T), samples (B,) → logits (B, F, C) and their frames (B,)."""
+        if lengths is None:
+            lengths = torch.full((len(waveforms),), waveforms.shape[1], device=waveforms.device)
+        x, frames = self.features(waveforms, lengths)
+        if self.augment is not None and self.training:
+            x = self.augment(x)
+        x, frames = self.subsampling(x, frames)
+        x = x[:, : int(frames.max())]
+        gates = [layer.conv_module.sequential[1] for layer in self.encoder.conformer_layers]
+        mask = frame_mask(frames, x.shape[1])[:, None]
+        for gate in gates:
+            gate.mask = mask
+        x, frames = self.encoder(x, frames)
+        for gate in gates:
+            gate.mask = None
+        return self.head(x), frames
+
+
+class _Subsampling(nn.Module):
+    """(B, n_mels, F) → (B, F / 4, dim)."""
+
+    def __init__(self, n_mels: int, channels: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.project = nn.Linear(channels * _half(_half(n_mels)), dim)
+
+    def forward(self, x: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        x = x[:, None]
+        for conv in (self.conv1, self.conv2):
+            frames = _half(frames)
+            x = conv(x).relu()
+            x = x * frame_mask(frames, x.shape[3])[:, None, None]
+        return self.project(x.flatten(1, 2).transpose(1, 2)), frames
+
+
+class _MaskedGLU(nn.GLU):
+    """A gate that closes on the padding, before the depthwise convolution looks around."""
+
+    mask: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        gated = super().forward(input)
+        return gated if self.mask is None else gated * self.mask
+
+
+def frame_mask(frames: Tensor, most: int) -> Tensor:
+    """(B,) → (B, most), true where a frame is no padding."""
+    return torch.arange(most, device=frames.device) < frames[:, None]
+
+
+def _half(size: _Size) -> _Size:  # what a stride of 2 leaves
+    return (size + 1) // 2
+
+
+def save_recogniser(model: ConformerCTC, path: Path | str) -> None:
+    """Write weights in half precision, and what the model must be built like, to safetensors."""
+    from safetensors.torch import save_file
+
+    labels = model.labels
+    spelt = {"symbols": labels.symbols, "blank": labels.blank, "separator": labels.separator}
+    header = {"format": FORMAT, "settings": model.settings, "labels": spelt}
+    # Cloned: safetensors refuses tensors that share memory.
+    state = model.state_dict()
+    weights = {k: v.half() if v.is_floating_point() else v.clone() for k, v in state.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"recogniser": json.dumps(header)})
+
+
+def load_recogniser(path: Path | str = "package") -> ConformerCTC:
+    """A recogniser from a file of `save_recogniser`; "package": the one that the package brings.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    given, path = path, PACKAGED if path == "package" else Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no recogniser's file {given}; 'package' is the built-in one")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("recogniser", "null"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged, or no safetensors file ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} was not written by save_recogniser of this version; it must say how the model "
+            "is built, not only its weights"
+        )
+    model = ConformerCTC(Labels(**header["labels"]), **header["settings"])
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
