@@ -1,0 +1,185 @@
+"""`CTCRecognition`: a recogniser trained with CTC, measured by word and character error rate."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torchmetrics.text import CharErrorRate, WordErrorRate
+
+from lora_lightning.data.utterances import AudioBatch
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.tasks.decoding import beam_search, greedy
+from lora_lightning.tasks.labels import Labels
+from lora_lightning.tasks.optimisation import Optimised
+
+
+class CTCRecognition(Optimised):
+    """Speech recognition; the network is ``self.model``, and `LoRACallback` finds it there.
+
+    The loss of a recording is −log p(text | sound), all alignments summed, divided by the number
+    of characters; of a batch, the mean. Graves et al. 2006, "Connectionist temporal
+    classification", ICML.
+
+    Args:
+        model: From waveforms (B, T) and samples (B,) to logits (B, F, C) and frames (B,), as
+            `ConformerCTC` and torchaudio's ``Wav2Vec2Model`` do it.
+        labels: What the classes stand for; the model's own ``labels`` where it has some.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+        decoder: ``"greedy"`` or ``"beam"``.
+        beam_size: Prefixes that the beam search keeps.
+
+    Logs ``train_loss``, ``val_wer``, ``val_cer``, ``test_wer``, ``test_cer``; rates are errors of
+    the whole epoch over its words or characters.
+
+    Raises:
+        ConfigError: a value is out of range, or there are no labels.
+        DataError: in training, a recording without a text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Labels | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "one-cycle",
+        decoder: str = "greedy",
+        beam_size: int = 16,
+    ):
+        super().__init__(learning_rate, weight_decay, schedule)
+        labels = labels or getattr(model, "labels", None)
+        if labels is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no labels of its own: give labels=Labels(symbols), "
+                "with the symbol of each class"
+            )
+        if decoder not in ("greedy", "beam"):
+            raise ConfigError(f"decoder must be 'greedy' or 'beam', got {decoder!r}")
+        if beam_size < 1:
+            raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        self.model, self.labels = model, labels
+        self.decoder, self.beam_size = decoder, beam_size
+        self.rates = nn.ModuleDict(
+            {
+                f"{stage}_{name}": metric()
+                for stage in ("val", "test")
+                for name, metric in (("wer", WordErrorRate), ("cer", CharErrorRate))
+            }
+        )
+        self._told: set[str] = set()
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Waveforms (B, T), samples (B,) → log-probabilities (B, F, C), frames (B,)."""
+        logits, frames = self.model(waveforms, lengths)
+        if frames is None:
+            frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
+        return logits.float().log_softmax(dim=2), frames
+
+    def transcribe(self, batch: AudioBatch) -> list[str]:
+        """What is understood of each recording."""
+        log_probs, frames = self(batch.waveforms, batch.lengths)
+        if self.decoder == "greedy":
+            return greedy(log_probs, frames, self.labels)
+        return beam_search(log_probs, frames, self.labels, self.beam_size)
+
+    def loss(self, batch: AudioBatch) -> Tensor:
+        """CTC's loss of a batch.
+
+        A text that has not enough frames (one for each character, and one between two equal
+        ones) has no alignment: it is left out, with a warning that names it.
+
+        Raises:
+            DataError: a recording without a text.
+        """
+        for item in batch.items:
+            if not self.labels.encode(item.text or ""):
+                raise DataError(f"{item.path} has no text to learn from (text={item.text!r})")
+        texts = [torch.tensor(self.labels.encode(text)) for text in batch.texts]
+        sizes = torch.tensor([len(text) for text in texts])
+        log_probs, frames = self(batch.waveforms, batch.lengths)
+        self._tell_too_short(batch, texts, frames)
+        return nn.functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            torch.cat(texts).to(log_probs.device),
+            frames,
+            sizes.to(log_probs.device),
+            blank=self.labels.blank,
+            zero_infinity=True,
+        )
+
+    def _tell_too_short(self, batch: AudioBatch, texts: list[Tensor], frames: Tensor) -> None:
+        needed = torch.tensor([len(t) + int((t[1:] == t[:-1]).sum()) for t in texts])
+        for i in (needed > frames.cpu()).nonzero().flatten().tolist():
+            path = str(batch.items[i].path)
+            if path not in self._told:
+                self._told.add(path)
+                warnings.warn(
+                    f"{path} is too short for its text: {int(frames[i])} frames, {int(needed[i])} "
+                    "needed; nothing is learnt from it",
+                    stacklevel=2,
+                )
+
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        """Adds a batch to ``val_wer`` and ``val_cer``."""
+        self._measure(batch, "val")
+
+    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        """Adds a batch to ``test_wer`` and ``test_cer``."""
+        self._measure(batch, "test")
+
+    def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[str]:
+        """What is understood of each recording of a batch."""
+        return self.transcribe(batch)
+
+    def _measure(self, batch: AudioBatch, stage: str) -> None:
+        said = [self.labels.normalise(text) for text in batch.texts]
+        understood = self.transcribe(batch)
+        for name in (f"{stage}_wer", f"{stage}_cer"):
+            rate: Any = self.rates[name]
+            rate.update(understood, said)
+            self.log(name, rate, on_epoch=True, on_step=False, batch_size=len(batch))
+
+
+def spec_augment(
+    bands: int = 20, frames: int = 20, band_masks: int = 2, frame_masks: int = 2
+) -> nn.Module:
+    """SpecAugment for features (B, n_mels, F), by torchaudio's own masks.
+
+    Park et al. 2019, "SpecAugment: a simple data augmentation method for automatic speech
+    recognition", arXiv:1904.08779. Each mask is 0, the mean of normalised features; a time mask
+    covers at most a fifth of the frames.
+
+    Args:
+        bands: Widest mask over mel bands.
+        frames: Widest mask over time, in frames of 10 ms.
+        band_masks: Number of masks over mel bands.
+        frame_masks: Number of masks over time.
+    """
+    return _SpecAugment(bands, frames, band_masks, frame_masks)
+
+
+class _SpecAugment(nn.Module):
+    def __init__(self, bands: int, frames: int, band_masks: int, frame_masks: int):
+        super().__init__()
+        masking = torchaudio.transforms
+        self.masks = nn.Sequential(
+            *(masking.FrequencyMasking(bands) for _ in range(band_masks)),
+            *(masking.TimeMasking(frames, p=0.2) for _ in range(frame_masks)),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, n_mels, F), the same masks for the whole batch."""
+        masked: Tensor = self.masks(features)
+        return masked

@@ -1,0 +1,111 @@
+"""From CTC's probabilities to text: greedy, and the prefix beam search.
+
+Legend of shapes: B recordings, F frames, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.labels import Labels
+
+NEVER = -math.inf
+
+
+def greedy(log_probs: Tensor, lengths: Tensor, labels: Labels) -> list[str]:
+    """The text of the most likely class of each frame.
+
+    Args:
+        log_probs: (B, F, C) log-probabilities, or logits.
+        lengths: (B,) frames that are no padding.
+        labels: What the classes stand for.
+    """
+    best = log_probs.argmax(dim=2).cpu()
+    paths = (
+        torch.unique_consecutive(row[:n]) for row, n in zip(best, lengths.tolist(), strict=True)
+    )
+    return [labels.decode(path.tolist()) for path in paths]
+
+
+def beam_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    labels: Labels,
+    beam_size: int = 16,
+    threshold: float = -8.0,
+) -> list[str]:
+    """The most likely text, all its alignments summed, as far as the beam sees.
+
+    Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition using
+    bi-directional recurrent DNNs", arXiv:1408.2873.
+
+    Args:
+        log_probs: (B, F, C) log-probabilities (not logits: they are summed).
+        lengths: (B,) frames that are no padding.
+        labels: What the classes stand for.
+        beam_size: Prefixes that are kept after each frame.
+        threshold: Classes below this log-probability are not tried in a frame.
+
+    Raises:
+        ConfigError: `beam_size` is below 1.
+    """
+    if beam_size < 1:
+        raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+    rows = log_probs.detach().double().cpu()
+    found = []
+    for row, n in zip(rows, lengths.tolist(), strict=True):
+        ranked = prefixes(row[:n].tolist(), labels.blank, beam_size, threshold)
+        found.append(labels.decode(ranked[0][0]))
+    return found
+
+
+Prefix = tuple[int, ...]
+
+
+def prefixes(
+    frames: Sequence[Sequence[float]], blank: int, beam_size: int, threshold: float = NEVER
+) -> list[tuple[Prefix, float]]:
+    """Prefixes with the log of their summed probability, the best first.
+
+    Each prefix has two sums, over the alignments that end in the blank and over those that
+    end in its last class: only after a blank does the same class again make a longer prefix.
+    """
+    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, NEVER)}
+    for frame in frames:
+        tried = [(c, p) for c, p in enumerate(frame) if p >= threshold or c == blank]
+        after: dict[Prefix, tuple[float, float]] = defaultdict(lambda: (NEVER, NEVER))
+        for prefix, (ended, going) in beam.items():
+            either = add(ended, going)
+            for c, p in tried:
+                if c == blank:
+                    _raise(after, prefix, blank=either + p)
+                elif prefix and c == prefix[-1]:
+                    _raise(after, prefix, label=going + p)
+                    _raise(after, (*prefix, c), label=ended + p)
+                else:
+                    _raise(after, (*prefix, c), label=either + p)
+        kept = sorted(after, key=lambda prefix: add(*after[prefix]), reverse=True)[:beam_size]
+        beam = {prefix: after[prefix] for prefix in kept}
+    return [(prefix, add(*sums)) for prefix, sums in beam.items()]
+
+
+def _raise(
+    sums: dict[Prefix, tuple[float, float]],
+    prefix: Prefix,
+    blank: float = NEVER,
+    label: float = NEVER,
+) -> None:
+    old = sums[prefix]
+    sums[prefix] = add(old[0], blank), add(old[1], label)
+
+
+def add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    high, low = max(a, b), min(a, b)
+    return high if low == NEVER else high + math.log1p(math.exp(low - high))

@@ -1,0 +1,61 @@
+"""The optimizer that every task uses: AdamW with a learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from lora_lightning.errors import ConfigError
+
+SCHEDULES = ("one-cycle", "cosine", "constant")
+
+
+class Optimised(LightningModule):
+    """A LightningModule with AdamW on what requires a gradient, the schedule stepped each batch.
+
+    Args:
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(self, learning_rate: float, weight_decay: float, schedule: str):
+        super().__init__()
+        if not learning_rate > 0:
+            raise ConfigError(f"learning_rate must be above 0, got {learning_rate}")
+        if weight_decay < 0:
+            raise ConfigError(f"weight_decay must be 0 or more, got {weight_decay}")
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+        self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with the schedule."""
+        live = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in live if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in live if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
+        if self.schedule == "constant":
+            return optimizer
+        scheduler = self._scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _scheduler(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.schedule == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        # Momentum stays as it is: cycling it gains nothing in so few steps.
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.learning_rate, steps, pct_start=0.2, cycle_momentum=False
+        )
