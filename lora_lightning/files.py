@@ -24,7 +24,6 @@ from lora_lightning.factors import Factors
 from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
-from lora_lightning.structure import live_tensors
 from lora_lightning.summary import Row
 from lora_lightning.tree import join
 
@@ -59,12 +58,12 @@ def _contents(
     factors = states.named_factors(root, name)
     tensors = {f"{p}.{k}": v for p, f in factors.items() for k, v in f.named_parameters()}
     owned = _owned(root, state, name)
-    live = live_tensors(root)
+    live = states.base_tensors(root)
     extras = [n for n in owned if isinstance(live[n], nn.Parameter)]
     buffers = [n for n in owned if n not in extras]
     with states.source_values(root, state):  # another adapter's head is no part of the base
-        now = fingerprint(root, states.all_extras(root, state))
-        base = fingerprint(root, extras)
+        now = fingerprint(root, states.all_extras(root, state), live)
+        base = fingerprint(root, extras, live)
     if now != state.fingerprint:
         warnings.warn(
             "the base's weights changed since the adapter was injected; the file holds the adapter "
@@ -87,7 +86,7 @@ def _contents(
 
 def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
     """Values of what this adapter trains in full, and of the buffers that it moved."""
-    live = live_tensors(root)
+    live = states.base_tensors(root)
     if state.active == name:
         return {n: live[n].detach() for n in states.owned_names(root, state, name)}
     parked = dict(state.parked.get(name, {}))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import checkpoints, layers
+from lora_lightning import checkpoints, layers, switching
 from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
 from lora_lightning.config import LoRAConfig
@@ -23,9 +23,8 @@ from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.patterns import Target, matches
 from lora_lightning.state import ModelState
-from lora_lightning.structure import base_parameters, live_tensors
+from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.switching import activate
 from lora_lightning.targets import select, trainable_names
 from lora_lightning.tree import walk
 
@@ -69,16 +68,16 @@ def inject(
             "or choose another name"
         )
     # The base's tensors are the same objects before and after: looked up once.
-    live = live_tensors(model)
+    live = states.base_tensors(model)
     targets = select(model, config)
     specs = _specs(targets, config)
     whole = trainable_names(model, config.trainable, targets, live)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(model, name, targets, specs)
     register(model, state, name, config, report, freeze, live)
-    activate(model, state, name)
+    switching.activate(model, state, name)
     if freeze:
-        states.freeze(model, state, set(whole), live)
+        switching.freeze(model, state, set(whole), live)
     return report
 
 
@@ -162,13 +161,14 @@ def register(
     live: dict[str, Tensor] | None = None,
 ) -> None:
     """Enter a new adapter in the model's state."""
-    live = live_tensors(model) if live is None else live
+    live = states.base_tensors(model) if live is None else live
     first = not state.configs
     if first:
         state.required_grad = {n: p.requires_grad for n, p in base_parameters(model, live).items()}
         states.attach(model, state)
         checkpoints.register(model)
-    state.configs[name], state.reports[name], state.frozen = config, report, freeze
+    state.enter(name, config, report)
+    state.frozen = freeze
     owned = set(report.extras) if first else states.all_extras(model, state)
     states.snapshot(model, state, owned, live)
     state.fingerprint = fingerprint(model, owned, live)

@@ -25,7 +25,6 @@ from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.fileformat import read
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
-from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.tree import join
 
@@ -85,7 +84,7 @@ def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | Non
 def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
     made_for, state = header["base"], states.state_of(model)
     with states.source_values(model, state) if state else nullcontext():
-        own = fingerprint(model, header["extras"])
+        own = fingerprint(model, header["extras"], states.base_tensors(model))
     if own["structure"] != made_for["structure"]:
         raise BaseMismatchError(
             f"{path} was made for {made_for['architecture']}, and this model is "
@@ -117,7 +116,7 @@ def _check_tensors(
 ) -> None:
     """Exactly the tensors that the header promises, in shapes that fit the model."""
     expected = _factor_shapes(header)
-    live = live_tensors(model)
+    live = states.base_tensors(model)
     for key in [*header["extras"], *header["buffers"]]:
         if key not in live:
             raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
@@ -179,11 +178,11 @@ def _install(
     config: LoRAConfig,
 ) -> InjectionReport:
     rows = tuple(_place(model, name, target, config, tensors) for target in header["targets"])
-    live = live_tensors(model)
+    live = states.base_tensors(model)
     extras = {n: live[n].numel() for n in header["extras"]}
     report = InjectionReport(name, rows, extras, injection.count_parameters(live))
     state = states.state_of(model) or ModelState()
-    injection.register(model, state, name, config, report, state.frozen)
+    injection.register(model, state, name, config, report, state.frozen, live)
     state.parked[name] = {n: tensors[n] for n in [*header["extras"], *header["buffers"]]}
     switching.set_active(model, name)
     return report

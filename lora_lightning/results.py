@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -30,6 +30,20 @@ class Row:
     trainable_parameters: int
     seconds: float
     file_bytes: int | None = None
+    items: int | None = None  # labelled target items that the method was given
+
+
+@dataclass
+class Transcript:
+    """One held-out recording of a target, before (`source`) and after (`adapted`) adaptation."""
+
+    item: str
+    domain: str
+    reference: str
+    source: str
+    adapted: str
+    seed: int
+    audio: str | None = None  # a file to listen to
 
 
 @dataclass
@@ -73,6 +87,7 @@ class Run:
     skipped: list[tuple[str, str]]
     notes: list[str]
     command: str = ""
+    transcripts: list[Transcript] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

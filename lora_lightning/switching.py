@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning import checkpoints
 from lora_lightning import state as states
 from lora_lightning.adapter import release
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
+from lora_lightning.factors import Factors
 from lora_lightning.merging import check_unchanged, merge_layer, unmerge_layer
 from lora_lightning.state import ModelState
 from lora_lightning.structure import base_parameters
@@ -18,7 +19,7 @@ from lora_lightning.structure import base_parameters
 
 def adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on `model`, in the order in which they came; empty without any."""
-    found = [s for m in model.modules() if (s := states.state_of(m)) is not None]
+    found = [s for _, m in states.base_modules(model) if (s := states.state_of(m)) is not None]
     return list(dict.fromkeys(name for state in found for name in state.configs))
 
 
@@ -32,28 +33,89 @@ def set_active(model: nn.Module, name: str | None) -> None:
         AdapterError: the model is merged.
     """
     holders = states.roots(model)
-    if name is not None and name not in adapters(model):
+    if name is not None and all(name not in state.configs for _, state in holders):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
     if states.merged_layers(model):
         raise AdapterError("the model is merged; call unmerge(model) before switching")
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
+        before = state.active
         activate(root, state, name)
-        if state.frozen:
-            states.freeze(root, state)
+        if state.frozen:  # the others' factors are frozen already
+            freeze(root, state, among={before, name})
 
 
 def activate(root: nn.Module, state: ModelState, name: str | None) -> None:
     """`set_active` for one injected module, without its checks."""
     if name != state.active:
         if state.active is not None:
-            states.park(root, state)
+            _park(root, state)
         state.active = name
         if name is not None:
-            states.unpark(root, state, name)
+            _unpark(root, state, name)
     for layer in states.adapted_layers(root).values():
         layer.lora_active = name if name in layer.lora else None
+
+
+def _park(model: nn.Module, state: ModelState) -> None:
+    """Set the active adapter's own tensors aside and bring the source's back."""
+    assert state.active is not None
+    states.snapshot(model, state)
+    live = states.base_tensors(model)
+    values = {}
+    for name in states.owned_names(model, state, state.active):
+        known = state.source.get(name)
+        if known is not None and not states.replaced(live[name], known):
+            values[name] = live[name].data
+            # A copy: what trains next in this place must not write into the source's values.
+            live[name].data = states.like(known[1], live[name]).clone()
+    state.parked[state.active] = values
+
+
+def _unpark(model: nn.Module, state: ModelState, name: str) -> None:
+    """Bring the adapter's own tensors into the model (the source's must be there now)."""
+    live = states.base_tensors(model)
+    parked = state.parked.get(name, {})
+    for key, value in parked.items():
+        if key not in live or live[key].shape != value.shape:
+            shape = tuple(live[key].shape) if key in live else "gone"
+            raise AdapterError(
+                f"adapter {name!r} holds {key} of shape {tuple(value.shape)}, and the model's is "
+                f"{shape}: the layer was replaced while the adapter was inactive"
+            )
+    for key, value in parked.items():
+        live[key].data = states.like(value, live[key])
+    state.parked.pop(name, None)
+
+
+def freeze(
+    model: nn.Module,
+    state: ModelState,
+    whole: set[str] | None = None,
+    live: dict[str, Tensor] | None = None,
+    among: Collection[str | None] | None = None,
+) -> None:
+    """Let exactly the active adapter's factors and extras (`whole`) require a gradient.
+
+    `among` names the adapters whose factors may have to change; default: all that there are.
+    """
+    live = states.base_tensors(model) if live is None else live
+    if whole is None:
+        whole = set(states.extras(model, state, state.active, live)) if state.active else set()
+    own = base_parameters(model, live)
+    trained = {id(own[name]) for name in whole}  # a tied parameter has several names
+    for parameter in own.values():
+        parameter.requires_grad_(id(parameter) in trained)
+    for layer in states.adapted_layers(model).values():
+        for name in layer.lora if among is None else [n for n in among if n in layer.lora]:
+            for factors in layer.lora[name].values():
+                _set_factor_grad(factors, name == state.active)
+
+
+def _set_factor_grad(factors: Factors, on: bool) -> None:
+    for key, parameter in factors.named_parameters():
+        parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
 
 
 @contextmanager
@@ -108,7 +170,7 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
         unmerge_layer(layer)
     for root, state in states.roots(model):
         if state.frozen:
-            states.freeze(root, state)
+            freeze(root, state)
 
 
 @contextmanager
@@ -145,8 +207,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 def _remove_one(root: nn.Module, state: ModelState, name: str) -> None:
     if state.active == name:
         set_active(root, None)
-    state.parked.pop(name, None)
-    del state.configs[name], state.reports[name]
+    state.leave(name)
     for layer in states.adapted_layers(root).values():
         release(layer, name)
     if state.configs:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lightning.errors import DataError
+
 
 @dataclass(frozen=True)
 class Utterance:
@@ -67,3 +69,20 @@ class AudioBatch:
         lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64)
         padded = torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)
         return cls(padded, lengths, list(items))
+
+
+def by_speaker(utterances: Sequence[Utterance]) -> dict[str, list[Utterance]]:
+    """The recordings of each speaker.
+
+    Raises:
+        DataError: a recording has no speaker.
+    """
+    found: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        if utterance.speaker is None:
+            raise DataError(
+                f"{utterance.path} has no speaker: give the manifest a column speaker, or put the "
+                "files in a folder for each speaker"
+            )
+        found.setdefault(utterance.speaker, []).append(utterance)
+    return found

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from lora_lightning.data.acoustics import environment
-from lora_lightning.data.manifests import by_speaker, checked, load_utterances
+from lora_lightning.data.audio import checked
+from lora_lightning.data.manifests import load_utterances
 from lora_lightning.data.spoken import LISTING, spoken_set
-from lora_lightning.data.utterances import Utterance
+from lora_lightning.data.utterances import Utterance, by_speaker
 from lora_lightning.data.voices import source_voices, target_voices
 from lora_lightning.errors import DataError
 from lora_lightning.runs.progress import Stages

@@ -120,7 +120,8 @@ class Context:
         trainer = make_trainer(self.config)
         module = CTCRecognition(model, self.source.labels)
         batches: Any = trainer.predict(module, data)
-        return [text for batch in batches for text in batch]
+        found = {t.item.path: t.text for batch in batches for t in batch}
+        return [found.get(item.path, "") for item in domain.held_out]
 
 
 def source_only(context: Context) -> list[Row]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchaudio
 from torch import Tensor, nn
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from lora_lightning.data.utterances import AudioBatch
+from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.decoding import beam_search, greedy
 from lora_lightning.tasks.labels import Labels
 from lora_lightning.tasks.optimisation import Optimised
+
+
+class Transcription(NamedTuple):
+    """A recording and what was understood of it."""
+
+    item: Utterance
+    text: str
 
 
 class CTCRecognition(Optimised):
@@ -139,9 +146,9 @@ class CTCRecognition(Optimised):
         """Adds a batch to ``test_wer`` and ``test_cer``."""
         self._measure(batch, "test")
 
-    def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[str]:
-        """What is understood of each recording of a batch."""
-        return self.transcribe(batch)
+    def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[Transcription]:
+        """What is understood of each recording of a batch, with the recording itself."""
+        return list(map(Transcription, batch.items, self.transcribe(batch)))
 
     def _measure(self, batch: AudioBatch, stage: str) -> None:
         said = [self.labels.normalise(text) for text in batch.texts]
