@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from lora_lightning.results import Run
 
 # Kind of run → the module of its dataclass `Config`, and the one of its `run(config) -> Run`.
-KINDS = {"classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification")}
+KINDS = {
+    "classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification"),
+    "speech": ("lora_lightning.runs.speech_settings", "lora_lightning.runs.speech"),
+}
 
 _PACKAGE = Path(__file__).parent
 

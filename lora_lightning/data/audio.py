@@ -53,7 +53,7 @@ def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float =
     """
     try:
         with soundfile.SoundFile(path) as file:
-            seconds = file.frames / file.samplerate
+            seconds = float(file.frames / file.samplerate)
             if file.frames == 0:
                 raise DataError("empty: it holds no samples")
             if seconds > max_seconds:

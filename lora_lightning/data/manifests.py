@@ -117,10 +117,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _table(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    # Sentences in a .tsv may hold a lone quotation mark.
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.DictReader(_lines(path), delimiter=delimiter, quoting=quoting)
-    known = {name for names in COLUMNS["path"] for name in (names,)}
-    if not known & set(reader.fieldnames or ()):
+    if not set(COLUMNS["path"]) & set(reader.fieldnames or ()):
         raise DataError(
             f"{path} has no column for the audio file: expected one of {', '.join(COLUMNS['path'])}"
             f"; the first line has {', '.join(reader.fieldnames or ['nothing'])}"
@@ -211,7 +211,9 @@ def write_manifest(path: Path | str, utterances: Sequence[Utterance]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for u in utterances:
-        row = {"path": Path(os.path.relpath(u.path.absolute(), path.parent)).as_posix()}
+        row: dict[str, Any] = {
+            "path": Path(os.path.relpath(u.path.absolute(), path.parent)).as_posix()
+        }
         rest = {"text": u.text, "speaker": u.speaker, "domain": u.domain, "target": u.target}
         row |= {k: v for k, v in rest.items() if v is not None}
         row |= {"seconds": u.seconds} if u.seconds == u.seconds else {}

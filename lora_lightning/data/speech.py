@@ -73,6 +73,9 @@ class SpeechData(LightningDataModule):
         self.num_workers, self.cache_mb = num_workers, cache_mb
         self.transform, self.augment = transform, augment
         self.skipped: list[tuple[str, str]] = []
+        if not self.items["validation"]:
+            # An empty list of loaders would make Lightning warn; no method at all does not.
+            self.val_dataloader = None  # type: ignore[method-assign, assignment]
 
     def setup(self, stage: str | None = None) -> None:
         """Look at every recording whose length is not known yet.
@@ -97,9 +100,9 @@ class SpeechData(LightningDataModule):
         """Shuffled, augmented."""
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """By length."""
-        return self._loader("validation") if self.items["validation"] else []
+        return self._loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """By length."""

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 # What Lightning warns of although this run has chosen it: loaders that load in this process
-# (the pictures are in memory), and logging less often than there are batches.
+# (small data are in memory), no validation, and logging less often than there are batches.
 _CHOSEN = (
     r".*does not have many workers.*",
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*GPU available but not used.*",
     r".*MPS available but not used.*",
+    r".*defined a `validation_step` but have no `val_dataloader`.*",
     # Lightning's own use of a class that torch deprecates.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )

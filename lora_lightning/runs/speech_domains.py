@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from lora_lightning.data.acoustics import environment
 from lora_lightning.data.audio import checked
+from lora_lightning.data.espeak import Voice
 from lora_lightning.data.manifests import load_utterances
 from lora_lightning.data.spoken import LISTING, spoken_set
 from lora_lightning.data.utterances import Utterance, by_speaker
@@ -113,7 +113,7 @@ def _target(config: Config, sample_rate: int) -> Path:
 
 
 def _spoken(
-    data: SpeechDataSettings, voices: dict[str, object], each: int, sample_rate: int, seed: int
+    data: SpeechDataSettings, voices: dict[str, Voice], each: int, sample_rate: int, seed: int
 ) -> Path:
     folder = spoken_set(
         data.spoken.cache and Path(data.spoken.cache, f"{len(voices)}-voices-{each}-{seed}"),
@@ -129,6 +129,8 @@ def _domains(config: Config, target: Sequence[Utterance], sample_rate: int) -> l
     data = config.data
     if not data.environments:
         return [_split(config, name, own) for name, own in by_speaker(target).items()]
+    from lora_lightning.data.acoustics import environment
+
     return [
         _split(config, name, target, environment(name, sample_rate, data.seed))
         for name in data.environments

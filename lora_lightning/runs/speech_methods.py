@@ -70,7 +70,7 @@ class Context:
         """Train `model` on the domain's enrolment of this size; returns the seconds."""
         steps = settings.steps[self.config.enrolment.index(size)]
         module = CTCRecognition(
-            model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+            model.train(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         )
         data = SpeechData(
             train=domain.enrolment(size, self.seed),
@@ -120,8 +120,8 @@ class Context:
         trainer = make_trainer(self.config)
         module = CTCRecognition(model, self.source.labels)
         batches: Any = trainer.predict(module, data)
-        found = {t.item.path: t.text for batch in batches for t in batch}
-        return [found.get(item.path, "") for item in domain.held_out]
+        found = {t.path: t.text for batch in batches for t in batch}
+        return [found.get(str(item.path), "") for item in domain.held_out]
 
 
 def source_only(context: Context) -> list[Row]:

@@ -10,7 +10,7 @@ import torchaudio
 from torch import Tensor, nn
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.decoding import beam_search, greedy
 from lora_lightning.tasks.labels import Labels
@@ -18,9 +18,9 @@ from lora_lightning.tasks.optimisation import Optimised
 
 
 class Transcription(NamedTuple):
-    """A recording and what was understood of it."""
+    """The file of a recording, and what was understood of it."""
 
-    item: Utterance
+    path: str
     text: str
 
 
@@ -147,8 +147,9 @@ class CTCRecognition(Optimised):
         self._measure(batch, "test")
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[Transcription]:
-        """What is understood of each recording of a batch, with the recording itself."""
-        return list(map(Transcription, batch.items, self.transcribe(batch)))
+        """What is understood of each recording of a batch, beside its path."""
+        paths = [str(item.path) for item in batch.items]
+        return list(map(Transcription, paths, self.transcribe(batch)))
 
     def _measure(self, batch: AudioBatch, stage: str) -> None:
         said = [self.labels.normalise(text) for text in batch.texts]
