@@ -61,8 +61,8 @@ def _contents(
     live = states.base_tensors(root)
     extras = [n for n in owned if isinstance(live[n], nn.Parameter)]
     buffers = [n for n in owned if n not in extras]
-    with states.source_values(root, state):  # another adapter's head is no part of the base
-        now = fingerprint(root, states.all_extras(root, state), live)
+    with switching.source_values(root, state):  # another adapter's head is no part of the base
+        now = fingerprint(root, states.all_extras(root, state, live), live)
         base = fingerprint(root, extras, live)
     if now != state.fingerprint:
         warnings.warn(

@@ -75,7 +75,7 @@ def inject(
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(model, name, targets, specs)
     register(model, state, name, config, report, freeze, live)
-    switching.activate(model, state, name)
+    switching.activate(model, state, name, live)
     if freeze:
         switching.freeze(model, state, set(whole), live)
     return report
@@ -169,7 +169,7 @@ def register(
         checkpoints.register(model)
     state.enter(name, config, report)
     state.frozen = freeze
-    owned = set(report.extras) if first else states.all_extras(model, state)
+    owned = set(report.extras) if first else states.all_extras(model, state, live)
     states.snapshot(model, state, owned, live)
     state.fingerprint = fingerprint(model, owned, live)
 

@@ -83,7 +83,7 @@ def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | Non
 
 def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
     made_for, state = header["base"], states.state_of(model)
-    with states.source_values(model, state) if state else nullcontext():
+    with switching.source_values(model, state) if state else nullcontext():
         own = fingerprint(model, header["extras"], states.base_tensors(model))
     if own["structure"] != made_for["structure"]:
         raise BaseMismatchError(

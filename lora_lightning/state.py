@@ -8,8 +8,7 @@ names while the adapter is active; the source's values are kept here, so that `d
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +17,15 @@ from torch import Tensor, nn
 
 from lora_lightning.adapter import AdaptedModule
 from lora_lightning.config import LoRAConfig
-from lora_lightning.errors import AdapterError, AdapterNotFoundError
+from lora_lightning.errors import AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.merging import is_merged
-from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names
-from lora_lightning.tree import join, walk
+from lora_lightning.tree import join
 
 _ATTRIBUTE = "_lora_state"
+Kind = tuple[tuple[str, ...], frozenset[str]]
 
 
 @dataclass
@@ -47,6 +46,29 @@ class ModelState:
     fingerprint: dict[str, str] = field(default_factory=dict)
     # Names that a source checkpoint is bringing, while it loads.
     loads_source: set[str] = field(default_factory=set)
+    # (`trainable`, adapted tensors) → the adapters of that kind; those that train no more than
+    # factors are left out, so that a thousand alike cost what one costs.
+    kinds: dict[Kind, set[str]] = field(default_factory=dict)
+    # What each `trainable` chooses, while the base has the parameters of this hash.
+    chosen: tuple[int, dict[tuple[str, ...], list[str]]] = field(default_factory=lambda: (0, {}))
+
+    def enter(self, name: str, config: LoRAConfig, report: InjectionReport) -> None:
+        """Take note of a new adapter."""
+        self.configs[name], self.reports[name] = config, report
+        if config.trainable:
+            self.kinds.setdefault(_kind(config, report), set()).add(name)
+
+    def leave(self, name: str) -> None:
+        """Forget an adapter."""
+        self.parked.pop(name, None)
+        for names in self.kinds.values():
+            names.discard(name)
+        self.kinds = {kind: names for kind, names in self.kinds.items() if names}
+        del self.configs[name], self.reports[name]
+
+
+def _kind(config: LoRAConfig, report: InjectionReport) -> Kind:
+    return tuple(config.trainable), frozenset(join(r.module, r.tensor) for r in report.rows)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -71,7 +93,7 @@ def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
     Raises:
         AdapterNotFoundError: there is none.
     """
-    found = [(m, s) for m in model.modules() if (s := state_of(m)) is not None]
+    found = [(m, s) for _, m in base_modules(model) if (s := state_of(m)) is not None]
     if not found:
         raise AdapterNotFoundError(
             f"{type(model).__name__} has no adapter: call inject(model, LoRAConfig(...)) or "
@@ -80,14 +102,46 @@ def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
     return found
 
 
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`walk`, but not down into factors: its cost does not grow with the number of adapters."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        prefix = f"{path}." if path else ""
+        factors = "lora" if isinstance(module, AdaptedModule) else None
+        for name, child in reversed(module._modules.items()):
+            if child is not None and name != factors:
+                stack.append((prefix + name, child))
+    return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`live_tensors` of a model with any number of adapters, at the price of the base's alone."""
+    found: dict[str, Tensor] = {}
+    for path, module in base_modules(model):
+        prefix = f"{path}." if path else ""
+        transient = module._non_persistent_buffers_set
+        kept = [(n, b) for n, b in module._buffers.items() if n not in transient]
+        for name, tensor in [*module._parameters.items(), *kept]:
+            if tensor is not None:
+                found[prefix + name] = tensor
+    return found
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Path → module of every layer with factors (none while merged)."""
-    return {n: m for n, m in walk(model) if isinstance(m, AdaptedModule)}
+    return {n: m for n, m in base_modules(model) if isinstance(m, AdaptedModule)}
 
 
 def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of every layer that holds merged weights."""
-    return {n: m for n, m in walk(model) if is_merged(m)}
+    return {n: m for n, m in base_modules(model) if is_merged(m)}
 
 
 def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
@@ -100,16 +154,33 @@ def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
     return found
 
 
-def extras(model: nn.Module, state: ModelState, name: str) -> list[str]:
+def extras(
+    model: nn.Module, state: ModelState, name: str, live: dict[str, Tensor] | None = None
+) -> list[str]:
     """Parameters that the adapter `name` trains in full, by today's structure of the model."""
-    chosen = trainable_names(model, state.configs[name].trainable, [])
-    adapted = {join(row.module, row.tensor) for row in state.reports[name].rows}
-    return [n for n in chosen if n not in adapted]
+    if not state.configs[name].trainable:
+        return []
+    return _extras(model, state, _kind(state.configs[name], state.reports[name]), live)
 
 
-def all_extras(model: nn.Module, state: ModelState) -> set[str]:
+def all_extras(
+    model: nn.Module, state: ModelState, live: dict[str, Tensor] | None = None
+) -> set[str]:
     """What any adapter of the model trains in full."""
-    return {e for name in state.configs for e in extras(model, state, name)}
+    return {e for kind in state.kinds for e in _extras(model, state, kind, live)}
+
+
+def _extras(
+    model: nn.Module, state: ModelState, kind: Kind, live: dict[str, Tensor] | None
+) -> list[str]:
+    trainable, adapted = kind
+    live = base_tensors(model) if live is None else live
+    structure = hash(tuple((n, id(p)) for n, p in live.items() if isinstance(p, nn.Parameter)))
+    if state.chosen[0] != structure:
+        state.chosen = structure, {}
+    if trainable not in state.chosen[1]:
+        state.chosen[1][trainable] = trainable_names(model, trainable, [], live)
+    return [n for n in state.chosen[1][trainable] if n not in adapted]
 
 
 def snapshot(
@@ -122,112 +193,40 @@ def snapshot(
     """Keep the source's values of all that an adapter may own; what is kept stays.
 
     For names in `renew` (a source checkpoint was loaded) live values replace the kept ones.
-    `owned` is `all_extras` and `live` is `live_tensors`, for a caller who has them already.
+    `owned` is `all_extras` and `live` is `base_tensors`, for a caller who has them already.
     """
-    live = live_tensors(model) if live is None else live
-    owned = all_extras(model, state) if owned is None else owned
+    live = base_tensors(model) if live is None else live
+    owned = all_extras(model, state, live) if owned is None else owned
     for name, tensor in live.items():
         if name not in owned and isinstance(tensor, nn.Parameter):
             continue
         known = state.source.get(name)
-        if known is None or name in renew or _replaced(tensor, known):
+        if known is None or name in renew or replaced(tensor, known):
             state.source[name] = (tensor, tensor.detach().clone())
 
 
-def owned_names(model: nn.Module, state: ModelState, name: str) -> list[str]:
+def owned_names(
+    model: nn.Module, state: ModelState, name: str, live: dict[str, Tensor] | None = None
+) -> list[str]:
     """What the active adapter owns: its extras, and buffers that moved from the source's."""
-    live = live_tensors(model)
+    live = base_tensors(model) if live is None else live
     moved = [
         n
         for n, (tensor, value) in state.source.items()
         if n in live
         and not isinstance(live[n], nn.Parameter)
-        and not _replaced(live[n], (tensor, value))
+        and not replaced(live[n], (tensor, value))
         and not _same(live[n], value)
     ]
-    return [*extras(model, state, name), *moved]
+    return [*extras(model, state, name, live), *moved]
 
 
-def park(model: nn.Module, state: ModelState) -> None:
-    """Set the active adapter's own tensors aside and bring the source's back."""
-    assert state.active is not None
-    snapshot(model, state)
-    live = live_tensors(model)
-    values = {}
-    for name in owned_names(model, state, state.active):
-        known = state.source.get(name)
-        if known is not None and not _replaced(live[name], known):
-            values[name] = live[name].data
-            # A copy: what trains next in this place must not write into the source's values.
-            live[name].data = _like(known[1], live[name]).clone()
-    state.parked[state.active] = values
-
-
-def unpark(model: nn.Module, state: ModelState, name: str) -> None:
-    """Bring the adapter's own tensors into the model (the source's must be there now)."""
-    live = live_tensors(model)
-    parked = state.parked.get(name, {})
-    for key, value in parked.items():
-        if key not in live or live[key].shape != value.shape:
-            shape = tuple(live[key].shape) if key in live else "gone"
-            raise AdapterError(
-                f"adapter {name!r} holds {key} of shape {tuple(value.shape)}, and the model's is "
-                f"{shape}: the layer was replaced while the adapter was inactive"
-            )
-    for key, value in parked.items():
-        live[key].data = _like(value, live[key])
-    state.parked.pop(name, None)
-
-
-@contextmanager
-def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
-    """The source's own tensors for the length of a ``with`` block."""
-    if state.active is None:
-        yield
-        return
-    snapshot(model, state)
-    live = live_tensors(model)
-    kept = {n: live[n].data for n in owned_names(model, state, state.active) if n in state.source}
-    for name in kept:
-        value = _like(state.source[name][1], live[name])
-        # A forward in training mode moves statistics in place: not the kept ones.
-        live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            live[name].data = value
-
-
-def freeze(
-    model: nn.Module,
-    state: ModelState,
-    whole: set[str] | None = None,
-    live: dict[str, Tensor] | None = None,
-) -> None:
-    """Let exactly the active adapter's factors and extras (`whole`) require a gradient."""
-    if whole is None:
-        whole = set(extras(model, state, state.active)) if state.active else set()
-    own = base_parameters(model, live)
-    trained = {id(own[name]) for name in whole}  # a tied parameter has several names
-    for parameter in own.values():
-        parameter.requires_grad_(id(parameter) in trained)
-    for layer in adapted_layers(model).values():
-        for name, per_tensor in layer.lora.items():
-            for factors in per_tensor.values():
-                _set_factor_grad(factors, name == state.active)
-
-
-def _set_factor_grad(factors: Factors, on: bool) -> None:
-    for key, parameter in factors.named_parameters():
-        parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
-
-
-def _like(value: Tensor, live: Tensor) -> Tensor:
+def like(value: Tensor, live: Tensor) -> Tensor:
+    """`value` on the device and in the precision of `live`."""
     return value.to(device=live.device, dtype=live.dtype)
 
 
-def _replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
+def replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
     """Whether the user put another tensor in this place since its source value was kept.
 
     Parameters keep their identity when a model moves; buffers become new objects then.
@@ -238,4 +237,4 @@ def _replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
 
 
 def _same(live: Tensor, value: Tensor) -> bool:
-    return live.is_meta or value.is_meta or torch.equal(live, _like(value, live))
+    return live.is_meta or value.is_meta or torch.equal(live, like(value, live))

@@ -40,31 +40,33 @@ def set_active(model: nn.Module, name: str | None) -> None:
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
-        before = state.active
-        activate(root, state, name)
+        before, live = state.active, states.base_tensors(root)
+        activate(root, state, name, live)
         if state.frozen:  # the others' factors are frozen already
-            freeze(root, state, among={before, name})
+            freeze(root, state, live=live, among={before, name})
 
 
-def activate(root: nn.Module, state: ModelState, name: str | None) -> None:
+def activate(
+    root: nn.Module, state: ModelState, name: str | None, live: dict[str, Tensor] | None = None
+) -> None:
     """`set_active` for one injected module, without its checks."""
+    live = states.base_tensors(root) if live is None else live
     if name != state.active:
         if state.active is not None:
-            _park(root, state)
+            _park(root, state, live)
         state.active = name
         if name is not None:
-            _unpark(root, state, name)
+            _unpark(state, name, live)
     for layer in states.adapted_layers(root).values():
         layer.lora_active = name if name in layer.lora else None
 
 
-def _park(model: nn.Module, state: ModelState) -> None:
+def _park(model: nn.Module, state: ModelState, live: dict[str, Tensor]) -> None:
     """Set the active adapter's own tensors aside and bring the source's back."""
     assert state.active is not None
-    states.snapshot(model, state)
-    live = states.base_tensors(model)
+    states.snapshot(model, state, live=live)
     values = {}
-    for name in states.owned_names(model, state, state.active):
+    for name in states.owned_names(model, state, state.active, live):
         known = state.source.get(name)
         if known is not None and not states.replaced(live[name], known):
             values[name] = live[name].data
@@ -73,9 +75,8 @@ def _park(model: nn.Module, state: ModelState) -> None:
     state.parked[state.active] = values
 
 
-def _unpark(model: nn.Module, state: ModelState, name: str) -> None:
+def _unpark(state: ModelState, name: str, live: dict[str, Tensor]) -> None:
     """Bring the adapter's own tensors into the model (the source's must be there now)."""
-    live = states.base_tensors(model)
     parked = state.parked.get(name, {})
     for key, value in parked.items():
         if key not in live or live[key].shape != value.shape:
@@ -114,8 +115,30 @@ def freeze(
 
 
 def _set_factor_grad(factors: Factors, on: bool) -> None:
-    for key, parameter in factors.named_parameters():
-        parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
+    for key, parameter in factors._parameters.items():
+        if parameter is not None:
+            parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
+
+
+@contextmanager
+def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
+    """The source's own tensors for the length of a ``with`` block."""
+    if state.active is None:
+        yield
+        return
+    live = states.base_tensors(model)
+    states.snapshot(model, state, live=live)
+    owned = states.owned_names(model, state, state.active, live)
+    kept = {n: live[n].data for n in owned if n in state.source}
+    for name in kept:
+        value = states.like(state.source[name][1], live[name])
+        # A forward in training mode moves statistics in place: not the kept ones.
+        live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            live[name].data = value
 
 
 @contextmanager
@@ -129,7 +152,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         layers_ = states.adapted_layers(model).values()
         active = [(layer, layer.lora_active) for layer in layers_]
         for root, state in holders:
-            stack.enter_context(states.source_values(root, state))
+            stack.enter_context(source_values(root, state))
         for layer, _ in active:
             layer.lora_active = None
         try:

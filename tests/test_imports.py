@@ -43,7 +43,8 @@ LAYERS = (
     "save_hook",
     "callback",
     # Recipes: data, tasks and reports, what runs them, the command.
-    "data results tasks",
+    "data results",
+    "tasks",
     "plots",
     "html",
     "report",
@@ -53,7 +54,7 @@ LAYERS = (
 )
 # Packages that only some modules need: whoever imports lora_lightning does not pay for them.
 HEAVY = {
-    "PIL", "direct", "matplotlib", "omegaconf", "panda3d", "rich", "safetensors", "sklearn", "timm",
+    "PIL", "direct", "espeakng_loader", "jiwer", "matplotlib", "omegaconf", "panda3d", "pyroomacoustics", "rich", "safetensors", "sklearn", "soundfile", "timm",
     "torchaudio", "torchmetrics", "torchvision", "trimesh",
 }  # fmt: skip
 

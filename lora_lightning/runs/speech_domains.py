@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from lora_lightning.data.acoustics import environment
 from lora_lightning.data.audio import checked
 from lora_lightning.data.espeak import Voice
 from lora_lightning.data.manifests import load_utterances
@@ -129,8 +130,6 @@ def _domains(config: Config, target: Sequence[Utterance], sample_rate: int) -> l
     data = config.data
     if not data.environments:
         return [_split(config, name, own) for name, own in by_speaker(target).items()]
-    from lora_lightning.data.acoustics import environment
-
     return [
         _split(config, name, target, environment(name, sample_rate, data.seed))
         for name in data.environments

@@ -71,10 +71,10 @@ class RecogniserSettings:
     """
 
     checkpoint: str | None = "package"
-    dim: int = 144
-    num_layers: int = 4
+    dim: int = 128
+    num_layers: int = 3
     num_heads: int = 4
-    ffn_dim: int = 576
+    ffn_dim: int = 512
     kernel_size: int = 15
     dropout: float = 0.1
 

@@ -35,7 +35,7 @@ class LogMel(nn.Module):
     The window is 25 ms, the hop 10 ms; there are no trainable parameters.
     """
 
-    def __init__(self, sample_rate: int = 16000, n_mels: int = 80):
+    def __init__(self, sample_rate: int = 16000, n_mels: int = 64):
         super().__init__()
         self.hop = sample_rate // 100
         self.window = sample_rate // 40
@@ -87,14 +87,14 @@ class ConformerCTC(nn.Module):
         self,
         labels: Labels | None = None,
         sample_rate: int = 16000,
-        n_mels: int = 80,
-        dim: int = 144,
-        num_layers: int = 4,
+        n_mels: int = 64,
+        dim: int = 128,
+        num_layers: int = 3,
         num_heads: int = 4,
-        ffn_dim: int = 576,
+        ffn_dim: int = 512,
         kernel_size: int = 15,
         dropout: float = 0.1,
-        channels: int = 32,
+        channels: int = 16,
         augment: nn.Module | None = None,
     ):
         super().__init__()
