@@ -1,5 +1,7 @@
 """The command ``lora-lightning``: run, list and copy recipes; inspect and merge adapters.
 
+The commands for speakers are in cli_speech.py.
+
 Modules that take long to import are imported by the command that needs them.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.cli_speech import add_commands
 from lora_lightning.errors import AdapterFileError, ConfigError, LoRALightningError
 
 if TYPE_CHECKING:
@@ -23,18 +26,23 @@ examples:
   lora-lightning run lighting --help           every setting, with its default
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
+  lora-lightning adapt-speaker --model spoken --enroll alice/ --out alice.safetensors
+  lora-lightning transcribe --model spoken --adapter alice.safetensors message.wav
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run a command; returns the exit code.
+
+    0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C.
+    """
     arguments = _parser().parse_args(argv)
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Asleep
     # they cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except LoRALightningError as error:
         _complain(f"error: {error}")
         return 2
@@ -44,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
-    return 0
 
 
 def _complain(message: str) -> None:
@@ -89,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
     merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")
     merge.set_defaults(command=_merge)
+    add_commands(commands)
     return parser
 
 

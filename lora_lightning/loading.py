@@ -60,7 +60,7 @@ def load_adapter(
     name = name or str(header["name"])
     state = _place_for(model, name, overwrite)
     config = _config(header, Path(path))
-    _check_base(model, header, check, Path(path))
+    check_base(model, header, check, Path(path))
     _check_targets(model, header, Path(path))
     _check_tensors(model, header, tensors, Path(path))
     if state is not None and name in state.configs:
@@ -81,7 +81,8 @@ def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | Non
     return state
 
 
-def _check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
+def check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
+    """Raise BaseMismatchError unless the adapter of this header was made for this base."""
     made_for, state = header["base"], states.state_of(model)
     with switching.source_values(model, state) if state else nullcontext():
         own = fingerprint(model, header["extras"], states.base_tensors(model))

@@ -50,11 +50,13 @@ LAYERS = (
     "report",
     "runs",
     "recipe",
+    "cli_speech",
     "cli",
 )
 # Packages that only some modules need: whoever imports lora_lightning does not pay for them.
 HEAVY = {
-    "PIL", "direct", "espeakng_loader", "jiwer", "matplotlib", "omegaconf", "panda3d", "pyroomacoustics", "rich", "safetensors", "sklearn", "soundfile", "timm",
+    "PIL", "direct", "espeakng_loader", "jiwer", "matplotlib", "omegaconf", "panda3d",
+    "pyroomacoustics", "rich", "safetensors", "sklearn", "soundfile", "timm",
     "torchaudio", "torchmetrics", "torchvision", "trimesh",
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def _source_voice(index: int) -> Voice:
         variant=_TIMBRES[index % len(_TIMBRES)],
         pitch=int(rng.integers(20, 80)),
         pitch_range=int(rng.integers(20, 80)),
-        rate=int(rng.integers(130, 210)),
+        rate=int(rng.integers(120, 180)),
     )
 
 

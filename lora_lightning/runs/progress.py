@@ -46,6 +46,10 @@ class Stages:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bars as they are; what is printed from now on stands below them."""
         self._bars.stop()
 
     def stage(self, name: str, unit: str, total: float = 1) -> Callable[[int, int], None]:

@@ -1,0 +1,202 @@
+"""The commands ``adapt-speaker`` and ``transcribe``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_lightning.data.utterances import Utterance
+    from lora_lightning.runs.speakers import Outcome
+
+_MODEL = (
+    "the recogniser: spoken (the small one that comes with the package), a recipe's "
+    "source.safetensors, or a bundle of torchaudio.pipelines, such as WAV2VEC2_ASR_BASE_960H"
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Add both to the command's parser."""
+    adapt = commands.add_parser("adapt-speaker", help="learn an adapter for each speaker")
+    _add_model(adapt)
+    adapt.add_argument(
+        "--enroll", required=True, type=Path, metavar="DIR|MANIFEST",
+        help="recordings with transcripts: a folder (a .txt beside each), or a .csv, .tsv or "
+        ".jsonl with the columns path, text and, for many speakers, speaker",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--out", required=True, type=Path, metavar="FILE|DIR",
+        help="the adapter file (.safetensors); a folder for many speakers, a file for each",
+    )  # fmt: skip
+    for name, kind, default, text in (
+        ("rank", int, 2, "inner dimension of the factors"),
+        ("alpha", float, 4.0, "numerator of the scaling alpha/rank"),
+        ("steps", int, 80, "optimizer steps for each speaker"),
+        ("learning-rate", float, 4e-3, "peak learning rate"),
+        ("batch", int, 8, "recordings in a batch, at most"),
+        ("held-out", float, 0.2, "part that decides whether the adapter is kept, of ten or more"),
+        ("seed", int, 0, "of factors, order, and what is held out"),
+    ):
+        adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+    adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
+    adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
+    adapt.add_argument("--overwrite", action="store_true", help="learn anew what is there already")
+    adapt.set_defaults(command=_adapt)
+
+    transcribe = commands.add_parser("transcribe", help="write down what recordings say")
+    _add_model(transcribe)
+    transcribe.add_argument("--adapter", type=Path, metavar="FILE", help="a speaker's adapter")
+    transcribe.add_argument("--beam", type=int, metavar="N", help="prefix beam search; else greedy")
+    transcribe.add_argument("--json", action="store_true", help="a JSON object a line")
+    transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE|DIR|MANIFEST")
+    transcribe.set_defaults(command=_transcribe)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=_MODEL)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a bundle's local weights")
+
+
+def _adapt(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lora_lightning.config import LoRAConfig
+    from lora_lightning.runs.progress import Stages, interruptible
+    from lora_lightning.runs.speakers import FAILED, SpeakerSettings, adapt_speakers
+    from lora_lightning.tasks.named import named_recogniser
+
+    settings = SpeakerSettings(
+        LoRAConfig(
+            rank=arguments.rank, alpha=arguments.alpha, target_modules=arguments.target_modules
+        ),
+        arguments.steps,
+        arguments.batch,
+        arguments.learning_rate,
+        arguments.held_out,
+        arguments.seed,
+        arguments.accelerator,
+    )
+    outcomes: list[Outcome] = []
+    with Stages() as stages, interruptible():
+        speakers = _speakers(arguments.enroll, stages)
+        files = _files(arguments.out, speakers)
+        base = named_recogniser(arguments.model, arguments.checkpoint)
+        try:
+            for outcome in adapt_speakers(
+                base,
+                speakers,
+                files,
+                settings,
+                lambda name: stages.stage(name, "steps"),
+                arguments.overwrite,
+            ):
+                outcomes.append(outcome)
+        finally:
+            stages.stop()
+            if outcomes:
+                Console(highlight=False).print(_table(outcomes))
+    return int(any(o.status == FAILED for o in outcomes))
+
+
+def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
+    """Name → usable recordings; one nameless speaker where the manifest names none."""
+    from lora_lightning.data.audio import checked
+    from lora_lightning.data.manifests import load_utterances
+    from lora_lightning.data.utterances import by_speaker
+
+    found, skipped = checked(load_utterances(path), tick=stages.stage("reading", "files"))
+    for file, reason in skipped:
+        stages.console.print(f"left out: {file}: {reason}", style="yellow", markup=False)
+    if not found:
+        raise DataError(f"{path}: none of the {len(skipped)} recordings can be used")
+    if not any(u.text for u in found):
+        raise DataError(
+            f"{path}: no recording has a transcript. Adapting without transcripts is not there "
+            "yet; give a column text, or a .txt beside each file"
+        )
+    named = [u.speaker for u in found]
+    return by_speaker(found) if any(named) else {path.stem: found}
+
+
+def _files(out: Path, speakers: dict[str, list[Utterance]]) -> dict[str, Path]:
+    if out.suffix == ".safetensors":
+        if len(speakers) > 1:
+            raise ConfigError(
+                f"{len(speakers)} speakers need a file each: give a folder as --out, not {out}"
+            )
+        return dict.fromkeys(speakers, out)
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; --out takes a .safetensors file or a folder")
+    for name in speakers:
+        if set(name) & set("/\\:") or name.startswith("."):
+            raise ConfigError(f"speaker {name!r} cannot name a file; rename it in the manifest")
+    return {name: out / f"{name}.safetensors" for name in speakers}
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("speaker", overflow="fold")
+    for name in ("learnt\nfrom", "held\nout", "WER %\nbefore", "WER %\nafter"):
+        table.add_column(name, justify="right")
+    table.add_column("result", overflow="fold")
+    for o in outcomes:
+        rates = ["–" if r is None else f"{100 * r:.1f}" for r in (o.before, o.after)]
+        if o.path is not None:
+            result = f"{o.status}: {o.path} ({o.path.stat().st_size / 1000:.0f} kB)"
+        else:
+            result = f"{o.status}: {o.reason}" if o.reason else o.status
+        counts = [str(n) if n else "–" for n in (o.learnt, o.held_out)]
+        table.add_row(*map(Text, (o.speaker, *counts, *rates, result)))
+    return table
+
+
+def _transcribe(arguments: argparse.Namespace) -> int:
+    from lora_lightning import load_adapter
+    from lora_lightning.runs.speakers import transcribed
+    from lora_lightning.tasks.named import named_recogniser
+
+    base = named_recogniser(arguments.model, arguments.checkpoint)
+    if arguments.adapter is not None:
+        load_adapter(base.model, arguments.adapter)
+    said, heard, failed = [], [], 0
+    for utterance in _utterances(arguments.files):
+        try:
+            (_, text), = transcribed(base, [utterance], arguments.beam)  # fmt: skip
+        except DataError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        row = {"path": str(utterance.path), "text": text}
+        print(json.dumps(row, ensure_ascii=False) if arguments.json else "\t".join(row.values()))
+        if utterance.text:
+            said.append(base.labels.normalise(utterance.text))
+            heard.append(text)
+    if said:
+        from torchmetrics.functional.text import word_error_rate
+
+        rate = 100 * float(word_error_rate(heard, said))
+        print(f"WER {rate:.1f} % of {len(said)} recordings with a transcript", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _utterances(paths: Sequence[Path]) -> list[Utterance]:
+    from lora_lightning.data.manifests import AUDIO, load_utterances
+    from lora_lightning.data.utterances import Utterance
+
+    found: list[Utterance] = []
+    for path in paths:
+        sound = path.suffix.lower() in AUDIO and not path.is_dir()
+        found += [Utterance(path)] if sound else load_utterances(path)
+    return found
