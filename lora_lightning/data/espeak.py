@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -139,7 +140,9 @@ def _serve() -> None:
 
 
 def _choose(library: ctypes.CDLL, voice: Voice) -> None:
-    if library.espeak_SetVoiceByName(voice.espeak_name.encode()) != 0:
+    chosen = library.espeak_SetVoiceByName(voice.espeak_name.encode()) == 0
+    # A variant that does not exist is passed over in silence.
+    if not chosen or (voice.variant and not Path(_data(), "voices/!v", voice.variant).is_file()):
         raise ConfigError(
             f"eSpeak has no voice {voice.espeak_name!r}; the languages are such as en-us, de, hi, "
             "the variants the files of espeak-ng-data/voices/!v, such as m3, f2, croak"
@@ -147,6 +150,13 @@ def _choose(library: ctypes.CDLL, voice: Voice) -> None:
     library.espeak_SetParameter(_RATE, voice.rate, 0)
     library.espeak_SetParameter(_PITCH, voice.pitch, 0)
     library.espeak_SetParameter(_RANGE, voice.pitch_range, 0)
+
+
+def _data() -> str:
+    import espeakng_loader
+
+    path: str = espeakng_loader.get_data_path()
+    return path
 
 
 @functools.cache
@@ -163,8 +173,7 @@ def _library() -> tuple[ctypes.CDLL, int]:
         ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint,
         ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
-    data = espeakng_loader.get_data_path().encode()
-    rate = library.espeak_Initialize(_RETRIEVE_SYNCHRONOUSLY, 0, data, _NO_EXIT)
+    rate = library.espeak_Initialize(_RETRIEVE_SYNCHRONOUSLY, 0, _data().encode(), _NO_EXIT)
     if rate <= 0:
         raise DataError(f"eSpeak NG could not be started (its code {rate}); reinstall it")
     library.espeak_ng_SetRandSeed(1)  # else breath and whisper are noise seeded by the clock
