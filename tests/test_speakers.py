@@ -1,0 +1,160 @@
+"""The commands adapt-speaker and transcribe, from end to end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lora_lightning import load_adapter
+from lora_lightning.cli import main
+from lora_lightning.data.espeak import Voice
+from lora_lightning.data.manifests import load_utterances, write_manifest
+from lora_lightning.data.spoken import LISTING, spoken_set
+from lora_lightning.runs import speakers as run
+from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from tests.test_recognisers import TINY
+
+VOICES = {"anna": Voice("en-us", "f2"), "boris": Voice("de", "m3")}
+
+
+@pytest.fixture(scope="module")
+def enrolment(tmp_path_factory):
+    root = tmp_path_factory.mktemp("enrol") / "set"
+    return spoken_set(root, speakers=VOICES, utterances=5, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_recogniser(ConformerCTC(**TINY), path)
+    return path
+
+
+def adapt(model, enrolment, out, *more):
+    return main(
+        ["adapt-speaker", "--model", str(model), "--enroll", str(enrolment), "--out", str(out),
+         "--steps", "3", "--accelerator", "cpu", *more]
+    )  # fmt: skip
+
+
+def test_many_speakers_one_adapter_each(model, enrolment, tmp_path, capsys):
+    assert adapt(model, enrolment / LISTING, tmp_path) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["anna.safetensors", "boris.safetensors"]
+    table = capsys.readouterr().out
+    assert "anna" in table
+    assert "adapted" in table
+    waveform = torch.randn(1, 8000)
+    source = load_recogniser(model)
+    plain = source(waveform)[0]
+    outputs = []
+    for name in VOICES:
+        adapted = load_recogniser(model)
+        load_adapter(adapted, tmp_path / f"{name}.safetensors")
+        outputs.append(adapted(waveform)[0])
+    assert not torch.allclose(outputs[0], plain)
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+def test_an_interrupted_run_goes_on_where_it_was(model, enrolment, tmp_path, capsys, monkeypatch):
+    real, seen = run._one, []
+
+    def interrupted(base, name, *rest):
+        seen.append(name)
+        if name == "boris" and len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(base, name, *rest)
+
+    monkeypatch.setattr(run, "_one", interrupted)
+    assert adapt(model, enrolment / LISTING, tmp_path) == 130
+    assert "adapted" in capsys.readouterr().out  # the table tells what was done
+    first = (tmp_path / "anna.safetensors").read_bytes()
+    assert adapt(model, enrolment / LISTING, tmp_path) == 0
+    assert seen == ["anna", "boris", "boris"]
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "anna.safetensors").read_bytes() == first
+
+
+def test_the_order_of_speakers_does_not_matter(model, enrolment, tmp_path):
+    """The base is left as it was: who comes second is learnt as if alone."""
+    adapt(model, enrolment / LISTING, tmp_path / "both")
+    alone = [u for u in load_utterances(enrolment / LISTING) if u.speaker == "boris"]
+    write_manifest(tmp_path / "boris.jsonl", alone)
+    adapt(model, tmp_path / "boris.jsonl", tmp_path / "alone")
+    both, one = ((tmp_path / d / "boris.safetensors").read_bytes() for d in ("both", "alone"))
+    assert both == one
+
+
+def test_another_base_is_refused_and_overwritten_on_request(model, enrolment, tmp_path, capsys):
+    out = tmp_path / "a.safetensors"
+    write_manifest(tmp_path / "a.jsonl", load_utterances(enrolment / LISTING)[:5])
+    assert adapt(model, tmp_path / "a.jsonl", out) == 0
+    torch.manual_seed(7)
+    save_recogniser(ConformerCTC(**TINY), tmp_path / "other.safetensors")
+    assert adapt(tmp_path / "other.safetensors", tmp_path / "a.jsonl", out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert adapt(tmp_path / "other.safetensors", tmp_path / "a.jsonl", out, "--overwrite") == 0
+
+
+def test_an_adapter_that_does_harm_is_not_kept(model, enrolment, tmp_path, capsys, monkeypatch):
+    # Of 5 recordings none would be held out by itself.
+    monkeypatch.setattr(run, "FEWEST_TO_SPLIT", 5)
+    rates = iter([0.9, 0.5])  # after, before
+    monkeypatch.setattr(run, "_wer", lambda *_: next(rates))
+    write_manifest(tmp_path / "a.jsonl", load_utterances(enrolment / LISTING)[:5])
+    assert adapt(model, tmp_path / "a.jsonl", tmp_path / "a.safetensors") == 0
+    assert not (tmp_path / "a.safetensors").exists()
+    table = capsys.readouterr().out
+    assert "kept source" in table
+    assert "90.0" in table
+
+
+def test_untranscribed_enrolment_is_refused_clearly(model, enrolment, tmp_path, capsys):
+    assert adapt(model, enrolment / "anna", tmp_path / "a.safetensors") == 2
+    assert "no recording has a transcript" in capsys.readouterr().err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_one_speaker_without_transcripts_fails_alone(model, enrolment, tmp_path, capsys):
+    rows = load_utterances(enrolment / LISTING)
+    lines = [
+        json.dumps({"path": str(u.path), "speaker": u.speaker, "text": u.text})
+        if u.speaker == "anna"
+        else json.dumps({"path": str(u.path), "speaker": u.speaker})
+        for u in rows
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    assert adapt(model, tmp_path / "m.jsonl", tmp_path / "out") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["anna.safetensors"]
+    assert "failed" in capsys.readouterr().out
+
+
+def test_bad_targets_for_the_output(model, enrolment, tmp_path, capsys):
+    assert adapt(model, enrolment / LISTING, tmp_path / "one.safetensors") == 2
+    assert "2 speakers need a file each" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert adapt(model, enrolment / LISTING, tmp_path / "file") == 2
+
+
+def test_transcribe_prints_one_line_a_file(model, enrolment, tmp_path, capsys):
+    adapt(model, enrolment / LISTING, tmp_path)
+    shutil.copy(enrolment / "anna" / "0000.flac", tmp_path / "a.flac")
+    (tmp_path / "b.flac").write_bytes(b"no sound")
+    capsys.readouterr()
+    adapter = str(tmp_path / "anna.safetensors")
+    command = ["transcribe", "--model", str(model), "--adapter", adapter]
+    assert main([*command, "--json", str(tmp_path / "a.flac"), str(tmp_path / "b.flac")]) == 1
+    out, err = capsys.readouterr()
+    (row,) = map(json.loads, out.splitlines())
+    assert row["path"] == str(tmp_path / "a.flac")
+    assert "b.flac" in err
+    assert main([*command, "--beam", "4", str(enrolment / LISTING)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 10
+    assert "WER" in err
+
+
+def test_a_model_that_does_not_exist(enrolment, tmp_path, capsys):
+    assert adapt(tmp_path / "none.safetensors", enrolment / LISTING, tmp_path / "out") == 2
+    assert "no recogniser's file" in capsys.readouterr().err
