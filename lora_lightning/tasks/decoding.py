@@ -90,7 +90,8 @@ def prefixes(
                     _raise(after, (*prefix, c), label=ended + p)
                 else:
                     _raise(after, (*prefix, c), label=either + p)
-        kept = sorted(after, key=lambda prefix: add(*after[prefix]), reverse=True)[:beam_size]
+        possible = [prefix for prefix, sums in after.items() if add(*sums) > NEVER]
+        kept = sorted(possible, key=lambda prefix: add(*after[prefix]), reverse=True)[:beam_size]
         beam = {prefix: after[prefix] for prefix in kept}
     return [(prefix, add(*sums)) for prefix, sums in beam.items()]
 
