@@ -1,95 +1,103 @@
-"""One audio file: read as a recogniser wants it, or found to be unusable.
+"""One audio file: `read_audio` as a model takes it, `check_audio` before anything relies on it.
 
-torchaudio no longer decodes files; soundfile does: WAV, FLAC, OGG, MP3 and what else libsndfile
-knows, with any number of bits.
+`checked` does the latter for many.
+
+Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), block by block, so
+that neither a long file nor a header that lies takes more memory than the sound itself.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import soundfile
 import torch
-import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_lightning.data.utterances import Utterance
-from lora_lightning.errors import DataError
+from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 
-SILENCE = 1e-4  # -80 dB below full scale
-_BLOCK = 1 << 18  # samples that are looked at together, so that memory is bounded
+try:
+    import soundfile
+except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
+    raise MissingDependencyError(
+        f"audio files need soundfile, which cannot be imported ({error}): pip install soundfile"
+    ) from error
+
+AUDIO = {
+    ".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".sph", ".w64",
+    ".wav",
+}  # fmt: skip
+SILENCE_DBFS = -80.0  # a recording whose peak lies below is taken for silent
+RATES = (1000, 768_000)  # Hz; what lies outside is a damaged header
+BLOCK = 2**16  # frames decoded at a time
+UNKNOWN = 2**48  # frames; more stands for a length that was not known when it was written
+CUT_SHORT = 0.95  # less than this part of what the header promises: the end is missing
 
 
 def read_audio(path: Path | str, sample_rate: int) -> Tensor:
-    """Samples (T,), float32 in [-1, 1], mono, at `sample_rate`.
+    """Read a file as one channel at the given rate.
+
+    Args:
+        path: Of any format and sampling rate; several channels are averaged.
+        sample_rate: Of the result, in Hz.
+
+    Returns:
+        (T,) float32, where full scale is 1.
 
     Raises:
-        DataError: the file cannot be read, or holds samples that are no numbers.
+        ConfigError: `sample_rate` is not a sampling rate.
+        DataError: the file cannot be read, is empty, or holds NaN or infinity; says which file
+            and why.
     """
+    _check_rate(sample_rate)
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile's own error is a RuntimeError
-        raise DataError(f"{path}: {_reason(Path(path), error)}") from error
-    if not np.isfinite(samples).all():
-        raise DataError(f"{path}: holds samples that are not finite")
-    mono = torch.from_numpy(samples.mean(axis=1))
-    return mono if rate == sample_rate else _resampler(rate, sample_rate)(mono)
+        with _opened(Path(path)) as file:
+            waveform = torch.from_numpy(np.concatenate(list(_blocks(file))))
+            rate = file.samplerate
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return _resampled(waveform, rate, sample_rate)
 
 
 def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float = 60.0) -> float:
-    """How long a recording is, in seconds, when it can be used.
+    """Decode a file from end to end, and say how long it is.
 
-    Every sample is decoded, block by block, unless the header says that it is too long.
+    That it is too long is decided by its header, without decoding all of it.
+
+    Args:
+        path: Any audio file.
+        min_seconds: A shorter one is refused.
+        max_seconds: A longer one is refused.
+
+    Returns:
+        Its length in seconds.
 
     Raises:
-        DataError: the file is unreadable, empty, silent, not finite, too short or too long; the
-            message is the reason alone.
+        DataError: it cannot be read, is empty, silent, too short or too long, or holds NaN or
+            infinity; says why, without the path.
     """
-    try:
-        with soundfile.SoundFile(path) as file:
-            seconds = float(file.frames / file.samplerate)
-            if file.frames == 0:
-                raise DataError("empty: it holds no samples")
-            if seconds > max_seconds:
-                raise DataError(f"{seconds:.1f} s long, more than {max_seconds:g} s")
-            if seconds < min_seconds:
-                raise DataError(f"{seconds:.2f} s long, less than {min_seconds:g} s")
-            count, peak = 0, 0.0
-            for block in _blocks(file):
-                count += len(block)
-                peak = max(peak, float(np.abs(block).max()))
-            if count < file.frames:
-                raise DataError(f"cut off: {count} of {file.frames} samples can be decoded")
-    except (OSError, RuntimeError) as error:
-        raise DataError(_reason(Path(path), error)) from error
-    if not math.isfinite(peak):
-        raise DataError("holds samples that are not finite")
-    if peak < SILENCE:
-        raise DataError("silent: nothing above -80 dB of full scale")
-    return seconds
-
-
-def _blocks(file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
-    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-        # NaN would be lost in a maximum; infinity is not.
-        yield np.where(np.isnan(block), np.float32(np.inf), block)
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if not path.exists():
-        return "there is no such file"
-    if path.is_dir():
-        return "a folder, not a file"
-    if path.stat().st_size == 0:
-        return "empty: 0 bytes"
-    # libsndfile begins with the path, which is said already.
-    return f"cannot be decoded ({str(error).rpartition(': ')[2].rstrip('.')})"
+    with _opened(Path(path)) as file:
+        rate = int(file.samplerate)
+        _check_length(file.frames / rate, 0.0, max_seconds)
+        frames, peak = 0, 0.0
+        for block in _blocks(file):
+            frames, peak = frames + len(block), max(peak, float(np.abs(block).max()))
+            _check_length(frames / rate, 0.0, max_seconds)  # a header may lie
+    _check_length(frames / rate, min_seconds, max_seconds)
+    if peak < 10 ** (SILENCE_DBFS / 20):
+        level = f"peak at {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "all zero"
+        raise DataError(f"silent: {level}")
+    return frames / rate
 
 
 def checked(
@@ -98,30 +106,111 @@ def checked(
     max_seconds: float = 60.0,
     tick: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Utterance], list[tuple[str, str]]]:
-    """Look at every file (`check_audio`).
+    """Decode every recording once, and leave out what cannot be used.
 
     Args:
-        utterances: What to look at.
-        min_seconds: Shorter recordings are left out.
-        max_seconds: Longer recordings are left out.
+        utterances: Recordings, looked at or not.
+        min_seconds: Shorter ones are left out.
+        max_seconds: Longer ones are left out.
         tick: Called with (done, total) after each.
 
     Returns:
-        Those that can be used, with their `seconds`; and (path, reason) of the others.
+        Those that can be used, with their seconds; and (path, reason) of the others.
     """
-    kept: list[Utterance] = []
-    skipped: list[tuple[str, str]] = []
-    for done, utterance in enumerate(utterances, 1):
+    kept, skipped = [], []
+    for done, item in enumerate(utterances, start=1):
         try:
-            seconds = check_audio(utterance.path, min_seconds, max_seconds)
-            kept.append(replace(utterance, seconds=seconds))
+            seconds = check_audio(item.path, min_seconds, max_seconds)
         except DataError as error:
-            skipped.append((str(utterance.path), str(error)))
+            skipped.append((str(item.path), str(error)))
+        else:
+            kept.append(replace(item, seconds=seconds))
         if tick is not None:
             tick(done, len(utterances))
     return kept, skipped
 
 
-@functools.lru_cache(maxsize=16)
-def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(rate, sample_rate)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, open; whatever goes wrong with it becomes a DataError."""
+    try:
+        with _open(path) as file:
+            if not RATES[0] <= file.samplerate <= RATES[1]:
+                raise DataError(f"a sampling rate of {file.samplerate} Hz in its header")
+            if file.frames > UNKNOWN:
+                raise DataError("no length in its header: write it anew, not to a pipe")
+            yield file
+    except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", str(error)).strip().removeprefix("Error : ")
+        raise DataError(f"cannot be read: {reason.rstrip('.')}") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():  # libsndfile says "System error" here
+        raise DataError("a folder, not a file" if path.is_dir() else "there is no such file")
+    if path.stat().st_size == 0:
+        raise DataError("empty: 0 bytes")
+    try:
+        return soundfile.SoundFile(path)
+    except TypeError as error:  # it would need the rate of a headerless file
+        raise DataError("cannot be read: headerless audio; write it as WAV or FLAC") from error
+
+
+def _blocks(file: Any) -> Iterator[NDArray[np.float32]]:
+    """The sound, one channel, in blocks; at least one, and none empty.
+
+    Raises:
+        DataError: there is no sound, it ends early, or it is not finite.
+    """
+    total = 0
+    for count in itertools.count():
+        block = file.read(BLOCK, dtype="float32", always_2d=True).mean(axis=1, dtype=np.float32)
+        if not len(block):
+            break
+        if not np.isfinite(block).all():
+            raise DataError(f"holds NaN or infinity within its block {count} of {BLOCK} frames")
+        total += len(block)
+        yield block
+    if not total:
+        raise DataError("empty: no sound after the header")
+    if total < CUT_SHORT * file.frames:
+        there, promised = total / file.samplerate, file.frames / file.samplerate
+        raise DataError(f"cut short: {there:.2f} s of the {promised:.2f} s in its header")
+
+
+def _check_length(seconds: float, least: float, most: float) -> None:
+    if seconds < least:
+        raise DataError(f"too short: {seconds:.3f} s, below {least:g} s")
+    if seconds > most:
+        raise DataError(f"too long: {seconds:.1f} s, above {most:g} s")
+
+
+def _check_rate(sample_rate: int) -> None:
+    if not RATES[0] <= sample_rate <= RATES[1]:
+        raise ConfigError(
+            f"sample_rate must lie between {RATES[0]} and {RATES[1]} Hz, got {sample_rate}"
+        )
+
+
+def _resampled(waveform: Tensor, rate: int, sample_rate: int) -> Tensor:
+    if rate == sample_rate:
+        return waveform
+    with torch.no_grad():
+        out: Tensor = _resampler(rate, sample_rate)(waveform)
+    return out
+
+
+@functools.lru_cache(maxsize=32)
+def _resampler(rate: int, sample_rate: int) -> Any:
+    """The resampler of a pair of rates; its filter is made once.
+
+    The filter's size goes with the terms of the reduced ratio: 44,101 Hz to 16,000 Hz would take
+    gigabytes. Such a ratio is replaced by a near one, off by a millionth, which nobody hears.
+    """
+    import torchaudio
+
+    ratio = Fraction(sample_rate, rate)
+    near = ratio.limit_denominator(1000)
+    return torchaudio.transforms.Resample(near.denominator, near.numerator)

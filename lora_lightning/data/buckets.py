@@ -1,91 +1,149 @@
-"""`BucketSampler`: batches of recordings of like length, so that little is padding."""
+"""`BucketSampler`: batches of recordings of like length, bounded by seconds rather than number."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed
-from torch.utils.data import DistributedSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lora_lightning.errors import ConfigError
 
+SIMILAR = 0.5  # the shortest of a bucket is at least this part of the longest
+BATCHES = 16  # of one bucket at most
+
 
 class BucketSampler(DistributedSampler[list[int]]):
-    """Lists of indices, each once an epoch: ``DataLoader(…, sampler=…, batch_size=None)``.
+    """Batches, as lists of indices, whose padded length stays within a budget of seconds.
 
-    Recordings are sorted by their length, which is first changed by a little at random, and cut
-    into batches; the batches come in random order. Unshuffled, they come by length.
+    Recordings are sorted by length and cut, from the longest down, into buckets of similar
+    length. Each epoch draws a bucket's batches anew, and then the order of all batches; the draw
+    depends on (seed, epoch) alone. How many batches there are is the same in every epoch, as
+    Lightning takes for granted.
 
-    In a distributed run each process takes every n-th batch; where their number does not divide,
-    the last ones are filled up from the first, so that all processes do as many steps. (It is a
-    `DistributedSampler` so that Lightning sees this, and puts no other in its place.)
+    It goes with ``DataLoader(dataset, sampler=BucketSampler(...), batch_size=None)``, and a
+    dataset that takes a list of indices. Being a `DistributedSampler`, it is then left in its
+    place by Lightning, which tells it the epoch. Each process gets its share of the batches, all
+    the same number; where they do not divide evenly, some of them come twice. It goes as well with
+    ``DataLoader(dataset, batch_sampler=...)``, where Lightning needs
+    ``Trainer(use_distributed_sampler=False)`` if there are several processes (it says so), and
+    `set_epoch` is to be called by hand.
 
     Args:
         seconds: Length of each recording.
-        batch_seconds: Most sound in a batch, padding included; a longer recording goes alone.
+        batch_seconds: Most that a batch may take: its longest times their number. A recording
+            that is longer goes alone.
         max_batch: Most recordings in a batch.
-        shuffle: New batches in each epoch (`set_epoch`), the same for the same seed and epoch.
-        seed: Of the shuffling.
+        shuffle: Draw anew in each epoch; else from the shortest to the longest.
+        seed: Of the draw.
+        drop_last: Leave out the one batch that is not full, and what does not divide evenly among
+            processes.
+        by_length: False: neighbours make a batch, in the order given, as predictions need it.
+            Only without `shuffle`.
+        num_replicas: Number of processes; by default what `torch.distributed` says, or 1.
+        rank: Which of them this one is; likewise.
 
     Raises:
-        ConfigError: a limit that lets no batch be.
+        ConfigError: a length, a limit or the seed is not valid.
     """
 
     def __init__(
         self,
         seconds: Sequence[float],
-        batch_seconds: float = 60.0,
-        max_batch: int = 32,
+        batch_seconds: float,
+        max_batch: int,
         shuffle: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
+        *,
+        by_length: bool = True,
+        num_replicas: int | None = None,
+        rank: int | None = None,
     ):
-        if not batch_seconds > 0:
-            raise ConfigError(f"batch_seconds must be above 0, got {batch_seconds}")
-        if max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
-        self.seconds = np.asarray(seconds, dtype=np.float64)
-        self.batch_seconds, self.max_batch = batch_seconds, max_batch
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
+        _check(seconds, batch_seconds, max_batch, seed)
+        if shuffle and not by_length:
+            raise ConfigError("by_length=False keeps the order given: it needs shuffle=False")
+        world, own = _processes()
+        world, own = num_replicas or world, own if rank is None else rank
+        if not 0 <= own < world:
+            raise ConfigError(f"rank must be one of 0 to {world - 1}, got {own}")
+        dataset: Any = seconds  # which is used for its length only
+        super().__init__(dataset, world, own, shuffle, seed, drop_last)
+        self.seconds, self.batch_seconds, self.max_batch = seconds, batch_seconds, max_batch
+        # Neighbours are fixed for good; buckets are drawn from in each epoch.
+        self._buckets = self._by_length() if by_length else self._neighbours()
 
     def __len__(self) -> int:
-        """Batches of this epoch, in this process."""
-        return math.ceil(len(self._batches()) / _world()[1])
+        rounded = math.floor if self.drop_last else math.ceil
+        batches = sum(rounded(len(bucket) / size) for bucket, size in self._buckets)
+        return rounded(batches / self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The batches of this epoch, in this process."""
-        batches = self._batches()
-        rank, world = _world()
-        missing = -len(batches) % world
-        yield from (batches + (batches * missing)[:missing])[rank::world]
+        batches = self.batches()
+        for i in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
+            yield batches[i % len(batches)]
 
-    def _batches(self) -> list[list[int]]:
-        keys, rng = self.seconds, np.random.default_rng([self.seed, self.epoch])
-        if self.shuffle:
-            # By up to a tenth: mixes neighbours, and costs little padding.
-            keys = keys * rng.uniform(0.9, 1.1, size=len(keys))
-        batches: list[list[int]] = []
+    def batches(self) -> list[list[int]]:
+        """The batches of this epoch, for all processes together."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        found: list[list[int]] = []
+        for bucket, size in self._buckets:
+            order = rng.permutation(bucket).tolist() if self.shuffle else bucket
+            rest = len(order) % size
+            # First what makes no full batch: sorted, these are the shortest recordings of all.
+            found += [order[:rest]] if rest and not self.drop_last else []
+            found += [order[i : i + size] for i in range(rest, len(order), size)]
+        return [found[i] for i in rng.permutation(len(found))] if self.shuffle else found
+
+    def _by_length(self) -> list[tuple[list[int], int]]:
+        """Buckets (indices, size of a batch), shortest first; only the first is not full."""
+        rest = sorted(range(len(self.seconds)), key=lambda i: self.seconds[i])
+        found = []
+        while rest:
+            longest = self.seconds[rest[-1]]
+            size = max(1, min(self.max_batch, int(self.batch_seconds // longest)))
+            similar = sum(self.seconds[i] >= SIMILAR * longest for i in rest[-BATCHES * size :])
+            # One batch is filled whatever the lengths. A bucket is of whole batches, but the last.
+            whole = max(1, similar // size) * size
+            count = len(rest) if similar == len(rest) else min(len(rest), whole)
+            found.append((rest[len(rest) - count :], size))
+            del rest[len(rest) - count :]
+        return found[::-1]
+
+    def _neighbours(self) -> list[tuple[list[int], int]]:
+        """Batches in the order given, each as a bucket of its own."""
+        found: list[list[int]] = []
         longest = 0.0
-        for index in np.argsort(keys, kind="stable").tolist():
-            longest = max(longest, float(self.seconds[index]))
-            full = batches and (
-                len(batches[-1]) == self.max_batch
-                or longest * (len(batches[-1]) + 1) > self.batch_seconds
-            )
-            if full or not batches:
-                batches.append([])
-                longest = float(self.seconds[index])
-            batches[-1].append(index)
-        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+        for i, seconds in enumerate(self.seconds):
+            longest = max(longest, seconds)
+            number = len(found[-1]) + 1 if found else 0
+            if not number or number > self.max_batch or number * longest > self.batch_seconds:
+                found.append([])
+                longest = seconds
+            found[-1].append(i)
+        return [(batch, len(batch)) for batch in found]
 
 
-def _world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+def _processes() -> tuple[int, int]:
+    """How many processes share the work, and which of them this one is."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+def _check(seconds: Sequence[float], batch_seconds: float, max_batch: int, seed: int) -> None:
+    for i, length in enumerate(seconds):
+        if not 0 < length < math.inf:  # NaN included
+            raise ConfigError(
+                f"seconds[{i}] must be a length in seconds, got {length}: check the recordings "
+                "first, as lora_lightning.data.audio.checked does"
+            )
+    if not batch_seconds > 0:
+        raise ConfigError(f"batch_seconds must be above 0, got {batch_seconds}")
+    if max_batch < 1:
+        raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
+    if seed < 0:
+        raise ConfigError(f"seed must be at least 0, got {seed}")

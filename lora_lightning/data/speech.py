@@ -1,51 +1,64 @@
-"""`SpeechData`: recordings for a Lightning Trainer, in batches of like length."""
+"""`SpeechData`: recordings in batches of like length, for training, measuring and prediction.
+
+Every file is decoded once before training; what cannot be used is left out and listed in
+`skipped`. A file that is damaged or vanishes after that is left out of its batch, listed in
+`lost`, and reported by one line, so that no run dies in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
-from lora_lightning.data.audio import checked, read_audio
+from lora_lightning.data.audio import checked
+from lora_lightning.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
 from lora_lightning.data.buckets import BucketSampler
-from lora_lightning.data.utterances import AudioBatch, Utterance
-from lora_lightning.errors import DataError
-
-Transform = Callable[[Tensor, Utterance], Tensor]
+from lora_lightning.data.utterances import Utterance, by_speaker
+from lora_lightning.errors import ConfigError, DataError
 
 
 class SpeechData(LightningDataModule):
-    """Recordings in batches of like length; each batch is an `AudioBatch`.
+    """Recordings for a Trainer; each batch is a `lora_lightning.data.utterances.AudioBatch`.
 
-    What `setup` finds unusable is left out and listed in `skipped`. A file that goes bad after
-    that is left out of its batch, with one warning; an epoch goes on without it.
+    Training batches hold recordings of like length and are drawn anew in each epoch, as
+    `lora_lightning.data.buckets.BucketSampler` does; validation batches likewise, but always the
+    same. Test and predict loaders give `test` in its order. A recording in `lost` is missing
+    there: the `items` of a batch say what its rows are.
+
+    With several processes each gets as many batches; where they do not divide evenly, some
+    recordings are measured twice.
 
     Args:
-        train: Recordings to learn from.
-        validation: Recordings to validate on.
-        test: Recordings to test on, and to predict.
-        sample_rate: At which they are delivered, in Hz.
+        train: Recordings to train on.
+        validation: Recordings to measure on while training.
+        test: Recordings to test on and to predict. All three are such as
+            `lora_lightning.data.audio.checked` gives; those whose seconds are NaN are
+            checked by `setup`.
+        sample_rate: Of the waveforms, in Hz.
         batch_seconds: Most sound in a batch, padding included; a longer recording goes alone.
         max_batch: Most recordings in a batch.
-        min_seconds: Shorter recordings are left out.
-        max_seconds: Longer recordings are left out.
-        num_workers: Processes that read; 0 reads in this one.
-        cache_mb: Decoded sound stays in memory up to so many MiB, in each process.
-        transform: ``(waveform (T,), utterance) -> waveform``, applied to every recording, such
-            as an acoustic environment; the same for a recording every time.
-        augment: Like `transform`, in training only, and as random as it likes.
-        seed: Of the order of the batches.
+        min_seconds: `setup` leaves out shorter recordings.
+        max_seconds: `setup` leaves out longer recordings.
+        num_workers: Processes that load; 0 loads in this one.
+        cache_mb: Waveforms stay in memory as long as they take at most so many MiB, shared
+            among the workers of a loader; the others are read again each time.
+        transform: Called with (waveform (T,), utterance), returns a waveform: the acoustic
+            environment. It is applied to all recordings and must give the same each time.
+        augment: The same for training only, and may differ each time.
+        seed: Of the draw of training batches.
 
     Attributes:
-        skipped: (path, reason) of each recording that was left out.
+        items: The recordings by split; after `setup`, those that can be used.
+        skipped: (path, reason) of each recording that `setup` left out.
+        lost: Path → what was said of recordings that could not be read later on.
 
-    Test and prediction go by length, not in the order given; an `AudioBatch` says what each row
-    is.
+    Raises:
+        ConfigError: a setting is out of range.
     """
 
     def __init__(
@@ -66,115 +79,133 @@ class SpeechData(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.items = {"train": list(train), "validation": list(validation), "test": list(test)}
-        self.sample_rate, self.seed = sample_rate, seed
-        self.batch_seconds, self.max_batch = batch_seconds, max_batch
+        given = {"train": train, "validation": validation, "test": test}
+        _check_items(given)
+        self.items = {name: list(items) for name, items in given.items()}
+        _check_least(
+            sample_rate=(sample_rate, 1000),
+            batch_seconds=(batch_seconds, 0.1),
+            max_batch=(max_batch, 1),
+            num_workers=(num_workers, 0),
+            cache_mb=(cache_mb, 0),
+            seed=(seed, 0),
+        )
+        self.sample_rate, self.batch_seconds, self.max_batch = sample_rate, batch_seconds, max_batch
         self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        self.num_workers, self.cache_mb = num_workers, cache_mb
+        self.num_workers, self.cache_mb, self.seed = num_workers, cache_mb, seed
         self.transform, self.augment = transform, augment
         self.skipped: list[tuple[str, str]] = []
-        if not self.items["validation"]:
+        self.lost: dict[str, str] = {}
+        self._cache = Cache(int(cache_mb * 2**20) // max(1, num_workers))
+        if not validation:
             # An empty list of loaders would make Lightning warn; no method at all does not.
             self.val_dataloader = None  # type: ignore[method-assign, assignment]
 
     def setup(self, stage: str | None = None) -> None:
-        """Look at every recording whose length is not known yet.
+        """Check the recordings that were not; the second time there is nothing left to do.
 
         Raises:
-            DataError: a split has no usable recording.
+            DataError: none of a list can be used; says why.
         """
-        for split, items in self.items.items():
-            unknown = [item for item in items if math.isnan(item.seconds)]
-            if unknown:
-                kept, bad = checked(unknown, self.min_seconds, self.max_seconds)
-                self.skipped += bad
-                known = [item for item in items if not math.isnan(item.seconds)]
-                self.items[split] = known + kept
-            if items and not self.items[split]:
+        for name, items in self.items.items():
+            fresh = [item for item in items if not item.seconds > 0]
+            kept, skipped = checked(fresh, self.min_seconds, self.max_seconds)
+            seconds = {item.path: item.seconds for item in kept}
+            # In the order given, whether they were checked now or before.
+            filled = [replace(i, seconds=seconds.get(i.path, i.seconds)) for i in items]
+            self.items[name] = [item for item in filled if item.seconds > 0]
+            self.skipped += skipped
+            if items and not self.items[name]:
+                path, reason = skipped[0]
                 raise DataError(
-                    f"none of the {len(items)} recordings of {split} can be used; the first, "
-                    f"{self.skipped[0][0]}: {self.skipped[0][1]}"
+                    f"none of the {len(items)} recordings for {name} can be used; {path}: {reason}"
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, augmented."""
+        """Training recordings, drawn anew in each epoch, and augmented."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """By length."""
+        """Validation recordings, from the shortest to the longest."""
         return self._loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """By length."""
-        return self._loader("test")
+        """Test recordings, in order."""
+        return self._loader("test", by_length=False)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test recordings, by length."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        items = self.items[split]
+    def _loader(self, name: str, **order: bool) -> DataLoader[Any]:
+        self.setup()
+        items = self.items[name]
         if not items:
-            raise DataError(f"SpeechData was given no recordings to {split} on")
-        augment = self.augment if split == "train" else None
-        batches = _Batches(items, self.sample_rate, self.cache_mb, self.transform, augment)
-        lengths = [item.seconds for item in items]
-        sampler = BucketSampler(lengths, self.batch_seconds, self.max_batch, shuffle, self.seed)
-        return _Loader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+            raise DataError(f"there are no recordings to load: give SpeechData({name}=[…])")
+        training = name == "train"
+        augment = self.augment if training else None
+        dataset = Recordings(
+            items, self.sample_rate, self.transform, augment, training, self._cache, self.lost
+        )
+        seconds = [item.seconds for item in items]
+        sampler = BucketSampler(
+            seconds, self.batch_seconds, self.max_batch, seed=self.seed, **order
+        )
+        # The sampler gives whole batches. In this place, and not as batch_sampler, Lightning
+        # leaves it alone with several processes too. Keywords only: it makes the loader again.
+        return BatchLoader(
+            dataset=dataset,
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=unchanged,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,  # they keep their part of the cache
+        )
 
 
-class _Loader(DataLoader[Any]):
-    """Leaves out batches of which no recording can be read any more."""
+def _check_items(given: dict[str, Sequence[Utterance]]) -> None:
+    for name, items in given.items():
+        strange: list[object] = [item for item in items if not isinstance(item, Utterance)]
+        if strange:
+            raise ConfigError(
+                f"{name} must be a list of Utterance, as load_utterances gives it; in it is "
+                f"{strange[0]!r}"
+            )
 
-    def __iter__(self) -> Any:
-        return (batch for batch in super().__iter__() if batch is not None)
+
+def _check_least(**least: tuple[float, float]) -> None:
+    for name, (value, lowest) in least.items():
+        if not value >= lowest:
+            raise ConfigError(f"{name} must be at least {lowest:g}, got {value}")
 
 
-class _Batches(Dataset[AudioBatch | None]):
-    """List of indices → a batch of the recordings that can be read; None where none can."""
+def split_by_speaker(
+    utterances: Sequence[Utterance], fractions: Sequence[float] = (0.8, 0.2), seed: int = 0
+) -> list[list[Utterance]]:
+    """Split recordings so that no speaker is in two parts.
 
-    def __init__(
-        self,
-        items: Sequence[Utterance],
-        sample_rate: int,
-        cache_mb: float,
-        transform: Transform | None,
-        augment: Transform | None,
-    ):
-        self.items, self.sample_rate = items, sample_rate
-        self.transform, self.augment = transform, augment
-        self.room = cache_mb * 2**20
-        self.cache: dict[int, Tensor] = {}
-        self.told: set[int] = set()
+    Args:
+        utterances: Recordings, each with its speaker.
+        fractions: What part of the speakers, not of the recordings, goes where; their sum is 1.
+            Every part gets one speaker at least.
+        seed: Of the draw.
 
-    def __len__(self) -> int:
-        return len(self.items)
+    Returns:
+        One list for each fraction, with the recordings in the order given.
 
-    def __getitem__(self, indices: Sequence[int]) -> AudioBatch | None:
-        found = [(w, self.items[i]) for i in indices if (w := self._read(i)) is not None]
-        if self.augment is not None:
-            found = [(self.augment(waveform, item), item) for waveform, item in found]
-        return AudioBatch.of(*zip(*found, strict=True)) if found else None
-
-    def _read(self, index: int) -> Tensor | None:
-        try:
-            return self._waveform(index)
-        except DataError as error:
-            if index not in self.told:
-                self.told.add(index)
-                warnings.warn(f"left out: {error}", stacklevel=1)
-            return None
-
-    def _waveform(self, index: int) -> Tensor:
-        if index in self.cache:
-            return self.cache[index]
-        item = self.items[index]
-        waveform = read_audio(item.path, self.sample_rate)
-        if self.transform is not None:
-            waveform = self.transform(waveform, item)
-        # First come, first kept: where not all fit, those that do are a fixed set, while the
-        # least recently used would change places all the time and never be there.
-        if waveform.nbytes <= self.room:
-            self.room -= waveform.nbytes
-            self.cache[index] = waveform
-        return waveform
+    Raises:
+        ConfigError: the fractions are not valid.
+        DataError: a speaker is not known, or there are fewer speakers than parts.
+    """
+    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(f"fractions must be above 0 and sum to 1, got {list(fractions)}")
+    speakers = sorted(by_speaker(utterances))
+    if len(speakers) < len(fractions):
+        raise DataError(f"{len(speakers)} speakers cannot be split into {len(fractions)} parts")
+    random.Random(seed).shuffle(speakers)
+    # Everyone gets one first; then whoever is furthest below their part gets the next.
+    part = {name: i for i, name in enumerate(speakers[: len(fractions)])}
+    counts = [1] * len(fractions)
+    for name in speakers[len(fractions) :]:
+        lacking = [f * len(speakers) - n for f, n in zip(fractions, counts, strict=True)]
+        part[name] = lacking.index(max(lacking))
+        counts[part[name]] += 1
+    return [[u for u in utterances if part[str(u.speaker)] == i] for i in range(len(fractions))]

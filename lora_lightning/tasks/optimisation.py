@@ -53,7 +53,8 @@ class Optimised(LightningModule):
     def _scheduler(
         self, optimizer: torch.optim.Optimizer, steps: int
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.schedule == "cosine":
+        # One-cycle's warm-up needs two steps at least; in so few, it would not matter.
+        if self.schedule == "cosine" or steps < 10:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         # Momentum stays as it is: cycling it gains nothing in so few steps.
         return torch.optim.lr_scheduler.OneCycleLR(
