@@ -27,7 +27,7 @@ from lora_lightning.runs.progress import Stages
 from lora_lightning.runs.speech_domains import Domain, Recordings
 from lora_lightning.runs.speech_settings import Adaptation, Config
 from lora_lightning.state import named_factors
-from lora_lightning.tasks.ctc import CTCRecognition
+from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.tasks.recognisers import ConformerCTC
 
 
@@ -69,6 +69,7 @@ class Context:
     ) -> float:
         """Train `model` on the domain's enrolment of this size; returns the seconds."""
         steps = settings.steps[self.config.enrolment.index(size)]
+        model.augment = spec_augment() if settings.spec_augment else None
         module = CTCRecognition(
             model.train(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         )

@@ -103,12 +103,14 @@ class Adaptation:
         batch: Recordings in a batch, at most.
         learning_rate: Peak learning rate of AdamW, one-cycle.
         weight_decay: Weight decay of AdamW.
+        spec_augment: Mask bands and frames at random.
     """
 
     steps: list[int] = field(default_factory=lambda: [40, 60, 120])
     batch: int = 10
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    spec_augment: bool = True
 
 
 @dataclass
@@ -140,6 +142,7 @@ class Config:
         enrolment: Labelled recordings of a target that a method is given; one row for each.
         headline: The size of `enrolment` that the report shows where it shows one.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
+        threads: Threads of the CPU that torch uses; null: as many as it would.
         batch_norm: BatchNorm statistics while a target is learnt: frozen, adapt or reset.
         data: The recordings.
         model: The recogniser.
@@ -156,6 +159,7 @@ class Config:
     enrolment: list[int] = field(default_factory=lambda: [5, 20, 100])
     headline: int = 20
     accelerator: str = "auto"
+    threads: int | None = None
     batch_norm: str = "frozen"
     data: SpeechDataSettings = field(default_factory=SpeechDataSettings)
     model: RecogniserSettings = field(default_factory=RecogniserSettings)
