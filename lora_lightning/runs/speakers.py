@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,7 +86,8 @@ class SpeakerSettings:
     accelerator: str = "auto"
 
 
-class Place(NamedTuple):
+@dataclass
+class Place:
     """Where a trainer runs and may write."""
 
     accelerator: str

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
 
 import torch
 import torchaudio
 from torch import Tensor, nn
-from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from lora_lightning.data.utterances import AudioBatch
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.decoding import beam_search, greedy
 from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.tasks.recognition import Recognition
 
 
-class Transcription(NamedTuple):
-    """The file of a recording, and what was understood of it."""
-
-    path: str
-    text: str
-
-
-class CTCRecognition(Optimised):
+class CTCRecognition(Recognition):
     """Speech recognition; the network is ``self.model``, and `LoRACallback` finds it there.
 
     The loss of a recording is −log p(text | sound), all alignments summed, divided by the number
@@ -59,26 +50,12 @@ class CTCRecognition(Optimised):
         decoder: str = "greedy",
         beam_size: int = 16,
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
-        labels = labels or getattr(model, "labels", None)
-        if labels is None:
-            raise ConfigError(
-                f"{type(model).__name__} has no labels of its own: give labels=Labels(symbols), "
-                "with the symbol of each class"
-            )
+        super().__init__(model, labels, learning_rate, weight_decay, schedule)
         if decoder not in ("greedy", "beam"):
             raise ConfigError(f"decoder must be 'greedy' or 'beam', got {decoder!r}")
         if beam_size < 1:
             raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
-        self.model, self.labels = model, labels
         self.decoder, self.beam_size = decoder, beam_size
-        self.rates = nn.ModuleDict(
-            {
-                f"{stage}_{name}": metric()
-                for stage in ("val", "test")
-                for name, metric in (("wer", WordErrorRate), ("cer", CharErrorRate))
-            }
-        )
         self._told: set[str] = set()
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,10 +81,7 @@ class CTCRecognition(Optimised):
         Raises:
             DataError: a recording without a text.
         """
-        for item in batch.items:
-            if not self.labels.encode(item.text or ""):
-                raise DataError(f"{item.path} has no text to learn from (text={item.text!r})")
-        texts = [torch.tensor(self.labels.encode(text)) for text in batch.texts]
+        texts = self.targets(batch)
         sizes = torch.tensor([len(text) for text in texts])
         log_probs, frames = self(batch.waveforms, batch.lengths)
         self._tell_too_short(batch, texts, frames)
@@ -131,33 +105,6 @@ class CTCRecognition(Optimised):
                     "needed; nothing is learnt from it",
                     stacklevel=2,
                 )
-
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
-        loss = self.loss(batch)
-        self.log("train_loss", loss, batch_size=len(batch))
-        return loss
-
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to ``val_wer`` and ``val_cer``."""
-        self._measure(batch, "val")
-
-    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to ``test_wer`` and ``test_cer``."""
-        self._measure(batch, "test")
-
-    def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[Transcription]:
-        """What is understood of each recording of a batch, beside its path."""
-        paths = [str(item.path) for item in batch.items]
-        return list(map(Transcription, paths, self.transcribe(batch)))
-
-    def _measure(self, batch: AudioBatch, stage: str) -> None:
-        said = [self.labels.normalise(text) for text in batch.texts]
-        understood = self.transcribe(batch)
-        for name in (f"{stage}_wer", f"{stage}_cer"):
-            rate: Any = self.rates[name]
-            rate.update(understood, said)
-            self.log(name, rate, on_epoch=True, on_step=False, batch_size=len(batch))
 
 
 def spec_augment(

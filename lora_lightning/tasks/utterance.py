@@ -1,0 +1,218 @@
+"""One answer for a whole recording: `AudioClassification` and `AudioRegression`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef
+from torchmetrics.classification import MulticlassAccuracy
+
+from lora_lightning.config import unknown_key
+from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.tasks.recognisers import frame_mask
+
+
+class Pooled(nn.Module):
+    """An encoder, the mean over the frames of its output, and a linear head.
+
+    Args:
+        encoder: From waveforms (B, T) and samples (B,) to features (B, F, D), or to those and
+            their frames (B,), as torchaudio's ``Wav2Vec2Model`` and `ConformerCTC`.
+        dim: D.
+        outputs: Numbers that the head gives.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, outputs: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(dim, outputs)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Waveforms (B, T), samples (B,) → (B, outputs)."""
+        found = self.encoder(waveforms, lengths)
+        features, frames = found if isinstance(found, tuple) else (found, None)
+        if frames is None:
+            return self.head(features.mean(dim=1))  # type: ignore[no-any-return]
+        mask = frame_mask(frames, features.shape[1])[:, :, None]
+        mean = (features * mask).sum(dim=1) / frames[:, None].clamp_min(1)
+        return self.head(mean)  # type: ignore[no-any-return]
+
+
+class _UtteranceTask(Optimised):
+    """What both tasks share: steps, and metrics that run over the whole epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        metrics: dict[str, Metric],
+        learning_rate: float,
+        weight_decay: float,
+        schedule: str,
+    ):
+        super().__init__(learning_rate, weight_decay, schedule)
+        self.model = model
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{name}": m.clone()
+                for stage in ("val", "test")
+                for name, m in metrics.items()
+            }
+        )
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Waveforms (B, T), samples (B,) → the model's output (B, outputs)."""
+        found: Tensor = self.model(waveforms, lengths)
+        return found
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """The loss of an output (B, outputs)."""
+        raise NotImplementedError
+
+    def answer(self, output: Tensor) -> Tensor:
+        """What the metrics compare with the targets."""
+        raise NotImplementedError
+
+    def targets(self, items: Sequence[Utterance]) -> Tensor:
+        """The targets (B,) of recordings."""
+        raise NotImplementedError
+
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        output = self(batch.waveforms, batch.lengths)
+        loss = self.loss(output, self.targets(batch.items).to(output.device))
+        self.log("train_loss", loss, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        """Adds a batch to the metrics ``val_…``."""
+        self._measure(batch, "val")
+
+    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        """Adds a batch to the metrics ``test_…``."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: AudioBatch, stage: str) -> None:
+        output = self(batch.waveforms, batch.lengths)
+        answer, targets = self.answer(output), self.targets(batch.items).to(output.device)
+        for name, metric in self.metrics.items():
+            if name.startswith(f"{stage}_"):
+                metric.update(answer, targets)  # type: ignore[operator]
+                entry: Any = metric
+                self.log(name, entry, on_epoch=True, on_step=False, batch_size=len(batch))
+
+
+class AudioClassification(_UtteranceTask):
+    """A class for each recording (a keyword, a speaker), from ``Utterance.target``.
+
+    Args:
+        model: From waveforms (B, T) and samples (B,) to logits (B, C), such as `Pooled`.
+        classes: Their names, in the order of the logits.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+        label_smoothing: Part of the target spread over all classes, in [0, 1).
+
+    Logs ``train_loss`` (cross-entropy), ``val_accuracy`` and ``test_accuracy``.
+
+    Raises:
+        ConfigError: a value is out of range, or there are fewer than two classes.
+        DataError: a recording's target is none of the classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "one-cycle",
+        label_smoothing: float = 0.0,
+    ):
+        if len(set(classes)) < 2 or len(set(classes)) < len(classes):
+            raise ConfigError(f"classes must be two or more different names, got {list(classes)}")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(len(classes), average="micro")}
+        super().__init__(model, metrics, learning_rate, weight_decay, schedule)
+        self.classes, self.label_smoothing = list(classes), label_smoothing
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, C)."""
+        return nn.functional.cross_entropy(output, targets, label_smoothing=self.label_smoothing)
+
+    def answer(self, output: Tensor) -> Tensor:
+        """The likeliest class."""
+        return output.argmax(dim=1)
+
+    def targets(self, items: Sequence[Utterance]) -> Tensor:
+        """The number of each recording's class."""
+        for item in items:
+            if item.target not in self.classes:
+                what = unknown_key(str(item.target), self.classes).replace("key", "class")
+                raise DataError(f"{item.path}: {what}" if item.target else f"{item.path}: no class")
+        return torch.tensor([self.classes.index(str(item.target)) for item in items])
+
+    def predict_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        """Probabilities (B, C)."""
+        found: Tensor = self(batch.waveforms, batch.lengths).softmax(dim=1)
+        return found
+
+
+class AudioRegression(_UtteranceTask):
+    """A number for each recording (an age, a quality), from ``Utterance.target``.
+
+    Args:
+        model: From waveforms (B, T) and samples (B,) to (B, 1) or (B,), such as `Pooled`.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+        error: ``"squared"`` or ``"absolute"``.
+
+    Logs ``train_loss``, and the mean absolute error and Pearson's correlation as ``val_mae``,
+    ``val_correlation``, ``test_mae`` and ``test_correlation``.
+
+    Raises:
+        ConfigError: a value is out of range.
+        DataError: a recording's target is no finite number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "one-cycle",
+        error: str = "squared",
+    ):
+        if error not in ("squared", "absolute"):
+            raise ConfigError(f"error must be 'squared' or 'absolute', got {error!r}")
+        metrics: dict[str, Metric] = {"mae": MeanAbsoluteError(), "correlation": PearsonCorrCoef()}
+        super().__init__(model, metrics, learning_rate, weight_decay, schedule)
+        self.error = error
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """The mean squared or absolute error."""
+        compare = nn.functional.mse_loss if self.error == "squared" else nn.functional.l1_loss
+        return compare(self.answer(output), targets)
+
+    def answer(self, output: Tensor) -> Tensor:
+        """The numbers (B,)."""
+        return output.reshape(len(output), -1)[:, 0]
+
+    def targets(self, items: Sequence[Utterance]) -> Tensor:
+        """The number of each recording."""
+        for item in items:
+            number = isinstance(item.target, (int, float)) and math.isfinite(item.target)
+            if not number:
+                raise DataError(f"{item.path}: target must be a finite number, got {item.target!r}")
+        return torch.tensor([float(item.target or 0.0) for item in items])
+
+    def predict_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+        """The numbers (B,)."""
+        return self.answer(self(batch.waveforms, batch.lengths))
