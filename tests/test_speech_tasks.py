@@ -227,12 +227,14 @@ def test_the_mel_loss_does_not_see_the_padding():
     items = [Utterance(f"{i}.wav", t) for i, t in enumerate(texts)]
     batch = AudioBatch.of(waveforms, items)
     longer = AudioBatch(nn.functional.pad(batch.waveforms, (0, 2000)), batch.lengths, items)
-    assert task.loss(longer).item() == pytest.approx(task.loss(batch).item(), rel=1e-4)
+    # torchaudio's postnet looks a few frames into it; counted, it would be half of the loss.
+    assert longer.waveforms.shape[1] > 1.3 * batch.waveforms.shape[1]
+    assert task.loss(longer).item() == pytest.approx(task.loss(batch).item(), rel=2e-2)
 
 
 def test_an_adapter_changes_the_voice_and_its_removal_gives_it_back():
     task = synthesis().eval()
-    task.model.decoder.decoder_max_step = 12
+    task.model.decoder.decoder_max_step, task.model.decoder.gate_threshold = 12, 1.0
 
     def spoken():
         torch.manual_seed(0)
@@ -248,9 +250,8 @@ def test_an_adapter_changes_the_voice_and_its_removal_gives_it_back():
 
 
 def test_synthesis_gives_sound():
-    task = synthesis()
-    task.model.eval()
-    task.model.decoder.decoder_max_step = 12
+    task = synthesis().eval()
+    task.model.decoder.decoder_max_step, task.model.decoder.gate_threshold = 12, 1.0
     with pytest.warns(UserWarning, match="Reached max decoder steps"):
         waveform = task.synthesise("a bad cab")
     assert waveform.dim() == 1

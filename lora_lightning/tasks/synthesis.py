@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torchaudio
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.labels import Labels
 from lora_lightning.tasks.optimisation import Optimised
 from lora_lightning.tasks.recognisers import frame_mask
+
+FLOOR = 1e-5  # of a mel magnitude
 
 
 class Tacotron2Synthesis(Optimised):
@@ -67,7 +71,7 @@ class Tacotron2Synthesis(Optimised):
     def features(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T), samples (B,) → log mel (B, n_mels, F), zero in the padding, and frames (B,)."""
         frames = lengths // self.hop + 1
-        logs = self.mel(waveforms).clamp_min(1e-5).log()
+        logs = self.mel(waveforms).clamp_min(FLOOR).log()
         return logs * frame_mask(frames, logs.shape[2])[:, None], frames
 
     def loss(self, batch: AudioBatch) -> Tensor:
@@ -133,6 +137,9 @@ class Tacotron2Synthesis(Optimised):
             bins, self.model.n_mels, self.sample_rate, f_max=self.top, norm="slaney",
             mel_scale="slaney", driver="gelsd",
         )  # fmt: skip
+        # A window's worth of frames at least, silence after what was spoken.
+        short = max(self.n_fft // self.hop + 1 - mel.shape[2], 0)
+        mel = nn.functional.pad(mel, (0, short), value=math.log(FLOOR))
         phases = torchaudio.transforms.GriffinLim(self.n_fft, hop_length=self.hop, power=1.0)
         magnitudes = inverse(mel.exp().cpu()).clamp_min(0)
         waveform: Tensor = phases(magnitudes)[0]

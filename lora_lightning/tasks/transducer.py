@@ -86,15 +86,18 @@ class TransducerRecognition(Recognition):
         )
         return loss
 
+    @torch.no_grad()
     def transcribe(self, batch: AudioBatch) -> list[str]:
         """What the beam search finds for each recording, one by one."""
         search = RNNTBeamSearch(self.model, self.labels.blank)
         features, frames = self(batch.waveforms, batch.lengths)
         _, context = _reduction(self.model)
+        # torchaudio's search fails where there are fewer continuations than it keeps.
+        beam = min(self.beam_size, len(self.labels) - 1)
         texts = []
         for row, count in zip(features, frames, strict=True):
             own = row[None, : int(count) + context]
-            best = search(own, count[None], self.beam_size)[0]
+            best = search(own, count[None], beam)[0]
             texts.append(self.labels.decode(best[0]))
         return texts
 
