@@ -14,10 +14,12 @@ from importlib import resources
 from itertools import groupby
 from string import Template
 
+from lora_lightning import listen
 from lora_lightning.plots import Plot
 from lora_lightning.results import Cell, Column, Run, Summary
 
 MOST_SKIPPED, MOST_COLUMNS = 500, 6
+_WER = " WER: words substituted, missed or inserted, over the words said; lower is better."
 
 
 def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
@@ -29,6 +31,7 @@ def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
         facts=escape(_facts(run, summary)),
         verdict=escape(verdict),
         table=_results(run, summary),
+        listen=listen.section(run) if run.transcripts else "",
         figures="\n".join(_figure(plot) for plot in plots),
         notes=_list("Notes", run.notes),
         details="\n".join(_details(run, summary)),
@@ -38,7 +41,7 @@ def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
 
 def _facts(run: Run, summary: Summary) -> str:
     counts = (
-        (len(run.classes), "class", "classes"),
+        *([(len(run.classes), "class", "classes")] if run.classes else []),
         (len(summary.targets), "target domain", "target domains"),
         (summary.seeds, "seed", "seeds"),
     )
@@ -51,10 +54,15 @@ def _results(run: Run, summary: Summary) -> str:
     if not summary.methods:
         return f"<p>No {escape(run.metric)} was measured.</p>"
     return (
-        f"<h2>{escape(run.metric.capitalize())}</h2>"
+        f"<h2>{escape(_title(run.metric))}</h2>"
         f"{_table(summary, summary.columns(MOST_COLUMNS))}"
-        f'<p class="note">{escape(summary.footnote())}</p>'
+        f'<p class="note">{escape(summary.footnote())}{_WER if run.metric == "WER" else ""}</p>'
+        + (_by_domain(summary) if summary.lower and len(summary.targets) in range(2, 21) else "")
     )
+
+
+def _title(metric: str) -> str:
+    return metric if metric.isupper() else metric.capitalize()
 
 
 def _table(summary: Summary, columns: Sequence[Column]) -> str:
@@ -102,7 +110,7 @@ def _list(title: str, lines: Iterable[str]) -> str:
 
 def _details(run: Run, summary: Summary) -> list[str]:
     parts = []
-    if len(summary.targets) > 1:
+    if len(summary.targets) > 1 and not (summary.lower and len(summary.targets) <= 20):
         parts.append(_fold("Every domain", _by_domain(summary)))
     if run.skipped:
         shown = [(escape(path), escape(reason)) for path, reason in run.skipped[:MOST_SKIPPED]]

@@ -11,12 +11,14 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.results import Prediction, Row, Run, Summary, shorten
+from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
+from lora_lightning.wording import shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,28 +68,44 @@ def _table(run: Run, summary: Summary) -> Table:
 
 
 def verdict(run: Run) -> str:
-    """One sentence: what LoRA brought on the target, and how near it comes to full fine-tuning."""
+    """What LoRA brought on the target, how near it is to full fine-tuning, and whom it harmed."""
     summary = Summary(run)
-    target = {m: summary.target(m) for m in summary.methods}
-    known = [m for m in summary.methods if not math.isnan(target[m].mean)]
-    before = next((m for m in known if m.lower().startswith("source")), None)
+    known = [m for m in summary.headline_methods() if not math.isnan(summary.target(m).mean)]
+    before = summary.before()
     tuned = [m for m in known if "lora" in m.lower()] or [m for m in known if m != before]
     if before is None or not tuned or before in tuned:
         return "There are no two methods on the target to compare."
-    after = max(tuned, key=lambda m: target[m].mean)
-    start, end = 100 * target[before].mean, 100 * target[after].mean
-    word = "raises" if end > start else "lowers"
-    change = f"{word} {run.metric} from {start:.1f} % to {end:.1f} %"
-    if f"{start:.1f}" == f"{end:.1f}":
-        change = f"leaves {run.metric} at {end:.1f} %"
+    pick = min if summary.lower else max
+    after = pick(tuned, key=lambda m: summary.target(m).mean)
     seeds = f" (mean of {summary.seeds} seeds)" if summary.seeds > 1 else ""
     full = next((m for m in known if m.lower().startswith("full") and m != after), None)
     rest = "" if full is None else _against(summary, after, full)
-    return f"On the target, {_spoken(after)} {change}{seeds}{rest}."
+    change = _change(summary, before, after, run.metric)
+    harm = _harm(summary, before, after) if summary.lower else ""
+    return f"On the target, {_spoken(after)} {change}{seeds}{rest}.{harm}"
+
+
+def _change(summary: Summary, before: str, after: str, metric: str) -> str:
+    start, end = (100 * summary.target(m).mean for m in (before, after))
+    if f"{start:.1f}" == f"{end:.1f}":
+        return f"leaves {metric} at {end:.1f} %"
+    word = "raises" if end > start else "lowers"
+    change = f"{word} {metric} from {start:.1f} % to {end:.1f} %"
+    if summary.lower and end < start:
+        change += f", {100 * (1 - end / start):.0f} % fewer errors"
+    return change
+
+
+def _harm(summary: Summary, before: str, after: str) -> str:
+    worse, of = summary.worse(after, before), len(summary.each(after))
+    if not worse:
+        return " No target is worse than before."
+    named = ", ".join(dict.fromkeys(domain for domain, _ in worse))
+    return f" Worse than before in {len(worse)} of {of} cases: {named}."
 
 
 def _spoken(method: str) -> str:
-    return method.replace(", target labels", " with target labels")
+    return re.sub(r", (?=[\d ]*target labels)", " with ", method)
 
 
 def _against(summary: Summary, method: str, full: str) -> str:
@@ -107,6 +125,7 @@ def _against(summary: Summary, method: str, full: str) -> str:
 def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
+    A run of speech recognition has a transcripts.csv in place of predictions.csv.
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
@@ -115,7 +134,10 @@ def write_report(run: Run, out: Path) -> None:
     results = [asdict(row) for row in run.rows]
     _write(out / "results.json", _json(results).encode())
     _write(out / "results.csv", _csv(Row, results))
-    _write(out / "predictions.csv", _csv(Prediction, map(asdict, run.predictions)))
+    if run.transcripts:
+        _write(out / "transcripts.csv", _csv(Transcript, map(asdict, run.transcripts)))
+    else:
+        _write(out / "predictions.csv", _csv(Prediction, map(asdict, run.predictions)))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)

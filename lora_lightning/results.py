@@ -14,8 +14,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lora_lightning.wording import si
+
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
+LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE"))
 
 
 @dataclass
@@ -129,10 +132,13 @@ class Summary:
         source: the source domain, where it was measured.
         targets: the other domains, in the order of first appearance.
         graded: whether every target domain is named "<kind>-<severity>".
+        lower: whether a lower value of the metric is the better one.
     """
 
     def __init__(self, run: Run) -> None:
         self._rows = [row for row in run.rows if row.metric == run.metric]
+        self.lower = run.metric in LOWER_IS_BETTER
+        self._headline = run.config.get("headline")
         self._values = {(r.method, r.domain, r.seed): r.value for r in self._rows}
         self.methods = list(dict.fromkeys(r.method for r in self._rows))
         domains = list(dict.fromkeys(r.domain for r in self._rows))
@@ -186,7 +192,40 @@ class Summary:
         means = {m: self.target(m).mean for m in self.methods}
         means = {m: value for m, value in means.items() if not math.isnan(value)}
         free = {m: value for m, value in means.items() if "target labels" not in m}
-        return {max(group, key=group.__getitem__) for group in (means, free) if group}
+        pick = min if self.lower else max
+        return {pick(group, key=group.__getitem__) for group in (means, free) if group}
+
+    def items(self, method: str) -> int | None:
+        """Labelled target items that the method was given, where that was counted."""
+        return next((r.items for r in self._rows if r.method == method), None)
+
+    def each(self, method: str) -> list[float]:
+        """The value of every target and seed."""
+        targets = set(self.targets)
+        return [r.value for r in self._rows if r.method == method and r.domain in targets]
+
+    def before(self) -> str | None:
+        """The source model's method."""
+        known = (m for m in self.methods if m.lower().startswith("source"))
+        return next((m for m in known if not math.isnan(self.target(m).mean)), None)
+
+    def headline_methods(self) -> list[str]:
+        """The methods to show where not all can be: one size of the enrolment, the headline's."""
+        sizes = [n for m in self.methods if (n := self.items(m)) is not None]
+        size = self._headline if self._headline in sizes else max(sizes, default=None)
+        return [m for m in self.methods if self.items(m) in (None, size)]
+
+    def worse(self, method: str, than: str) -> list[tuple[str, int]]:
+        """The (domain, seed) of the target for which one method does worse than another."""
+        sign = -1 if self.lower else 1
+        return [
+            (d, s)
+            for (m, d, s), value in self._values.items()
+            if m == method
+            and d in self.targets
+            and (other := self._values.get((than, d, s))) is not None
+            and sign * value < sign * other
+        ]
 
     def parameters(self, method: str) -> int:
         """Trainable parameters of a method."""
@@ -216,18 +255,3 @@ def _source_of(run: Run) -> Any:
     data = run.config.get("data")
     source = data.get("source") if isinstance(data, dict) else None
     return source if isinstance(source, str) else None
-
-
-def si(number: float, unit: str = "") -> str:
-    """3.4 M for 3,400,000: three digits at most, an SI prefix and the unit."""
-    prefixes = iter(" kMGT")
-    prefix = next(prefixes)
-    while number >= 999.5:
-        number, prefix = number / 1000, next(prefixes)
-    digits = 1 if prefix != " " and number < 9.95 else 0
-    return f"{number:.{digits}f} {prefix.strip()}{unit}".strip()
-
-
-def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, the last an ellipsis where some are missing."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -22,8 +22,8 @@ PACKAGE = Path(lora_lightning.__file__).parent
 # inside a function count as well, imports for type checkers do not.
 LAYERS = (
     # What an adapter is.
-    "tree",
-    "decompose errors initialize parametrized summary",
+    "family_tables tree",
+    "decompose errors initialize parametrized summary wording",
     "config factors guard patterns",
     "layers",
     "adapter",
@@ -44,8 +44,8 @@ LAYERS = (
     "callback",
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
-    "tasks",
-    "plots",
+    "tasks transcripts",
+    "listen plots",
     "html",
     "report",
     "runs",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.results import Summary, shorten, si
+from lora_lightning.results import Summary
+from lora_lightning.wording import shorten, si
 from tests.report_runs import LORA, make_run, row
 
 

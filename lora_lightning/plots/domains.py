@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lightning.plots.style import colour, look
-from lora_lightning.results import Run, Summary, severity, shorten
+from lora_lightning.results import Run, Summary, severity
+from lora_lightning.wording import shorten
 
 MOST_DOMAINS = 40
 
@@ -18,7 +19,8 @@ MOST_DOMAINS = 40
 def domain_plot(run: Run) -> tuple[Figure, str] | None:
     """The metric by severity, one panel a kind of shift; by domain where none is graded."""
     summary = Summary(run)
-    if not summary.methods or not summary.targets:
+    # Error rates have plots of their own (plots/speech.py).
+    if not summary.methods or not summary.targets or summary.lower:
         return None
     return _by_severity(run, summary) if summary.graded else _by_domain(run, summary)
 

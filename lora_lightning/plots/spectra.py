@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lora_lightning.decompose import effective_rank
 from lora_lightning.plots.style import COLOURS, FAINT, INK, QUIET
-from lora_lightning.results import Run, shorten
+from lora_lightning.results import Run
+from lora_lightning.wording import shorten
 
 MOST_LABELS = 60
 BLUE = COLOURS[2]

@@ -1,0 +1,65 @@
+"""The part of a run's page that one listens to: sound, what was said, what was understood."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+from lora_lightning.results import Run, Transcript
+from lora_lightning.transcripts import Piece, compare, telling
+
+MOST = 8
+_TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
+
+
+def section(run: Run) -> str:
+    """A player, the reference and both hypotheses for a few recordings; "" without any."""
+    first = [t for t in run.transcripts if t.seed == run.transcripts[0].seed]
+    chosen = [(t, sound) for t in telling(first, MOST) if (sound := _sound(t))]
+    if not chosen:
+        return ""
+    return (
+        '<h2>Listen</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
+        "<ins>word too many</ins>, <del>word missed</del>. The recordings in which most words were "
+        "mended, of each target in turn; last, the one in which least was won.</p>"
+        + "".join(_one(t, sound) for t, sound in chosen)
+    )
+
+
+def _one(t: Transcript, sound: str) -> str:
+    lines = (
+        ("said", escape(t.reference)),
+        ("before", _marked(compare(t.reference, t.source))),
+        ("after", _marked(compare(t.reference, t.adapted))),
+    )
+    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
+    return (
+        f'<div class="heard"><p><b>{escape(t.domain)}</b> · {escape(t.item)}</p>'
+        f'<audio controls preload="none" src="{sound}"></audio><dl>{rows}</dl></div>'
+    )
+
+
+def _marked(pieces: Sequence[Piece]) -> str:
+    """The hypothesis with its errors marked; what is missing is shown struck out."""
+    found = []
+    for piece in pieces:
+        text = escape(piece.said if piece.kind == "delete" else piece.heard)
+        tag = _TAGS.get(piece.kind)
+        hint = f' title="said: {escape(piece.said)}"' if piece.kind == "substitute" else ""
+        found.append(f"<{tag}{hint}>{text}</{tag}>" if tag else text)
+    return " ".join(found) or "<i>nothing</i>"
+
+
+def _sound(t: Transcript) -> str:
+    """The recording as a data URI, in FLAC; "" where it cannot be read any more."""
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(t.audio, dtype="int16")
+    except (OSError, RuntimeError):
+        return ""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+    return f"data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,63 @@
+"""What was said against what was understood, word by word (by jiwer)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_lightning.results import Transcript
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of words that are right, or wrong in one way.
+
+    Attributes:
+        kind: ``"equal"``, ``"substitute"``, ``"insert"`` or ``"delete"``.
+        said: The words of the reference; "" for an insertion.
+        heard: The words of the hypothesis; "" for a deletion.
+    """
+
+    kind: str
+    said: str
+    heard: str
+
+
+def compare(reference: str, hypothesis: str) -> list[Piece]:
+    """The hypothesis in pieces, with the fewest errors that explain it."""
+    said, heard = reference.split(), hypothesis.split()
+    if not said:
+        return [Piece("insert", "", hypothesis)] if heard else []
+    import jiwer
+
+    chunks = jiwer.process_words(" ".join(said), " ".join(heard)).alignments[0]
+    return [
+        Piece(
+            chunk.type,
+            " ".join(said[chunk.ref_start_idx : chunk.ref_end_idx]),
+            " ".join(heard[chunk.hyp_start_idx : chunk.hyp_end_idx]),
+        )
+        for chunk in chunks
+    ]
+
+
+def errors(reference: str, hypothesis: str) -> int:
+    """Number of words that are substituted, inserted or deleted."""
+    wrong = (p for p in compare(reference, hypothesis) if p.kind != "equal")
+    return sum(max(len(p.said.split()), len(p.heard.split())) for p in wrong)
+
+
+def telling(transcripts: Sequence[Transcript], most: int) -> list[Transcript]:
+    """The recordings that tell most: words mended, of each domain in turn; the worst one last."""
+    audible = [t for t in transcripts if t.audio]
+    gains = {id(t): errors(t.reference, t.source) - errors(t.reference, t.adapted) for t in audible}
+    queues: dict[str, list[Transcript]] = {}
+    for t in sorted(audible, key=lambda t: -gains[id(t)]):
+        queues.setdefault(t.domain, []).append(t)
+    turns = max(map(len, queues.values()), default=0)
+    ordered = [q[i] for i in range(turns) for q in queues.values() if i < len(q)]
+    chosen = ordered[: most - 1]
+    left = [t for t in audible if t not in chosen]
+    # What went wrong belongs to the picture.
+    worst = min(left, key=lambda t: (gains[id(t)], -errors(t.reference, t.adapted)), default=None)
+    return [*chosen, worst] if worst is not None else chosen
