@@ -135,7 +135,8 @@ def _by_domain(summary: Summary) -> str:
         for domain in [*sources, *summary.targets]
     )
     return (
-        f'<div class="wide"><table><thead><tr><th scope="col">domain</th>{names}</tr></thead>'
+        '<div class="wide"><table class="domains"><thead><tr><th scope="col">domain</th>'
+        f"{names}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -42,7 +42,7 @@ def enrolment_plot(run: Run) -> Drawing | None:
     axes.minorticks_off()
     axes.set_xlabel("labelled items of the target")
     axes.set_ylabel(f"{run.metric} (%)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return figure, (
         "Mean over the targets; the band holds the middle half of targets and seeds. "
         f"{_direction(summary)} is better."
@@ -101,7 +101,8 @@ def spectrogram_plot(run: Run) -> Drawing | None:
     found = [(t, image) for t in telling(first, 4) if (image := _spectrogram(t)) is not None]
     if not found:
         return None
-    figure = Figure(figsize=(9, 2.35 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9, 2.5 * len(found)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for axes, (t, (decibels, seconds, top)) in zip(grid, found, strict=True):
         extent = (0.0, seconds, 0.0, top / 1000)
@@ -135,7 +136,7 @@ def _spectrogram(t: Transcript) -> tuple[np.ndarray, float, float] | None:
         samples, rate = soundfile.read(t.audio, dtype="float32")
     except (OSError, RuntimeError):
         return None
-    size, hop = max(rate // 40, 16), max(rate // 100, 8)
+    size, hop = max(rate // 40, 16), max(rate // 60, 8)
     if len(samples) < size:
         return None
     frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::hop] * np.hanning(size)
