@@ -39,9 +39,9 @@ def add_commands(commands: Any) -> None:
     for name, kind, default, text in (
         ("rank", int, 2, "inner dimension of the factors"),
         ("alpha", float, 4.0, "numerator of the scaling alpha/rank"),
-        ("steps", int, 80, "optimizer steps for each speaker"),
+        ("steps", int, 150, "optimizer steps for each speaker"),
         ("learning-rate", float, 4e-3, "peak learning rate"),
-        ("batch", int, 8, "recordings in a batch, at most"),
+        ("batch", int, 4, "recordings in a batch, at most"),
         ("held-out", float, 0.2, "part that decides whether the adapter is kept, of ten or more"),
         ("seed", int, 0, "of factors, order, and what is held out"),
     ):

@@ -78,8 +78,8 @@ class SpeakerSettings:
     lora: LoRAConfig = field(
         default_factory=lambda: LoRAConfig(rank=2, alpha=4.0, target_modules="all")
     )
-    steps: int = 80
-    batch: int = 8
+    steps: int = 150
+    batch: int = 4
     learning_rate: float = 4e-3
     held_out: float = 0.2
     seed: int = 0
