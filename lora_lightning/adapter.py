@@ -16,6 +16,7 @@ product can be kept in factors, `lora_lightning.layers` adds a cheaper ``forward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.guard import EffectiveWeight
 from lora_lightning.layers import overrides
+
+
+class _Uncompilable(Sequence[str]):
+    """Read by TorchScript about to compile an adapted class, which it cannot: says so instead."""
+
+    def __len__(self) -> int:
+        raise AdapterError(
+            "TorchScript cannot compile an adapter that is not merged: call merge(model) before "
+            "torch.jit.script or torch.jit.trace, and unmerge(model) afterwards to train on"
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return [][index]
 
 
 class AdaptedModule:
@@ -40,6 +54,7 @@ class AdaptedModule:
     lora_active: str | None
     _adapted_base: type[nn.Module]
     _adapted_tensors: tuple[str, ...]
+    __jit_ignored_attributes__ = _Uncompilable()
 
     def factors(self, tensor: str) -> Factors | None:
         """The factors in force on this tensor, or ``None``."""
@@ -124,7 +139,8 @@ def adapt(module: nn.Module, name: str, specs: dict[str, FactorSpec], bare: bool
     live: Any = module
     base = getattr(module, "_adapted_base", type(module))
     tensors = tuple(sorted({*getattr(module, "_adapted_tensors", ()), *specs}))
-    factors = nn.ModuleDict()
+    # A recurrent layer has many tensors, which an adapter's file brings one at a time.
+    factors = live.lora[name] if name in live.lora else nn.ModuleDict()
     for tensor, spec in specs.items():
         parametrized.recompute(module, tensor)
         weight = raw_tensor(module, tensor)

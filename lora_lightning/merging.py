@@ -38,7 +38,7 @@ class Merged:
         A fresh parameter has version 0; its sum tells of writes through ``.data``, which no
         version counts. A model that was converted meanwhile has other sums by rights.
         """
-        live = {key: parametrized.locate(module, key) for key in self.placed}
+        live = {key: _located(module, key) for key in self.placed}
         return [
             k
             for k, p in self.placed.items()
@@ -92,7 +92,7 @@ def unmerge_layer(module: nn.Module) -> None:
     merged: Merged = module.__dict__[_ATTRIBUTE]
     live: Any = module
     for key, raw in merged.raw.items():
-        now = parametrized.locate(module, key)
+        now = _located(module, key)
         raw.data = raw.data.to(device=now.device, dtype=now.dtype)
         parametrized.place(module, key, raw)
     for tensor in merged.tensors:
@@ -107,6 +107,18 @@ def unmerge_layer(module: nn.Module) -> None:
     if reference is not None and not reference.is_meta:
         merged.lora.to(device=reference.device, dtype=reference.dtype)
     merged.lora.train(module.training)
+
+
+def _located(module: nn.Module, key: str) -> Any:
+    try:
+        return parametrized.locate(module, key)
+    except (AttributeError, KeyError) as error:
+        raise AdapterError(
+            f"{key} of a merged {type(module).__name__} is gone since merge(): its weight norm was "
+            "removed (torch.jit.script does that to wav2vec2, even to the original when a copy is "
+            "scripted), so that the source's weights have no place to come back to: load the "
+            "source model anew"
+        ) from error
 
 
 def is_merged(module: nn.Module) -> bool:

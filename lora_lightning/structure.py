@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_lightning import layers
 from lora_lightning.factors import Factors
+from lora_lightning.family_tables import TORCHAUDIO_HEADS
+from lora_lightning.patterns import matches
 from lora_lightning.tree import join, walk
 
 _HEAD_NAMES = frozenset(
@@ -21,13 +23,17 @@ _HEAD_NAMES = frozenset(
 def classifier_modules(model: nn.Module) -> set[str]:
     """Paths of the final classifier's layers; empty where the model ends without one.
 
-    Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``),
-    else the last adaptable layer under a customary name (``head``, ``fc``, ``classifier`` …)
-    or, failing that, at the very end and outside every list of blocks.
+    Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``) or
+    looked up for a family of torchaudio, else the last adaptable layer under a customary name
+    (``head``, ``fc``, ``classifier`` …) or, failing that, at the very end and outside every list
+    of blocks.
     """
     for prefix, module in walk(model):
         if callable(getattr(module, "get_classifier", None)):
             return {join(prefix, name) for name in _timm_classifier(module)}
+        found = {join(prefix, name) for name in _torchaudio_head(module)}
+        if found or (not prefix and below(module, "torchaudio.models")):
+            return found  # an encoder on its own has no head; inside a model, that may have one
     ordered = [n for n, m in walk(model) if layers.tensors_of(m)]
     for name, _ in model.named_children():
         under = [n for n in ordered if n == name or n.startswith(f"{name}.")]
@@ -59,6 +65,19 @@ def _timm_classifier(model: Any) -> Iterable[str]:
     declared = cfg.get("classifier") or ()
     declared = (declared,) if isinstance(declared, str) else tuple(declared)
     return names | {n for n, m in walk(model) if n in declared and m._parameters}
+
+
+def _torchaudio_head(module: nn.Module) -> Iterable[str]:
+    patterns = TORCHAUDIO_HEADS.get(below(module, "torchaudio.models"), ())
+    weighted = [n for n, m in walk(module) if n and m._parameters] if patterns else []
+    for pattern in patterns:
+        yield from [n for n in weighted if matches(pattern, n)][-1:]
+
+
+def below(module: nn.Module, package: str) -> str:
+    """Where in `package` the module's class is defined; empty where it is not from there."""
+    where = getattr(module, "_adapted_base", type(module)).__module__
+    return where.removeprefix(f"{package}.") if where.startswith(f"{package}.") else ""
 
 
 def block_list(model: nn.Module) -> list[str]:
