@@ -54,7 +54,9 @@ def test_help_without_a_recipe_lists_the_recipes(capsys):
 
 def test_list(capsys):
     assert main(["list"]) == 0
-    assert "lighting  Objects in another light" in capsys.readouterr().out
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in listed] == ["acoustics", "lighting", "speaker"]
+    assert listed[1][1].strip() == "Objects in another light"
 
 
 def test_copy_gives_a_recipe_that_runs_from_there(tmp_path, capsys):
