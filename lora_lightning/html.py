@@ -18,7 +18,7 @@ from lora_lightning import listen
 from lora_lightning.plots import Plot
 from lora_lightning.results import Cell, Column, Run, Summary
 
-MOST_SKIPPED, MOST_COLUMNS = 500, 6
+MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
 _WER = " WER: words substituted, missed or inserted, over the words said; lower is better."
 
 
@@ -53,11 +53,13 @@ def _facts(run: Run, summary: Summary) -> str:
 def _results(run: Run, summary: Summary) -> str:
     if not summary.methods:
         return f"<p>No {escape(run.metric)} was measured.</p>"
+    # Each target in a table of its own, where there are few: then the first has their mean.
+    apart = summary.lower and len(summary.targets) in range(2, MOST_TARGETS + 1)
     return (
         f"<h2>{escape(_title(run.metric))}</h2>"
-        f"{_table(summary, summary.columns(MOST_COLUMNS))}"
+        f"{_table(summary, summary.columns(1 if apart else MOST_COLUMNS))}"
         f'<p class="note">{escape(summary.footnote())}{_WER if run.metric == "WER" else ""}</p>'
-        + (_by_domain(summary) if summary.lower and len(summary.targets) in range(2, 21) else "")
+        + (_by_domain(summary) if apart else "")
     )
 
 
@@ -110,7 +112,7 @@ def _list(title: str, lines: Iterable[str]) -> str:
 
 def _details(run: Run, summary: Summary) -> list[str]:
     parts = []
-    if len(summary.targets) > 1 and not (summary.lower and len(summary.targets) <= 20):
+    if len(summary.targets) > 1 and not (summary.lower and len(summary.targets) <= MOST_TARGETS):
         parts.append(_fold("Every domain", _by_domain(summary)))
     if run.skipped:
         shown = [(escape(path), escape(reason)) for path, reason in run.skipped[:MOST_SKIPPED]]
