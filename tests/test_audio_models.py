@@ -36,6 +36,23 @@ def test_a_bundle_with_local_weights(tiny, tmp_path):
     assert torch.equal(found.model(waveform)[0], tiny(normalised)[0])
 
 
+def test_the_weights_of_the_wrapper_that_normalises(tiny, tmp_path):
+    torch.save(tiny.state_dict(), tmp_path / "w.pth")
+    found = load_audio_model("WAV2VEC2_ASR_LARGE_LV60K_960H", tmp_path / "w.pth")
+    torch.save(found.model.state_dict(), tmp_path / "wrapped.pth")
+    again = load_audio_model("WAV2VEC2_ASR_LARGE_LV60K_960H", tmp_path / "wrapped.pth")
+    assert torch.equal(again.model.model.aux.weight, tiny.aux.weight)
+
+
+def test_the_aligners_star_is_no_class(monkeypatch, tmp_path):
+    params = {**audio_zoo._WAV2VEC2, **audio_zoo._LARGE, "aux_num_out": 28}
+    small = dataclasses.replace(pipelines.MMS_FA, _params=params)
+    monkeypatch.setattr(pipelines, "MMS_FA", small)
+    torch.save(ta.wav2vec2_model(**params).state_dict(), tmp_path / "w.pth")
+    found = load_audio_model("MMS_FA", tmp_path / "w.pth")
+    assert found.model(torch.randn(1, 2400))[0].shape[2] == len(found.labels) == 28
+
+
 def test_classes_that_torchaudio_leaves_out(tiny, tmp_path):
     weights = tiny.state_dict()
     for key in ("aux.weight", "aux.bias"):  # 3 unused ones after the blank, as fairseq has them

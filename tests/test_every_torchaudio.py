@@ -39,7 +39,6 @@ from lora_lightning.targets import _layers
 from lora_lightning.tasks.recognisers import ConformerCTC
 from tests.audio_zoo import MODELS, RNNT, build, wav2vec2
 from tests.conftest import Module, randomise, trainer
-from tests.test_every_timm import train_against_eval
 
 NAMES = sorted(MODELS)
 BOTH = ("auto", "all")
@@ -100,10 +99,8 @@ def test_every_model(name, targets):
     assert before.keys() <= model.state_dict().keys()
     # Gradients of all factors in training and in eval, effect in eval, merging.
     assert verify(model, batch, tolerance=1e-5)[0].effect > 0
-    gap = train_against_eval(model, batch)
     assert without_effect(model, batch, training=True) == []
     assert without_effect(model, batch, training=False) == []
-    assert gap is None or gap >= 0
 
     randomise(model)
     with torch.no_grad():

@@ -90,13 +90,21 @@ def _bundle(name: str, checkpoint: Path | str | None) -> AudioModel:
     else:
         model = recipe.build(bundle)
         weights = read_weights(Path(checkpoint))
+        if all(key.startswith("model.") for key in weights):  # of the wrapper that normalises
+            weights = {key.removeprefix("model."): value for key, value in weights.items()}
         _drop_unused_classes(bundle, weights, model)
         _fit(model, weights, str(checkpoint), name)
         if getattr(bundle, "_normalize_waveform", False):
             model = pipelines._wav2vec2.utils._extend_model(model, normalize_waveform=True)
-    labels = bundle.get_labels() if hasattr(bundle, "get_labels") else None
+    labels = _labels(bundle)
     rate = getattr(bundle, "sample_rate", None) or 22050  # Tacotron2's bundles do not say
     return AudioModel(model.eval(), labels, int(rate), recipe.kind)
+
+
+def _labels(bundle: Any) -> tuple[str, ...] | None:
+    if isinstance(bundle, pipelines.Wav2Vec2FABundle):
+        return tuple(bundle.get_labels(star=None))  # the star is for forced alignment alone
+    return tuple(bundle.get_labels()) if hasattr(bundle, "get_labels") else None
 
 
 def _downloaded(name: str, bundle: Any, recipe: _Recipe) -> nn.Module:
@@ -115,10 +123,11 @@ def _recipe(bundle: Any) -> _Recipe:
     kinds = pipelines
     if isinstance(bundle, kinds.Wav2Vec2Bundle):
         kind = "ctc" if isinstance(bundle, kinds.Wav2Vec2ASRBundle) else "encoder"
+        aligns = isinstance(bundle, kinds.Wav2Vec2FABundle)
         make = pipelines._wav2vec2.utils._get_model
         return _Recipe(
-            "ctc" if hasattr(bundle, "get_labels") else kind,
-            lambda b: b.get_model(),
+            "ctc" if aligns else kind,
+            (lambda b: b.get_model(with_star=False)) if aligns else (lambda b: b.get_model()),
             lambda b: make(b._model_type, b._params),
             lambda b: b._path if b._path.startswith("https") else f"models/{b._path}",
         )
