@@ -8,27 +8,28 @@ from collections.abc import Sequence
 from html import escape
 
 from lora_lightning.results import Run, Transcript
-from lora_lightning.transcripts import Piece, compare, telling
+from lora_lightning.transcripts import SAMPLE_RATE, Piece, compare, sound, telling
 
 MOST = 8
+MOST_CHARACTERS = 1_800_000  # of sound in the page, which stays below 3 MB
 _TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
 
 
 def section(run: Run) -> str:
     """A player, the reference and both hypotheses for a few recordings; "" without any."""
     first = [t for t in run.transcripts if t.seed == run.transcripts[0].seed]
-    chosen = [(t, sound) for t in telling(first, MOST) if (sound := _sound(t))]
+    chosen = _playable(telling(first, MOST))
     if not chosen:
         return ""
     return (
         '<h2>Listen</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
         "<ins>word too many</ins>, <del>word missed</del>. The recordings in which most words were "
         "mended, of each target in turn; last, the one in which least was won.</p>"
-        + "".join(_one(t, sound) for t, sound in chosen)
+        + "".join(_one(t, uri) for t, uri in chosen)
     )
 
 
-def _one(t: Transcript, sound: str) -> str:
+def _one(t: Transcript, uri: str) -> str:
     lines = (
         ("said", escape(t.reference)),
         ("before", _marked(compare(t.reference, t.source))),
@@ -37,7 +38,8 @@ def _one(t: Transcript, sound: str) -> str:
     rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
     return (
         f'<div class="heard"><p><b>{escape(t.domain)}</b> · {escape(t.item)}</p>'
-        f'<audio controls preload="none" src="{sound}"></audio><dl>{rows}</dl></div>'
+        f'<audio controls preload="none" aria-label="{escape(t.item)}" src="{uri}"></audio>'
+        f"<dl>{rows}</dl></div>"
     )
 
 
@@ -52,14 +54,24 @@ def _marked(pieces: Sequence[Piece]) -> str:
     return " ".join(found) or "<i>nothing</i>"
 
 
+def _playable(transcripts: Sequence[Transcript]) -> list[tuple[Transcript, str]]:
+    """Those whose sound can be read and fits the page, with their sound."""
+    found, room = [], MOST_CHARACTERS
+    for t in transcripts:
+        uri = _sound(t)
+        if uri and len(uri) <= room:
+            found.append((t, uri))
+            room -= len(uri)
+    return found
+
+
 def _sound(t: Transcript) -> str:
-    """The recording as a data URI, in FLAC; "" where it cannot be read any more."""
+    """The recording as a data URI, in FLAC, which every browser plays; "" where it is gone."""
     import soundfile
 
-    try:
-        samples, rate = soundfile.read(t.audio, dtype="int16")
-    except (OSError, RuntimeError):
+    samples = sound(t)
+    if samples is None:
         return ""
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, samples.clamp(-1, 1).numpy(), SAMPLE_RATE, "PCM_16", format="FLAC")
     return f"data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -12,12 +12,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
+from lora_lightning.transcripts import errors
 from lora_lightning.wording import shorten
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Prediction", "Row", "Run", "print_table", "verdict", "write_report"]
+
+COUNTS = ("words", "source_errors", "adapted_errors")  # of each transcript
 
 
 def print_table(run: Run, console: Console | None = None) -> None:
@@ -99,9 +102,9 @@ def _change(summary: Summary, before: str, after: str, metric: str) -> str:
 def _harm(summary: Summary, before: str, after: str) -> str:
     worse, of = summary.worse(after, before), len(summary.each(after))
     if not worse:
-        return " No target is worse than before."
+        return " With it, no target is worse than before."
     named = ", ".join(dict.fromkeys(domain for domain, _ in worse))
-    return f" Worse than before in {len(worse)} of {of} cases: {named}."
+    return f" With it, {len(worse)} of {of} cases are worse than before: {named}."
 
 
 def _spoken(method: str) -> str:
@@ -135,8 +138,8 @@ def write_report(run: Run, out: Path) -> None:
     _write(out / "results.json", _json(results).encode())
     _write(out / "results.csv", _csv(Row, results))
     if run.transcripts:
-        _write(out / "transcripts.csv", _csv(Transcript, map(asdict, run.transcripts)))
-    else:
+        _write(out / "transcripts.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
+    if run.predictions or not run.transcripts:
         _write(out / "predictions.csv", _csv(Prediction, map(asdict, run.predictions)))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
@@ -144,6 +147,14 @@ def write_report(run: Run, out: Path) -> None:
     for plot in drawn:
         _write(out / "plots" / f"{plot.name}.png", plot.png)
     _write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
+
+
+def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
+    """Each transcript with its words and how many of them were wrong, before and after."""
+    for t in transcripts:
+        wrong = errors(t.reference, t.source), errors(t.reference, t.adapted)
+        counts = zip(COUNTS, (len(t.reference.split()), *wrong), strict=True)
+        yield asdict(t) | dict(counts)
 
 
 def _json(rows: list[dict[str, Any]]) -> str:
@@ -156,9 +167,10 @@ def _json(rows: list[dict[str, Any]]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(kind: type, rows: Iterable[dict[str, Any]]) -> bytes:
+def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(kind)], lineterminator="\n")
+    names = [*(f.name for f in fields(kind)), *more]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

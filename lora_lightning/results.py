@@ -189,8 +189,7 @@ class Summary:
 
     def best(self) -> set[str]:
         """The methods that do best on the target: of all, and of those without its labels."""
-        means = {m: self.target(m).mean for m in self.methods}
-        means = {m: value for m, value in means.items() if not math.isnan(value)}
+        means = {m: v for m in self.methods if not math.isnan(v := self.target(m).mean)}
         free = {m: value for m, value in means.items() if "target labels" not in m}
         pick = min if self.lower else max
         return {pick(group, key=group.__getitem__) for group in (means, free) if group}
@@ -201,8 +200,7 @@ class Summary:
 
     def each(self, method: str) -> list[float]:
         """The value of every target and seed."""
-        targets = set(self.targets)
-        return [r.value for r in self._rows if r.method == method and r.domain in targets]
+        return [r.value for r in self._rows if r.method == method and r.domain in self.targets]
 
     def before(self) -> str | None:
         """The source model's method."""
@@ -218,14 +216,9 @@ class Summary:
     def worse(self, method: str, than: str) -> list[tuple[str, int]]:
         """The (domain, seed) of the target for which one method does worse than another."""
         sign = -1 if self.lower else 1
-        return [
-            (d, s)
-            for (m, d, s), value in self._values.items()
-            if m == method
-            and d in self.targets
-            and (other := self._values.get((than, d, s))) is not None
-            and sign * value < sign * other
-        ]
+        pairs = [(d, s) for m, d, s in self._values if m == method and d in self.targets]
+        own, other = ({p: self._values.get((m, *p), NAN) for p in pairs} for m in (method, than))
+        return [p for p in pairs if sign * own[p] < sign * other[p]]  # never so with a NaN
 
     def parameters(self, method: str) -> int:
         """Trainable parameters of a method."""
@@ -253,5 +246,4 @@ class Summary:
 
 def _source_of(run: Run) -> Any:
     data = run.config.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    return source if isinstance(source, str) else None
+    return data.get("source") if isinstance(data, dict) else None

@@ -1,11 +1,18 @@
-"""What was said against what was understood, word by word (by jiwer)."""
+"""What was said against what was understood, word by word (by jiwer), and its sound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lora_lightning.errors import DataError
 from lora_lightning.results import Transcript
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE_RATE = 16_000  # Hz; enough for speech, and what a page can carry
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,21 @@ def errors(reference: str, hypothesis: str) -> int:
     """Number of words that are substituted, inserted or deleted."""
     wrong = (p for p in compare(reference, hypothesis) if p.kind != "equal")
     return sum(max(len(p.said.split()), len(p.heard.split())) for p in wrong)
+
+
+def sound(transcript: Transcript) -> Tensor | None:
+    """The recording, (T,) at `SAMPLE_RATE` in one channel; None where it cannot be read any more.
+
+    A report is the end of a long run: no file that is gone since may spoil it.
+    """
+    from lora_lightning.data.audio import read_audio
+
+    if transcript.audio is None:
+        return None
+    try:
+        return read_audio(transcript.audio, SAMPLE_RATE)
+    except DataError:
+        return None
 
 
 def telling(transcripts: Sequence[Transcript], most: int) -> list[Transcript]:

@@ -1,18 +1,22 @@
 """Reports of recognition: errors are better lower, words are compared, sound is embedded."""
 
+import base64
 import csv
 import dataclasses
 import io
+import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import soundfile
 from rich.console import Console
 
-from lora_lightning import plots
+from lora_lightning import listen, plots
+from lora_lightning.plots.style import STYLE
 from lora_lightning.report import print_table, verdict, write_report
-from lora_lightning.results import Row, Run, Summary, Transcript
+from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
 from lora_lightning.transcripts import Piece, compare, errors, telling
 
 SIZES = (5, 20, 100)
@@ -88,13 +92,13 @@ def test_lower_is_better(run):
     assert verdict(run) == (
         "On the target, LoRA with 20 target labels lowers WER from 60.0 % to 20.0 %, 67 % fewer "
         "errors (mean of 2 seeds), 1.0 point above full fine-tuning, with 3.0 % of its trainable "
-        "parameters. No target is worse than before."
+        "parameters. With it, no target is worse than before."
     )
 
 
 def test_harm_is_named(run):
     run.rows = rows(harm=0.5)
-    assert verdict(run).endswith(" Worse than before in 2 of 6 cases: boris.")
+    assert verdict(run).endswith(" With it, 2 of 6 cases are worse than before: boris.")
     assert Summary(run).worse("LoRA, 20 target labels", "source only") == [
         ("boris", 0), ("boris", 1),
     ]  # fmt: skip
@@ -134,11 +138,105 @@ def test_sound_that_is_gone_is_left_out(run, tmp_path):
     assert not (tmp_path / "out" / "plots" / "spectrograms.png").exists()
 
 
+def played(page):
+    """The recordings in a page, decoded."""
+    found = re.findall(r"data:audio/flac;base64,([^\"]+)", page)
+    return [soundfile.read(io.BytesIO(base64.b64decode(text)), dtype="float32") for text in found]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound_of_any_rate_and_channels_is_played_and_drawn(run, tmp_path, channels):
+    wave = np.sin(np.arange(44_100) * 2 * np.pi * 440 / 44_100) / 2
+    left_and_right = np.stack([wave, 0 * wave], axis=1)
+    path = tmp_path / "studio.wav"
+    soundfile.write(path, left_and_right[:, :channels], 44_100, subtype="PCM_24")
+    run.transcripts = [dataclasses.replace(run.transcripts[0], audio=str(path))]
+    [(samples, rate)] = played(listen.section(run))
+    assert rate == 16_000
+    assert samples.shape == (16_000,)
+    # The mean of both channels, still at 440 Hz.
+    assert np.abs(samples[2000:-2000]).max() == pytest.approx(0.5 / channels, abs=0.01)
+    assert np.abs(np.fft.rfft(samples)).argmax() == 440
+    assert plots.spectrogram_plot(run) is not None
+
+
+def test_a_tone_is_drawn_at_its_frequency(run, tmp_path):
+    soundfile.write(tmp_path / "tone.wav", np.sin(np.arange(16_000) * np.pi / 8) / 2, 16_000)
+    run.transcripts = [dataclasses.replace(run.transcripts[0], audio=str(tmp_path / "tone.wav"))]
+    figure, _ = plots.spectrogram_plot(run)
+    axes = figure.axes[0]
+    [image] = axes.get_images()
+    loudest = np.asarray(image.get_array()).mean(axis=1).argmax()
+    _, _, bottom, top = image.get_extent()
+    height = bottom + (loudest + 0.5) / image.get_array().shape[0] * (top - bottom)
+    ticks = dict(
+        zip((t.get_text() for t in axes.get_yticklabels()), axes.get_yticks(), strict=True)
+    )
+    assert height == pytest.approx(ticks["1"], abs=(top - bottom) / 60)  # the tone has 1 kHz
+
+
+@pytest.mark.parametrize("word", ["WORMWOOD ", "i ", "$m$ "])
+def test_long_sentences_fit_the_picture(run, word):
+    said = 60 * word
+    run.transcripts = [dataclasses.replace(run.transcripts[0], reference=said, source=said + "x")]
+    with matplotlib.rc_context(STYLE):
+        figure, _ = plots.spectrogram_plot(run)
+        figure.savefig(io.BytesIO())
+    [axes] = figure.axes
+    assert axes.get_position().width > 0.9  # the sentences do not push the picture aside
+    for text in (axes._left_title, *axes.texts):
+        assert text.get_window_extent().x1 <= figure.bbox.x1
+    assert any("(1 wrong)" in text.get_text() for text in axes.texts)
+
+
+def test_a_recording_too_short_to_draw_is_left_out(run, tmp_path):
+    soundfile.write(tmp_path / "click.wav", np.ones(200) / 2, 16_000)
+    run.transcripts = [dataclasses.replace(run.transcripts[0], audio=str(tmp_path / "click.wav"))]
+    assert plots.spectrogram_plot(run) is None
+    assert len(played(listen.section(run))) == 1
+
+
+def test_long_recordings_do_not_swell_the_page(run, tmp_path, monkeypatch):
+    one = len(listen.section(dataclasses.replace(run, transcripts=run.transcripts[:1])))
+    monkeypatch.setattr(listen, "MOST_CHARACTERS", 3 * one)
+    assert 2 <= len(played(listen.section(run))) <= 3
+
+
+def test_a_method_that_gave_no_value_is_left_out_of_the_plots(run):
+    lost = "full, 5 target labels"
+    run.rows = [dataclasses.replace(r, value=np.nan) if r.method == lost else r for r in run.rows]
+    figure, _ = plots.enrolment_plot(run)
+    sizes = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert sizes["full"] == [20, 100]
+    assert sizes["LoRA"] == [5, 20, 100]
+
+
+def test_targets_that_are_not_drawn_are_owned_up_to(run):
+    run.rows = [
+        Row(m, f"v{i:02}", 0, "WER", 0.5 - i / 1000, 0, 0.0, None, n)
+        for m, n in (("source only", None), ("LoRA, 5 target labels", 5))
+        for i in range(41)
+    ]
+    figure, caption = plots.target_plot(run)
+    assert len(figure.axes[0].get_yticks()) == 40
+    assert "Only the 40 worst" in caption
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "v00"
+
+
+def test_a_run_with_predictions_as_well_writes_both(run, tmp_path):
+    run.predictions = [Prediction("a.wav", "anna", "yes", "no", 0.5, "yes", 0.5, 0)]
+    write_report(run, tmp_path / "out")
+    assert (tmp_path / "out" / "predictions.csv").exists()
+    assert (tmp_path / "out" / "transcripts.csv").exists()
+
+
 def test_files_of_a_speech_run(run, tmp_path):
     write_report(run, tmp_path / "out")
     found = list(csv.DictReader(io.StringIO((tmp_path / "out" / "transcripts.csv").read_text())))
     assert len(found) == 12
     assert found[0]["reference"] == "one two <b>"
+    counts = [found[0][name] for name in ("words", "source_errors", "adapted_errors")]
+    assert counts == ["3", "2", "0"]
     assert not (tmp_path / "out" / "predictions.csv").exists()
     assert '"items": 20' in (tmp_path / "out" / "results.json").read_text()
 

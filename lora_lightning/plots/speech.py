@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG, colour, look
 from lora_lightning.results import Run, Summary, Transcript
-from lora_lightning.transcripts import errors, telling
+from lora_lightning.transcripts import SAMPLE_RATE, errors, sound, telling
 from lora_lightning.wording import shorten
 
 Drawing = tuple[Figure, str]
+MOST_TARGETS = 40
+WINDOW, BANDS = 512, 80  # samples of a Fourier transform, bands of the spectrogram
+ROOM = 560  # points that a line of text may take; hinting makes it wider than measured
+TICKS = (0.5, 1, 2, 4, 8)  # kHz
 
 
 def enrolment_plot(run: Run) -> Drawing | None:
@@ -50,13 +55,21 @@ def enrolment_plot(run: Run) -> Drawing | None:
 
 
 def _family_line(axes: Axes, summary: Summary, family: str, i: int) -> None:
-    points = [(n, m) for m in summary.methods if _family(m) == family and (n := summary.items(m))]
-    sizes, methods = zip(*sorted(points), strict=True)
-    values = [100 * np.array(summary.each(m)) for m in methods]
-    low, high = (np.array([np.nanpercentile(v, q) for v in values]) for q in (25, 75))
+    measured = [m for m in summary.methods if _family(m) == family and _finite(summary, m)]
+    points = sorted((n, m) for m in measured if (n := summary.items(m)))
+    if not points:
+        return
+    sizes, methods = zip(*points, strict=True)
+    values = [_finite(summary, m) for m in methods]
+    low, high = (np.array([np.percentile(v, q) for v in values]) for q in (25, 75))
     means = [100 * summary.target(m).mean for m in methods]
     axes.fill_between(sizes, low, high, color=colour(i), alpha=0.15, linewidth=0)
     axes.plot(sizes, means, label=family, **look(i))
+
+
+def _finite(summary: Summary, method: str) -> list[float]:
+    """Percent of every target and seed that has a value."""
+    return [100 * v for v in summary.each(method) if math.isfinite(v)]
 
 
 def _family(method: str) -> str:
@@ -70,7 +83,7 @@ def target_plot(run: Run) -> Drawing | None:
     shown = summary.headline_methods()
     if not summary.lower or not summary.targets or len(shown) < 2:
         return None
-    targets = sorted(summary.targets, key=lambda d: -_mean(summary, shown[0], d))[:40]
+    targets = sorted(summary.targets, key=lambda d: -_mean(summary, shown[0], d))[:MOST_TARGETS]
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(targets)), layout="constrained")
     axes = figure.subplots()
     axes.grid(visible=True, axis="x")
@@ -88,7 +101,8 @@ def target_plot(run: Run) -> Drawing | None:
     axes.set_xlabel(f"{run.metric} (%)")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.2)
     spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
-    return figure, f"One line a target; further left is better.{spread}"
+    some = f" Only the {MOST_TARGETS} worst are shown." * (len(summary.targets) > MOST_TARGETS)
+    return figure, f"One line a target; further left is better.{spread}{some}"
 
 
 def _mean(summary: Summary, method: str, domain: str) -> float:
@@ -104,10 +118,15 @@ def spectrogram_plot(run: Run) -> Drawing | None:
     figure = Figure(figsize=(9, 2.5 * len(found)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(len(found), 1, squeeze=False)[:, 0]
-    for axes, (t, (decibels, seconds, top)) in zip(grid, found, strict=True):
-        extent = (0.0, seconds, 0.0, top / 1000)
-        axes.imshow(decibels, origin="lower", aspect="auto", extent=extent, cmap="magma")
-        axes.set_title(shorten(f"{t.domain}: {t.reference}", 95))
+    for axes, (t, (decibels, seconds)) in zip(grid, found, strict=True):
+        extent = (0.0, seconds, 0.0, _mel(SAMPLE_RATE / 2000))
+        # Smoothed, the picture would take several times the bytes, and show no more.
+        axes.imshow(
+            decibels, origin="lower", aspect="auto", extent=extent, cmap="magma",
+            interpolation="nearest",
+        )  # fmt: skip
+        axes.set_yticks([_mel(k) for k in TICKS], [f"{k:g}" for k in TICKS])
+        axes.set_title(_fitted(f"{t.domain}: {t.reference}", 10.5, "bold"))
         axes.set_ylabel("kHz")
         lines = [_line("before", t.reference, t.source), _line("after", t.reference, t.adapted)]
         for k, (text, right) in enumerate(lines):
@@ -124,25 +143,31 @@ def spectrogram_plot(run: Run) -> Drawing | None:
 
 def _line(name: str, reference: str, heard: str) -> tuple[str, bool]:
     wrong = errors(reference, heard)
-    text = textwrap.shorten(heard or "(nothing)", 95, placeholder=" …")
-    return f"{name}: {text}" + (f"   [{wrong} wrong]" if wrong else ""), not wrong
+    count = f" ({wrong} wrong)" if wrong else ""
+    return _fitted(f"{name}{count}: {heard or '(nothing)'}", 9), not wrong
 
 
-def _spectrogram(t: Transcript) -> tuple[np.ndarray, float, float] | None:
-    """Decibels (frequency, time), seconds, and the highest frequency in Hz."""
-    import soundfile
+def _fitted(text: str, size: float, weight: str = "normal") -> str:
+    """As much of a line as the picture has room for: capitals take more of it."""
+    properties = FontProperties(size=size, weight=weight)
+    width = TextPath((0, 0), text, prop=properties).get_extents().width
+    return text if width <= ROOM else shorten(text, int(0.97 * len(text) * ROOM / width))
 
-    try:
-        samples, rate = soundfile.read(t.audio, dtype="float32")
-    except (OSError, RuntimeError):
+
+def _spectrogram(t: Transcript) -> tuple[np.ndarray, float] | None:
+    """Decibels (mel band, time) and the length in seconds; nothing for what cannot be drawn."""
+    from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
+
+    waveform = sound(t)
+    if waveform is None or len(waveform) < WINDOW:
         return None
-    size, hop = max(rate // 40, 16), max(rate // 60, 8)
-    if len(samples) < size:
-        return None
-    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::hop] * np.hanning(size)
-    power = np.abs(np.fft.rfft(frames, axis=1)).T ** 2
-    decibels = 10 * np.log10(power + 1e-10)
-    return np.clip(decibels, decibels.max() - 70, None), len(samples) / rate, rate / 2
+    power = MelSpectrogram(SAMPLE_RATE, WINDOW, hop_length=160, n_mels=BANDS)(waveform)
+    return AmplitudeToDB("power", top_db=70)(power).numpy(), len(waveform) / SAMPLE_RATE
+
+
+def _mel(kilohertz: float) -> float:
+    """Where a frequency lies on torchaudio's scale of pitch (O'Shaughnessy's)."""
+    return 2595 * math.log10(1 + kilohertz / 0.7)
 
 
 def _direction(summary: Summary) -> str:
