@@ -102,6 +102,20 @@ def test_the_beam_must_have_a_size():
         beam_search(torch.zeros(1, 1, 4), torch.tensor([1]), AB, beam_size=0)
 
 
+@pytest.mark.parametrize("decode", [greedy, beam_search])
+def test_nan_is_told_of_unless_it_is_padding(decode):
+    log_probs = torch.zeros(2, 3, 4).log_softmax(2)
+    log_probs[1, 2] = math.nan
+    assert len(decode(log_probs, torch.tensor([3, 2]), AB)) == 2
+    with pytest.raises(ConfigError, match="output for recording 1 of the batch is NaN"):
+        decode(log_probs, torch.tensor([3, 3]), AB)
+
+
+@pytest.mark.parametrize("decode", [greedy, beam_search])
+def test_a_recording_without_frames_says_nothing(decode):
+    assert decode(torch.zeros(1, 3, 4).log_softmax(2), torch.tensor([0]), AB) == [""]
+
+
 # The task
 
 
@@ -198,6 +212,14 @@ def test_settings_are_checked(settings, message):
 def test_a_model_without_labels_needs_some():
     with pytest.raises(ConfigError, match="Wav2Vec2Model has no labels of its own"):
         CTCRecognition(wav2vec2())
+
+
+@pytest.mark.parametrize("more", [-3, 9])
+def test_labels_of_another_model_are_told(more):
+    symbols = [*Labels.english().symbols, *"0123456789"][: 29 + more]
+    task = CTCRecognition(wav2vec2(), Labels(symbols))
+    with pytest.raises(ConfigError, match=f"has 29 classes, the labels are {29 + more}"):
+        task.loss(batch("a"))
 
 
 @pytest.fixture

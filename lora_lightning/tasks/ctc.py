@@ -36,7 +36,7 @@ class CTCRecognition(Recognition):
     the whole epoch over its words or characters.
 
     Raises:
-        ConfigError: a value is out of range, or there are no labels.
+        ConfigError: a value is out of range, there are no labels, or not one for each class.
         DataError: in training, a recording without a text.
     """
 
@@ -63,6 +63,7 @@ class CTCRecognition(Recognition):
         logits, frames = self.model(waveforms, lengths)
         if frames is None:
             frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
+        self.labels.must_fit(logits.shape[2], type(self.model).__name__)
         return logits.float().log_softmax(dim=2), frames
 
     def transcribe(self, batch: AudioBatch) -> list[str]:

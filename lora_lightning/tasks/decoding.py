@@ -25,11 +25,12 @@ def greedy(log_probs: Tensor, lengths: Tensor, labels: Labels) -> list[str]:
         log_probs: (B, F, C) log-probabilities, or logits.
         lengths: (B,) frames that are no padding.
         labels: What the classes stand for.
+
+    Raises:
+        ConfigError: they hold NaN.
     """
-    best = log_probs.argmax(dim=2).cpu()
-    paths = (
-        torch.unique_consecutive(row[:n]) for row, n in zip(best, lengths.tolist(), strict=True)
-    )
+    best = (row.argmax(dim=1) for row in _spoken(log_probs, lengths))
+    paths = (torch.unique_consecutive(row) for row in best)
     return [labels.decode(path.tolist()) for path in paths]
 
 
@@ -53,16 +54,27 @@ def beam_search(
         threshold: Classes below this log-probability are not tried in a frame.
 
     Raises:
-        ConfigError: `beam_size` is below 1.
+        ConfigError: `beam_size` is below 1, or the log-probabilities hold NaN.
     """
     if beam_size < 1:
         raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
-    rows = log_probs.detach().double().cpu()
     found = []
-    for row, n in zip(rows, lengths.tolist(), strict=True):
-        ranked = prefixes(row[:n].tolist(), labels.blank, beam_size, threshold)
+    for row in _spoken(log_probs, lengths):
+        ranked = prefixes(row.double().tolist(), labels.blank, beam_size, threshold)
         found.append(labels.decode(ranked[0][0]))
     return found
+
+
+def _spoken(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The frames (F, C) of each recording that are no padding; there, NaN does no harm."""
+    rows = [row[:n] for row, n in zip(log_probs.detach().cpu(), lengths.tolist(), strict=True)]
+    for index, row in enumerate(rows):
+        if row.isnan().any():
+            raise ConfigError(
+                f"the recogniser's output for recording {index} of the batch is NaN: its weights "
+                "are broken; train again with a lower learning rate, or in bf16 in place of fp16"
+            )
+    return rows
 
 
 Prefix = tuple[int, ...]

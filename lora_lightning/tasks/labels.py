@@ -48,6 +48,22 @@ class Labels:
     def __repr__(self) -> str:
         return f"Labels({list(self.symbols)!r}, blank={self.blank}, separator={self.separator!r})"
 
+    def must_fit(self, classes: int, model: str) -> None:
+        """Check that a model has a class for each symbol, and no more.
+
+        Args:
+            classes: How many the model has.
+            model: Its name, for the message.
+
+        Raises:
+            ConfigError: there are more or fewer.
+        """
+        if classes != len(self):
+            raise ConfigError(
+                f"{model} has {classes} classes, the labels are {len(self)}; give the symbols that "
+                "it was trained with, in their order, the blank among them"
+            )
+
     def normalise(self, text: str) -> str:
         """The text as the recogniser could write it: its case, its characters, single spaces."""
         text = text.upper() if self._upper else text.lower() if self._lower else text

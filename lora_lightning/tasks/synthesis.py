@@ -11,6 +11,7 @@ from torchaudio.models import Tacotron2
 
 from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.probe import preserved
 from lora_lightning.tasks.labels import Labels
 from lora_lightning.tasks.optimisation import Optimised
 from lora_lightning.tasks.recognisers import frame_mask
@@ -41,7 +42,8 @@ class Tacotron2Synthesis(Optimised):
     Logs ``train_loss``, ``val_loss`` and ``test_loss``.
 
     Raises:
-        ConfigError: a value is out of range, or the labels do not fit the model.
+        ConfigError: a value is out of range, the labels do not fit the model, or it has
+            ``mask_padding``.
         DataError: a recording without a text.
     """
 
@@ -57,6 +59,11 @@ class Tacotron2Synthesis(Optimised):
         schedule: str = "one-cycle",
     ):
         super().__init__(learning_rate, weight_decay, schedule)
+        if model.mask_padding:
+            raise ConfigError(
+                "the model has mask_padding=True, which masks in place what the gradient needs; "
+                "set model.mask_padding = False: padding has no part in the loss anyway"
+            )
         symbols = model.embedding.num_embeddings
         if len(labels) > symbols:
             raise ConfigError(f"labels has {len(labels)} symbols, the model {symbols}")
@@ -71,7 +78,8 @@ class Tacotron2Synthesis(Optimised):
     def features(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T), samples (B,) → log mel (B, n_mels, F), zero in the padding, and frames (B,)."""
         frames = lengths // self.hop + 1
-        logs = self.mel(waveforms).clamp_min(FLOOR).log()
+        with torch.autocast(waveforms.device.type, enabled=False):  # fp16 knows no such floor
+            logs = self.mel(waveforms.float()).clamp_min(FLOOR).log()
         return logs * frame_mask(frames, logs.shape[2])[:, None], frames
 
     def loss(self, batch: AudioBatch) -> Tensor:
@@ -120,7 +128,7 @@ class Tacotron2Synthesis(Optimised):
 
     @torch.inference_mode()
     def synthesise(self, text: str, vocoder: nn.Module | None = None) -> Tensor:
-        """Samples (T,) of a spoken text.
+        """Samples (T,) of a spoken text, by the model in eval mode.
 
         Args:
             text: What to say.
@@ -128,7 +136,9 @@ class Tacotron2Synthesis(Optimised):
                 estimate of the phases, which sounds metallic.
         """
         tokens, counts = self._tokens([text])
-        mel, _, _ = self.model.infer(tokens, counts)
+        with preserved(self.model):  # a Trainer leaves it in training mode
+            self.model.eval()
+            mel, _, _ = self.model.infer(tokens, counts)
         if vocoder is not None:
             spoken: Tensor = vocoder(mel)
             return spoken.reshape(-1)

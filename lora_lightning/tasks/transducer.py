@@ -36,7 +36,8 @@ class TransducerRecognition(Recognition):
     Logs ``train_loss``, ``val_wer``, ``val_cer``, ``test_wer``, ``test_cer``.
 
     Raises:
-        ConfigError: a value is out of range, or there are no labels.
+        ConfigError: a value is out of range, there are no labels or not one for each class, or
+            the features are not those of the model.
         DataError: in training, a recording without a text.
     """
 
@@ -53,6 +54,7 @@ class TransducerRecognition(Recognition):
         super().__init__(model, labels, learning_rate, weight_decay, schedule)
         if beam_size < 1:
             raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        self.labels.must_fit(model.joiner.linear.out_features, type(model).__name__)
         self.features = features or RNNTMel()
         self.beam_size = beam_size
 
@@ -63,6 +65,7 @@ class TransducerRecognition(Recognition):
         """
         features, frames = self.features(waveforms, lengths)
         stride, context = _reduction(self.model)
+        _must_take(self.model, features.shape[1], stride)
         frames = torch.div(frames + stride - 1, stride, rounding_mode="floor") * stride
         missing = int(frames.max()) + context - features.shape[2]
         return nn.functional.pad(features, (0, missing)).transpose(1, 2), frames
@@ -110,6 +113,16 @@ def _reduction(model: RNNT) -> tuple[int, int]:
     return stride, stride * int(getattr(inner, "right_context_length", 0))
 
 
+def _must_take(model: RNNT, bands: int, stride: int) -> None:
+    first = getattr(model.transcriber, "input_linear", None)
+    # The Conformer reduces time first: it sees the bands of several frames at once.
+    if first is not None and first.in_features not in (bands, bands * stride):
+        raise ConfigError(
+            f"the features have {bands} bands, which the model's first layer, of "
+            f"{first.in_features} inputs, does not take; give features=RNNTMel(n_mels=…)"
+        )
+
+
 class RNNTMel(nn.Module):
     """Mel features as torchaudio's RNN-T pipelines compute them, for a batch.
 
@@ -149,7 +162,8 @@ class RNNTMel(nn.Module):
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T), samples (B,) → (B, n_mels, F), zero in the padding, and frames (B,)."""
-        energy = self.mel(waveforms) * 32767.0**2
+        with torch.autocast(waveforms.device.type, enabled=False):  # fp16 ends at 65504
+            energy = self.mel(waveforms.float()) * 32767.0**2
         logs = torch.where(energy > math.e, energy.clamp_min(math.e).log(), energy / math.e)
         frames = lengths // self.hop + 1
         features = (logs - self.mean) * self.inverse

@@ -23,9 +23,13 @@ class Pooled(nn.Module):
 
     Args:
         encoder: From waveforms (B, T) and samples (B,) to features (B, F, D), or to those and
-            their frames (B,), as torchaudio's ``Wav2Vec2Model`` and `ConformerCTC`.
+            their frames (B,), as torchaudio's ``Wav2Vec2Model`` and `ConformerCTC`; or to
+            features (B, D) of the whole recording.
         dim: D.
         outputs: Numbers that the head gives.
+
+    Raises:
+        ConfigError: D is another.
     """
 
     def __init__(self, encoder: nn.Module, dim: int, outputs: int):
@@ -37,6 +41,13 @@ class Pooled(nn.Module):
         """Waveforms (B, T), samples (B,) → (B, outputs)."""
         found = self.encoder(waveforms, lengths)
         features, frames = found if isinstance(found, tuple) else (found, None)
+        if features.shape[-1] != self.head.in_features:
+            raise ConfigError(
+                f"{type(self.encoder).__name__} gives {features.shape[-1]} features, the head "
+                f"takes {self.head.in_features}; give dim={features.shape[-1]}"
+            )
+        if features.ndim == 2:
+            return self.head(features)  # type: ignore[no-any-return]
         if frames is None:
             return self.head(features.mean(dim=1))  # type: ignore[no-any-return]
         mask = frame_mask(frames, features.shape[1])[:, :, None]
@@ -121,7 +132,8 @@ class AudioClassification(_UtteranceTask):
     Logs ``train_loss`` (cross-entropy), ``val_accuracy`` and ``test_accuracy``.
 
     Raises:
-        ConfigError: a value is out of range, or there are fewer than two classes.
+        ConfigError: a value is out of range, there are fewer than two classes, or the model
+            has more or fewer.
         DataError: a recording's target is none of the classes.
     """
 
@@ -141,6 +153,16 @@ class AudioClassification(_UtteranceTask):
         metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(len(classes), average="micro")}
         super().__init__(model, metrics, learning_rate, weight_decay, schedule)
         self.classes, self.label_smoothing = list(classes), label_smoothing
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Waveforms (B, T), samples (B,) → logits (B, C)."""
+        logits = super().forward(waveforms, lengths)
+        if logits.shape[1] != len(self.classes):
+            raise ConfigError(
+                f"{type(self.model).__name__} gives {logits.shape[1]} numbers for each recording, "
+                f"expected one for each of the {len(self.classes)} classes"
+            )
+        return logits
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of logits (B, C)."""
