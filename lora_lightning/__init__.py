@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
+    from lora_lightning.transduction.callback import PseudoLabelCallback
+    from lora_lightning.transduction.task import TransductiveTask
     from lora_lightning.verification import verify
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ _HOME = {
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
+    "PseudoLabelCallback": "transduction.callback",
+    "TransductiveTask": "transduction.task",
     "adapters": "switching",
     "combine": "combination",
     "disabled": "switching",
@@ -48,6 +52,8 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALightningError",
+    "PseudoLabelCallback",
+    "TransductiveTask",
     "adapters",
     "combine",
     "disabled",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 POLICIES = ("frozen", "adapt", "reset")
 
@@ -44,6 +46,48 @@ class BatchNormKeeper:
             if name in norms:
                 norms[name].momentum = momentum
         self._momenta.clear()
+
+
+@torch.no_grad()
+def reestimated(
+    backbone: nn.Module, forward: Callable[[Tensor], Any], batches: Iterable[Tensor]
+) -> bool:
+    """Take BatchNorm's statistics anew: the plain average over `batches`; all else in eval mode.
+
+    Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN),
+    arXiv:1603.04779.
+
+    Args:
+        backbone: Whose BatchNorm layers change; afterwards its modes are what they were.
+        forward: Called with each batch.
+        batches: Inputs, of two items or more each (one item has no variance; it is passed over).
+
+    Returns:
+        Whether there is any BatchNorm; without, nothing is done.
+    """
+    norms = list(_tracking(backbone).values())
+    if not norms:
+        return False
+    modes = [(m, m.training) for m in backbone.modules()]
+    momenta = [norm.momentum for norm in norms]
+    kept = [{n: b.clone() for n, b in norm.named_buffers(recurse=False)} for norm in norms]
+    backbone.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+        norm.train()
+    count = 0
+    for batch in batches:
+        if len(batch) > 1:
+            forward(batch)
+            count += 1
+    for norm, momentum, values in zip(norms, momenta, kept, strict=True):
+        norm.momentum = momentum
+        for name, value in values.items() if not count else ():
+            norm.get_buffer(name).copy_(value)
+    for module, training in modes:
+        module.training = training
+    return count > 0
 
 
 def _tracking(backbone: nn.Module) -> dict[str, Any]:

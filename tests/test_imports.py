@@ -45,6 +45,7 @@ LAYERS = (
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
     "tasks transcripts",
+    "transduction",
     "listen plots",
     "html",
     "report",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def greedy(log_probs: Tensor, lengths: Tensor, labels: Labels) -> list[str]:
     Raises:
         ConfigError: they hold NaN.
     """
-    best = (row.argmax(dim=1) for row in _spoken(log_probs, lengths))
+    best = (row.argmax(dim=1) for row in spoken_frames(log_probs, lengths))
     paths = (torch.unique_consecutive(row) for row in best)
     return [labels.decode(path.tolist()) for path in paths]
 
@@ -59,14 +59,18 @@ def beam_search(
     if beam_size < 1:
         raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
     found = []
-    for row in _spoken(log_probs, lengths):
+    for row in spoken_frames(log_probs, lengths):
         ranked = prefixes(row.double().tolist(), labels.blank, beam_size, threshold)
         found.append(labels.decode(ranked[0][0]))
     return found
 
 
-def _spoken(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
-    """The frames (F, C) of each recording that are no padding; there, NaN does no harm."""
+def spoken_frames(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The frames (F, C) of each recording that are no padding; there, NaN does no harm.
+
+    Raises:
+        ConfigError: elsewhere there is NaN.
+    """
     rows = [row[:n] for row, n in zip(log_probs.detach().cpu(), lengths.tolist(), strict=True)]
     for index, row in enumerate(rows):
         if row.isnan().any():
@@ -80,32 +84,67 @@ def _spoken(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
 Prefix = tuple[int, ...]
 
 
+# (prefix, class) → what a language adds to the longer prefix's score, None where it forbids it.
+Grow = Callable[[Prefix, int], float | None]
+Sums = dict[Prefix, tuple[float, float]]
+
+
 def prefixes(
-    frames: Sequence[Sequence[float]], blank: int, beam_size: int, threshold: float = NEVER
+    frames: Sequence[Sequence[float]],
+    blank: int,
+    beam_size: int,
+    threshold: float = NEVER,
+    grow: Grow | None = None,
 ) -> list[tuple[Prefix, float]]:
-    """Prefixes with the log of their summed probability, the best first.
+    """Prefixes with their score, the log of their summed probability, the best first.
 
     Each prefix has two sums, over the alignments that end in the blank and over those that
     end in its last class: only after a blank does the same class again make a longer prefix.
+    With `grow`, what it gives for a prefix is added to that prefix's score.
     """
-    beam: dict[Prefix, tuple[float, float]] = {(): (0.0, NEVER)}
+    bonus: dict[Prefix, float] = {(): 0.0}
+    beam: Sums = {(): (0.0, NEVER)}
     for frame in frames:
         tried = [(c, p) for c, p in enumerate(frame) if p >= threshold or c == blank]
-        after: dict[Prefix, tuple[float, float]] = defaultdict(lambda: (NEVER, NEVER))
-        for prefix, (ended, going) in beam.items():
-            either = add(ended, going)
-            for c, p in tried:
-                if c == blank:
-                    _raise(after, prefix, blank=either + p)
-                elif prefix and c == prefix[-1]:
-                    _raise(after, prefix, label=going + p)
-                    _raise(after, (*prefix, c), label=ended + p)
-                else:
-                    _raise(after, (*prefix, c), label=either + p)
-        possible = [prefix for prefix, sums in after.items() if add(*sums) > NEVER]
-        kept = sorted(possible, key=lambda prefix: add(*after[prefix]), reverse=True)[:beam_size]
+        after = _step(beam, tried, blank, grow, bonus)
+        scores = {x: add(*sums) + bonus.get(x, 0.0) for x, sums in after.items()}
+        possible = [prefix for prefix, score in scores.items() if score > NEVER]
+        kept = sorted(possible, key=scores.__getitem__, reverse=True)[:beam_size]
         beam = {prefix: after[prefix] for prefix in kept}
-    return [(prefix, add(*sums)) for prefix, sums in beam.items()]
+    return [(prefix, add(*sums) + bonus.get(prefix, 0.0)) for prefix, sums in beam.items()]
+
+
+def _step(
+    beam: Sums,
+    tried: Sequence[tuple[int, float]],
+    blank: int,
+    grow: Grow | None,
+    bonus: dict[Prefix, float],
+) -> Sums:
+    """The sums after a further frame, in which these classes have these log-probabilities."""
+    after: Sums = defaultdict(lambda: (NEVER, NEVER))
+    for prefix, (ended, going) in beam.items():
+        either = add(ended, going)
+        for c, p in tried:
+            if c == blank:
+                _raise(after, prefix, blank=either + p)
+                continue
+            again = bool(prefix) and c == prefix[-1]
+            if again:
+                _raise(after, prefix, label=going + p)
+            longer, start = (*prefix, c), ended if again else either
+            if start > NEVER and _allowed(grow, prefix, c, bonus):
+                _raise(after, longer, label=start + p)
+    return after
+
+
+def _allowed(grow: Grow | None, prefix: Prefix, c: int, bonus: dict[Prefix, float]) -> bool:
+    if grow is None:
+        return True
+    found = grow(prefix, c)
+    if found is not None:
+        bonus[(*prefix, c)] = found
+    return found is not None
 
 
 def _raise(

@@ -1,0 +1,365 @@
+"""How often does adapting without labels do harm? Targets that are meant to make it.
+
+    python benchmarks/do_no_harm.py --out runs/do_no_harm
+
+Thirteen targets (twelve lights and the source's own) times eight conditions, 104 runs: ten times
+as many pictures of one class as of another, 32 pictures, a learning rate ten times too high,
+noise, pictures upside down, pictures cut into shuffled tiles, three of ten classes only, and
+spectrograms of speech. Each method starts from the same source model. TENT, SHOT and plain
+pseudo-labels stand beside ours, as their papers define them. A run does harm if it ends more than
+one point below the source model: on the target's own items, or, where those have no labels (noise,
+speech), on the next pictures of that light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lora_lightning import LoRACallback, TransductiveTask
+from lora_lightning.data.images import ImageDomains
+from lora_lightning.data.lighting import LIGHTINGS
+from lora_lightning.data.rendered import render_domains
+from lora_lightning.data.spoken import spoken_set
+from lora_lightning.data.voices import source_voices
+from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning.tasks.classification import Classifier
+
+SIZE = 64
+CONDITIONS = (
+    "imbalance", "few", "rate", "noise", "mirrored", "shuffled", "missing", "modality",
+)  # fmt: skip
+FIELDS = (
+    "method", "target", "condition", "seed", "items", "source_items", "after_items", "source_next",
+    "after_next", "seconds", "accepted", "end",
+)  # fmt: skip
+
+
+class Pictures(Dataset[Tensor]):
+    """Pictures, augmented or not."""
+
+    def __init__(self, pictures: Tensor, transform: Callable[[Tensor], Tensor]):
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.pictures[index])
+
+
+class Data:
+    """The rendered pictures, as bytes, and the spectrograms."""
+
+    def __init__(self, seed: int, cache: str | None):
+        counts = {name: {"train": 30, "test": 20} for name in LIGHTINGS}
+        counts["source"] = {"train": 230, "test": 20}
+        side = ImageDomains(".", size=SIZE).stored_side
+        root = render_domains(cache, domains=counts, size=side, seed=seed)
+        self.domains = ImageDomains(root, size=SIZE)
+        self.domains.setup()
+        self.targets = ["source", *self.domains.target]
+        self.seed, self.side = seed, side
+
+    def get(self, domain: str, split: str) -> tuple[Tensor, Tensor]:
+        """Pictures (N, 3, S, S) as bytes, classes (N,)."""
+        d = self.domains
+        items = [i for i in d.items if (i.domain, i.split) == (domain, split)]
+        if (domain, split) == ("source", "train"):
+            # The last thirty of each class are the target that is no other domain.
+            items = [i for i in items if int(i.path.stem) < 200]
+        pictures = torch.stack([d._pictures[i.path] for i in items])
+        return pictures, torch.tensor([d.classes.index(i.class_name) for i in items])
+
+    def target(self, domain: str) -> tuple[Tensor, Tensor]:
+        """The pictures to adapt to, and their classes."""
+        if domain != "source":
+            return self.get(domain, "train")
+        d = self.domains
+        items = [i for i in d.items if (i.domain, i.split) == ("source", "train")]
+        items = [i for i in items if int(i.path.stem) >= 200]
+        pictures = torch.stack([d._pictures[i.path] for i in items])
+        return pictures, torch.tensor([d.classes.index(i.class_name) for i in items])
+
+    def spectrograms(self, count: int, side: int) -> Tensor:
+        """Log-mel pictures of speech, (N, 3, side, side)."""
+        import torchaudio
+
+        from lora_lightning.data.audio import read_audio
+
+        folder = spoken_set(speakers=source_voices(10), utterances=30, seed=self.seed)
+        mel = torchaudio.transforms.MelSpectrogram(16000, n_mels=side)
+        found = []
+        for path in sorted(folder.glob("*/*.flac"))[:count]:
+            logs = (mel(read_audio(path, 16000)) + 1e-6).log()
+            grey = (logs - logs.min()) / (logs.max() - logs.min()) * 255
+            found.append(F.interpolate(grey[None, None], (side, side))[0].expand(3, -1, -1))
+        return torch.stack(found).to(torch.uint8)
+
+
+def stressed(
+    data: Data, domain: str, condition: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """The target under a condition; None in place of classes where there are none."""
+    pictures, classes = data.target(domain)
+    count = int(classes.max()) + 1
+    order = torch.randperm(count, generator=generator).tolist()
+    if condition == "imbalance":
+        sizes = [round(30 * 10 ** (-k / (count - 1))) for k in range(count)]
+        keep = [(classes == c).nonzero()[:n, 0] for c, n in zip(order, sizes, strict=True)]
+    elif condition == "missing":
+        keep = [(classes == c).nonzero()[:, 0] for c in order[:3]]
+    elif condition == "few":
+        keep = [torch.randperm(len(classes), generator=generator)[:32]]
+    else:
+        keep = [torch.arange(len(classes))]
+    chosen = torch.cat(keep)
+    pictures, classes = pictures[chosen], classes[chosen]
+    if condition == "noise":
+        noise = torch.randint(0, 256, pictures.shape, generator=generator, dtype=torch.uint8)
+        return noise, None
+    if condition == "modality":
+        return data.spectrograms(len(pictures), data.side), None
+    if condition == "mirrored":
+        pictures = pictures.flip(2)
+    if condition == "shuffled":
+        pictures = torch.stack([_shuffled(p, generator) for p in pictures])
+    return pictures, classes
+
+
+def _shuffled(picture: Tensor, generator: torch.Generator, tiles: int = 4) -> Tensor:
+    side = picture.shape[1] // tiles
+    cut = picture[:, : side * tiles, : side * tiles]
+    parts = cut.unfold(1, side, side).unfold(2, side, side).flatten(1, 2)
+    parts = parts[:, torch.randperm(tiles**2, generator=generator)].unflatten(1, (tiles, tiles))
+    found = picture.clone()
+    found[:, : side * tiles, : side * tiles] = parts.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
+    return found
+
+
+# ---- methods: (model, unaugmented items, transform, learning-rate factor) → predict(pictures)
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
+    """Information maximisation on factors, with the guard."""
+    d = data.domains
+    task = TransductiveTask(
+        model,
+        Pictures(pictures, d.test_transform),
+        training=Pictures(pictures, d.train_transform),
+        learning_rate=2e-3 * factor,
+    )
+    adapter = LoRACallback(
+        rank=4,
+        alpha=8.0,
+        target_modules="all",
+        exclude_modules=["fc"],
+        trainable=[],
+        output_dir=out,
+        log_spectrum=False,
+    )
+    trainer = Trainer(
+        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
+    )  # fmt: skip
+    with quiet_lightning():
+        trainer.fit(task)
+    return evaluated(model), task.rounds_
+
+
+def evaluated(model: nn.Module) -> Predictor:
+    """Logits in eval mode."""
+    model.eval()
+    return torch.no_grad()(lambda x: torch.cat([model(b) for b in x.split(256)]))
+
+
+def tent(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
+    """Wang et al. 2021: entropy, BatchNorm's affine weights, the batch's statistics, one pass."""
+    model.train()
+    model.requires_grad_(False)
+    affine = []
+    for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.requires_grad_(True)
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        affine += [norm.weight, norm.bias]
+    optimizer = torch.optim.Adam(affine, lr=1e-3 * factor)
+    items = data.domains.test_transform(pictures)
+    said = []
+    for batch in items.split(64):
+        logits = model(batch)
+        said.append(logits.detach())
+        loss = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    online = torch.cat(said)
+    after = torch.no_grad()(lambda x: torch.cat([model(b) for b in x.split(64)]))
+    return lambda x: online if x.shape == items.shape and torch.equal(x, items) else after(x), None
+
+
+def shot(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
+    """Liang et al. 2020: all weights but the head, BatchNorm in training mode, 15 epochs."""
+    return _self_trained(model, data, pictures, factor, epochs=15, centroids=True)
+
+
+def pseudo(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
+    """Lee 2013: each item's own most likely class, all weights, 15 epochs."""
+    return _self_trained(model, data, pictures, factor, epochs=15, centroids=False)
+
+
+def _self_trained(
+    model: Any, data: Data, pictures: Tensor, factor: float, epochs: int, centroids: bool
+) -> Any:
+    d = data.domains
+    model.get_classifier().requires_grad_(not centroids)
+    live = [p for p in model.parameters() if p.requires_grad]
+    rate = 1e-3 * factor
+    optimizer = torch.optim.SGD(live, lr=rate, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    plain = d.test_transform(pictures)
+    both = TensorDataset(torch.arange(len(pictures)))
+    steps = epochs * math.ceil(len(pictures) / 64)
+    done = 0
+    for _ in range(epochs):
+        if centroids:
+            labels = _centroids(model, plain)
+        for (index,) in DataLoader(both, batch_size=64, shuffle=True):
+            model.train()
+            x = torch.stack([d.train_transform(p) for p in pictures[index]])
+            logits = model(x)
+            if centroids:
+                p = logits.softmax(1)
+                mean = p.mean(0)
+                loss = -(p * (p + 1e-5).log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+                loss = loss + 0.3 * F.cross_entropy(logits, labels[index])
+            else:
+                loss = F.cross_entropy(logits, logits.detach().argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 + 10 * done / steps) ** -0.75
+            optimizer.step()
+            done += 1
+    return evaluated(model), None
+
+
+@torch.no_grad()
+def _centroids(model: Any, plain: Tensor) -> Tensor:
+    model.eval()
+    maps = torch.cat([model.forward_features(b) for b in plain.split(256)])
+    z = model.forward_head(maps, pre_logits=True)
+    p = model.get_classifier()(z).softmax(1)
+    z = F.normalize(torch.cat([z, torch.ones(len(z), 1)], 1), dim=1)
+    labels = p
+    for _ in range(2):
+        centres = labels.T @ z / (labels.sum(0)[:, None] + 1e-8)
+        nearest = (z @ F.normalize(centres, dim=1).T).argmax(1)
+        labels = F.one_hot(nearest, p.shape[1]).float()
+    return nearest
+
+
+METHODS = {"ours": ours, "TENT": tent, "SHOT": shot, "pseudo-labels": pseudo}
+
+
+def source_model(data: Data, path: Path, epochs: int = 16) -> Any:
+    """A small network trained on the source's light, kept beside the results."""
+    model = timm.create_model("test_resnet", num_classes=10)
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    d = data.domains
+    pictures, classes = data.get("source", "train")
+
+    class Labelled(Pictures):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index), int(classes[index])
+
+    loader = DataLoader(Labelled(pictures, d.train_transform), 64, shuffle=True, drop_last=True)
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with quiet_lightning():
+        trainer.fit(Classifier(model, 4e-3, 0.01, 0.1), loader)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def accuracy(predict: Predictor, pictures: Tensor, classes: Tensor) -> float:
+    """In percent."""
+    return 100 * float((predict(pictures).argmax(1) == classes).double().mean())
+
+
+def main() -> None:
+    """Run what the arguments choose; a line of the CSV each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/do_no_harm"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS))
+    parser.add_argument("--targets", nargs="+")
+    parser.add_argument("--cache", help="folder for the rendered pictures")
+    given = parser.parse_args()
+    seed_everything(given.seed, verbose=False)
+    data = Data(given.seed, given.cache)
+    source = source_model(data, given.out / f"source-{given.seed}.pt")
+    path = given.out / f"runs-{given.seed}-{'-'.join(given.methods)}.csv"
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS)
+        table.writeheader()
+        for domain in given.targets or data.targets:
+            nexts = data.domains.test_transform(data.get(domain, "test")[0])
+            next_classes = data.get(domain, "test")[1]
+            for condition in given.conditions:
+                generator = torch.Generator().manual_seed(given.seed)
+                pictures, classes = stressed(data, domain, condition, generator)
+                items = data.domains.test_transform(pictures)
+                before = evaluated(source)
+                row: dict[str, Any] = {
+                    "target": domain, "condition": condition, "seed": given.seed,
+                    "items": len(pictures), "source_next": accuracy(before, nexts, next_classes),
+                }  # fmt: skip
+                if classes is not None:
+                    row["source_items"] = accuracy(before, items, classes)
+                for method in given.methods:
+                    seed_everything(given.seed, verbose=False)
+                    model = copy.deepcopy(source)
+                    start = time.perf_counter()
+                    factor = 10.0 if condition == "rate" else 1.0
+                    after, rounds = METHODS[method](model, data, pictures, factor, given.out)
+                    seconds = time.perf_counter() - start
+                    row |= {"method": method, "seconds": round(seconds, 2)}
+                    if classes is not None:
+                        row["after_items"] = accuracy(after, items, classes)
+                    row["after_next"] = accuracy(after, nexts, next_classes)
+                    row["accepted"] = "" if rounds is None else rounds.accepted_
+                    row["end"] = "" if rounds is None else rounds.termination_condition_
+                    table.writerow(row)
+                    file.flush()
+                    print(
+                        " ".join(
+                            str(round(v, 1) if isinstance(v, float) else v) for v in row.values()
+                        ),
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

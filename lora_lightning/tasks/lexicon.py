@@ -1,0 +1,178 @@
+"""Decoding with a list of words: a recogniser that may only write what is in a lexicon."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.tasks.decoding import NEVER, Prefix, prefixes, spoken_frames
+from lora_lightning.tasks.labels import Labels
+
+START, END = "<s>", "</s>"
+Node = dict[int, "Node"]
+
+
+class Lexicon:
+    r"""Words that may be said and, where texts are given, which tends to follow which.
+
+    The probability of a word after another is the interpolated bigram
+    :math:`p(w|v) = (1-\lambda)\,c(v,w)/c(v) + \lambda\,(c(w) + 1)/(N + V)` (Jelinek & Mercer
+    1980), of a list without texts :math:`1/V`.
+
+    Args:
+        words: The words; those with a character that the recogniser cannot write are refused
+            when decoding begins.
+        texts: Sentences that are like what will be said; their words join the list.
+        smoothing: λ, in (0, 1].
+
+    Raises:
+        ConfigError: there is no word, or smoothing is out of range.
+    """
+
+    def __init__(
+        self, words: Iterable[str] = (), texts: Iterable[str] = (), smoothing: float = 0.1
+    ):
+        if not 0 < smoothing <= 1:
+            raise ConfigError(f"smoothing must lie in (0, 1], got {smoothing}")
+        sentences = [text.split() for text in texts]
+        self.words = sorted({*words, *(w for s in sentences for w in s)} - {""})
+        if not self.words:
+            raise ConfigError("a lexicon needs at least one word; the list is empty")
+        if spaced := [w for w in self.words if len(w.split()) != 1]:
+            raise ConfigError(f"a lexicon holds single words, not {spaced[0]!r}; give it as a text")
+        self.smoothing = smoothing
+        chains = [[START, *s, END] for s in sentences]
+        self._after = Counter(pair for c in chains for pair in pairwise(c))
+        self._before = Counter(word for c in chains for word in c[:-1])
+        self._count = Counter(word for c in chains for word in c[1:])
+        self._total = sum(self._count.values())
+
+    @classmethod
+    def read(cls, path: Path | str) -> Lexicon:
+        """A text file: of one word a line, a list; of longer lines, sentences to count in.
+
+        Raises:
+            DataError: it cannot be read, or is empty.
+        """
+        try:
+            lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a lexicon: {error}") from error
+        lines = [x for x in lines if x]
+        if not lines:
+            raise DataError(f"{path} holds no word")
+        return cls(texts=lines) if any(" " in x for x in lines) else cls(lines)
+
+    def log_probability(self, word: str, before: str) -> float:
+        """log p(word | before); `START` comes before the first word, `END` after the last."""
+        if not self._total:
+            return 0.0 if word == END else -math.log(len(self.words))
+        seen = self._before[before]
+        bigram = self._after[before, word] / seen if seen else 0.0
+        unigram = (self._count[word] + 1) / (self._total + len(self.words) + 1)
+        weight = self.smoothing if seen else 1.0
+        return math.log((1 - weight) * bigram + weight * unigram)
+
+
+class State(NamedTuple):
+    """Where a prefix stands: in the tree of letters, and after which word."""
+
+    node: Node
+    word: str
+    score: float
+
+
+class LexiconSearch:
+    """The prefix beam search over sentences of the lexicon's words.
+
+    The score of a text of n words is
+    log p(text | sound) + weight · Σ log p(word | the one before) + bonus · n.
+
+    Args:
+        lexicon: The words.
+        labels: What the recogniser's classes stand for.
+        beam_size: Prefixes that are kept after each frame.
+        weight: Of the words' probabilities.
+        bonus: For each word: above 0 it makes up for words that are lost.
+
+    Raises:
+        ConfigError: a word cannot be written with the labels, or `beam_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        lexicon: Lexicon,
+        labels: Labels,
+        beam_size: int = 16,
+        weight: float = 0.5,
+        bonus: float = 0.0,
+    ):
+        if beam_size < 1:
+            raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        self.lexicon, self.labels, self.beam_size = lexicon, labels, beam_size
+        self.weight, self.bonus = weight, bonus
+        self._separator = labels.symbols.index(labels.separator)
+        self._tree: Node = {}
+        self._whole: dict[int, str] = {}  # id of a node → the word that ends there
+        for word in lexicon.words:
+            self._add(word)
+
+    def _add(self, word: str) -> None:
+        normal = self.labels.normalise(word)
+        if len(normal) != len(word) or " " in normal:
+            raise ConfigError(
+                f"the recogniser cannot write {word!r} of the lexicon with its symbols "
+                f"{''.join(self.labels.symbols)!r}; leave it out or spell it differently"
+            )
+        node = self._tree
+        for c in self.labels.encode(word):
+            node = node.setdefault(c, {})
+        self._whole[id(node)] = word
+
+    def decode(self, log_probs: Tensor, lengths: Tensor) -> list[str]:
+        """(B, F, C) log-probabilities and frames (B,) → texts; "" where no word fits."""
+        return [self._one(row.double().tolist()) for row in spoken_frames(log_probs, lengths)]
+
+    def _one(self, frames: Sequence[Sequence[float]]) -> str:
+        states: dict[Prefix, State] = {(): State(self._tree, START, 0.0)}
+
+        def grow(prefix: Prefix, c: int) -> float | None:
+            longer = (*prefix, c)
+            if longer not in states:
+                state = self._next(states[prefix], c)
+                if state is None:
+                    return None
+                states[longer] = state
+            return states[longer].score
+
+        ranked = prefixes(frames, self.labels.blank, self.beam_size, grow=grow)
+        ends = [(p + e, prefix) for prefix, p in ranked if (e := self._end(states[prefix])) > NEVER]
+        return self.labels.decode(max(ends)[1]) if ends else ""
+
+    def _next(self, state: State, c: int) -> State | None:
+        if c == self._separator:
+            word = self._whole.get(id(state.node))
+            return None if word is None else State(self._tree, word, self._score(state, word))
+        node = state.node.get(c)
+        return None if node is None else state._replace(node=node)
+
+    def _score(self, state: State, word: str) -> float:
+        p = self.lexicon.log_probability(word, state.word)
+        return state.score + self.weight * p + self.bonus
+
+    def _end(self, state: State) -> float:
+        """What the end adds: NEVER in the midst of a word."""
+        before, score = state.word, state.score
+        if state.node is not self._tree:
+            word = self._whole.get(id(state.node))
+            if word is None:
+                return NEVER
+            before, score = word, self._score(state, word)
+        return score - state.score + self.weight * self.lexicon.log_probability(END, before)

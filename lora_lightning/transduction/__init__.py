@@ -1,0 +1,1 @@
+"""Adaptation to an unlabelled target: pseudo-labels, objectives, validators, the guard."""

@@ -1,0 +1,85 @@
+"""Label-free looks at a CTC recogniser: how much it says, and which transcripts are stable.
+
+Legend of shapes: B recordings, F frames, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError
+
+
+def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
+    """The part of the frames, padding aside, whose most likely class is no blank.
+
+    Args:
+        log_probs: (B, F, C), or logits.
+        lengths: (B,) frames that are no padding.
+        blank: Class of the blank.
+    """
+    inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
+    said = (log_probs.argmax(dim=2) != blank) & inside
+    return float(said.sum()) / max(int(inside.sum()), 1)
+
+
+def normalised_distance(a: str, b: str) -> float:
+    """Edit distance of characters over the length of the longer; 0 for two empty texts."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row = row, [i]
+        for j, y in enumerate(b, start=1):
+            row.append(min(before[j - 1] + (x != y), before[j] + 1, row[j - 1] + 1))
+    return row[-1] / max(len(a), len(b), 1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which transcripts are learnt from.
+
+    Attributes:
+        accepted: One for each recording.
+        distances: Mean normalised distance of the variants.
+        reasons: Why each was left out; "" where it was not.
+    """
+
+    accepted: list[bool]
+    distances: list[float]
+    reasons: list[str]
+
+
+def dust(hypotheses: Sequence[str], variants: Sequence[Sequence[str]], keep: float = 0.6) -> Kept:
+    """The transcripts that change least under dropout.
+
+    Khurana et al. 2021, "Unsupervised domain adaptation for speech recognition via uncertainty
+    driven self-training", arXiv:2011.13439 (there with a threshold in place of a part). Empty
+    transcripts are left out always.
+
+    Args:
+        hypotheses: A transcript of each recording.
+        variants: For each, its transcripts under dropout.
+        keep: Part that is kept, in (0, 1]; one at least.
+
+    Raises:
+        ConfigError: `keep` is out of range, or variants are missing.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"keep must lie in (0, 1], got {keep}")
+    if len(variants) != len(hypotheses) or not all(variants):
+        raise ConfigError("each transcript needs one variant or more")
+    distances = [
+        sum(normalised_distance(text, v) for v in others) / len(others)
+        for text, others in zip(hypotheses, variants, strict=True)
+    ]
+    ranked = sorted((d, i) for i, d in enumerate(distances) if hypotheses[i])
+    chosen = {i for _, i in ranked[: max(1, math.floor(keep * len(hypotheses)))]}
+    reasons = [
+        "" if i in chosen else "changes too much under dropout" if text else "nothing understood"
+        for i, text in enumerate(hypotheses)
+    ]
+    return Kept([not reason for reason in reasons], distances, reasons)

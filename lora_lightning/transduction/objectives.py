@@ -1,0 +1,192 @@
+"""Losses that need no labels, or only guessed ones: tensors in, a scalar with a gradient out.
+
+Legend of shapes: B items, K classes. All compute in float32, also under autocast. Whether the
+logits are finite is for the caller to look at: a look would wait for the GPU in each step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError
+
+
+def entropy(logits: Tensor) -> Tensor:
+    r"""Mean entropy of the predictions in nats, :math:`-\frac1B\sum_{ik} p_{ik}\log p_{ik}`.
+
+    Alone it collapses easily: one class for all is its minimum. Grandvalet & Bengio 2004; TENT,
+    Wang et al. 2021, arXiv:2006.10726.
+
+    Args:
+        logits: (B, K).
+
+    Raises:
+        ConfigError: they are of another shape.
+    """
+    log_p = _checked(logits).log_softmax(dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1).mean()
+
+
+class RunningMarginal:
+    r"""The mean prediction over more than one batch, where a batch is small beside the classes.
+
+    Its value is :math:`m \leftarrow \mu\,m + (1 - \mu)\,\bar p`; its gradient is that of the batch
+    mean :math:`\bar p`, so that the loss pulls as hard as it does without.
+
+    Args:
+        classes: K.
+        momentum: μ, in [0, 1).
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(self, classes: int, momentum: float = 0.9):
+        if classes < 2 or not 0 <= momentum < 1:
+            raise ConfigError(
+                f"expected two classes or more and a momentum in [0, 1), got {classes}, {momentum}"
+            )
+        self.classes, self.momentum = classes, momentum
+        self.mean: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.mean = None
+
+    def update(self, batch_mean: Tensor) -> Tensor:
+        """Take a batch's mean (K,) in; returns the running mean (K,) with its gradient."""
+        now = batch_mean.detach()
+        before = now if self.mean is None else self.mean.to(now)
+        self.mean = self.momentum * before + (1 - self.momentum) * now
+        return self.mean + (batch_mean - now)
+
+
+def information_maximisation(
+    logits: Tensor,
+    prior: Tensor | None = None,
+    diversity: float = 1.0,
+    marginal: RunningMarginal | None = None,
+) -> Tensor:
+    r"""Sure of each item, spread over the classes.
+
+    The loss is :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p\|\pi)`.
+    Krause et al. 2010, "Discriminative clustering by regularized information maximization"; SHOT,
+    Liang et al. 2020, arXiv:2002.08546.
+
+    Args:
+        logits: (B, K).
+        prior: π (K,), the share of each class; None: uniform.
+        diversity: d; 0 switches the second term off, for targets that lack classes.
+        marginal: Takes the place of the batch's mean prediction.
+
+    Raises:
+        ConfigError: shapes that do not fit, a prior that is none, a diversity below 0.
+    """
+    if diversity < 0:
+        raise ConfigError(f"diversity must be 0 or more, got {diversity}")
+    loss = entropy(logits)
+    if not diversity:
+        return loss
+    mean = _checked(logits).softmax(dim=1).mean(dim=0)
+    if marginal is not None:
+        mean = marginal.update(mean)
+    wanted = torch.full_like(mean, 1 / len(mean)) if prior is None else _prior(prior, mean)
+    # The floor keeps the gradient finite where a class is never predicted.
+    return loss + diversity * (mean * (mean.clamp_min(1e-8) / wanted).log()).sum()
+
+
+def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
+    r"""How far classes are predicted for the same items, sure items counting more.
+
+    With :math:`Y = softmax(logits / T)` and weights W that grow as the entropy of a row falls,
+    :math:`C = Y^T W Y`, each row divided by its sum; the loss is the sum off the diagonal over K.
+    Jin et al. 2020, "Minimum class confusion for versatile domain adaptation", arXiv:1912.03699.
+
+    Args:
+        logits: (B, K).
+        temperature: T, above 0.
+
+    Raises:
+        ConfigError: shapes or a temperature that cannot be.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be above 0, got {temperature}")
+    log_y = (_checked(logits) / temperature).log_softmax(dim=1)
+    y = log_y.exp()
+    weights = 1 + (y * log_y).sum(dim=1).exp()
+    weights = len(y) * weights / weights.sum()
+    confusion = (y * weights[:, None]).T @ y
+    confusion = confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    return (confusion.sum() - confusion.trace()) / len(confusion)
+
+
+def pseudo_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Weighted mean of the cross-entropy to pseudo-labels; 0, with a gradient, where none counts.
+
+    Lee 2013, "Pseudo-label: the simple and efficient semi-supervised learning method".
+
+    Args:
+        logits: (B, K).
+        labels: (B,) int64; −1 is left out.
+        weights: (B,), 0 or more; None: all 1.
+        smoothing: Part of the label spread over all classes, in [0, 1).
+
+    Raises:
+        ConfigError: shapes that do not fit, or a smoothing out of range.
+    """
+    if labels.shape != (len(logits),) or (weights is not None and weights.shape != labels.shape):
+        raise ConfigError(f"expected one label (and weight) for each of {len(logits)} items")
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"smoothing must lie in [0, 1), got {smoothing}")
+    each = torch.nn.functional.cross_entropy(
+        _checked(logits), labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
+    )
+    counted = (labels >= 0).to(each) if weights is None else weights.to(each) * (labels >= 0)
+    return (each * counted).sum() / counted.sum().clamp_min(1e-12)
+
+
+def consistency(weak: Tensor, strong: Tensor, least: float = 0.0) -> Tensor:
+    """Cross-entropy of a strongly augmented view to what is said of the weakly augmented one.
+
+    Only items whose weak view has a confidence of `least` or more count; 0 where none does. Sohn
+    et al. 2020, "FixMatch", arXiv:2001.07685.
+
+    Args:
+        weak: (B, K) logits, not trained through.
+        strong: (B, K) logits.
+        least: In [0, 1].
+
+    Raises:
+        ConfigError: shapes that do not fit, or `least` out of range.
+    """
+    if weak.shape != strong.shape or not 0 <= least <= 1:
+        raise ConfigError(
+            f"expected two views of the same items and least in [0, 1], got {tuple(weak.shape)}, "
+            f"{tuple(strong.shape)} and {least}"
+        )
+    said = _checked(weak).detach().softmax(dim=1)
+    counted = (said.amax(dim=1) >= least).to(said)
+    each = -(said * _checked(strong).log_softmax(dim=1)).sum(dim=1)
+    return (each * counted).sum() / counted.sum().clamp_min(1)
+
+
+def _checked(logits: Tensor) -> Tensor:
+    if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
+        raise ConfigError(
+            f"expected logits (items, classes) of two classes or more, got {tuple(logits.shape)}"
+        )
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _prior(prior: Tensor, mean: Tensor) -> Tensor:
+    found = torch.as_tensor(prior).to(mean)
+    if found.shape != mean.shape:
+        raise ConfigError(f"prior must hold a share for each of {len(mean)} classes")
+    if float(found.min()) <= 0 or not math.isclose(float(found.sum()), 1, abs_tol=1e-3):
+        raise ConfigError("prior must hold shares above 0 that sum to 1")
+    return found

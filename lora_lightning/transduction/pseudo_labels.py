@@ -1,0 +1,261 @@
+"""Pseudo-labels: which label an unlabelled item gets, how far it counts, and why it does not.
+
+Legend of shapes: N items, K classes, D features, k neighbours. All functions take detached
+tensors of any device, answer on that device, and give the same output for the same input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.transduction.neighbours import (
+    check_count,
+    check_features,
+    check_probabilities,
+    nearest,
+    unit_rows,
+)
+
+FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
+ALONE = "no neighbour to ask"
+
+
+@dataclass
+class PseudoLabels:
+    """Labels of N items that nobody labelled.
+
+    Attributes:
+        labels: (N,) int64, also of the items left out.
+        weights: (N,) in [0, 1]; 0: left out.
+        reasons: Why each item was left out; "" where it was not.
+
+    Raises:
+        DataError: they are not of the same items, or weights leave [0, 1].
+    """
+
+    labels: Tensor
+    weights: Tensor
+    reasons: list[str]
+
+    def __post_init__(self) -> None:
+        sizes = tuple(self.labels.shape), tuple(self.weights.shape), (len(self.reasons),)
+        if len(set(sizes)) != 1:
+            raise DataError(
+                "labels, weights and reasons must be one of each per item, got the shapes "
+                f"{sizes[0]}, {sizes[1]} and {sizes[2]}"
+            )
+        if not bool(((self.weights >= 0) & (self.weights <= 1)).all()):
+            raise DataError("weights must be from 0 to 1; got some that are not, or NaN")
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    @property
+    def accepted(self) -> Tensor:
+        """(N,) bool: the items with a weight."""
+        return self.weights > 0
+
+    def histogram(self, classes: int) -> Tensor:
+        """(K,) accepted items of each class.
+
+        Raises:
+            ConfigError: a label is not below `classes`.
+        """
+        check_count(classes, "classes")
+        if len(self) and int(self.labels.max()) >= classes:
+            raise ConfigError(
+                f"classes is {classes}, but there is an item of class {int(self.labels.max())}"
+            )
+        return torch.bincount(self.labels[self.accepted], minlength=classes)
+
+    def agreement(self, other: PseudoLabels | Tensor) -> float:
+        """The part of the items with the same label, left out or not; 1 where there are none.
+
+        Args:
+            other: Of the same items; or their labels (N,).
+
+        Raises:
+            DataError: they are not of as many items.
+        """
+        labels = other.labels if isinstance(other, PseudoLabels) else other
+        if labels.shape != self.labels.shape:
+            raise DataError(
+                f"agreement needs labels of the same items, got {tuple(self.labels.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
+        same = self.labels == labels.to(self.labels.device)
+        return float(same.double().mean()) if len(self) else 1.0
+
+
+def threshold(probabilities: Tensor, least: float = 0.9) -> PseudoLabels:
+    r"""Accept the items whose confidence :math:`\max_k p_{ik}` is at least `least`; weight 1.
+
+    Lee 2013, "Pseudo-label"; the threshold as in Sohn et al. 2020, "FixMatch", arXiv:2001.07685.
+
+    Args:
+        probabilities: (N, K), rows that sum to one.
+        least: In [0, 1].
+
+    Raises:
+        ConfigError: `least` is not in [0, 1].
+        DataError: the probabilities are none.
+    """
+    if not 0 <= least <= 1:
+        raise ConfigError(f"least must lie in [0, 1], got {least}")
+    confidence, labels = check_probabilities(probabilities).max(dim=1)
+    kept = confidence >= least
+    reasons = [
+        "" if ok else f"confidence {value:.2f} below {least:.2f}"
+        for ok, value in zip(kept.tolist(), confidence.tolist(), strict=True)
+    ]
+    return PseudoLabels(labels, kept.to(confidence.dtype), reasons)
+
+
+def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabels:
+    r"""Accept the most confident items of each predicted class, the same number or part; weight 1.
+
+    Class-balanced self-training selects by a threshold of each class; its labels are weighted by
+    those thresholds, ours are the predictions as they are. Of equal confidences the earlier item
+    is taken. Classes that nobody predicts get nothing. Zou et al. 2018, arXiv:1810.07911.
+
+    Args:
+        probabilities: (N, K), rows that sum to one.
+        per_class: int: items of each class, at least 1. float in (0, 1]: part of the items that
+            are predicted as the class, rounded up: no predicted class is left without any.
+
+    Raises:
+        ConfigError: `per_class` is out of range.
+        DataError: the probabilities are none.
+    """
+    if isinstance(per_class, float):
+        if not 0 < per_class <= 1:
+            raise ConfigError(
+                f"per_class as a part must be above 0 and at most 1, got {per_class}; give an int "
+                "for a number of items"
+            )
+    else:
+        check_count(per_class, "per_class")
+    confidence, labels = check_probabilities(probabilities).max(dim=1)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    reasons = [""] * len(labels)
+    for label in sorted(set(labels.tolist())):
+        items = (labels == label).nonzero().squeeze(1)
+        # Less a trifle: 0.1 · 30 is a bit more than 3 in floating point.
+        part = math.ceil(per_class * len(items) - 1e-9) if isinstance(per_class, float) else 0
+        count = part if isinstance(per_class, float) else per_class
+        ranked = items[confidence[items].argsort(descending=True, stable=True)]
+        kept[ranked[:count]] = True
+        for item in ranked[count:].tolist():
+            reasons[item] = f"class {label} has its {count} already"
+    return PseudoLabels(labels, kept.to(confidence.dtype), reasons)
+
+
+@torch.no_grad()
+def centroid(features: Tensor, probabilities: Tensor, rounds: int = 1) -> PseudoLabels:
+    r"""The class whose centroid is nearest by cosine; all items are accepted with weight 1.
+
+    .. math:: c_k = \frac{\sum_i p_{ik} z_i}{\sum_i p_{ik}}, \qquad
+              \hat y_i = \arg\max_k \cos(z_i, c_k), \qquad z_i = f_i / \|f_i\|
+
+    then `rounds` times again with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that nobody
+    predicts have no centroid. SHOT, Liang et al. 2020, arXiv:2002.08546, whose features have a 1
+    appended; ours are as given. N = 1 keeps its prediction.
+
+    Args:
+        features: (N, D).
+        probabilities: (N, K), rows that sum to one.
+        rounds: 0: the first centroids decide.
+
+    Raises:
+        ConfigError: `rounds` is no whole number, or negative.
+        DataError: features or probabilities are none, or not of the same items.
+    """
+    if rounds != 0:
+        check_count(rounds, "rounds (if not 0)")
+    p = check_probabilities(probabilities)
+    z = unit_rows(check_features(features, len(p))).to(p.device, p.dtype)
+    labels = p.argmax(dim=1)
+    shares = p
+    for _ in range(rounds + 1):
+        predicted = torch.bincount(labels, minlength=p.shape[1]) > 0
+        # The sum has the direction of the mean: no division by what may be zero.
+        similarity = z @ unit_rows(shares.T @ z).T
+        labels = similarity.masked_fill(~predicted, -torch.inf).argmax(dim=1)
+        shares = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
+    return PseudoLabels(labels, torch.ones_like(p[:, 0]), [""] * len(p))
+
+
+def vote(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> PseudoLabels:
+    r"""The class with the highest mean probability of the nearest items; that is the weight.
+
+    .. math:: q_i = \frac1k \sum_{j \in N_k(i)} p_j, \qquad \hat y_i = \arg\max_k q_{ik}
+
+    Without itself. N = 1 is left out with its own prediction. AdaContrast's refinement, Chen et
+    al. 2022, arXiv:2204.10377.
+
+    Args:
+        features: (N, D), compared by cosine.
+        probabilities: (N, K), rows that sum to one.
+        neighbours: k, at most N − 1 are used.
+
+    Raises:
+        ConfigError: `neighbours` is no whole number, or below 1.
+        DataError: features or probabilities are none, or not of the same items.
+    """
+    p, near = _near(features, probabilities, neighbours)
+    if len(p) == 1:
+        return _alone(p)
+    weights, labels = p[near].mean(dim=1).max(dim=1)
+    return PseudoLabels(labels, weights.clamp(0, 1), [""] * len(p))
+
+
+def reciprocal(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> PseudoLabels:
+    r"""Accept the items whose own prediction is that of their neighbours, the mutual ones first.
+
+    .. math:: q_i = \frac{\sum_{j \in N_k(i)} a_{ij} p_j}{\sum_{j \in N_k(i)} a_{ij}}, \qquad
+              a_{ij} = 1 \text{ if } i \in N_k(j), \text{ else } 0.1
+
+    The label is the vote's, :math:`\hat y_i = \arg\max_k q_{ik}`, the weight :math:`\max_k q_{ik}`.
+    N = 1 is left out with its own prediction. After NRC, Yang et al. 2021, arXiv:2110.04202.
+
+    Args:
+        features: (N, D), compared by cosine.
+        probabilities: (N, K), rows that sum to one.
+        neighbours: k, at most N − 1 are used.
+
+    Raises:
+        ConfigError: `neighbours` is no whole number, or below 1.
+        DataError: features or probabilities are none, or not of the same items.
+    """
+    p, near = _near(features, probabilities, neighbours)
+    if len(p) == 1:
+        return _alone(p)
+    own = torch.arange(len(p), device=near.device)
+    mutual = (near[near] == own[:, None, None]).any(dim=2)
+    affinity = torch.where(mutual, 1.0, FAR).to(p.dtype)
+    votes = (affinity[:, :, None] * p[near]).sum(dim=1) / affinity.sum(dim=1, keepdim=True)
+    share, labels = votes.max(dim=1)
+    mine = p.argmax(dim=1)
+    kept = labels == mine
+    same = (mine[near] == mine[:, None]).sum(dim=1)
+    reasons = [
+        "" if ok else f"{agree} of {near.shape[1]} neighbours agree, their vote is class {label}"
+        for ok, agree, label in zip(kept.tolist(), same.tolist(), labels.tolist(), strict=True)
+    ]
+    return PseudoLabels(labels, share.clamp(0, 1) * kept, reasons)
+
+
+def _near(features: Tensor, probabilities: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the indices (N, k) of each item's nearest."""
+    check_count(neighbours, "neighbours")
+    p = check_probabilities(probabilities)
+    return p, nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
+
+
+def _alone(p: Tensor) -> PseudoLabels:
+    return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), [ALONE] * len(p))

@@ -1,0 +1,166 @@
+"""The unlabelled target as a dataset that says which item is which, and predictions of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.probe import preserved
+from lora_lightning.structure import classifier_modules
+
+Predict = Callable[[Tensor], Tensor]  # inputs → logits (B, K)
+
+
+class Target(Dataset[Any]):
+    """Items of the target, each with its index; labels, where there are some, are dropped.
+
+    With the index an item keeps its pseudo-label in whatever order, and from whatever worker
+    process, it comes.
+
+    Args:
+        items: A dataset of a known length; of each item the input is taken, alone or first in a
+            tuple. Or a DataLoader over such a one, whose batch size, workers and collate function
+            are used then.
+        augment: Applied to each input of a training batch on its own.
+
+    Raises:
+        ConfigError: items of another kind, or without a known length.
+        DataError: there is no item.
+    """
+
+    def __init__(self, items: Any, augment: Callable[[Any], Any] | None = None):
+        self.settings: dict[str, Any] = {}
+        if isinstance(items, DataLoader):
+            names = ("batch_size", "num_workers", "collate_fn", "pin_memory")
+            self.settings = {name: getattr(items, name) for name in names}
+            if self.settings["batch_size"] is None:
+                raise ConfigError(
+                    "the target's DataLoader batches by its sampler (batch_size=None); give the "
+                    "dataset of single items instead"
+                )
+            items = items.dataset
+        if isinstance(items, Tensor):
+            items = list(items)
+        if isinstance(items, IterableDataset) or not hasattr(items, "__len__"):
+            raise ConfigError(
+                f"target must be a dataset of a known length, so that each item can keep its "
+                f"label; got {type(items).__name__}. Collect a stream into a list first, or use "
+                "StreamingAdapter"
+            )
+        if not len(items):
+            raise DataError("the target is empty: there is nothing to adapt to")
+        self.items, self.augment = items, augment
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        x = input_of(self.items[index])
+        return (x if self.augment is None else self.augment(x)), index
+
+    def loader(self, batch_size: int, shuffle: bool, **settings: Any) -> DataLoader[Any]:
+        """Batches of (inputs, indices)."""
+        given = {"num_workers": 0, **self.settings, "batch_size": batch_size, **settings}
+        given.pop("collate_fn", None)  # the user's knows no indices
+        # A last batch of one would leave diversity, and BatchNorm, nothing to look at.
+        drop = shuffle and len(self) > 1 and len(self) % batch_size == 1
+        return DataLoader(self, shuffle=shuffle, drop_last=drop, **given)
+
+
+def input_of(item: Any) -> Any:
+    """What the network is given of an item.
+
+    Raises:
+        ConfigError: it is neither a tensor nor a tuple or list that begins with one.
+    """
+    first = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+    if not isinstance(first, Tensor):
+        raise ConfigError(
+            f"an item of the target must be a tensor, or a tuple that begins with one; got "
+            f"{type(item).__name__}"
+        )
+    return first
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of every item of the target, in the dataset's order.
+
+    Attributes:
+        probabilities: (N, K), float32, on the CPU.
+        features: (N, D), what the classifier sees; the log-probabilities where the model has no
+            classifier of its own.
+    """
+
+    probabilities: Tensor
+    features: Tensor
+
+
+class HeadInput:
+    """Within the block, `batches` collects what the model's classifier is given."""
+
+    def __init__(self, model: nn.Module):
+        heads = sorted(classifier_modules(model))
+        self._head = model.get_submodule(heads[0]) if heads else None
+        self.batches: list[Tensor] = []
+
+    def __enter__(self) -> HeadInput:
+        def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], Tensor):
+                self.batches.append(inputs[0].detach())
+
+        self._hook = self._head.register_forward_pre_hook(keep) if self._head else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The features (B, D) of the last forward, whose logits these are."""
+        found, self.batches = self.batches, []
+        if len(found) != 1 or len(found[0]) != len(logits):
+            return logits.log_softmax(dim=1)
+        return found[0].flatten(start_dim=1) if found[0].ndim <= 2 else found[0].flatten(2).mean(2)
+
+
+@torch.no_grad()
+def predicted(
+    predict: Predict, model: nn.Module, loader: DataLoader[Any], device: torch.device
+) -> Predicted:
+    """Predictions of the whole target, in eval mode; the model's modes stay as they were.
+
+    Raises:
+        DataError: the model gives something else than (B, K) finite numbers; says for which items.
+    """
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    with preserved(model), HeadInput(model) as head:
+        model.eval()
+        for inputs, indices in loader:
+            logits = predict(inputs.to(device)).float()
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                raise ConfigError(
+                    f"the model must give logits (items, classes) for each input, got a tensor of "
+                    f"shape {tuple(logits.shape)}"
+                )
+            features = head.of(logits).float().cpu()
+            logits = logits.cpu()
+            for row, index in enumerate(indices.tolist()):
+                rows[index] = logits[row], features[row]
+    order = sorted(rows)
+    logits = torch.stack([rows[i][0] for i in order])
+    features = torch.stack([rows[i][1] for i in order])
+    bad = ~(logits.isfinite().all(dim=1) & features.isfinite().all(dim=1))
+    if bool(bad.any()):
+        named = ", ".join(map(str, bad.nonzero().flatten()[:5].tolist()))
+        raise DataError(
+            f"the model's output is NaN or infinite for {int(bad.sum())} of {len(logits)} items of "
+            f"the target (indices {named}…): look at those items, or at the model's weights"
+        )
+    return Predicted(logits.softmax(dim=1), features)

@@ -1,0 +1,269 @@
+"""`TransductiveTask`: adapt a classifier to unlabelled items, by a loss that needs no labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.batchnorm import reestimated
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.structure import classifier_modules
+from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.transduction import objectives
+from lora_lightning.transduction.guard import Limits
+from lora_lightning.transduction.neighbours import nearest
+from lora_lightning.transduction.pseudo_labels import PseudoLabels, centroid
+from lora_lightning.transduction.rounds import Round, Rounds
+from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.transduction.validators import information
+
+OBJECTIVES = ("information-maximisation", "minimum-class-confusion", "entropy")
+BATCH_NORM = ("auto", "source", "target")
+NEIGHBOURS = 5  # of each item, that the guard looks at
+GAIN = 0.05  # of information, for which BatchNorm's statistics are taken from the target
+Objective = Callable[[Tensor], Tensor]
+
+
+class TransductiveTask(Optimised):
+    r"""Adapt `model` to the items of `target` without their labels, and leave it no worse.
+
+        task = TransductiveTask(model, target)
+        Trainer(max_epochs=4, callbacks=[LoRACallback(trainable=[])]).fit(task)
+        task.probabilities_  # of each item of the target
+
+    The loss of a batch is
+    :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p \| \pi) + w\,CE(p_i, \hat y_i)`: sure of each item,
+    spread over the classes as the prior π, and true to the pseudo-labels ŷ by the nearest class
+    centroid, taken anew in each epoch (SHOT, Liang et al. 2020, arXiv:2002.08546). Train the
+    factors only: the head that the source model learnt is what its features are measured by.
+
+    After each epoch a round ends: the `Guard` compares the predictions of all items with the
+    source model's. At the first alarm training stops, and the last accepted state comes back; if
+    there is none, the source model.
+
+    Args:
+        model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
+            ``model``.
+        target: The items, see `lora_lightning.transduction.target.Target`. Labels that come with
+            them are not looked at.
+        objective: ``"information-maximisation"``, ``"minimum-class-confusion"``, ``"entropy"``
+            (TENT's, which collapses easily), or a function from logits to a loss.
+        training: The same items as they are to be trained on, where those differ (by random
+            crops, say); None: `target`.
+        augment: Applied to each input in training, not where the target is labelled.
+        pseudo_label_weight: w; 0: no pseudo-labels.
+        diversity: d; 0 where the target lacks classes, or holds things of no class.
+        prior: π, the share of each class in the target; None: uniform.
+        batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
+            training, ``"source"`` leaves them; ``"auto"`` takes them where the predictions gain
+            information by it and the guard accepts them. While training they stay as they are.
+        limits: Of the guard; None: no guard.
+        batch_size: Items in a batch.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+
+    Attributes:
+        rounds_: the course of it, a `Rounds`.
+
+    Raises:
+        ConfigError: a value is out of range, or items of another kind than expected.
+        DataError: the target is empty, or the model gives NaN for some of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Any,
+        objective: str | Objective = "information-maximisation",
+        *,
+        training: Any = None,
+        augment: Callable[[Any], Any] | None = None,
+        pseudo_label_weight: float = 0.3,
+        diversity: float = 1.0,
+        prior: Tensor | None = None,
+        batch_norm: str = "auto",
+        limits: Limits | None = Limits(),  # noqa: B008 - frozen
+        batch_size: int = 32,
+        learning_rate: float = 4e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "one-cycle",
+    ):
+        super().__init__(learning_rate, weight_decay, schedule)
+        if not callable(objective) and objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, or a function from logits to a "
+                f"loss; got {objective!r}"
+            )
+        if batch_norm not in BATCH_NORM:
+            raise ConfigError(
+                f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}"
+            )
+        for name, value in (("pseudo_label_weight", pseudo_label_weight), ("diversity", diversity)):
+            if not value >= 0:
+                raise ConfigError(f"{name} must be 0 or more, got {value}")
+        if batch_size < 2:
+            raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+        # In training mode, as a Trainer expects it; it is looked at in eval mode.
+        self.model, self.objective, self.prior = model.train(), objective, prior
+        self.target = Target(target)
+        self.training_items = Target(target if training is None else training, augment)
+        if len(self.target) != len(self.training_items):
+            raise ConfigError(
+                f"target and training must be the same items in the same order, got "
+                f"{len(self.target)} and {len(self.training_items)}"
+            )
+        self.pseudo_label_weight, self.diversity = pseudo_label_weight, diversity
+        self.batch_norm, self.limits, self.batch_size = batch_norm, limits, batch_size
+        self.labels: PseudoLabels | None = None
+        self.rounds_: Rounds | None = None
+        self._marginal: objectives.RunningMarginal | None = None
+        self._now: Predicted | None = None  # by the model as it is, from round to round
+        self._resumed: dict[str, Any] | None = None
+
+    @property
+    def probabilities_(self) -> Tensor:
+        """(N, K) of the target's items, in its order, by the accepted state."""
+        return self._course.probabilities_
+
+    @property
+    def _course(self) -> Rounds:
+        if self.rounds_ is None:
+            raise ConfigError("nothing was adapted yet: Trainer.fit(task) first")
+        return self.rounds_
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs (B, …) → logits (B, K)."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    # ---- Lightning -------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Any:
+        """The target's items with their indices, shuffled."""
+        return self.training_items.loader(self.batch_size, shuffle=True)
+
+    def on_fit_start(self) -> None:
+        """Look at the target with the source model; choose BatchNorm's statistics."""
+        if any(
+            p.requires_grad
+            for name in classifier_modules(self.model)
+            for p in self.model.get_submodule(name).parameters()
+        ):
+            warnings.warn(
+                "the classifier is trained too: without labels it forgets what it knew. Give "
+                "LoRACallback trainable=[], and exclude_modules with the classifier's name where "
+                'target_modules="all"',
+                stacklevel=2,
+            )
+        before = self._now = self._predicted()
+        neighbours = nearest(before.features, NEIGHBOURS)[0] if len(self.target) > 1 else None
+        self.rounds_ = Rounds(before.probabilities, neighbours, self.limits)
+        self.rounds_.keep_source(self.model)
+        if self._resumed is not None:
+            self.rounds_.load_state_dict(self._resumed, self.model)
+        else:
+            self._choose_statistics(before)
+        classes = before.probabilities.shape[1]
+        if self.batch_size < 4 * classes:  # too few to see the classes' shares in
+            self._marginal = objectives.RunningMarginal(classes)
+
+    def on_train_start(self) -> None:
+        """There must be something to learn from."""
+        if len(self.target) < 2:
+            self._course.termination_condition_ = (
+                "the target has one item: nothing can be learnt from it, the source model stays"
+            )
+            self.trainer.should_stop = True
+
+    def on_train_epoch_start(self) -> None:
+        """Pseudo-labels for the round, by the model as it is."""
+        if self.pseudo_label_weight:
+            now = self._now or self._predicted()
+            self.labels = centroid(now.features, now.probabilities)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        x, indices = batch
+        logits = self(x)
+        loss = self._loss(logits)
+        if self.labels is not None:
+            labels, weights = (
+                t[indices.cpu()].to(x.device) for t in (self.labels.labels, self.labels.weights)
+            )
+            pseudo = objectives.pseudo_cross_entropy(logits, labels, weights)
+            loss = loss + self.pseudo_label_weight * pseudo
+        self.log("train_loss", loss, batch_size=len(x))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """The round is over: the guard decides."""
+        if self._round(self.labels).alarms:
+            self.trainer.should_stop = True
+
+    def on_train_end(self) -> None:
+        """The best accepted state comes back, before any file is written of it."""
+        self._course.restore(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The rounds so far go with it."""
+        if self.rounds_ is not None:
+            checkpoint["transduction"] = self.rounds_.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed fit goes on with its rounds."""
+        self._resumed = checkpoint.get("transduction")
+
+    # ---- what it does ----------------------------------------------------------------------
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        if callable(self.objective):
+            return self.objective(logits)
+        if self.objective == "entropy":
+            return objectives.entropy(logits)
+        if self.objective == "minimum-class-confusion":
+            return objectives.minimum_class_confusion(logits)
+        return objectives.information_maximisation(
+            logits, self.prior, self.diversity, self._marginal
+        )
+
+    def _predicted(self) -> Predicted:
+        loader = self.target.loader(2 * self.batch_size, shuffle=False)
+        with self.trainer.strategy.precision_plugin.forward_context():
+            return predicted(self, self.model, loader, self.device)
+
+    def _choose_statistics(self, before: Predicted) -> None:
+        if self.batch_norm == "source":
+            return
+        loader = self.target.loader(2 * self.batch_size, shuffle=False)
+        if not reestimated(self.model, self, (x.to(self.device) for x, _ in loader)):
+            return
+        if self.batch_norm == "target":
+            self._round()
+            return
+        now = self._predicted()
+        # Statistics of a target that lacks classes are wrong for those it has: what they bring
+        # must be worth it.
+        gain = information(now.probabilities) - information(before.probabilities)
+        if gain < GAIN or self._course.guard.check(now.probabilities).alarms:
+            self._course.restore(self.model)
+        else:
+            self._round()
+
+    def _round(self, labels: PseudoLabels | None = None) -> Round:
+        """Look at the target again; the guard judges what is seen."""
+        try:
+            self._now = self._predicted()
+            probabilities = self._now.probabilities
+        except DataError:  # broken weights: for the guard to say
+            probabilities = torch.full_like(self._course.source, float("nan"))
+        found = self._course.judge(self.model, probabilities, labels)
+        scores = {f"target/{k}": v for k, v in found.scores.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(scores, step=self.global_step)
+        self.print(found.line(len(self.target)))
+        return found

@@ -1,0 +1,334 @@
+"""`PseudoTranscriptCallback`: a recogniser learns recordings that nobody wrote down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from lora_lightning.batchnorm import BatchNormKeeper
+from lora_lightning.data.speech import SpeechData
+from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.probe import preserved
+from lora_lightning.tasks.ctc import CTCRecognition
+from lora_lightning.tasks.decoding import greedy
+from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
+from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
+from lora_lightning.transduction.teacher import Snapshot, Teacher
+
+KEEP = (0.4, 0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class SpeechLimits:
+    """Where the alarms ring; each compares a round with the source model's own transcripts.
+
+    Args:
+        least_rate: Frames that are no blank, as a part of the source's: fewer, it falls silent.
+        most_rate: The same, at most: more, it babbles.
+        agreement: 1 − normalised edit distance to the source's transcripts, at least.
+        spelling: How much further from the nearest sentence of the lexicon the transcripts may be
+            than the source's, as a normalised edit distance.
+    """
+
+    least_rate: float = 0.5
+    most_rate: float = 1.5
+    agreement: float = 0.4
+    spelling: float = 0.02
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What a recogniser makes of a recording.
+
+    Attributes:
+        written: By greedy decoding.
+        label: What is learnt from: the lexicon's nearest sentence, or the same again.
+        distance: Normalised edit distance between both; under dropout where there is no lexicon.
+        rate: Part of the frames that are no blank.
+    """
+
+    written: str
+    label: str
+    distance: float
+    rate: float
+
+
+@dataclass
+class SpeechRound:
+    """One round, as it is reported; `index` 0 is the source model."""
+
+    index: int
+    scores: dict[str, float]
+    alarms: list[str] = field(default_factory=list)
+    labelled: int = 0
+    agreement_before: float = 1.0
+
+
+class PseudoTranscriptCallback(Callback):
+    """Adapt a `CTCRecognition` to recordings without transcripts.
+
+        pseudo = PseudoTranscriptCallback(recordings, Lexicon.read("words.txt"))
+        trainer = Trainer(max_steps=125, reload_dataloaders_every_n_epochs=1,
+                          callbacks=[LoRACallback(rank=2, target_modules="all"), pseudo])
+        trainer.fit(CTCRecognition(model), pseudo.data)
+
+    In each round the recogniser transcribes the recordings; with a lexicon, by the most likely
+    sentence of its words. It then learns the part of them whose greedy transcript is nearest to
+    that sentence (without a lexicon: changes least under dropout, DUST, Khurana et al. 2021,
+    arXiv:2011.13439), and more of them in each round. At the first alarm training stops, and the
+    last accepted state comes back.
+
+    Args:
+        recordings: The target, such as `load_utterances` gives it; texts are not looked at.
+        lexicon: The words that may be said; None: any letters.
+        keep: Part of the recordings that each round learns, in turn. As many rounds, of equal
+            numbers of the trainer's ``max_steps``.
+        teacher_decay: Decay of a moving average of what is trained, which then writes the labels;
+            None: the model itself does.
+        limits: Of the alarms; None: none.
+        beam_size: Prefixes that the search with the lexicon keeps.
+        language_weight: Of the words' probabilities in it.
+        variants: Decodings under dropout, where there is no lexicon.
+        **data: Of `SpeechData`, such as ``sample_rate``, ``max_batch`` and ``transform``.
+
+    Attributes:
+        data: What to give to ``Trainer.fit``.
+        history_: the rounds, the source first.
+        accepted_: the round whose state is kept; 0: the source.
+        pseudo_labels_: recording → what is learnt for it.
+        transcripts_: path → `Understood` by the accepted state.
+        source_: path → `Understood` by the source model.
+        termination_condition_: why it ended.
+
+    Raises:
+        ConfigError: a value is out of range, or a trainer or module that it cannot work with.
+        DataError: there is no recording, or nothing is understood in any.
+    """
+
+    def __init__(
+        self,
+        recordings: Sequence[Utterance],
+        lexicon: Lexicon | None = None,
+        *,
+        keep: Sequence[float] = KEEP,
+        teacher_decay: float | None = None,
+        limits: SpeechLimits | None = SpeechLimits(),
+        beam_size: int = 16,
+        language_weight: float = 1.0,
+        variants: int = 3,
+        **data: Any,
+    ):
+        if not recordings:
+            raise DataError("the target is empty: there is no recording to adapt to")
+        if not keep or not all(0 < k <= 1 for k in keep):
+            raise ConfigError(f"keep must hold parts in (0, 1], one for each round; got {keep}")
+        if variants < 1:
+            raise ConfigError(f"variants must be at least 1, got {variants}")
+        # Whatever text they come with must not leak into the training.
+        self.recordings = [replace(u, text=None) for u in recordings]
+        self.lexicon, self.keep, self.limits = lexicon, list(keep), limits
+        self.teacher_decay, self.variants = teacher_decay, variants
+        self.beam_size, self.language_weight = beam_size, language_weight
+        self.data = _Labelled(self, **data)
+        self.history_: list[SpeechRound] = []
+        self.accepted_, self.termination_condition_ = 0, ""
+        self.pseudo_labels_: dict[str, str] = {}
+        self.source_: dict[str, Understood] = {}
+        self.transcripts_: dict[str, Understood] = {}
+        self._search: LexiconSearch | None = None
+        self._teacher: Teacher | None = None
+        self._best: Snapshot | None = None
+        self._previous: dict[str, Understood] = {}
+        self._judged_at = 0
+
+    # ---- hooks -----------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Transcribe the target by the source model."""
+        if not isinstance(pl_module, CTCRecognition):
+            raise ConfigError(
+                f"PseudoTranscriptCallback adapts a CTCRecognition, not {type(pl_module).__name__}"
+            )
+        reload: Any = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+        if reload != 1 or trainer.max_steps < 1:
+            raise ConfigError(
+                "PseudoTranscriptCallback needs Trainer(reload_dataloaders_every_n_epochs=1, "
+                "max_steps=…): each round has recordings of its own, and so many steps"
+            )
+        if self.lexicon is not None:
+            self._search = LexiconSearch(
+                self.lexicon, pl_module.labels, self.beam_size, self.language_weight
+            )
+        if self.teacher_decay is not None:
+            self._teacher = Teacher(pl_module.model, self.teacher_decay)
+        self.source_ = self.transcripts_ = self._previous = self._understood(trainer, pl_module)
+        self._best = Snapshot(pl_module.model)
+        self.history_ = [SpeechRound(0, self._scores(self.source_))]
+        self._take(self.source_)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Other data than ours would be learnt without any of this."""
+        if getattr(trainer, "datamodule", None) is not self.data:
+            raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """The teacher follows."""
+        if self._teacher is not None:
+            self._teacher.update(pl_module.model)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A round ends with the first epoch that has its number of steps."""
+        due = trainer.max_steps / len(self.keep)
+        if trainer.global_step - self._judged_at >= due and trainer.global_step < trainer.max_steps:
+            self._end_round(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The last round, then the best accepted state, before any file is written of it."""
+        if trainer.global_step > self._judged_at:
+            self._end_round(trainer, pl_module)
+        assert self._best is not None
+        self._best.restore(pl_module.model)
+        self.termination_condition_ = self.termination_condition_ or "all rounds done"
+
+    # ---- what it does ----------------------------------------------------------------------
+
+    def _end_round(self, trainer: Trainer, pl_module: Any) -> None:
+        self._judged_at = trainer.global_step
+        try:
+            now = self._understood(trainer, pl_module)
+            scores = self._scores(now)
+            alarms = list(self._alarms(scores)) if self.limits else []
+        except ConfigError as error:  # NaN
+            now, scores, alarms = self._previous, {}, [str(error)]
+        before = [1 - normalised_distance(self._previous[p].written, now[p].written) for p in now]
+        found = SpeechRound(
+            len(self.history_), scores, alarms, len(self.pseudo_labels_), _mean(before)
+        )
+        self.history_.append(found)
+        self._previous = now
+        for logger in trainer.loggers:
+            logged = {f"target/{k}": v for k, v in scores.items()}
+            logger.log_metrics(logged, step=trainer.global_step)
+        verdict = f"rejected, {alarms[0]}" if alarms else "accepted"
+        pl_module.print(
+            f"round {found.index}: {found.labelled} of {len(self.source_)} learnt, agreement with "
+            f"the source {scores.get('agreement', math.nan):.2f}: {verdict}"
+        )
+        if alarms:
+            self.termination_condition_ = f"alarm in round {found.index}: {alarms[0]}"
+            trainer.should_stop = True
+            return
+        self.accepted_, self.transcripts_ = found.index, now
+        self._best = Snapshot(pl_module.model)
+        if self._teacher is not None:
+            with self._teacher.applied(pl_module.model):
+                now = self._understood(trainer, pl_module)
+        self._take(now)
+
+    def _take(self, now: dict[str, Understood]) -> None:
+        """The labels of the next round: those that are the surest."""
+        usable = [path for path, u in now.items() if u.label]
+        if not usable:
+            raise DataError(
+                f"nothing is understood in any of the {len(now)} recordings: the source model does "
+                "not fit this speech, and cannot teach itself"
+            )
+        part = self.keep[min(len(self.history_) - 1, len(self.keep) - 1)]
+        count = max(1, math.floor(part * len(now)))
+        kept = sorted(usable, key=lambda path: now[path].distance)[:count]
+        self.pseudo_labels_ = {path: now[path].label for path in kept}
+
+    @torch.no_grad()
+    def _understood(self, trainer: Trainer, module: Any) -> dict[str, Understood]:
+        found: dict[str, Understood] = {}
+        with preserved(module.model), trainer.strategy.precision_plugin.forward_context():
+            for batch in self.data.everything():
+                module.model.eval()
+                for path, each in self._of(module, batch.to(module.device)):
+                    found[path] = each
+        return found
+
+    def _of(self, module: CTCRecognition, batch: AudioBatch) -> list[tuple[str, Understood]]:
+        log_probs, frames = module(batch.waveforms, batch.lengths)
+        written = greedy(log_probs, frames, module.labels)
+        rows = [(log_probs[i : i + 1], frames[i : i + 1]) for i in range(len(batch))]
+        rates = [float(non_blank_rate(p, n, module.labels.blank)) for p, n in rows]
+        if self._search is not None:
+            labels = self._search.decode(log_probs, frames)
+            distances = list(map(normalised_distance, written, labels))
+        else:
+            labels, distances = written, self._doubts(module, batch, written)
+        paths = [str(item.path) for item in batch.items]
+        return list(zip(paths, map(Understood, written, labels, distances, rates), strict=True))
+
+    def _doubts(self, module: CTCRecognition, batch: AudioBatch, written: list[str]) -> list[float]:
+        """How far each transcript changes under dropout (and augmentation, where there is some)."""
+        module.model.train()
+        BatchNormKeeper("frozen").apply(module.model)
+        said = []
+        for _ in range(self.variants):
+            log_probs, frames = module(batch.waveforms, batch.lengths)
+            said.append(greedy(log_probs, frames, module.labels))
+        return dust(written, [list(x) for x in zip(*said, strict=True)], keep=1.0).distances
+
+    def _scores(self, now: dict[str, Understood]) -> dict[str, float]:
+        pairs = [(self.source_[path].written, u.written) for path, u in now.items()]
+        return {
+            "rate": _mean([u.rate for u in now.values()]),
+            "agreement": _mean([1 - normalised_distance(a, b) for a, b in pairs]),
+            "spelling": _mean([u.distance for u in now.values()]),
+        }
+
+    def _alarms(self, scores: dict[str, float]) -> Any:
+        assert self.limits is not None
+        limits, source = self.limits, self.history_[0].scores
+        ratio = scores["rate"] / max(source["rate"], 1e-9)
+        if not limits.least_rate <= ratio <= limits.most_rate:
+            yield (
+                f"it writes {ratio:.2f} times as many characters a second as the source, outside "
+                f"{limits.least_rate:g} to {limits.most_rate:g}"
+            )
+        if scores["agreement"] < limits.agreement:
+            yield (
+                f"agreement with the source's transcripts is {scores['agreement']:.2f}, below "
+                f"{limits.agreement:g}"
+            )
+        worst = source["spelling"] + limits.spelling
+        if self._search is not None and scores["spelling"] > worst:
+            yield (f"it spells worse: {scores['spelling']:.2f} from the lexicon, above {worst:.2f}")
+
+
+class _Labelled(SpeechData):
+    """The recordings, with the labels of the round."""
+
+    def __init__(self, callback: PseudoTranscriptCallback, **settings: Any):
+        super().__init__(train=callback.recordings, **settings)
+        self._callback = callback
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Those that the round learns."""
+        self.setup()
+        labels, every = self._callback.pseudo_labels_, self.items["train"]
+        known = [replace(u, text=labels[str(u.path)]) for u in every if str(u.path) in labels]
+        self.items["train"] = known or every
+        try:
+            return super().train_dataloader()
+        finally:
+            self.items["train"] = every
+
+    def everything(self) -> DataLoader[Any]:
+        """All recordings, in order."""
+        self.setup()
+        self.items["test"] = self.items["train"]
+        return self.test_dataloader()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

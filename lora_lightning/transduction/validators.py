@@ -1,0 +1,146 @@
+"""Scores of predictions that need no labels.
+
+Legend of shapes: N items, K classes, D features. Probabilities are rows that sum to one.
+No score is right always: each docstring says what it is blind to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError, DataError
+
+
+def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> Tensor:
+    """(N, K) as float64 on the CPU.
+
+    Raises:
+        DataError: there is no item, one class, NaN, or rows that do not sum to one.
+    """
+    if probabilities.ndim != 2 or not len(probabilities):
+        raise DataError(f"{name} must be (items, classes), got {tuple(probabilities.shape)}")
+    if probabilities.shape[1] < 2:
+        raise DataError(f"{name} must have at least two classes, got {probabilities.shape[1]}")
+    found = probabilities.detach().double().cpu()
+    if not bool(torch.isfinite(found).all()):
+        bad = int((~torch.isfinite(found)).any(dim=1).sum())
+        raise DataError(
+            f"{name} hold NaN or infinity in {bad} of {len(found)} rows: look at those items, or "
+            "at the model's weights"
+        )
+    if float((found.sum(dim=1) - 1).abs().max()) > 1e-3 or float(found.min()) < -1e-6:
+        raise DataError(f"{name} must be rows that sum to one; take the softmax of logits first")
+    return found
+
+
+def nuclear_norm(probabilities: Tensor) -> float:
+    r"""Sharp and diverse predictions at once, in (0, 1]: ‖P‖* / √(N · min(N, K)).
+
+    Blind to confident mistakes that are spread evenly over the classes. Cui et al. 2020, "Towards
+    discriminability and diversity", arXiv:2003.12237; as a validator Deng et al. 2023,
+    arXiv:2302.01094.
+    """
+    p = check_probabilities(probabilities)
+    # The singular values of P by the eigenvalues of PᵀP: K × K, whatever N is.
+    values = torch.linalg.eigvalsh(p.T @ p).clamp_min(0).sqrt()
+    return float(values.sum()) / math.sqrt(len(p) * min(p.shape))
+
+
+def mean_entropy(probabilities: Tensor) -> float:
+    """Mean entropy of the rows in nats. Blind to collapse: one sure class for all is 0."""
+    return float(_entropy(check_probabilities(probabilities)).mean())
+
+
+def marginal_entropy(probabilities: Tensor) -> float:
+    """Entropy of the mean row in nats, log K at most: how evenly the classes are used."""
+    return float(_entropy(check_probabilities(probabilities).mean(dim=0, keepdim=True)))
+
+
+def information(probabilities: Tensor) -> float:
+    r"""(H(p̄) − mean H(pᵢ)) / log K, in [0, 1]: the objective of information maximisation.
+
+    Whoever trains on it will score high in it: it judges other objectives better.
+    """
+    found = marginal_entropy(probabilities) - mean_entropy(probabilities)
+    return found / math.log(probabilities.shape[1])
+
+
+def agreement(probabilities: Tensor, others: Tensor) -> float:
+    """The part of the items that both label alike.
+
+    Raises:
+        DataError: they are not of the same items and classes.
+    """
+    if probabilities.shape != others.shape:
+        raise DataError(
+            f"agreement needs predictions of the same items and classes, got "
+            f"{tuple(probabilities.shape)} and {tuple(others.shape)}"
+        )
+    return float((probabilities.argmax(1) == others.argmax(1)).double().mean())
+
+
+def neighbourhood_density(features: Tensor, temperature: float = 0.05) -> float:
+    r"""Entropy of each item's softmax similarity to all others, over log(N − 1), the mean.
+
+    Soft neighbourhood density: high where items lie in dense groups. Features (N, D), also the
+    probabilities. Blind to which group is which class, and to a single dense lump. Saito et al.
+    2021, "Tune it the right way", arXiv:2108.10860.
+
+    Raises:
+        DataError: fewer than three items, or NaN.
+    """
+    if len(features) < 3 or not bool(torch.isfinite(features).all()):
+        raise DataError(f"density needs three finite items or more, got {len(features)}")
+    z = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    total = 0.0
+    for start in range(0, len(z), 1024):  # never N × N at once
+        near = z[start : start + 1024] @ z.T / temperature
+        own = torch.arange(len(near))
+        near[own, own + start] = -math.inf
+        p = near.softmax(dim=1).double()
+        total += float(_entropy(p).sum())
+    return total / len(z) / math.log(len(z) - 1)
+
+
+def expected_accuracy(probabilities: Tensor, variants: Sequence[Tensor]) -> float:
+    r"""An estimate of accuracy: the mean agreement with predictions under dropout, corrected.
+
+    :math:`1 - \hat e\,`, with :math:`\hat e` the disagreement divided by
+    :math:`H(\bar p) / \log K`, at most 1: a model that uses few classes agrees with itself too
+    easily. After AETTA, Lee et al. 2024, arXiv:2404.01351.
+
+    Raises:
+        ConfigError: there are no variants.
+    """
+    if not variants:
+        raise ConfigError("expected_accuracy needs predictions under dropout, at least one set")
+    p = check_probabilities(probabilities)
+    disagreement = 1 - sum(agreement(probabilities, v) for v in variants) / len(variants)
+    evenness = marginal_entropy(torch.cat([p, *map(check_probabilities, variants)]))
+    share = evenness / math.log(p.shape[1])
+    return 1 - min(1.0, disagreement / share) if share > 0 else 0.0
+
+
+def cohesion(labels: Tensor, neighbours: Tensor, classes: int) -> float:
+    r"""How far neighbours carry the same label, beyond chance: Cohen's kappa, 1 at most.
+
+    :math:`(a - c) / (1 - c)` with a the part of the (item, neighbour) pairs that agree and c what
+    the labels' shares would give by chance. Labels (N,), neighbours (N, k) by the *source's*
+    features: adaptation cannot make them agree by moving features. Labels that are all alike
+    give 0. Cohen 1960, "A coefficient of agreement for nominal scales".
+    """
+    if neighbours.numel() == 0:
+        return 0.0
+    agree = float((labels[neighbours] == labels[:, None]).double().mean())
+    shares = torch.bincount(labels, minlength=classes).double() / len(labels)
+    chance = float((shares**2).sum())
+    return 0.0 if chance >= 1 else (agree - chance) / (1 - chance)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    found: Tensor = torch.special.entr(p).sum(dim=-1)
+    return found

@@ -1,0 +1,120 @@
+"""Label-free losses, on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.transduction import objectives as o
+from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
+
+SURE = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+EVEN = torch.zeros(2, 2)
+
+
+def test_entropy_by_hand():
+    assert o.entropy(EVEN).item() == pytest.approx(math.log(2))
+    assert o.entropy(SURE).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_information_maximisation_by_hand():
+    assert o.information_maximisation(SURE).item() == pytest.approx(0, abs=1e-6)
+    # Sure of one class for all: no entropy, and KL((1, 0) || (1/2, 1/2)) = log 2.
+    assert o.information_maximisation(SURE[:1]).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert o.information_maximisation(SURE[:1], diversity=0).item() == pytest.approx(0, abs=1e-6)
+    prior = torch.tensor([0.8, 0.2])
+    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    assert o.information_maximisation(SURE, prior).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_running_mean_has_the_gradient_of_the_batch():
+    mean = o.RunningMarginal(2, momentum=0.9)
+    mean.update(torch.tensor([1.0, 0.0]))
+    p = torch.tensor([0.0, 1.0], requires_grad=True)
+    found = mean.update(p)
+    torch.testing.assert_close(found.detach(), torch.tensor([0.9, 0.1]))
+    found[0].backward()
+    assert p.grad.tolist() == [1.0, 0.0]
+    mean.reset()
+    assert mean.mean is None
+
+
+def test_minimum_class_confusion_by_hand():
+    # Undecided between both classes: each row of the confusion is (1/2, 1/2).
+    assert o.minimum_class_confusion(EVEN).item() == pytest.approx(0.5)
+    assert o.minimum_class_confusion(SURE).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_pseudo_cross_entropy_counts_weights_and_leaves_out():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], requires_grad=True)
+    labels, weights = torch.tensor([0, 0]), torch.tensor([1.0, 3.0])
+    expected = (math.log(2) + 3 * math.log(4 / 3)) / 4
+    assert o.pseudo_cross_entropy(logits, labels, weights).item() == pytest.approx(expected)
+    nothing = o.pseudo_cross_entropy(logits, torch.tensor([-1, -1]))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert float(logits.grad.abs().sum()) == 0
+
+
+def test_consistency_looks_at_sure_items_only():
+    weak = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    strong = torch.zeros(2, 2, requires_grad=True)
+    assert o.consistency(weak, strong, least=0.7).item() == pytest.approx(math.log(2))
+    assert o.consistency(weak, strong, least=0.9).item() == 0
+
+
+LOSSES = [o.entropy, o.information_maximisation, o.minimum_class_confusion]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_right_and_finite(loss):
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, logits)
+    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]], requires_grad=True)
+    value = loss(extreme)
+    value.backward()
+    assert value.isfinite()
+    assert extreme.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: o.entropy(torch.zeros(3)), "expected logits"),
+        (lambda: o.entropy(torch.zeros(3, 1)), "two classes"),
+        (lambda: o.information_maximisation(EVEN, diversity=-1), "diversity"),
+        (lambda: o.information_maximisation(EVEN, torch.ones(3) / 3), "each of 2 classes"),
+        (lambda: o.information_maximisation(EVEN, torch.ones(2)), "sum to 1"),
+        (lambda: o.minimum_class_confusion(EVEN, 0), "temperature"),
+        (lambda: o.pseudo_cross_entropy(EVEN, torch.zeros(3, dtype=int)), "one label"),
+        (lambda: o.consistency(EVEN, SURE[:1]), "two views"),
+        (lambda: o.RunningMarginal(1), "two classes"),
+        (lambda: dust(["a"], [["a"]], keep=0), "keep must lie"),
+        (lambda: dust(["a"], [[]]), "one variant"),
+    ],
+)
+def test_mistakes_are_told(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_frames_that_say_something():
+    logits = torch.tensor([[[1.0, 0], [0, 1.0], [0, 1.0]], [[0, 1.0], [0, 1.0], [0, 1.0]]])
+    # Two of three frames of the first, and one that is no padding of the second.
+    assert non_blank_rate(logits, torch.tensor([3, 1])) == pytest.approx(3 / 4)
+
+
+def test_edit_distance_by_hand():
+    assert normalised_distance("kitten", "sitting") == pytest.approx(3 / 7)
+    assert normalised_distance("", "") == 0
+    assert normalised_distance("ab", "") == 1
+
+
+def test_dust_keeps_what_is_stable():
+    found = dust(["abcd", "abcd", ""], [["abcd"], ["abxx"], [""]], keep=0.4)
+    assert found.accepted == [True, False, False]
+    assert found.distances == [0, 0.5, 0]
+    assert found.reasons[1:] == ["changes too much under dropout", "nothing understood"]
