@@ -75,22 +75,18 @@ class Data:
         self.seed, self.side = seed, side
 
     def get(self, domain: str, split: str) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, S, S) as bytes, classes (N,)."""
-        d = self.domains
-        items = [i for i in d.items if (i.domain, i.split) == (domain, split)]
-        if (domain, split) == ("source", "train"):
-            # The last thirty of each class are the target that is no other domain.
-            items = [i for i in items if int(i.path.stem) < 200]
-        pictures = torch.stack([d._pictures[i.path] for i in items])
-        return pictures, torch.tensor([d.classes.index(i.class_name) for i in items])
+        """Pictures (N, 3, S, S) as bytes, classes (N,); of the source, those it is trained on."""
+        return self._of(domain, split, slice(0, 200))
 
     def target(self, domain: str) -> tuple[Tensor, Tensor]:
         """The pictures to adapt to, and their classes."""
-        if domain != "source":
-            return self.get(domain, "train")
-        d = self.domains
-        items = [i for i in d.items if (i.domain, i.split) == ("source", "train")]
-        items = [i for i in items if int(i.path.stem) >= 200]
+        # The last thirty of each of the source's classes are the target that is no other domain.
+        return self._of(domain, "train", slice(200 if domain == "source" else 0, 230))
+
+    def _of(self, domain: str, split: str, numbers: slice) -> tuple[Tensor, Tensor]:
+        d, inside = self.domains, range(230)[numbers]
+        items = [i for i in d.items if (i.domain, i.split) == (domain, split)]
+        items = [i for i in items if int(i.path.stem) in inside]
         pictures = torch.stack([d._pictures[i.path] for i in items])
         return pictures, torch.tensor([d.classes.index(i.class_name) for i in items])
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 POLICIES = ("frozen", "adapt", "reset")
@@ -24,13 +24,13 @@ class BatchNormKeeper:
         self.policy = policy
         self._momenta: dict[str, float | None] = {}
 
-    def start(self, trainer: Trainer, backbone: nn.Module) -> None:
-        """At the start of the fit; a resumed one keeps the statistics of its checkpoint."""
+    def start(self, backbone: nn.Module, fresh: bool = True) -> None:
+        """At the start; a fit that is resumed, not `fresh`, keeps its checkpoint's statistics."""
         if self.policy != "reset":
             return
         for name, norm in _tracking(backbone).items():
             self._momenta[name], norm.momentum = norm.momentum, None
-            if trainer.global_step == 0:
+            if fresh:
                 norm.reset_running_stats()
 
     def apply(self, backbone: nn.Module) -> None:
@@ -63,31 +63,23 @@ def reestimated(
         batches: Inputs, of two items or more each (one item has no variance; it is passed over).
 
     Returns:
-        Whether there is any BatchNorm; without, nothing is done.
+        Whether there is any BatchNorm, and a batch for it; without, nothing is done.
     """
-    norms = list(_tracking(backbone).values())
-    if not norms:
+    usable = (batch for batch in batches if len(batch) > 1)
+    first = next(usable, None) if _tracking(backbone) else None
+    if first is None:
         return False
     modes = [(m, m.training) for m in backbone.modules()]
-    momenta = [norm.momentum for norm in norms]
-    kept = [{n: b.clone() for n, b in norm.named_buffers(recurse=False)} for norm in norms]
+    keeper = BatchNormKeeper("reset")
     backbone.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average
-        norm.train()
-    count = 0
-    for batch in batches:
-        if len(batch) > 1:
-            forward(batch)
-            count += 1
-    for norm, momentum, values in zip(norms, momenta, kept, strict=True):
-        norm.momentum = momentum
-        for name, value in values.items() if not count else ():
-            norm.get_buffer(name).copy_(value)
+    keeper.start(backbone)
+    keeper.apply(backbone)
+    for batch in chain([first], usable):
+        forward(batch)
+    keeper.stop(backbone)
     for module, training in modes:
         module.training = training
-    return count > 0
+    return True
 
 
 def _tracking(backbone: nn.Module) -> dict[str, Any]:

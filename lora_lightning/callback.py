@@ -117,7 +117,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
-        self._batch_norm.start(trainer, backbone)
+        self._batch_norm.start(backbone, fresh=trainer.global_step == 0)
         if self.verify:
             self._first_batch = FirstBatch(backbone)
         report = self.report_

@@ -15,7 +15,8 @@ from lora_lightning.tasks.ctc import CTCRecognition
 from lora_lightning.tasks.labels import Labels
 from lora_lightning.tasks.lexicon import Lexicon
 from lora_lightning.tasks.recognisers import ConformerCTC
-from lora_lightning.transduction.transcripts import PseudoTranscriptCallback, SpeechLimits
+from lora_lightning.transduction.speech_guard import SpeechLimits
+from lora_lightning.transduction.transcripts import PseudoTranscriptCallback
 
 LABELS = Labels(["-", " ", "a", "b"])
 

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning import merge
+from lora_lightning.batchnorm import BatchNormKeeper
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.decompose import spectrum
@@ -128,7 +129,7 @@ def batchnorm(context: Context) -> list[Row]:
         context.run.notes.append("The backbone has no BatchNorm: no statistics to take anew.")
         return []
     start = time.perf_counter()
-    module = _BatchNormStatistics(model, norms)
+    module = _BatchNormStatistics(model)
     tick = context.stages.stage("BatchNorm statistics of the target", "batches")
     trainer = make_trainer(context.config, [Ticks(tick)])
     loader = context.data.on(train=context.data.target).unlabelled_dataloader()
@@ -141,17 +142,14 @@ def batchnorm(context: Context) -> list[Row]:
 class _BatchNormStatistics(Classifier):
     """Each forward adds a batch to the averages of the BatchNorm layers."""
 
-    def __init__(self, model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]):
+    def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.norms = norms
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average over all batches
+        self.keeper = BatchNormKeeper("reset")
+        self.keeper.start(model)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The labels are not looked at; all but BatchNorm stays in eval mode."""
-        for norm in self.norms:
-            norm.train()
+        self.keeper.apply(self.model)
         return super().predict_step(batch, batch_idx)
 
 

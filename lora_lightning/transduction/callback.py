@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.transduction import pseudo_labels as labelling
 from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.neighbours import nearest
 from lora_lightning.transduction.pseudo_labels import PseudoLabels
 from lora_lightning.transduction.rounds import Rounds
-from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.transduction.target import Predicted, Target, seen_by
 from lora_lightning.transduction.teacher import Teacher
 
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
@@ -28,7 +27,6 @@ LABELLERS: dict[str, Labeller] = {
     "vote": lambda features, p: labelling.vote(features, p),
     "reciprocal": lambda features, p: labelling.reciprocal(features, p),
 }
-NEIGHBOURS = 5
 
 
 class PseudoLabelCallback(Callback):
@@ -125,23 +123,20 @@ class PseudoLabelCallback(Callback):
             **settings: Of the DataLoader, such as ``num_workers``.
         """
         given = {**self.target.settings, "batch_size": self.batch_size, **settings}
-        given.pop("collate_fn", None)  # the user's knows no indices
         return DataLoader(self._items, sampler=self._sampler, **given)
 
     # ---- hooks -----------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Label the target with the source model."""
-        before = self._predicted(trainer, pl_module)
-        neighbours = nearest(before.features, NEIGHBOURS)[0] if len(self.target) > 1 else None
+        before = self._predicted(pl_module)
         network = self._network(pl_module)
-        self.rounds_ = Rounds(before.probabilities, neighbours, self.limits)
-        self.rounds_.keep_source(network)
+        self.rounds_ = Rounds(network, before, self.limits)
         if self.teacher_decay is not None:
             self._teacher = Teacher(network, self.teacher_decay)
         self._take(before)
         if self._resumed is not None:
-            self._resume(network)
+            self._resume()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A loader without our labels would train on something else."""
@@ -168,18 +163,18 @@ class PseudoLabelCallback(Callback):
         if self._teacher is not None:
             self._teacher.update(self._network(pl_module))
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._end_round(trainer, pl_module)
+            self._end_round(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After so many epochs a round ends."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if not self.every_n_steps and due:
-            self._end_round(trainer, pl_module)
+            self._end_round(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The best accepted state comes back, before any file is written of it."""
         assert self.rounds_ is not None
-        self.rounds_.restore(self._network(pl_module))
+        self.rounds_.finish(self._network(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -194,28 +189,19 @@ class PseudoLabelCallback(Callback):
 
     # ---- what it does ----------------------------------------------------------------------
 
-    def _end_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_round(self, pl_module: LightningModule) -> None:
         assert self.rounds_ is not None
         network = self._network(pl_module)
-        try:
-            now = self._predicted(trainer, pl_module)
-        except DataError:
-            nan = torch.full_like(self.rounds_.source, float("nan"))
-            found = self.rounds_.judge(network, nan, self.pseudo_labels_)
-        else:
-            found = self.rounds_.judge(network, now.probabilities, self.pseudo_labels_)
-            if not found.alarms:
-                self._take(now if self._teacher is None else self._taught(trainer, pl_module))
-        for logger in trainer.loggers:
-            scores = {f"target/{k}": v for k, v in found.scores.items()}
-            logger.log_metrics(scores, step=trainer.global_step)
-        pl_module.print(found.line(len(self.target)))
-        trainer.should_stop |= bool(found.alarms)
-
-    def _taught(self, trainer: Trainer, pl_module: LightningModule) -> Predicted:
-        assert self._teacher is not None
-        with self._teacher.applied(self._network(pl_module)):
-            return self._predicted(trainer, pl_module)
+        found, now = self.rounds_.end_round(
+            network, lambda: self._predicted(pl_module), self.pseudo_labels_
+        )
+        if now is not None and not found.alarms:
+            if self._teacher is not None:
+                with self._teacher.applied(network):
+                    now = self._predicted(pl_module)
+            self._take(now)
+        found.tell(pl_module, len(self.target))
+        pl_module.trainer.should_stop |= bool(found.alarms)
 
     def _take(self, now: Predicted) -> None:
         found = self.label(now.features, now.probabilities)
@@ -227,10 +213,10 @@ class PseudoLabelCallback(Callback):
         self.pseudo_labels_ = found
         self._sampler.accepted = found.accepted.nonzero().flatten().tolist()
 
-    def _resume(self, network: Any) -> None:
+    def _resume(self) -> None:
         assert self.rounds_ is not None
         assert self._resumed is not None
-        self.rounds_.load_state_dict(self._resumed["rounds"], network)
+        self.rounds_.load_state_dict(self._resumed["rounds"])
         if self._teacher is not None and self._resumed["teacher"] is not None:
             self._teacher.load_state_dict(self._resumed["teacher"])
         self._resumed = None
@@ -238,10 +224,8 @@ class PseudoLabelCallback(Callback):
     def _network(self, pl_module: LightningModule) -> Any:
         return pl_module.get_submodule(self.backbone)
 
-    def _predicted(self, trainer: Trainer, pl_module: LightningModule) -> Predicted:
-        loader = self.target.loader(2 * self.batch_size, shuffle=False)
-        with trainer.strategy.precision_plugin.forward_context():
-            return predicted(pl_module, self._network(pl_module), loader, pl_module.device)
+    def _predicted(self, pl_module: LightningModule) -> Predicted:
+        return seen_by(pl_module, self._network(pl_module), self.target, self.batch_size)
 
 
 class _Mixed(Dataset[Any]):

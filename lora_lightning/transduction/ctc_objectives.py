@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.text import edit_distance
 
 from lora_lightning.errors import ConfigError
 
@@ -30,12 +31,7 @@ def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
 
 def normalised_distance(a: str, b: str) -> float:
     """Edit distance of characters over the length of the longer; 0 for two empty texts."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        before, row = row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(before[j - 1] + (x != y), before[j] + 1, row[j - 1] + 1))
-    return row[-1] / max(len(a), len(b), 1)
+    return float(edit_distance(a, b)) / max(len(a), len(b), 1)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ class Guard:
         self.classes = self.source.shape[1]
         self.confidence = float(self.source.amax(dim=1).mean())
         self.neighbours, self.limits = neighbours, limits or Limits()
+        self.evenness = score.marginal_entropy(self.source)
+        self.cohesion = self._cohesion(self.labels)
 
     def check(self, probabilities: Tensor) -> Verdict:
         """Look at a round's predictions of the same items, (N, K)."""
@@ -91,7 +93,7 @@ class Guard:
         found = {
             "nuclear_norm": score.nuclear_norm(now),
             "information": score.information(now),
-            "agreement": float((labels == self.labels).double().mean()),
+            "agreement": score.agreement(now, self.source),
             "marginal_entropy": score.marginal_entropy(now),
             "class_share": self._share(labels),
             "sure_flips": self._flips(labels),
@@ -101,7 +103,7 @@ class Guard:
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:
         limits = self.limits
-        least = limits.marginal_entropy * score.marginal_entropy(self.source)
+        least = limits.marginal_entropy * self.evenness
         if found["marginal_entropy"] < least:
             yield (
                 f"the predictions collapse: their mean has an entropy of "
@@ -121,8 +123,7 @@ class Guard:
                 f"{found['sure_flips']:.0%} of the items that the source was surest of change "
                 f"their label, above {limits.sure_flips:.0%}"
             )
-
-        least = self._cohesion(self.labels) - limits.cohesion
+        least = self.cohesion - limits.cohesion
         if found["cohesion"] < least:
             yield (
                 f"neighbours agree less than by the source's labels: {found['cohesion']:.2f}, "

@@ -84,19 +84,19 @@ def check_features(features: Tensor, items: int | None = None, name: str = "feat
     return found
 
 
-def check_probabilities(probabilities: Tensor) -> Tensor:
+def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> Tensor:
     """(N, K) detached, in float32 or float64.
 
     Raises:
         DataError: they are not (N, K), none, hold NaN or infinity, or rows do not sum to one.
     """
-    found = _check_rows(probabilities, "probabilities", "classes")
+    found = _check_rows(probabilities, name, "classes")
     wrong = (found.sum(dim=1) - 1).abs() > SUM_TOLERANCE
     wrong |= (found < -1e-6).any(dim=1)
     if bool(wrong.any()):
         row = int(wrong.int().argmax())
         raise DataError(
-            f"probabilities must be rows of numbers from 0 on that sum to one; row {row} has the "
+            f"{name} must be rows of numbers from 0 on that sum to one; row {row} has the "
             f"sum {float(found[row].sum()):.4g} and the smallest {float(found[row].min()):.4g}: "
             "take the softmax of logits first"
         )

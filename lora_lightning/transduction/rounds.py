@@ -1,21 +1,29 @@
 """`Rounds`: after each round, ask the guard, keep the best accepted state, write down what was.
 
-Used by `TransductiveTask` and `PseudoLabelCallback`, which differ only in how they train.
+Used by `TransductiveTask` and `PseudoLabelCallback`, which differ only in how they train; how a
+round is told of is that of `PseudoTranscriptCallback` as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lora_lightning.errors import DataError
 from lora_lightning.transduction.guard import Guard, Limits, Verdict
+from lora_lightning.transduction.neighbours import nearest
 from lora_lightning.transduction.pseudo_labels import PseudoLabels
+from lora_lightning.transduction.target import Predicted
 from lora_lightning.transduction.teacher import Snapshot
 
 SOURCE_ROUND = 0  # the source model's own predictions
+NEIGHBOURS = 5  # of each item, that the guard looks at
+NAN = float("nan")
 
 
 @dataclass
@@ -24,7 +32,7 @@ class Round:
 
     Attributes:
         index: 0: the source model; then 1, 2, …
-        scores: Name → label-free score, as the guard gives them.
+        scores: Name → label-free score, as the guard gives them; "agreement" always, but for NaN.
         alarms: What the guard found wrong; such a round is not kept.
         labelled: Items whose pseudo-label was accepted for the round; None without labels.
         histogram: Those by class.
@@ -41,20 +49,27 @@ class Round:
     def line(self, items: int) -> str:
         """What the guard thinks, in a line."""
         labels = "" if self.labelled is None else f"{self.labelled} of {items} labelled, "
-        text = (
-            f"round {self.index}: {labels}agreement with the source "
-            f"{self.scores.get('agreement', float('nan')):.2f}, nuclear norm "
-            f"{self.scores.get('nuclear_norm', float('nan')):.2f}: "
-        )
-        return text + (f"rejected, {self.alarms[0]}" if self.alarms else "accepted")
+        told = f"agreement with the source {self.scores.get('agreement', NAN):.2f}"
+        if "nuclear_norm" in self.scores:
+            told += f", nuclear norm {self.scores['nuclear_norm']:.2f}"
+        verdict = f"rejected, {self.alarms[0]}" if self.alarms else "accepted"
+        return f"round {self.index}: {labels}{told}: {verdict}"
+
+    def tell(self, module: LightningModule, items: int) -> None:
+        """Log the scores and print the line."""
+        trainer = module.trainer
+        for logger in trainer.loggers:
+            scores = {f"target/{name}": value for name, value in self.scores.items()}
+            logger.log_metrics(scores, step=trainer.global_step)
+        module.print(self.line(items))
 
 
 class Rounds:
     """The course of an adaptation without labels.
 
     Args:
-        source: (N, K) probabilities by the source model.
-        neighbours: (N, k) for the guard; None: unknown.
+        model: The source model, the state to fall back to.
+        source: What it says of the target.
         limits: Of the guard; None: no guard, every round is accepted.
 
     Attributes:
@@ -65,25 +80,38 @@ class Rounds:
         termination_condition_: why it ended; "" while it goes on.
     """
 
-    def __init__(self, source: Tensor, neighbours: Tensor | None, limits: Limits | None):
-        self.guard = Guard(source, neighbours, limits)
+    def __init__(self, model: nn.Module, source: Predicted, limits: Limits | None):
+        near = nearest(source.features, NEIGHBOURS)[0] if len(source.features) > 1 else None
+        self.guard = Guard(source.probabilities, near, limits)
         self.guarded = limits is not None
-        self.source = source
-        self.history_ = [Round(SOURCE_ROUND, self.guard.check(source).scores)]
-        self.accepted_, self.probabilities_ = SOURCE_ROUND, source
-        self.changed_in_ = torch.zeros(len(source), dtype=torch.int64)
+        self.source = source.probabilities
+        self.history_ = [Round(SOURCE_ROUND, self.guard.check(self.source).scores)]
+        self.accepted_, self.probabilities_ = SOURCE_ROUND, self.source
+        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
         self.termination_condition_ = ""
-        self._previous = source.argmax(dim=1)
-        self._best: Snapshot | None = None
-
-    def keep_source(self, model: nn.Module) -> None:
-        """The state to fall back to."""
+        self._previous = self.source.argmax(dim=1)
         self._best = Snapshot(model)
 
-    def judge(
-        self, model: nn.Module, probabilities: Tensor, labels: PseudoLabels | None = None
-    ) -> Round:
-        """Take a round in; `labels` are those that it was trained with."""
+    def end_round(
+        self,
+        model: nn.Module,
+        see: Callable[[], Predicted],
+        labels: PseudoLabels | None = None,
+    ) -> tuple[Round, Predicted | None]:
+        """Look at the target and judge what is seen: None where the weights are broken.
+
+        Args:
+            model: Its state is kept where the guard accepts it.
+            see: Gives the model's predictions.
+            labels: Those that the round was trained with.
+        """
+        try:
+            now = see()
+        except DataError:  # for the guard to say
+            return self._judge(model, torch.full_like(self.source, NAN), labels), None
+        return self._judge(model, now.probabilities, labels), now
+
+    def _judge(self, model: nn.Module, probabilities: Tensor, labels: PseudoLabels | None) -> Round:
         verdict = self.guard.check(probabilities)
         if not self.guarded:
             verdict = Verdict(verdict.scores)
@@ -109,8 +137,11 @@ class Rounds:
 
     def restore(self, model: nn.Module) -> None:
         """Bring the best accepted state back."""
-        if self._best is not None:
-            self._best.restore(model)
+        self._best.restore(model)
+
+    def finish(self, model: nn.Module) -> None:
+        """The end: the best accepted state, and why it is one."""
+        self.restore(model)
         self.termination_condition_ = self.termination_condition_ or "all rounds done"
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,16 +154,14 @@ class Rounds:
             "probabilities": self.probabilities_,
             "changed_in": self.changed_in_,
             "previous": self._previous,
-            "best": self._best.state_dict() if self._best else None,
+            "best": self._best.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint; the model may have left the source behind."""
         self.source = state["source"]
         self.guard = Guard(self.source, state["neighbours"], self.guard.limits)
         self.history_ = [Round(**r) for r in state["history"]]
         self.accepted_, self.probabilities_ = state["accepted"], state["probabilities"]
         self.changed_in_, self._previous = state["changed_in"], state["previous"]
-        if state["best"] is not None:
-            self._best = Snapshot(model)
-            self._best.load_state_dict(state["best"])
+        self._best.load_state_dict(state["best"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -25,8 +26,7 @@ class Target(Dataset[Any]):
 
     Args:
         items: A dataset of a known length; of each item the input is taken, alone or first in a
-            tuple. Or a DataLoader over such a one, whose batch size, workers and collate function
-            are used then.
+            tuple. Or a DataLoader over such a one, whose dataset is used, with as many workers.
         augment: Applied to each input of a training batch on its own.
 
     Raises:
@@ -37,9 +37,9 @@ class Target(Dataset[Any]):
     def __init__(self, items: Any, augment: Callable[[Any], Any] | None = None):
         self.settings: dict[str, Any] = {}
         if isinstance(items, DataLoader):
-            names = ("batch_size", "num_workers", "collate_fn", "pin_memory")
-            self.settings = {name: getattr(items, name) for name in names}
-            if self.settings["batch_size"] is None:
+            # Not its collate function, which knows no indices.
+            self.settings = {n: getattr(items, n) for n in ("num_workers", "pin_memory")}
+            if items.batch_size is None:
                 raise ConfigError(
                     "the target's DataLoader batches by its sampler (batch_size=None); give the "
                     "dataset of single items instead"
@@ -50,8 +50,7 @@ class Target(Dataset[Any]):
         if isinstance(items, IterableDataset) or not hasattr(items, "__len__"):
             raise ConfigError(
                 f"target must be a dataset of a known length, so that each item can keep its "
-                f"label; got {type(items).__name__}. Collect a stream into a list first, or use "
-                "StreamingAdapter"
+                f"label; got {type(items).__name__}. Collect a stream into a list first"
             )
         if not len(items):
             raise DataError("the target is empty: there is nothing to adapt to")
@@ -64,13 +63,13 @@ class Target(Dataset[Any]):
         x = input_of(self.items[index])
         return (x if self.augment is None else self.augment(x)), index
 
-    def loader(self, batch_size: int, shuffle: bool, **settings: Any) -> DataLoader[Any]:
+    def loader(self, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         """Batches of (inputs, indices)."""
-        given = {"num_workers": 0, **self.settings, "batch_size": batch_size, **settings}
-        given.pop("collate_fn", None)  # the user's knows no indices
         # A last batch of one would leave diversity, and BatchNorm, nothing to look at.
         drop = shuffle and len(self) > 1 and len(self) % batch_size == 1
-        return DataLoader(self, shuffle=shuffle, drop_last=drop, **given)
+        return DataLoader(
+            self, batch_size=batch_size, shuffle=shuffle, drop_last=drop, **self.settings
+        )
 
 
 def input_of(item: Any) -> Any:
@@ -127,7 +126,16 @@ class HeadInput:
         found, self.batches = self.batches, []
         if len(found) != 1 or len(found[0]) != len(logits):
             return logits.log_softmax(dim=1)
-        return found[0].flatten(start_dim=1) if found[0].ndim <= 2 else found[0].flatten(2).mean(2)
+        return found[0] if found[0].ndim <= 2 else found[0].flatten(2).mean(2)
+
+
+def seen_by(
+    module: LightningModule, network: nn.Module, target: Target, batch_size: int
+) -> Predicted:
+    """What a module that is being trained says of the whole target, in its trainer's precision."""
+    loader = target.loader(2 * batch_size, shuffle=False)
+    with module.trainer.strategy.precision_plugin.forward_context():
+        return predicted(module, network, loader, module.device)
 
 
 @torch.no_grad()

@@ -6,24 +6,21 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.batchnorm import reestimated
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import ConfigError
 from lora_lightning.structure import classifier_modules
 from lora_lightning.tasks.optimisation import Optimised
 from lora_lightning.transduction import objectives
 from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.neighbours import nearest
 from lora_lightning.transduction.pseudo_labels import PseudoLabels, centroid
 from lora_lightning.transduction.rounds import Round, Rounds
-from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.transduction.target import Predicted, Target, seen_by
 from lora_lightning.transduction.validators import information
 
 OBJECTIVES = ("information-maximisation", "minimum-class-confusion", "entropy")
 BATCH_NORM = ("auto", "source", "target")
-NEIGHBOURS = 5  # of each item, that the guard looks at
 GAIN = 0.05  # of information, for which BatchNorm's statistics are taken from the target
 Objective = Callable[[Tensor], Tensor]
 
@@ -161,11 +158,9 @@ class TransductiveTask(Optimised):
                 stacklevel=2,
             )
         before = self._now = self._predicted()
-        neighbours = nearest(before.features, NEIGHBOURS)[0] if len(self.target) > 1 else None
-        self.rounds_ = Rounds(before.probabilities, neighbours, self.limits)
-        self.rounds_.keep_source(self.model)
+        self.rounds_ = Rounds(self.model, before, self.limits)
         if self._resumed is not None:
-            self.rounds_.load_state_dict(self._resumed, self.model)
+            self.rounds_.load_state_dict(self._resumed)
         else:
             self._choose_statistics(before)
         classes = before.probabilities.shape[1]
@@ -202,12 +197,11 @@ class TransductiveTask(Optimised):
 
     def on_train_epoch_end(self) -> None:
         """The round is over: the guard decides."""
-        if self._round(self.labels).alarms:
-            self.trainer.should_stop = True
+        self.trainer.should_stop |= bool(self._end_round(self._predicted).alarms)
 
     def on_train_end(self) -> None:
         """The best accepted state comes back, before any file is written of it."""
-        self._course.restore(self.model)
+        self._course.finish(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The rounds so far go with it."""
@@ -232,9 +226,7 @@ class TransductiveTask(Optimised):
         )
 
     def _predicted(self) -> Predicted:
-        loader = self.target.loader(2 * self.batch_size, shuffle=False)
-        with self.trainer.strategy.precision_plugin.forward_context():
-            return predicted(self, self.model, loader, self.device)
+        return seen_by(self, self.model, self.target, self.batch_size)
 
     def _choose_statistics(self, before: Predicted) -> None:
         if self.batch_norm == "source":
@@ -243,7 +235,7 @@ class TransductiveTask(Optimised):
         if not reestimated(self.model, self, (x.to(self.device) for x, _ in loader)):
             return
         if self.batch_norm == "target":
-            self._round()
+            self._end_round(self._predicted)
             return
         now = self._predicted()
         # Statistics of a target that lacks classes are wrong for those it has: what they bring
@@ -252,18 +244,9 @@ class TransductiveTask(Optimised):
         if gain < GAIN or self._course.guard.check(now.probabilities).alarms:
             self._course.restore(self.model)
         else:
-            self._round()
+            self._end_round(lambda: now)
 
-    def _round(self, labels: PseudoLabels | None = None) -> Round:
-        """Look at the target again; the guard judges what is seen."""
-        try:
-            self._now = self._predicted()
-            probabilities = self._now.probabilities
-        except DataError:  # broken weights: for the guard to say
-            probabilities = torch.full_like(self._course.source, float("nan"))
-        found = self._course.judge(self.model, probabilities, labels)
-        scores = {f"target/{k}": v for k, v in found.scores.items()}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(scores, step=self.global_step)
-        self.print(found.line(len(self.target)))
+    def _end_round(self, see: Callable[[], Predicted]) -> Round:
+        found, self._now = self._course.end_round(self.model, see, self.labels)
+        found.tell(self, len(self.target))
         return found

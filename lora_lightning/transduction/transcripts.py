@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,55 +20,17 @@ from lora_lightning.tasks.ctc import CTCRecognition
 from lora_lightning.tasks.decoding import greedy
 from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
 from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
+from lora_lightning.transduction.guard import Verdict
+from lora_lightning.transduction.rounds import SOURCE_ROUND, Round
+from lora_lightning.transduction.speech_guard import (
+    SpeechGuard,
+    SpeechLimits,
+    Understood,
+    agreement,
+)
 from lora_lightning.transduction.teacher import Snapshot, Teacher
 
 KEEP = (0.4, 0.5, 0.7, 0.8, 0.9)
-
-
-@dataclass(frozen=True)
-class SpeechLimits:
-    """Where the alarms ring; each compares a round with the source model's own transcripts.
-
-    Args:
-        least_rate: Frames that are no blank, as a part of the source's: fewer, it falls silent.
-        most_rate: The same, at most: more, it babbles.
-        agreement: 1 − normalised edit distance to the source's transcripts, at least.
-        spelling: How much further from the nearest sentence of the lexicon the transcripts may be
-            than the source's, as a normalised edit distance.
-    """
-
-    least_rate: float = 0.5
-    most_rate: float = 1.5
-    agreement: float = 0.4
-    spelling: float = 0.02
-
-
-@dataclass(frozen=True)
-class Understood:
-    """What a recogniser makes of a recording.
-
-    Attributes:
-        written: By greedy decoding.
-        label: What is learnt from: the lexicon's nearest sentence, or the same again.
-        distance: Normalised edit distance between both; under dropout where there is no lexicon.
-        rate: Part of the frames that are no blank.
-    """
-
-    written: str
-    label: str
-    distance: float
-    rate: float
-
-
-@dataclass
-class SpeechRound:
-    """One round, as it is reported; `index` 0 is the source model."""
-
-    index: int
-    scores: dict[str, float]
-    alarms: list[str] = field(default_factory=list)
-    labelled: int = 0
-    agreement_before: float = 1.0
 
 
 class PseudoTranscriptCallback(Callback):
@@ -119,7 +81,7 @@ class PseudoTranscriptCallback(Callback):
         *,
         keep: Sequence[float] = KEEP,
         teacher_decay: float | None = None,
-        limits: SpeechLimits | None = SpeechLimits(),
+        limits: SpeechLimits | None = SpeechLimits(),  # noqa: B008 - frozen
         beam_size: int = 16,
         language_weight: float = 1.0,
         variants: int = 3,
@@ -137,12 +99,13 @@ class PseudoTranscriptCallback(Callback):
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight
         self.data = _Labelled(self, **data)
-        self.history_: list[SpeechRound] = []
+        self.history_: list[Round] = []
         self.accepted_, self.termination_condition_ = 0, ""
         self.pseudo_labels_: dict[str, str] = {}
         self.source_: dict[str, Understood] = {}
         self.transcripts_: dict[str, Understood] = {}
         self._search: LexiconSearch | None = None
+        self._guard: SpeechGuard | None = None
         self._teacher: Teacher | None = None
         self._best: Snapshot | None = None
         self._previous: dict[str, Understood] = {}
@@ -170,7 +133,8 @@ class PseudoTranscriptCallback(Callback):
             self._teacher = Teacher(pl_module.model, self.teacher_decay)
         self.source_ = self.transcripts_ = self._previous = self._understood(trainer, pl_module)
         self._best = Snapshot(pl_module.model)
-        self.history_ = [SpeechRound(0, self._scores(self.source_))]
+        self._guard = SpeechGuard(self.source_, self.limits, self._search is not None)
+        self.history_ = [Round(SOURCE_ROUND, self._guard.scores)]
         self._take(self.source_)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,28 +165,24 @@ class PseudoTranscriptCallback(Callback):
 
     def _end_round(self, trainer: Trainer, pl_module: Any) -> None:
         self._judged_at = trainer.global_step
+        assert self._guard is not None
         try:
             now = self._understood(trainer, pl_module)
-            scores = self._scores(now)
-            alarms = list(self._alarms(scores)) if self.limits else []
+            verdict = self._guard.check(now)
         except ConfigError as error:  # NaN
-            now, scores, alarms = self._previous, {}, [str(error)]
-        before = [1 - normalised_distance(self._previous[p].written, now[p].written) for p in now]
-        found = SpeechRound(
-            len(self.history_), scores, alarms, len(self.pseudo_labels_), _mean(before)
+            now, verdict = self._previous, Verdict({}, [str(error)])
+        found = Round(
+            len(self.history_),
+            verdict.scores,
+            verdict.alarms,
+            len(self.pseudo_labels_),
+            agreement_before=agreement(self._previous, now),
         )
         self.history_.append(found)
         self._previous = now
-        for logger in trainer.loggers:
-            logged = {f"target/{k}": v for k, v in scores.items()}
-            logger.log_metrics(logged, step=trainer.global_step)
-        verdict = f"rejected, {alarms[0]}" if alarms else "accepted"
-        pl_module.print(
-            f"round {found.index}: {found.labelled} of {len(self.source_)} learnt, agreement with "
-            f"the source {scores.get('agreement', math.nan):.2f}: {verdict}"
-        )
-        if alarms:
-            self.termination_condition_ = f"alarm in round {found.index}: {alarms[0]}"
+        found.tell(pl_module, len(self.source_))
+        if found.alarms:
+            self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
             trainer.should_stop = True
             return
         self.accepted_, self.transcripts_ = found.index, now
@@ -278,32 +238,6 @@ class PseudoTranscriptCallback(Callback):
             said.append(greedy(log_probs, frames, module.labels))
         return dust(written, [list(x) for x in zip(*said, strict=True)], keep=1.0).distances
 
-    def _scores(self, now: dict[str, Understood]) -> dict[str, float]:
-        pairs = [(self.source_[path].written, u.written) for path, u in now.items()]
-        return {
-            "rate": _mean([u.rate for u in now.values()]),
-            "agreement": _mean([1 - normalised_distance(a, b) for a, b in pairs]),
-            "spelling": _mean([u.distance for u in now.values()]),
-        }
-
-    def _alarms(self, scores: dict[str, float]) -> Any:
-        assert self.limits is not None
-        limits, source = self.limits, self.history_[0].scores
-        ratio = scores["rate"] / max(source["rate"], 1e-9)
-        if not limits.least_rate <= ratio <= limits.most_rate:
-            yield (
-                f"it writes {ratio:.2f} times as many characters a second as the source, outside "
-                f"{limits.least_rate:g} to {limits.most_rate:g}"
-            )
-        if scores["agreement"] < limits.agreement:
-            yield (
-                f"agreement with the source's transcripts is {scores['agreement']:.2f}, below "
-                f"{limits.agreement:g}"
-            )
-        worst = source["spelling"] + limits.spelling
-        if self._search is not None and scores["spelling"] > worst:
-            yield (f"it spells worse: {scores['spelling']:.2f} from the lexicon, above {worst:.2f}")
-
 
 class _Labelled(SpeechData):
     """The recordings, with the labels of the round."""
@@ -328,7 +262,3 @@ class _Labelled(SpeechData):
         self.setup()
         self.items["test"] = self.items["train"]
         return self.test_dataloader()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

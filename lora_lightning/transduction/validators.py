@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.transduction import neighbours
+from lora_lightning.transduction.neighbours import CHUNK, unit_rows
 
 
 def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> Tensor:
@@ -21,20 +23,10 @@ def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> T
     Raises:
         DataError: there is no item, one class, NaN, or rows that do not sum to one.
     """
-    if probabilities.ndim != 2 or not len(probabilities):
-        raise DataError(f"{name} must be (items, classes), got {tuple(probabilities.shape)}")
-    if probabilities.shape[1] < 2:
-        raise DataError(f"{name} must have at least two classes, got {probabilities.shape[1]}")
-    found = probabilities.detach().double().cpu()
-    if not bool(torch.isfinite(found).all()):
-        bad = int((~torch.isfinite(found)).any(dim=1).sum())
-        raise DataError(
-            f"{name} hold NaN or infinity in {bad} of {len(found)} rows: look at those items, or "
-            "at the model's weights"
-        )
-    if float((found.sum(dim=1) - 1).abs().max()) > 1e-3 or float(found.min()) < -1e-6:
-        raise DataError(f"{name} must be rows that sum to one; take the softmax of logits first")
-    return found
+    found = neighbours.check_probabilities(probabilities, name)
+    if found.shape[1] < 2:
+        raise DataError(f"{name} must have at least two classes, got {found.shape[1]}")
+    return found.double().cpu()
 
 
 def nuclear_norm(probabilities: Tensor) -> float:
@@ -95,11 +87,11 @@ def neighbourhood_density(features: Tensor, temperature: float = 0.05) -> float:
     """
     if len(features) < 3 or not bool(torch.isfinite(features).all()):
         raise DataError(f"density needs three finite items or more, got {len(features)}")
-    z = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    z = unit_rows(features.detach().float())
     total = 0.0
-    for start in range(0, len(z), 1024):  # never N × N at once
-        near = z[start : start + 1024] @ z.T / temperature
-        own = torch.arange(len(near))
+    for start in range(0, len(z), CHUNK):  # never N × N at once
+        near = z[start : start + CHUNK] @ z.T / temperature
+        own = torch.arange(len(near), device=z.device)
         near[own, own + start] = -math.inf
         p = near.softmax(dim=1).double()
         total += float(_entropy(p).sum())
@@ -125,17 +117,17 @@ def expected_accuracy(probabilities: Tensor, variants: Sequence[Tensor]) -> floa
     return 1 - min(1.0, disagreement / share) if share > 0 else 0.0
 
 
-def cohesion(labels: Tensor, neighbours: Tensor, classes: int) -> float:
+def cohesion(labels: Tensor, near: Tensor, classes: int) -> float:
     r"""How far neighbours carry the same label, beyond chance: Cohen's kappa, 1 at most.
 
     :math:`(a - c) / (1 - c)` with a the part of the (item, neighbour) pairs that agree and c what
-    the labels' shares would give by chance. Labels (N,), neighbours (N, k) by the *source's*
+    the labels' shares would give by chance. Labels (N,), neighbours `near` (N, k) by the *source's*
     features: adaptation cannot make them agree by moving features. Labels that are all alike
     give 0. Cohen 1960, "A coefficient of agreement for nominal scales".
     """
-    if neighbours.numel() == 0:
+    if near.numel() == 0:
         return 0.0
-    agree = float((labels[neighbours] == labels[:, None]).double().mean())
+    agree = float((labels[near] == labels[:, None]).double().mean())
     shares = torch.bincount(labels, minlength=classes).double() / len(labels)
     chance = float((shares**2).sum())
     return 0.0 if chance >= 1 else (agree - chance) / (1 - chance)

@@ -1,0 +1,96 @@
+"""`SpeechGuard`: has a recogniser that teaches itself gone wrong? Answered without transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean as mean
+
+from lora_lightning.transduction.ctc_objectives import normalised_distance
+from lora_lightning.transduction.guard import Verdict
+
+
+@dataclass(frozen=True)
+class SpeechLimits:
+    """Where the alarms ring; each compares a round with the source model's own transcripts.
+
+    Args:
+        least_rate: Frames that are no blank, as a part of the source's: fewer, it falls silent.
+        most_rate: The same, at most: more, it babbles.
+        agreement: 1 − normalised edit distance to the source's transcripts, at least.
+        spelling: How much further from the nearest sentence of the lexicon the transcripts may be
+            than the source's, as a normalised edit distance.
+    """
+
+    least_rate: float = 0.5
+    most_rate: float = 1.5
+    agreement: float = 0.4
+    spelling: float = 0.02
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What a recogniser makes of a recording.
+
+    Attributes:
+        written: By greedy decoding.
+        label: What is learnt from: the lexicon's nearest sentence, or the same again.
+        distance: Normalised edit distance between both; under dropout where there is no lexicon.
+        rate: Part of the frames that are no blank.
+    """
+
+    written: str
+    label: str
+    distance: float
+    rate: float
+
+
+class SpeechGuard:
+    """Compares what a recogniser makes of the recordings with what the source model does.
+
+    Args:
+        source: Path → `Understood` by the source model.
+        limits: Where the alarms ring; None: nowhere.
+        spelling: Whether distances are those from a lexicon's sentences.
+    """
+
+    def __init__(
+        self, source: Mapping[str, Understood], limits: SpeechLimits | None, spelling: bool
+    ):
+        self.source, self.limits, self.spelling = source, limits, spelling
+        self.scores = self._scores(source)
+
+    def check(self, now: Mapping[str, Understood]) -> Verdict:
+        """Look at a round's transcripts of the same recordings."""
+        scores = self._scores(now)
+        return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
+
+    def _scores(self, now: Mapping[str, Understood]) -> dict[str, float]:
+        return {
+            "rate": mean(u.rate for u in now.values()),
+            "agreement": agreement(self.source, now),
+            "spelling": mean(u.distance for u in now.values()),
+        }
+
+    def _alarms(self, scores: dict[str, float]) -> Iterator[str]:
+        assert self.limits is not None
+        limits = self.limits
+        ratio = scores["rate"] / max(self.scores["rate"], 1e-9)
+        if not limits.least_rate <= ratio <= limits.most_rate:
+            yield (
+                f"it writes {ratio:.2f} times as many characters a second as the source, outside "
+                f"{limits.least_rate:g} to {limits.most_rate:g}"
+            )
+        if scores["agreement"] < limits.agreement:
+            yield (
+                f"agreement with the source's transcripts is {scores['agreement']:.2f}, below "
+                f"{limits.agreement:g}"
+            )
+        worst = self.scores["spelling"] + limits.spelling
+        if self.spelling and scores["spelling"] > worst:
+            yield (f"it spells worse: {scores['spelling']:.2f} from the lexicon, above {worst:.2f}")
+
+
+def agreement(before: Mapping[str, Understood], now: Mapping[str, Understood]) -> float:
+    """1 − mean normalised edit distance between two transcripts of each recording."""
+    return mean(1 - normalised_distance(before[path].written, now[path].written) for path in now)
