@@ -140,7 +140,8 @@ def write_report(run: Run, out: Path) -> None:
     if run.transcripts:
         _write(out / "transcripts.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:
-        _write(out / "predictions.csv", _csv(Prediction, map(asdict, run.predictions)))
+        answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
+        _write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from lora_lightning.wording import si
 
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
+HELD_OUT = "held-out"
 LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE"))
 
 
@@ -51,9 +52,17 @@ class Transcript:
 
 @dataclass
 class Prediction:
-    """One target item before (`source`) and after (`adapted`) adaptation."""
+    """One target item before (`source`) and after (`adapted`) adaptation.
 
-    item: str  # relative to the root of the data
+    Attributes:
+        item: relative to the root of the data.
+        split: ``"held-out"``; ``"target"``: the adaptation itself saw it, without its label.
+        method: which adapted it, where that is not the run's best.
+        round: in which of an adaptation without labels it got the label it has; 0: it has the
+            source's; None: there were no rounds.
+    """
+
+    item: str
     domain: str
     label: str
     source: str
@@ -61,6 +70,14 @@ class Prediction:
     adapted: str
     adapted_confidence: float
     seed: int
+    split: str = HELD_OUT
+    method: str = ""
+    round: int | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is labelled otherwise than by the source model."""
+        return self.source != self.adapted
 
 
 @dataclass
@@ -70,6 +87,8 @@ class Run:
     Attributes:
         metric: the metric shown; rows of other metrics go to the files only.
         spectra: layer → singular values of its delta.
+        rounds: seed → the rounds of an adaptation without labels, see
+            `lora_lightning.transduction.rounds.Round`.
         config: the resolved configuration; `data.source` names the source domain where no
             domain is called "source".
         versions: name → version, hardware included.
@@ -91,6 +110,7 @@ class Run:
     notes: list[str]
     command: str = ""
     transcripts: list[Transcript] = field(default_factory=list)
+    rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ TINY = [
     "train.source.epochs=1",
     "train.lora.epochs=1",
     "train.full.epochs=1",
+    "train.label_free.epochs=1",
     "lora.rank=1",
     "accelerator=cpu",
 ]

@@ -97,7 +97,7 @@ def test_the_recipe_compares_every_method():
 def test_results_hold_every_method_domain_and_seed(ran):
     out, result = ran
     rows = json.loads((out / "results.json").read_text())
-    assert len(rows) == len(result.rows) == 4 * 2 * 2
+    assert len(rows) == len(result.rows) == len(METHODS) * 2 * 2
     wanted = {"method", "domain", "seed", "metric", "value", "trainable_parameters", "seconds"}
     assert wanted <= set(rows[0])
     assert all(0 <= r["value"] <= 1 for r in rows)
@@ -111,6 +111,7 @@ def test_files_of_a_run(ran):
     assert made >= {
         "results.json", "results.csv", "predictions.csv", "report.html", "config.yaml", "plots",
         "adapter.safetensors", "source.safetensors", "adapter-seed3.safetensors",
+        "adapter_no_labels.safetensors",
     }  # fmt: skip
     assert OmegaConf.load(out / "config.yaml").seeds == [0, 3]
     assert [path for path, _ in result.skipped] == ["day/cat/broken.png"]
@@ -122,10 +123,27 @@ def test_predictions_are_of_the_held_out_target(ran):
     assert all((result.data_root / p.item).is_file() for p in result.predictions)
     for method, of in (("source only", "source"), ("LoRA, target labels", "adapted")):
         rows = {(r.method, r.domain, r.seed): r.value for r in result.rows}
-        mine = [p for p in result.predictions if p.seed == 3]
+        mine = [p for p in result.predictions if p.seed == 3 and p.split == "held-out"]
         assert rows[method, "night", 3] == pytest.approx(
             sum(getattr(p, of) == p.label for p in mine) / len(mine)
         )
+
+
+def test_predictions_say_what_the_unlabelled_pictures_were_taken_for(ran):
+    out, result = ran
+    own = [p for p in result.predictions if p.split == "target"]
+    assert len({p.item for p in own}) == len(own) // 2 > 0  # two seeds, the training pictures
+    assert not {p.item for p in own} & {p.item for p in result.predictions if p not in own}
+    assert all(p.changed == (p.round != 0) for p in own)
+    assert "round" in (out / "predictions.csv").read_text().splitlines()[0].split(",")
+    assert any("no labels: " in note for note in result.notes)
+
+
+@pytest.mark.parametrize("value", ["epochs=0", "objective=magic", "batch_size=1", "diversity=-1"])
+def test_settings_without_labels_are_checked_before_anything_is_trained(value, tmp_path):
+    overrides = [f"data.root={tmp_path}", f"train.label_free.{value}", "accelerator=cpu"]
+    with pytest.raises(ConfigError, match=value.split("=")[0]):
+        run_recipe("lighting", overrides, tmp_path)
 
 
 def test_the_adapter_fits_the_source_model(ran):

@@ -147,14 +147,23 @@ class ImageDomains(LightningDataModule):
         """The held-out pictures of `test_on`, in the order in which predictions come."""
         return [i for d in self.test_on for i in self.items if (i.domain, i.split) == (d, "test")]
 
+    def training_pictures(self) -> list[Item]:
+        """The training pictures of `train_on`."""
+        return [i for i in self.items if i.domain in self.train_on and i.split == "train"]
+
+    def unlabelled(self, augmented: bool = False) -> Dataset[Any]:
+        """`training_pictures` in order, as they are tested, or augmented as in training."""
+        transform = self.train_transform if augmented else self.test_transform
+        return self._dataset(self.training_pictures(), transform)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Training pictures of `train_on`, shuffled and augmented."""
-        items = [i for i in self.items if i.domain in self.train_on and i.split == "train"]
+        items = self.training_pictures()
         return self._loader(items, self.train_transform, self.batch_size, train=True)
 
     def unlabelled_dataloader(self) -> DataLoader[Any]:
         """The training pictures of `train_on`, not augmented, in one order that mixes them."""
-        items = [i for i in self.items if i.domain in self.train_on and i.split == "train"]
+        items = self.training_pictures()
         mixed = random.Random(self.seed).sample(items, len(items))
         return self._loader(mixed, self.test_transform, 2 * self.batch_size)
 
@@ -167,7 +176,7 @@ class ImageDomains(LightningDataModule):
     def _loader(
         self, items: list[Item], transform: Any, size: int, train: bool = False
     ) -> DataLoader[Any]:
-        dataset = _Pictures(items, self.classes, transform, self._pictures, self.stored_side)
+        dataset = self._dataset(items, transform)
         # A last batch of one would have no variance for BatchNorm.
         drop_last = train and len(items) > 1 and len(items) % size == 1
         # Keywords only: Lightning makes the loader again, with a sampler of its own.
@@ -178,6 +187,9 @@ class ImageDomains(LightningDataModule):
             drop_last=drop_last,
             num_workers=self.num_workers,
         )
+
+    def _dataset(self, items: list[Item], transform: Any) -> Dataset[Any]:
+        return _Pictures(items, self.classes, transform, self._pictures, self.stored_side)
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):

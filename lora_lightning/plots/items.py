@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 from PIL import Image, ImageOps
 
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG
-from lora_lightning.results import Prediction, Run, Summary
+from lora_lightning.results import HELD_OUT, Prediction, Run, Summary
 from lora_lightning.wording import shorten
 
 MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12
@@ -21,7 +21,7 @@ MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12
 
 def _target_items(run: Run) -> list[Prediction]:
     source = Summary(run).source
-    return [p for p in run.predictions if p.domain != source]
+    return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
 
 
 def confusion_plot(run: Run) -> tuple[Figure, str] | None:

@@ -12,21 +12,23 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
 from lora_lightning.results import Prediction, Run
+from lora_lightning.runs import label_free
 from lora_lightning.runs.common import check_plan, make_trainer, versions
-from lora_lightning.runs.methods import METHODS, Context, classifier
+from lora_lightning.runs.context import Context, best, classifier
+from lora_lightning.runs.methods import METHODS
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.settings import Config, DataSettings
 from lora_lightning.tasks.backbones import create_backbone
 
 # The adapted model that the predictions show: the last of these that was run.
-SHOWN = ("BatchNorm statistics", "full, target labels", "LoRA, target labels")
+SHOWN = ("BatchNorm statistics", label_free.NAME, "full, target labels", "LoRA, target labels")
 
 
 def run(given: DictConfig) -> Run:
@@ -87,18 +89,13 @@ def _predictions(context: Context) -> list[Prediction]:
             item.path.relative_to(data.root).as_posix(),
             item.domain,
             item.class_name,
-            *_best(old, data.classes),
-            *_best(new, data.classes),
+            *best(old, data.classes),
+            *best(new, data.classes),
             context.seed,
         )
         for item, old, new in zip(items, before, after, strict=True)
         if item.domain != data.source
     ]
-
-
-def _best(probabilities: Tensor, classes: list[str]) -> tuple[str, float]:
-    best = int(probabilities.argmax())
-    return classes[best], round(float(probabilities[best]), 4)
 
 
 def _checked(given: DictConfig) -> Config:
@@ -110,6 +107,7 @@ def _checked(given: DictConfig) -> Config:
         if stage.epochs < 1:
             raise ConfigError(f"train.{name}.epochs must be at least 1, got {stage.epochs}")
         classifier(nn.Identity(), stage)
+    label_free.check(stages.label_free)
     for key in ("size", "batch_size"):
         if getattr(config.data, key) < 2:
             raise ConfigError(f"data.{key} must be at least 2, got {getattr(config.data, key)}")

@@ -5,111 +5,23 @@ A further method is one more function and one more entry in `METHODS`.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning import merge
 from lora_lightning.batchnorm import BatchNormKeeper
 from lora_lightning.callback import LoRACallback
-from lora_lightning.data.images import ImageDomains
 from lora_lightning.decompose import spectrum
-from lora_lightning.results import Row, Run
+from lora_lightning.results import Row
 from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.progress import Stages, Ticks
-from lora_lightning.runs.settings import Config, TrainSettings
+from lora_lightning.runs.context import Context
+from lora_lightning.runs.label_free import label_free, lame_row, recentre_row
+from lora_lightning.runs.progress import Ticks
 from lora_lightning.state import named_factors
 from lora_lightning.tasks.classification import Classifier
-
-
-@dataclass
-class Context:
-    """What a method may use: the data, the trained source model, and ways to train and measure.
-
-    Attributes:
-        source: the source model; a method works on a copy of it (`fresh`).
-        probabilities: method → (held-out items, classes), as `measure` leaves them.
-        run: what the report is made of; a method may add spectra and notes.
-    """
-
-    config: Config
-    data: ImageDomains
-    source: nn.Module
-    seed: int
-    stages: Stages
-    run: Run
-    probabilities: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the first seed, which the report shows where it shows one."""
-        return self.seed == self.config.seeds[0]
-
-    def named(self, name: str) -> str:
-        """A name for this seed's file: the first seed's is plain."""
-        return name if self.first else f"{name}-seed{self.seed}"
-
-    def fresh(self) -> nn.Module:
-        """A copy of the source model, and the random numbers that every method starts with."""
-        seed_everything(self.seed, verbose=False)
-        return copy.deepcopy(self.source)
-
-    def fit(
-        self,
-        model: nn.Module,
-        settings: TrainSettings,
-        domains: Sequence[str],
-        title: str,
-        callbacks: Sequence[Callback] = (),
-    ) -> float:
-        """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
-        module = classifier(model, settings)
-        tick = self.stages.stage(title, "batches")
-        trainer = make_trainer(self.config, [*callbacks, Ticks(tick)], max_epochs=settings.epochs)
-        start = time.perf_counter()
-        trainer.fit(module, datamodule=self.data.on(train=domains))
-        return time.perf_counter() - start
-
-    def measure(
-        self,
-        method: str,
-        model: nn.Module,
-        seconds: float,
-        parameters: int = 0,
-        file_bytes: int | None = None,
-    ) -> list[Row]:
-        """Accuracy on the held-out pictures of the source and of each target domain."""
-        domains = [self.data.source, *self.data.target]
-        data = self.data.on(test=domains)
-        tick = self.stages.stage(f"  measuring {method}", "batches")
-        trainer = make_trainer(self.config, [Ticks(tick)])
-        outputs: Any = trainer.predict(Classifier(model), datamodule=data)
-        probabilities = torch.cat(outputs)
-        items = data.held_out()
-        self.probabilities[method] = probabilities
-        labels = torch.tensor([data.classes.index(i.class_name) for i in items])
-        right = probabilities.argmax(1) == labels
-        rows = []
-        for domain in domains:
-            here = torch.tensor([i.domain == domain for i in items])
-            value = float(right[here].double().mean())
-            rows.append(
-                Row(method, domain, self.seed, "accuracy", value, parameters, seconds, file_bytes)
-            )
-        return rows
-
-
-def classifier(model: nn.Module, settings: TrainSettings) -> Classifier:
-    """The module that trains `model` in this way; raises ConfigError for a bad value."""
-    s = settings
-    return Classifier(model, s.learning_rate, s.weight_decay, s.label_smoothing, s.schedule)
 
 
 def source_only(context: Context) -> list[Row]:
@@ -192,7 +104,10 @@ def full(context: Context) -> list[Row]:
 # In the order of the table.
 METHODS: dict[str, Callable[[Context], list[Row]]] = {
     "source_only": source_only,
+    "recentre": recentre_row,
+    "lame": lame_row,
     "batchnorm": batchnorm,
+    "label_free": label_free,
     "lora": lora,
     "full": full,
 }

@@ -97,6 +97,34 @@ class TrainSettings:
 
 
 @dataclass
+class LabelFreeSettings:
+    """Training without labels, as `lora_lightning.TransductiveTask` takes it.
+
+    Args:
+        epochs: Passes over the target's pictures; after each the guard looks.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
+        objective: information-maximisation, minimum-class-confusion or entropy.
+        pseudo_label_weight: Of the pseudo-labels by class centroid in the loss.
+        diversity: How hard the predictions are spread over the classes; 0 for a target that
+            lacks classes.
+        batch_norm: BatchNorm statistics before training: auto, source or target.
+        batch_size: Pictures in a batch.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    schedule: str = "one-cycle"
+    objective: str = "information-maximisation"
+    pseudo_label_weight: float = 0.3
+    diversity: float = 1.0
+    batch_norm: str = "auto"
+    batch_size: int = 32
+
+
+@dataclass
 class TrainStages:
     """The trainings of a run.
 
@@ -104,11 +132,13 @@ class TrainStages:
         source: Of the source model, on the source domain.
         lora: Of the adapter, on the target domains with their labels.
         full: Of all weights, on the target domains with their labels.
+        label_free: Of the adapter, on the target domains without labels.
     """
 
     source: TrainSettings = field(default_factory=TrainSettings)
     lora: TrainSettings = field(default_factory=TrainSettings)
     full: TrainSettings = field(default_factory=TrainSettings)
+    label_free: LabelFreeSettings = field(default_factory=LabelFreeSettings)
 
 
 @dataclass
@@ -135,7 +165,11 @@ class Config:
     title: str = "Domain adaptation of an image classifier"
     out: str = "runs/classification"
     seeds: list[int] = field(default_factory=lambda: [0])
-    methods: list[str] = field(default_factory=lambda: ["source_only", "batchnorm", "lora", "full"])
+    methods: list[str] = field(
+        default_factory=lambda: (
+            ["source_only", "recentre", "lame", "batchnorm", "label_free", "lora", "full"]
+        )
+    )
     accelerator: str = "auto"
     batch_norm: str = "frozen"
     data: DataSettings = field(default_factory=DataSettings)

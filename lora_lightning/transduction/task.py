@@ -231,7 +231,8 @@ class TransductiveTask(Optimised):
     def _choose_statistics(self, before: Predicted) -> None:
         if self.batch_norm == "source":
             return
-        loader = self.target.loader(2 * self.batch_size, shuffle=False)
+        # Mixed: in batches of one class, as folders give them, the features vary too little.
+        loader = self.target.loader(2 * self.batch_size, shuffle=True)
         if not reestimated(self.model, self, (x.to(self.device) for x, _ in loader)):
             return
         if self.batch_norm == "target":
