@@ -17,8 +17,7 @@ _TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
 
 def section(run: Run) -> str:
     """A player, the reference and both hypotheses for a few recordings; "" without any."""
-    first = [t for t in run.transcripts if t.seed == run.transcripts[0].seed]
-    chosen = _playable(telling(first, MOST))
+    chosen = _playable(telling(run.heard(), MOST))
     if not chosen:
         return ""
     return (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prediction", "Row", "Run", "print_table", "verdict", "write_report"]
 
-COUNTS = ("words", "source_errors", "adapted_errors")  # of each transcript
+COUNTS = ("words", "source_errors", "adapted_errors", "changed")  # of each transcript
 
 
 def print_table(run: Run, console: Console | None = None) -> None:
@@ -151,10 +151,10 @@ def write_report(run: Run, out: Path) -> None:
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
-    """Each transcript with its words and how many of them were wrong, before and after."""
+    """Each transcript with its words, how many were wrong before and after, and if it changed."""
     for t in transcripts:
         wrong = errors(t.reference, t.source), errors(t.reference, t.adapted)
-        counts = zip(COUNTS, (len(t.reference.split()), *wrong), strict=True)
+        counts = zip(COUNTS, (len(t.reference.split()), *wrong, t.changed), strict=True)
         yield asdict(t) | dict(counts)
 
 

@@ -39,7 +39,16 @@ class Row:
 
 @dataclass
 class Transcript:
-    """One held-out recording of a target, before (`source`) and after (`adapted`) adaptation."""
+    """One recording of a target, before (`source`) and after (`adapted`) adaptation.
+
+    Attributes:
+        audio: a file to listen to.
+        split: ``"held-out"``; ``"target"``: the adaptation itself heard it, without a transcript.
+        confidence: 1 − normalised edit distance between what is heard and the lexicon's nearest
+            sentence, or what is heard under dropout; None where that was not looked at.
+        round: in which of an adaptation without labels it got the text it has; 0: it has the
+            source's; None: there were no rounds.
+    """
 
     item: str
     domain: str
@@ -47,7 +56,15 @@ class Transcript:
     source: str
     adapted: str
     seed: int
-    audio: str | None = None  # a file to listen to
+    audio: str | None = None
+    split: str = HELD_OUT
+    confidence: float | None = None
+    round: int | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is understood otherwise than by the source model."""
+        return self.source != self.adapted
 
 
 @dataclass
@@ -111,6 +128,11 @@ class Run:
     command: str = ""
     transcripts: list[Transcript] = field(default_factory=list)
     rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def heard(self) -> list[Transcript]:
+        """The first seed's held-out recordings."""
+        found = [t for t in self.transcripts if t.split == HELD_OUT]
+        return [t for t in found if t.seed == found[0].seed]
 
 
 @dataclass(frozen=True)

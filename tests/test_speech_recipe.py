@@ -13,6 +13,7 @@ from lora_lightning.tasks.recognisers import load_recogniser
 TINY = [
     "accelerator=cpu", "enrolment=[1,2]", "headline=2", "data.test=2", "train.lora.steps=[1,2]",
     "train.full.steps=[1,2]", "data.spoken.target_voices=[dutch,czech]",
+    "unlabelled=[1,2]", "train.label_free.steps=1", "train.label_free.keep=[1.0]",
 ]  # fmt: skip
 
 
@@ -28,17 +29,23 @@ def test_speakers_with_the_packaged_model(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     methods = dict.fromkeys(r["method"] for r in rows)
     assert list(methods) == [
-        "source only", "LoRA, 1 target labels", "LoRA, 2 target labels", "full, 1 target labels",
-        "full, 2 target labels",
+        "source only", "lexicon only", "LoRA, no labels, 1 s", "LoRA, no labels, 1 s, lexicon",
+        "LoRA, no labels, 2 s", "LoRA, no labels, 2 s, lexicon", "LoRA, 1 target labels",
+        "LoRA, 2 target labels", "full, 1 target labels", "full, 2 target labels",
     ]  # fmt: skip
     assert {r["domain"] for r in rows} == {"dutch", "czech"}
     assert {r["metric"] for r in rows} == {"WER", "CER"}
     assert {r["items"] for r in rows} == {None, 1, 2}
-    lora = next(r for r in rows if r["method"].startswith("LoRA"))
+    lora = next(r for r in rows if r["method"].startswith("LoRA, 1"))
     full = next(r for r in rows if r["method"].startswith("full"))
     assert lora["trainable_parameters"] < 0.03 * full["trainable_parameters"]
     assert lora["file_bytes"] < 300_000
-    assert len(run.transcripts) == 2 * 2 * 2
+    assert len([t for t in run.transcripts if t.split == "held-out"]) == 2 * 2 * 2
+    own = [t for t in run.transcripts if t.split == "target"]
+    assert {t.domain for t in own} == {"dutch", "czech"}
+    assert all(t.changed == (t.round != 0) and 0 <= t.confidence <= 1 for t in own)
+    header = (tmp_path / "transcripts.csv").read_text().splitlines()[0].split(",")
+    assert {"adapted", "confidence", "source", "changed", "round"} <= set(header)
     assert (tmp_path / "report.html").exists()
     # The adapter belongs to the source model beside it.
     model = load_recogniser(tmp_path / "source.safetensors")
@@ -78,6 +85,10 @@ def test_a_source_model_is_trained_where_none_is_given(tmp_path):
     ("overrides", "message"),
     [
         (["enrolment=[20,5]"], "sizes in rising order"),
+        (["unlabelled=[0]"], "above 0"),
+        (["train.label_free.steps=1", "train.label_free.keep=[0.5,0.9]"], "2 rounds"),
+        (["train.label_free.keep=[2.0]"], "keep"),
+        (["data.lexicon=nowhere.txt"], "nowhere.txt"),
         (["headline=7"], r"headline must be one of enrolment=\[1, 2\], got 7"),
         (["train.lora.steps=[1]"], r"train.lora.steps must hold a number of steps for each"),
         (["data.test=0"], "data.test must be at least 1"),
@@ -89,7 +100,7 @@ def test_a_source_model_is_trained_where_none_is_given(tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_said_first(tmp_path, overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         run_recipe("speaker", [*TINY, *overrides], out=tmp_path)
 
 

@@ -111,8 +111,7 @@ def _mean(summary: Summary, method: str, domain: str) -> float:
 
 def spectrogram_plot(run: Run) -> Drawing | None:
     """Some recordings as pictures, with what was understood of them before and after."""
-    first = [t for t in run.transcripts if t.seed == run.transcripts[0].seed]
-    found = [(t, image) for t in telling(first, 4) if (image := _spectrogram(t)) is not None]
+    found = [(t, image) for t in telling(run.heard(), 4) if (image := _spectrogram(t)) is not None]
     if not found:
         return None
     figure = Figure(figsize=(9, 2.5 * len(found)), layout="constrained")

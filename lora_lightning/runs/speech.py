@@ -22,10 +22,12 @@ from lora_lightning.data.speech import SpeechData
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
 from lora_lightning.results import Run, Transcript
+from lora_lightning.runs import speech_label_free
 from lora_lightning.runs.common import check_plan, make_trainer, versions
 from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
+from lora_lightning.runs.speech_context import Context
 from lora_lightning.runs.speech_domains import Domain, Recordings, recordings
-from lora_lightning.runs.speech_methods import METHODS, Context
+from lora_lightning.runs.speech_methods import METHODS
 from lora_lightning.runs.speech_settings import Config
 from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
@@ -107,9 +109,12 @@ def _trained(config: Config, heard: Recordings, stages: Stages) -> ConformerCTC:
 
 
 def _transcripts(context: Context) -> list[Transcript]:
-    """The held-out recordings before and after adaptation, at the headline's size."""
+    """The held-out recordings before and after adaptation, at the headline's size if it was run."""
     config = context.config
-    adapted = f"LoRA, {config.headline} target labels"
+    named = [f"LoRA, {config.headline} target labels"]
+    named += [f"{speech_label_free.NAME}, {s} s" for s in reversed(config.unlabelled)]
+    known = {method for method, _ in context.hypotheses}
+    adapted = next((name for name in named if name in known), "")
     found = []
     for domain in context.recordings.domains:
         before = context.hypotheses.get(("source only", domain.name))
@@ -165,6 +170,7 @@ def _checked(given: DictConfig) -> Config:
             )
     if config.data.test < 1:
         raise ConfigError(f"data.test must be at least 1, got {config.data.test}")
+    speech_label_free.check(config)
     # Both check what they are given; better now than after the source model's training.
     LoRACallback(config.lora, batch_norm=config.batch_norm)
     make_trainer(config)

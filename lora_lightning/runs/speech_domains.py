@@ -45,6 +45,16 @@ class Domain:
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         return [self.pool[i] for i in rng.permutation(len(self.pool))[:count]]
 
+    def unlabelled(self, seconds: float, seed: int) -> list[Utterance]:
+        """Recordings of the pool that last so long together, or all; in `enrolment`'s order."""
+        found, total = [], 0.0
+        for utterance in self.enrolment(len(self.pool), seed):
+            if total >= seconds:
+                break
+            found.append(utterance)
+            total += utterance.seconds
+        return found
+
 
 @dataclass
 class Recordings:

@@ -38,6 +38,8 @@ class SpeechDataSettings:
         test: Held-out recordings of each target domain.
         seed: Of the sentences, the noise, and which recordings are held out; the same for every
             seed of `seeds`.
+        lexicon: File of words, or of sentences, that are said, for the rows without labels; null:
+            those of the spoken data, else none.
         min_seconds: Shorter recordings are left out.
         max_seconds: Longer recordings are left out.
         batch_seconds: Sound in a batch of measuring or source training, padding included.
@@ -49,6 +51,7 @@ class SpeechDataSettings:
     environments: list[str] = field(default_factory=list)
     test: int = 60
     seed: int = 0
+    lexicon: str | None = None
     min_seconds: float = 0.3
     max_seconds: float = 30.0
     batch_seconds: float = 80.0
@@ -114,6 +117,30 @@ class Adaptation:
 
 
 @dataclass
+class LabelFreeAdaptation:
+    """Training on recordings of a target without their transcripts, as
+    `lora_lightning.transduction.transcripts.PseudoTranscriptCallback` does it.
+
+    Args:
+        steps: Optimizer steps, in all rounds together.
+        keep: Part of the recordings that each round learns, in turn.
+        batch: Recordings in a batch, at most.
+        learning_rate: Peak learning rate of AdamW, one-cycle.
+        weight_decay: Weight decay of AdamW.
+        spec_augment: Mask bands and frames at random.
+        batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
+    """
+
+    steps: int = 200
+    keep: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8, 0.9])
+    batch: int = 8
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.0
+    spec_augment: bool = True
+    batch_norm: str = "adapt"
+
+
+@dataclass
 class AdaptationStages:
     """The trainings of a run.
 
@@ -121,11 +148,13 @@ class AdaptationStages:
         source: Of the source model.
         lora: Of the adapter, on the enrolment with its transcripts.
         full: Of all weights, on the enrolment with its transcripts.
+        label_free: Of the adapter, on recordings without transcripts.
     """
 
     source: SourceTraining = field(default_factory=SourceTraining)
     lora: Adaptation = field(default_factory=Adaptation)
     full: Adaptation = field(default_factory=Adaptation)
+    label_free: LabelFreeAdaptation = field(default_factory=LabelFreeAdaptation)
 
 
 @dataclass
@@ -140,6 +169,8 @@ class Config:
         seeds: One run for each; they decide on enrolment, order and factors.
         methods: What is compared, keys of `lora_lightning.runs.speech_methods.METHODS`.
         enrolment: Labelled recordings of a target that a method is given; one row for each.
+        unlabelled: Seconds of a target's speech that a method without labels is given; one row for
+            each. A target that has less gives all of its enrolment.
         headline: The size of `enrolment` that the report shows where it shows one.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
         threads: Threads of the CPU that torch uses; null: as many as it would.
@@ -155,8 +186,11 @@ class Config:
     title: str = "Domain adaptation of a speech recogniser"
     out: str = "runs/speech"
     seeds: list[int] = field(default_factory=lambda: [0])
-    methods: list[str] = field(default_factory=lambda: ["source_only", "lora", "full"])
+    methods: list[str] = field(
+        default_factory=lambda: ["source_only", "lexicon", "label_free", "lora", "full"]
+    )
     enrolment: list[int] = field(default_factory=lambda: [5, 20, 100])
+    unlabelled: list[int] = field(default_factory=lambda: [90, 150])
     headline: int = 20
     accelerator: str = "auto"
     threads: int | None = None

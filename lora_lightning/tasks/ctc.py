@@ -12,6 +12,7 @@ from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.decoding import beam_search, greedy
 from lora_lightning.tasks.labels import Labels
+from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
 from lora_lightning.tasks.recognition import Recognition
 
 
@@ -31,12 +32,14 @@ class CTCRecognition(Recognition):
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
         decoder: ``"greedy"`` or ``"beam"``.
         beam_size: Prefixes that the beam search keeps.
+        lexicon: Words that may be written: the most likely sentence of them, in place of `decoder`.
 
     Logs ``train_loss``, ``val_wer``, ``val_cer``, ``test_wer``, ``test_cer``; rates are errors of
     the whole epoch over its words or characters.
 
     Raises:
-        ConfigError: a value is out of range, there are no labels, or not one for each class.
+        ConfigError: a value is out of range, there are no labels, not one for each class, or a
+            word of the lexicon that they cannot write.
         DataError: in training, a recording without a text.
     """
 
@@ -49,6 +52,7 @@ class CTCRecognition(Recognition):
         schedule: str = "one-cycle",
         decoder: str = "greedy",
         beam_size: int = 16,
+        lexicon: Lexicon | None = None,
     ):
         super().__init__(model, labels, learning_rate, weight_decay, schedule)
         if decoder not in ("greedy", "beam"):
@@ -56,6 +60,9 @@ class CTCRecognition(Recognition):
         if beam_size < 1:
             raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
         self.decoder, self.beam_size = decoder, beam_size
+        self.search: LexiconSearch | None = None
+        if lexicon is not None:
+            self.search = LexiconSearch(lexicon, self.labels, beam_size)
         self._told: set[str] = set()
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,6 +76,8 @@ class CTCRecognition(Recognition):
     def transcribe(self, batch: AudioBatch) -> list[str]:
         """What is understood of each recording."""
         log_probs, frames = self(batch.waveforms, batch.lengths)
+        if self.search is not None:
+            return self.search.decode(log_probs, frames)
         if self.decoder == "greedy":
             return greedy(log_probs, frames, self.labels)
         return beam_search(log_probs, frames, self.labels, self.beam_size)

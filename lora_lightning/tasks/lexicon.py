@@ -111,7 +111,7 @@ class LexiconSearch:
         lexicon: Lexicon,
         labels: Labels,
         beam_size: int = 16,
-        weight: float = 0.5,
+        weight: float = 1.0,
         bonus: float = 0.0,
     ):
         if beam_size < 1:

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from lora_lightning.batchnorm import BatchNormKeeper
-from lora_lightning.data.speech import SpeechData
 from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.probe import preserved
@@ -21,6 +19,7 @@ from lora_lightning.tasks.decoding import greedy
 from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
 from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
 from lora_lightning.transduction.guard import Verdict
+from lora_lightning.transduction.labelled_speech import LabelledSpeech
 from lora_lightning.transduction.rounds import SOURCE_ROUND, Round
 from lora_lightning.transduction.speech_guard import (
     SpeechGuard,
@@ -64,7 +63,8 @@ class PseudoTranscriptCallback(Callback):
         data: What to give to ``Trainer.fit``.
         history_: the rounds, the source first.
         accepted_: the round whose state is kept; 0: the source.
-        pseudo_labels_: recording → what is learnt for it.
+        pseudo_labels_: path → what is learnt for it.
+        changed_in_: path → the accepted round in which it got the label it has; 0: the source's.
         transcripts_: path → `Understood` by the accepted state.
         source_: path → `Understood` by the source model.
         termination_condition_: why it ended.
@@ -98,10 +98,10 @@ class PseudoTranscriptCallback(Callback):
         self.lexicon, self.keep, self.limits = lexicon, list(keep), limits
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight
-        self.data = _Labelled(self, **data)
+        self.data = LabelledSpeech(self.recordings, **data)
         self.history_: list[Round] = []
         self.accepted_, self.termination_condition_ = 0, ""
-        self.pseudo_labels_: dict[str, str] = {}
+        self.changed_in_: dict[str, int] = {}
         self.source_: dict[str, Understood] = {}
         self.transcripts_: dict[str, Understood] = {}
         self._search: LexiconSearch | None = None
@@ -110,6 +110,11 @@ class PseudoTranscriptCallback(Callback):
         self._best: Snapshot | None = None
         self._previous: dict[str, Understood] = {}
         self._judged_at = 0
+
+    @property
+    def pseudo_labels_(self) -> dict[str, str]:
+        """Path → what is learnt for it."""
+        return self.data.labels
 
     # ---- hooks -----------------------------------------------------------------------------
 
@@ -185,12 +190,21 @@ class PseudoTranscriptCallback(Callback):
             self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
             trainer.should_stop = True
             return
+        self._note(found.index, now)
         self.accepted_, self.transcripts_ = found.index, now
         self._best = Snapshot(pl_module.model)
         if self._teacher is not None:
             with self._teacher.applied(pl_module.model):
                 now = self._understood(trainer, pl_module)
         self._take(now)
+
+    def _note(self, index: int, now: dict[str, Understood]) -> None:
+        """In which round each recording got the label that it has."""
+        for path, understood in now.items():
+            if understood.label == self.source_[path].label:
+                self.changed_in_.pop(path, None)
+            elif understood.label != self.transcripts_[path].label:
+                self.changed_in_[path] = index
 
     def _take(self, now: dict[str, Understood]) -> None:
         """The labels of the next round: those that are the surest."""
@@ -203,7 +217,7 @@ class PseudoTranscriptCallback(Callback):
         part = self.keep[min(len(self.history_) - 1, len(self.keep) - 1)]
         count = max(1, math.floor(part * len(now)))
         kept = sorted(usable, key=lambda path: now[path].distance)[:count]
-        self.pseudo_labels_ = {path: now[path].label for path in kept}
+        self.data.labels = {path: now[path].label for path in kept}
 
     @torch.no_grad()
     def _understood(self, trainer: Trainer, module: Any) -> dict[str, Understood]:
@@ -237,28 +251,3 @@ class PseudoTranscriptCallback(Callback):
             log_probs, frames = module(batch.waveforms, batch.lengths)
             said.append(greedy(log_probs, frames, module.labels))
         return dust(written, [list(x) for x in zip(*said, strict=True)], keep=1.0).distances
-
-
-class _Labelled(SpeechData):
-    """The recordings, with the labels of the round."""
-
-    def __init__(self, callback: PseudoTranscriptCallback, **settings: Any):
-        super().__init__(train=callback.recordings, **settings)
-        self._callback = callback
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Those that the round learns."""
-        self.setup()
-        labels, every = self._callback.pseudo_labels_, self.items["train"]
-        known = [replace(u, text=labels[str(u.path)]) for u in every if str(u.path) in labels]
-        self.items["train"] = known or every
-        try:
-            return super().train_dataloader()
-        finally:
-            self.items["train"] = every
-
-    def everything(self) -> DataLoader[Any]:
-        """All recordings, in order."""
-        self.setup()
-        self.items["test"] = self.items["train"]
-        return self.test_dataloader()
