@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lora_lightning.data.utterances import Utterance
-    from lora_lightning.runs.speakers import Outcome
+    from lora_lightning.runs.enrolment import Outcome
+    from lora_lightning.tasks.lexicon import Lexicon
 
 _MODEL = (
     "the recogniser: spoken (the small one that comes with the package), a recipe's "
@@ -29,8 +30,8 @@ def add_commands(commands: Any) -> None:
     _add_model(adapt)
     adapt.add_argument(
         "--enroll", required=True, type=Path, metavar="DIR|MANIFEST",
-        help="recordings with transcripts: a folder (a .txt beside each), or a .csv, .tsv or "
-        ".jsonl with the columns path, text and, for many speakers, speaker",
+        help="recordings, best with transcripts: a folder (a .txt beside each), or a .csv, .tsv "
+        "or .jsonl with the columns path, text and, for many speakers, speaker",
     )  # fmt: skip
     adapt.add_argument(
         "--out", required=True, type=Path, metavar="FILE|DIR",
@@ -39,13 +40,22 @@ def add_commands(commands: Any) -> None:
     for name, kind, default, text in (
         ("rank", int, 2, "inner dimension of the factors"),
         ("alpha", float, 4.0, "numerator of the scaling alpha/rank"),
-        ("steps", int, 150, "optimizer steps for each speaker"),
-        ("learning-rate", float, 4e-3, "peak learning rate"),
-        ("batch", int, 4, "recordings in a batch, at most"),
         ("held-out", float, 0.2, "part that decides whether the adapter is kept, of ten or more"),
         ("seed", int, 0, "of factors, order, and what is held out"),
     ):
         adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+    for name, kind, text in (
+        ("steps", int, "optimizer steps for each speaker (150; without transcripts 200)"),
+        ("learning-rate", float, "peak learning rate (0.004; without transcripts 0.006)"),
+        ("batch", int, "recordings in a batch, at most (4; without transcripts 8)"),
+    ):
+        adapt.add_argument(f"--{name}", type=kind, help=text)
+    adapt.add_argument(
+        "--untranscribed", action="store_true",
+        help="learn from no transcript; those that are there decide whether the adapter is kept. A "
+        "speaker who has none is learnt so anyway",
+    )  # fmt: skip
+    _add_lexicon(adapt, "words that may be said, for speakers without transcripts")
     adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
     adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
     adapt.add_argument("--overwrite", action="store_true", help="learn anew what is there already")
@@ -55,9 +65,26 @@ def add_commands(commands: Any) -> None:
     _add_model(transcribe)
     transcribe.add_argument("--adapter", type=Path, metavar="FILE", help="a speaker's adapter")
     transcribe.add_argument("--beam", type=int, metavar="N", help="prefix beam search; else greedy")
+    _add_lexicon(transcribe, "the only words that may be written")
     transcribe.add_argument("--json", action="store_true", help="a JSON object a line")
     transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE|DIR|MANIFEST")
     transcribe.set_defaults(command=_transcribe)
+
+
+def _add_lexicon(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--lexicon", metavar="FILE",
+        help=f"{what}: a word a line, or sentences; spoken: those of the model of that name",
+    )  # fmt: skip
+
+
+def _lexicon(given: str | None) -> Lexicon | None:
+    from lora_lightning.data.phrases import words
+    from lora_lightning.tasks.lexicon import Lexicon
+
+    if given is None:
+        return None
+    return Lexicon(words()) if given == "spoken" else Lexicon.read(given)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +96,9 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lora_lightning.config import LoRAConfig
+    from lora_lightning.runs.enrolment import FAILED, SpeakerSettings
     from lora_lightning.runs.progress import Stages, interruptible
-    from lora_lightning.runs.speakers import FAILED, SpeakerSettings, adapt_speakers
+    from lora_lightning.runs.speakers import adapt_speakers
     from lora_lightning.tasks.named import named_recogniser
 
     settings = SpeakerSettings(
@@ -83,6 +111,8 @@ def _adapt(arguments: argparse.Namespace) -> int:
         arguments.held_out,
         arguments.seed,
         arguments.accelerator,
+        arguments.untranscribed,
+        _lexicon(arguments.lexicon),
     )
     outcomes: list[Outcome] = []
     with Stages() as stages, interruptible():
@@ -117,11 +147,6 @@ def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
         stages.console.print(f"left out: {file}: {reason}", style="yellow", markup=False)
     if not found:
         raise DataError(f"{path}: none of the {len(skipped)} recordings can be used")
-    if not any(u.text for u in found):
-        raise DataError(
-            f"{path}: no recording has a transcript. Adapting without transcripts is not there "
-            "yet; give a column text, or a .txt beside each file"
-        )
     named = [u.speaker for u in found]
     return by_speaker(found) if any(named) else {path.stem: found}
 
@@ -164,16 +189,17 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     from lora_lightning import load_adapter
-    from lora_lightning.runs.speakers import transcribed
+    from lora_lightning.runs.enrolment import transcribed
     from lora_lightning.tasks.named import named_recogniser
 
     base = named_recogniser(arguments.model, arguments.checkpoint)
     if arguments.adapter is not None:
         load_adapter(base.model, arguments.adapter)
+    lexicon = _lexicon(arguments.lexicon)
     said, heard, failed = [], [], 0
     for utterance in _utterances(arguments.files):
         try:
-            (_, text), = transcribed(base, [utterance], arguments.beam)  # fmt: skip
+            (_, text), = transcribed(base, [utterance], arguments.beam, lexicon)  # fmt: skip
         except DataError as error:
             print(f"left out: {error}", file=sys.stderr)
             failed += 1

@@ -11,7 +11,9 @@ from lora_lightning.cli import main
 from lora_lightning.data.espeak import Voice
 from lora_lightning.data.manifests import load_utterances, write_manifest
 from lora_lightning.data.spoken import LISTING, spoken_set
+from lora_lightning.runs import enrolment as run_enrolment
 from lora_lightning.runs import speakers as run
+from lora_lightning.runs import untranscribed
 from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
 from tests.test_recognisers import TINY
 
@@ -99,9 +101,9 @@ def test_another_base_is_refused_and_overwritten_on_request(model, enrolment, tm
 
 def test_an_adapter_that_does_harm_is_not_kept(model, enrolment, tmp_path, capsys, monkeypatch):
     # Of 5 recordings none would be held out by itself.
-    monkeypatch.setattr(run, "FEWEST_TO_SPLIT", 5)
+    monkeypatch.setattr(run_enrolment, "FEWEST_TO_SPLIT", 5)
     rates = iter([0.9, 0.5])  # after, before
-    monkeypatch.setattr(run, "_wer", lambda *_: next(rates))
+    monkeypatch.setattr(run_enrolment, "_wer", lambda *_: next(rates))
     write_manifest(tmp_path / "a.jsonl", load_utterances(enrolment / LISTING)[:5])
     assert adapt(model, tmp_path / "a.jsonl", tmp_path / "a.safetensors") == 0
     assert not (tmp_path / "a.safetensors").exists()
@@ -110,24 +112,76 @@ def test_an_adapter_that_does_harm_is_not_kept(model, enrolment, tmp_path, capsy
     assert "90.0" in table
 
 
-def test_untranscribed_enrolment_is_refused_clearly(model, enrolment, tmp_path, capsys):
-    assert adapt(model, enrolment / "anna", tmp_path / "a.safetensors") == 2
-    assert "no recording has a transcript" in capsys.readouterr().err
-    assert not (tmp_path / "a.safetensors").exists()
-
-
-def test_one_speaker_without_transcripts_fails_alone(model, enrolment, tmp_path, capsys):
+def _untranscribed(enrolment, folder, names=("boris",)):
     rows = load_utterances(enrolment / LISTING)
     lines = [
-        json.dumps({"path": str(u.path), "speaker": u.speaker, "text": u.text})
-        if u.speaker == "anna"
-        else json.dumps({"path": str(u.path), "speaker": u.speaker})
+        json.dumps(
+            {"path": str(u.path), "speaker": u.speaker}
+            | ({} if u.speaker in names else {"text": u.text})
+        )
         for u in rows
     ]
-    (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    assert adapt(model, tmp_path / "m.jsonl", tmp_path / "out") == 1
+    (folder / "m.jsonl").write_text("\n".join(lines))
+    return folder / "m.jsonl"
+
+
+def test_a_speaker_without_transcripts_is_learnt_from_the_recordings(enrolment, tmp_path, capsys):
+    listing = _untranscribed(enrolment, tmp_path)
+    given = ("--steps", "10", "--lexicon", "spoken")
+    assert adapt("spoken", listing, tmp_path / "out", *given) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    printed = capsys.readouterr().out
+    assert "round 5:" in printed
+    assert "failed" not in printed
+    adapted, waveform = load_recogniser("package"), torch.randn(1, 8000)
+    source = adapted(waveform)[0]
+    load_adapter(adapted, tmp_path / "out" / "boris.safetensors")
+    assert not torch.equal(adapted(waveform)[0], source)
+
+
+def test_transcripts_are_a_canary_on_request(enrolment, tmp_path, capsys, monkeypatch):
+    """They are not learnt from; an adapter that does harm on them is not kept."""
+    texts = []
+    real = untranscribed.PseudoTranscriptCallback
+    monkeypatch.setattr(
+        untranscribed,
+        "PseudoTranscriptCallback",
+        lambda *a, **k: texts.append(real(*a, **k)) or texts[-1],
+    )
+    rates = iter([0.9, 0.5])  # after, before
+    monkeypatch.setattr(run_enrolment, "_wer", lambda *_: next(rates))
+    out = tmp_path / "a.safetensors"
+    given = ("--steps", "5", "--untranscribed", "--lexicon", "spoken")
+    write_manifest(tmp_path / "a.jsonl", load_utterances(enrolment / LISTING)[:5])
+    assert adapt("spoken", tmp_path / "a.jsonl", out, *given) == 0
+    assert "kept source" in capsys.readouterr().out
+    assert not out.exists()
+    assert all(u.text is None for u in texts[0].recordings)
+
+
+def test_the_guard_keeps_the_source(enrolment, tmp_path, capsys, monkeypatch):
+    listing = _untranscribed(enrolment, tmp_path, VOICES)
+    given = ("--steps", "60", "--learning-rate", "1.0", "--lexicon", "spoken")
+    assert adapt("spoken", listing, tmp_path / "out", *given) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "kept source: alarm in round 1" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_speaker_of_whom_nothing_is_understood_fails_alone(enrolment, tmp_path, capsys):
+    silent = ConformerCTC(**TINY)
+    with torch.no_grad():
+        silent.head.bias[silent.labels.blank] = 1e3
+    save_recogniser(silent, tmp_path / "silent.safetensors")
+    listing = _untranscribed(enrolment, tmp_path)
+    assert adapt(tmp_path / "silent.safetensors", listing, tmp_path / "out") == 1
+    assert "nothing is understood" in " ".join(capsys.readouterr().out.split())
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["anna.safetensors"]
-    assert "failed" in capsys.readouterr().out
+
+
+def test_a_lexicon_that_cannot_be_read_is_said_first(model, enrolment, tmp_path, capsys):
+    assert adapt(model, enrolment / LISTING, tmp_path / "out", "--lexicon", "nowhere.txt") == 2
+    assert "nowhere.txt cannot be read as a lexicon" in capsys.readouterr().err
 
 
 def test_bad_targets_for_the_output(model, enrolment, tmp_path, capsys):

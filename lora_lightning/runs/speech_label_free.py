@@ -72,7 +72,10 @@ def _adapted(context: Context, domain: Domain, seconds: int, lexicon: Lexicon | 
     )
     model.augment = spec_augment() if settings.spec_augment else None
     module = CTCRecognition(
-        model.train(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        model.train(),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        schedule=settings.schedule,
     )
     trainer = make_trainer(
         config,

@@ -125,8 +125,9 @@ class LabelFreeAdaptation:
         steps: Optimizer steps, in all rounds together.
         keep: Part of the recordings that each round learns, in turn.
         batch: Recordings in a batch, at most.
-        learning_rate: Peak learning rate of AdamW, one-cycle.
+        learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
         spec_augment: Mask bands and frames at random.
         batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
     """
@@ -136,6 +137,7 @@ class LabelFreeAdaptation:
     batch: int = 8
     learning_rate: float = 6e-3
     weight_decay: float = 0.0
+    schedule: str = "one-cycle"
     spec_augment: bool = True
     batch_norm: str = "adapt"
 

@@ -24,6 +24,8 @@ class Limits:
         agreement: Least part of the items that keep the source's label; or four fifths of the
             source's mean confidence, where that is more: so many it expects to be right, if it is
             somewhat too sure of itself.
+        steadiness: Least part of the items that keep the label of the last accepted round, once
+            there is one: a learning rate that is too high tears them out.
         sure_flips: Most of the items that the source was surest of (the upper half) that may
             change their label.
         cohesion: How much less than by the source's labels neighbours may agree, see `cohesion`.
@@ -32,11 +34,12 @@ class Limits:
     marginal_entropy: float = 0.5
     class_share: float = 3.0
     agreement: float = 0.4
+    steadiness: float = 0.7
     sure_flips: float = 0.5
     cohesion: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("marginal_entropy", "agreement", "sure_flips"):
+        for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.class_share < 1:
@@ -84,8 +87,13 @@ class Guard:
         self.evenness = score.marginal_entropy(self.source)
         self.cohesion = self._cohesion(self.labels)
 
-    def check(self, probabilities: Tensor) -> Verdict:
-        """Look at a round's predictions of the same items, (N, K)."""
+    def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
+        """Look at a round's predictions of the same items, (N, K).
+
+        Args:
+            probabilities: Of the round.
+            accepted: Of the last accepted round; None: there was none.
+        """
         if not bool(torch.isfinite(probabilities).all()):
             return Verdict({}, ["the predictions are NaN: the learning rate is too high"])
         now = score.check_probabilities(probabilities)
@@ -99,6 +107,8 @@ class Guard:
             "sure_flips": self._flips(labels),
             "cohesion": self._cohesion(labels),
         }
+        if accepted is not None:
+            found["steadiness"] = score.agreement(now, accepted)
         return Verdict(found, list(self._alarms(found)))
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:
@@ -118,6 +128,9 @@ class Guard:
         if found["agreement"] < least:
             kept = f"{found['agreement']:.0%} of the items keep the source's label"
             yield f"{kept}, below {least:.0%}"
+        if found.get("steadiness", 1.0) < limits.steadiness:
+            kept = f"{found['steadiness']:.0%} of the items keep the label of the round before"
+            yield f"{kept}, below {limits.steadiness:.0%}: the learning rate is too high"
         if found["sure_flips"] > limits.sure_flips:
             yield (
                 f"{found['sure_flips']:.0%} of the items that the source was surest of change "

@@ -112,7 +112,8 @@ class Rounds:
         return self._judge(model, now.probabilities, labels), now
 
     def _judge(self, model: nn.Module, probabilities: Tensor, labels: PseudoLabels | None) -> Round:
-        verdict = self.guard.check(probabilities)
+        before = self.probabilities_ if self.accepted_ != SOURCE_ROUND else None
+        verdict = self.guard.check(probabilities, before)
         if not self.guarded:
             verdict = Verdict(verdict.scores)
         now = torch.nan_to_num(probabilities).argmax(dim=1)

@@ -21,7 +21,9 @@ from lora_lightning.transduction.validators import information
 
 OBJECTIVES = ("information-maximisation", "minimum-class-confusion", "entropy")
 BATCH_NORM = ("auto", "source", "target")
-GAIN = 0.05  # of information, for which BatchNorm's statistics are taken from the target
+# Of the information that the source's predictions lack, as much as BatchNorm's statistics of the
+# target must bring: less they also bring where classes are missing, or where nothing helps.
+GAIN = 0.15
 Objective = Callable[[Tensor], Tensor]
 
 
@@ -56,8 +58,10 @@ class TransductiveTask(Optimised):
         diversity: d; 0 where the target lacks classes, or holds things of no class.
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
-            training, ``"source"`` leaves them; ``"auto"`` takes them where the predictions gain
-            information by it and the guard accepts them. While training they stay as they are.
+            training, ``"source"`` leaves them. ``"auto"`` takes them where the predictions gain
+            information by it and the guard accepts them; where not, the target is near the
+            source, or so strange that its own predictions teach nothing: the source model stays.
+            While training they stay as they are. Without BatchNorm all three are the same.
         limits: Of the guard; None: no guard.
         batch_size: Items in a batch.
         learning_rate: Peak learning rate of AdamW.
@@ -173,6 +177,8 @@ class TransductiveTask(Optimised):
             self._course.termination_condition_ = (
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
+        if self._course.termination_condition_:
+            self.print(self._course.termination_condition_)
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
@@ -239,13 +245,18 @@ class TransductiveTask(Optimised):
             self._end_round(self._predicted)
             return
         now = self._predicted()
-        # Statistics of a target that lacks classes are wrong for those it has: what they bring
-        # must be worth it.
-        gain = information(now.probabilities) - information(before.probabilities)
-        if gain < GAIN or self._course.guard.check(now.probabilities).alarms:
-            self._course.restore(self.model)
-        else:
+        start = information(before.probabilities)
+        gain = (information(now.probabilities) - start) / max(1 - start, 1e-6)
+        alarms = self._course.guard.check(now.probabilities).alarms if self.limits else []
+        if gain >= GAIN and not alarms:
             self._end_round(lambda: now)
+            return
+        self._course.restore(self.model)
+        why = alarms[0] if alarms else f"they bring {gain:.2f} of what is lacking, below {GAIN:g}"
+        self._course.termination_condition_ = (
+            f"BatchNorm's statistics of the target do not help ({why}): the source model stays; "
+            'batch_norm="source" or "target" trains all the same'
+        )
 
     def _end_round(self, see: Callable[[], Predicted]) -> Round:
         found, self._now = self._course.end_round(self.model, see, self.labels)
