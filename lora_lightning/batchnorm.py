@@ -50,9 +50,12 @@ class BatchNormKeeper:
 
 @torch.no_grad()
 def reestimated(
-    backbone: nn.Module, forward: Callable[[Tensor], Any], batches: Iterable[Tensor]
+    backbone: nn.Module,
+    forward: Callable[[Tensor], Any],
+    batches: Iterable[Tensor],
+    source_items: float = 0.0,
 ) -> bool:
-    """Take BatchNorm's statistics anew: the plain average over `batches`; all else in eval mode.
+    r"""Take BatchNorm's statistics anew: the plain average over `batches`; all else in eval mode.
 
     Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN),
     arXiv:1603.04779.
@@ -61,6 +64,10 @@ def reestimated(
         backbone: Whose BatchNorm layers change; afterwards its modes are what they were.
         forward: Called with each batch.
         batches: Inputs, of two items or more each (one item has no variance; it is passed over).
+        source_items: m, how many items the source's own statistics count for beside the n items
+            of the batches: :math:`\mu = (m \mu_s + n \mu_t) / (m + n)`, the variance alike. A few
+            items do not overrule what many have taught. Schneider et al. 2020, "Improving
+            robustness against common corruptions by covariate shift adaptation", arXiv:2006.16971.
 
     Returns:
         Whether there is any BatchNorm, and a batch for it; without, nothing is done.
@@ -72,11 +79,18 @@ def reestimated(
     modes = [(m, m.training) for m in backbone.modules()]
     keeper = BatchNormKeeper("reset")
     backbone.eval()
+    norms = _tracking(backbone).values()
+    before = [[b.clone() for b in (n.running_mean, n.running_var)] for n in norms]
     keeper.start(backbone)
     keeper.apply(backbone)
+    items = 0
     for batch in chain([first], usable):
+        items += len(batch)
         forward(batch)
     keeper.stop(backbone)
+    for norm, source in zip(norms, before, strict=True):
+        for now, old in zip((norm.running_mean, norm.running_var), source, strict=True):
+            now.lerp_(old, source_items / (source_items + items))
     for module, training in modes:
         module.training = training
     return True

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.transduction import pseudo_labels as labelling
 from lora_lightning.transduction.guard import Limits
+from lora_lightning.transduction.mixing import Accepted, Mixed
+from lora_lightning.transduction.propagation import propagate
 from lora_lightning.transduction.pseudo_labels import PseudoLabels
 from lora_lightning.transduction.rounds import Rounds
-from lora_lightning.transduction.target import Predicted, Target, seen_by
+from lora_lightning.transduction.target import Canary, Predicted, Target, seen_by
 from lora_lightning.transduction.teacher import Teacher
 
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
@@ -26,6 +28,7 @@ LABELLERS: dict[str, Labeller] = {
     "centroid": lambda features, p: labelling.centroid(features, p),
     "vote": lambda features, p: labelling.vote(features, p),
     "reciprocal": lambda features, p: labelling.reciprocal(features, p),
+    "propagation": lambda features, p: propagate(features, p),
 }
 
 
@@ -44,14 +47,16 @@ class PseudoLabelCallback(Callback):
     Args:
         target: The items, see `lora_lightning.transduction.target.Target`.
         labels: ``"threshold"``, ``"class-balanced"``, ``"centroid"``, ``"vote"``,
-            ``"reciprocal"``, or a function from (features (N, D), probabilities (N, K)) to
-            `PseudoLabels`.
+            ``"reciprocal"``, ``"propagation"``, or a function from (features (N, D), probabilities
+            (N, K)) to `PseudoLabels`.
         source: Labelled items of the source, as (input, class), to train on beside the target.
         source_ratio: Source items for each accepted target item.
         augment: Applied to each input in training.
         backbone: Attribute of the module that holds the network; ``""``: the module.
         every_n_epochs: How often labels are taken anew.
         every_n_steps: How often instead, in optimizer steps.
+        canary: A few labelled items of the target, (input, class): a round that does worse on them
+            than the source model sets off an alarm. They are not trained on.
         teacher_decay: Decay of a moving average of what is trained, which then gives the labels;
             None: the model itself does.
         limits: Of the guard; None: no guard.
@@ -80,6 +85,7 @@ class PseudoLabelCallback(Callback):
         backbone: str = "model",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
+        canary: Any = None,
         teacher_decay: float | None = None,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
         batch_size: int = 32,
@@ -99,8 +105,9 @@ class PseudoLabelCallback(Callback):
         self.backbone, self.limits, self.batch_size = backbone, limits, batch_size
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.teacher_decay = teacher_decay
-        self._items = _Mixed(Target(target, augment), source, augment)
-        self._sampler = _Accepted(len(self.target), len(source or ()), source_ratio, seed)
+        self.canary = None if canary is None else Canary(canary, batch_size)
+        self._items = Mixed(Target(target, augment), source, augment)
+        self._sampler = Accepted(len(self.target), len(source or ()), source_ratio, seed)
         self.pseudo_labels_: PseudoLabels | None = None
         self.rounds_: Rounds | None = None
         self._teacher: Teacher | None = None
@@ -131,7 +138,9 @@ class PseudoLabelCallback(Callback):
         """Label the target with the source model."""
         before = self._predicted(pl_module)
         network = self._network(pl_module)
-        self.rounds_ = Rounds(network, before, self.limits)
+        look = self.canary.accuracy if self.canary is not None else None
+        canary = None if look is None else partial(look, pl_module, network)
+        self.rounds_ = Rounds(network, before, self.limits, canary)
         if self.teacher_decay is not None:
             self._teacher = Teacher(network, self.teacher_decay)
         self._take(before)
@@ -226,46 +235,3 @@ class PseudoLabelCallback(Callback):
 
     def _predicted(self, pl_module: LightningModule) -> Predicted:
         return seen_by(pl_module, self._network(pl_module), self.target, self.batch_size)
-
-
-class _Mixed(Dataset[Any]):
-    """Target items as (input, index), then source items as (input, −1 − class)."""
-
-    def __init__(self, target: Target, source: Any, augment: Callable[[Any], Any] | None):
-        self.target, self.source, self.augment = target, source, augment
-
-    def __len__(self) -> int:
-        return len(self.target) + len(self.source or ())
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        if index < len(self.target):
-            return self.target[index]
-        x, y = self.source[index - len(self.target)][:2]
-        return (x if self.augment is None else self.augment(x)), -1 - int(y)
-
-
-class _Accepted(Sampler[int]):
-    """Indices of the accepted items, and of as many of the source, in a new order each epoch."""
-
-    def __init__(self, target: int, source: int, ratio: float, seed: int):
-        self.accepted = list(range(target))
-        self.target, self.source, self.ratio = target, source, ratio
-        self.seed, self.epoch = seed, 0
-
-    def __len__(self) -> int:
-        return len(self.accepted) + self._of_source
-
-    @property
-    def _of_source(self) -> int:
-        return min(self.source, round(self.ratio * len(self.accepted)))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch it is."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
-        chosen = draw.sample(range(self.target, self.target + self.source), self._of_source)
-        mixed = [*self.accepted, *chosen]
-        draw.shuffle(mixed)
-        return iter(mixed)

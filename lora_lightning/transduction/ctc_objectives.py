@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.transduction.objectives import entropy, minimum_class_confusion
 
 
 def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
@@ -32,6 +33,51 @@ def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
 def normalised_distance(a: str, b: str) -> float:
     """Edit distance of characters over the length of the longer; 0 for two empty texts."""
     return float(edit_distance(a, b)) / max(len(a), len(b), 1)
+
+
+def suta(
+    log_probs: Tensor,
+    lengths: Tensor,
+    blank: int = 0,
+    weight: float = 0.3,
+    temperature: float = 2.5,
+) -> Tensor:
+    r"""Sure of each frame that says something, and of few classes at a time.
+
+    :math:`w\,H + (1 - w)\,C` with H the mean entropy of the frames whose likeliest class is no
+    blank, at temperature T, and C the minimum class confusion of all frames, blank left out, at T.
+    Lin et al. 2022, "Listen, adapt, better WER: source-free single-utterance test-time adaptation
+    for automatic speech recognition", arXiv:2203.14222.
+
+    Args:
+        log_probs: (B, F, C), or logits.
+        lengths: (B,) frames that are no padding.
+        blank: Class of the blank.
+        weight: w, in [0, 1].
+        temperature: T, above 0.
+
+    Returns:
+        A scalar; where only blanks are said, the second term alone.
+
+    Raises:
+        ConfigError: a value is out of range, or the shape is another.
+    """
+    if not 0 <= weight <= 1 or not temperature > 0:
+        raise ConfigError(
+            f"expected a weight in [0, 1] and a temperature above 0, got {weight}, {temperature}"
+        )
+    if log_probs.ndim != 3 or log_probs.shape[2] < 3:
+        raise ConfigError(
+            f"expected (recordings, frames, classes) with two classes beside the blank, got "
+            f"{tuple(log_probs.shape)}"
+        )
+    inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
+    frames = log_probs[inside].float()
+    said = frames[frames.argmax(dim=1) != blank]
+    others = [c for c in range(frames.shape[1]) if c != blank]
+    confusion = minimum_class_confusion(frames[:, others], temperature)
+    sharp = entropy(said / temperature) if len(said) else frames.sum() * 0
+    return weight * sharp + (1 - weight) * confusion
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.state import adapted_layers
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -173,6 +174,78 @@ def consistency(weak: Tensor, strong: Tensor, least: float = 0.0) -> Tensor:
     counted = (said.amax(dim=1) >= least).to(said)
     each = -(said * _checked(strong).log_softmax(dim=1)).sum(dim=1)
     return (each * counted).sum() / counted.sum().clamp_min(1)
+
+
+def neighbour_consistency(logits: Tensor, near: Tensor, affinities: Tensor | None = None) -> Tensor:
+    r"""Agreement with the neighbours, :math:`-\frac1B\sum_i\sum_j a_{ij}\,p_i^T q_{ij}`.
+
+    Yang et al. 2021, "Exploiting the intrinsic neighborhood structure for source-free domain
+    adaptation" (NRC), arXiv:2110.04202, with a = 1 for reciprocal neighbours and 0.1 for others.
+    Alone it collapses; the paper adds the spread over the classes.
+
+    Args:
+        logits: (B, K).
+        near: (B, k, K) probabilities q of each item's neighbours, not trained through.
+        affinities: (B, k), 0 or more; None: all 1.
+
+    Raises:
+        ConfigError: shapes that do not fit.
+    """
+    p = _checked(logits).softmax(dim=1)
+    if near.ndim != 3 or near.shape[::2] != p.shape or not near.shape[1]:
+        raise ConfigError(
+            f"expected the neighbours' probabilities ({len(p)}, k, {p.shape[1]}), got "
+            f"{tuple(near.shape)}"
+        )
+    if affinities is not None and affinities.shape != near.shape[:2]:
+        raise ConfigError(f"expected affinities {tuple(near.shape[:2])}, got {affinities.shape}")
+    alike = (p[:, None] * near.detach().to(p)).sum(dim=2)
+    return -(alike if affinities is None else alike * affinities.to(p)).sum(dim=1).mean()
+
+
+def source_divergence(logits: Tensor, source: Tensor) -> Tensor:
+    r"""How far the predictions leave the source's, :math:`\frac1B\sum_i KL(p^s_i \| p_i)`, in nats.
+
+    Li & Hoiem 2016, "Learning without forgetting", arXiv:1606.09282.
+
+    Args:
+        logits: (B, K).
+        source: (B, K) probabilities by the source model.
+
+    Raises:
+        ConfigError: shapes that do not fit.
+    """
+    if source.shape != logits.shape:
+        raise ConfigError(f"expected the source's {tuple(logits.shape)}, got {tuple(source.shape)}")
+    log_p = _checked(logits).log_softmax(dim=1)
+    before = source.detach().to(log_p)
+    found: Tensor = (torch.special.xlogy(before, before) - before * log_p).sum(dim=1).mean()
+    return found
+
+
+def pull_to_source(model: nn.Module) -> Tensor:
+    r"""How far the adapter moves the weights, :math:`\sum_l \|s_l B_l A_l\|_F^2`.
+
+    As :math:`tr(B^T B\,A A^T)`, r × r: no full-size product. 0 while B is 0, where its gradient is
+    0 too. L2-SP of Li et al. 2018, "Explicit inductive bias for transfer learning with
+    convolutional networks", arXiv:1802.01483, which draws weights to where they began.
+
+    Args:
+        model: With an adapter on, not merged.
+
+    Raises:
+        ConfigError: the model has no live factors.
+    """
+    norms = [
+        factors.spec.scaling**2
+        * ((factors.lora_B.T @ factors.lora_B) * (factors.lora_A @ factors.lora_A.T)).sum()
+        for layer in adapted_layers(model).values()
+        if layer.lora_active is not None
+        for factors in layer.lora[layer.lora_active].values()
+    ]
+    if not norms:
+        raise ConfigError("the model has no live adapter to pull to the source: inject one first")
+    return torch.stack(norms).sum()
 
 
 def _checked(logits: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class Rounds:
         model: The source model, the state to fall back to.
         source: What it says of the target.
         limits: Of the guard; None: no guard, every round is accepted.
+        canary: Gives the accuracy on a few labelled items, by the model as it is; a round that
+            loses on them sets off an alarm. None: there are none.
 
     Attributes:
         history_: the rounds, the source first.
@@ -80,12 +82,21 @@ class Rounds:
         termination_condition_: why it ended; "" while it goes on.
     """
 
-    def __init__(self, model: nn.Module, source: Predicted, limits: Limits | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Predicted,
+        limits: Limits | None,
+        canary: Callable[[], float] | None = None,
+    ):
         near = nearest(source.features, NEIGHBOURS)[0] if len(source.features) > 1 else None
         self.guard = Guard(source.probabilities, near, limits)
         self.guarded = limits is not None
         self.source = source.probabilities
+        self.canary = canary
         self.history_ = [Round(SOURCE_ROUND, self.guard.check(self.source).scores)]
+        if canary is not None:
+            self.history_[0].scores["canary"] = canary()
         self.accepted_, self.probabilities_ = SOURCE_ROUND, self.source
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
         self.termination_condition_ = ""
@@ -116,6 +127,8 @@ class Rounds:
         verdict = self.guard.check(probabilities, before)
         if not self.guarded:
             verdict = Verdict(verdict.scores)
+        if self.canary is not None and verdict.scores:
+            verdict = self._tried(verdict, self.canary())
         now = torch.nan_to_num(probabilities).argmax(dim=1)
         found = Round(
             len(self.history_),
@@ -135,6 +148,14 @@ class Rounds:
         else:
             self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
         return found
+
+    def _tried(self, verdict: Verdict, now: float) -> Verdict:
+        """The verdict with what the canary says to it."""
+        before = self.history_[SOURCE_ROUND].scores["canary"]
+        alarms = [*verdict.alarms]
+        if now < before:
+            alarms.append(f"the canary's accuracy falls from {before:.1%} to {now:.1%}")
+        return Verdict({**verdict.scores, "canary": now}, alarms)
 
     def restore(self, model: nn.Module) -> None:
         """Bring the best accepted state back."""

@@ -87,6 +87,31 @@ def input_of(item: Any) -> Any:
     return first
 
 
+class Canary:
+    """A few labelled items of the target, to notice by that adapting does harm.
+
+    Args:
+        items: A dataset of (input, class).
+        batch_size: Items in a batch.
+
+    Raises:
+        ConfigError: items of another kind, or without a known length.
+        DataError: there is no item.
+    """
+
+    def __init__(self, items: Any, batch_size: int):
+        self.target, self.batch_size = Target(items), batch_size
+        found = [self.target.items[i] for i in range(len(self.target))]
+        if any(not isinstance(x, (tuple, list)) or len(x) < 2 for x in found):
+            raise ConfigError("an item of the canary must be (input, class); some have no class")
+        self.labels = torch.tensor([int(x[1]) for x in found])
+
+    def accuracy(self, module: LightningModule, network: nn.Module) -> float:
+        """The part of the items that the network labels rightly."""
+        found = seen_by(module, network, self.target, self.batch_size).probabilities
+        return float((found.argmax(dim=1) == self.labels).double().mean())
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What a model says of every item of the target, in the dataset's order.

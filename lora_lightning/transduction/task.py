@@ -12,19 +12,17 @@ from lora_lightning.batchnorm import reestimated
 from lora_lightning.errors import ConfigError
 from lora_lightning.structure import classifier_modules
 from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.transduction import objectives
 from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.pseudo_labels import PseudoLabels, centroid
+from lora_lightning.transduction.loss import Loss, Objective
 from lora_lightning.transduction.rounds import Round, Rounds
-from lora_lightning.transduction.target import Predicted, Target, seen_by
+from lora_lightning.transduction.target import Canary, Predicted, Target, seen_by
 from lora_lightning.transduction.validators import information
 
-OBJECTIVES = ("information-maximisation", "minimum-class-confusion", "entropy")
 BATCH_NORM = ("auto", "source", "target")
 # Of the information that the source's predictions lack, as much as BatchNorm's statistics of the
 # target must bring: less they also bring where classes are missing, or where nothing helps.
 GAIN = 0.15
-Objective = Callable[[Tensor], Tensor]
+SOURCE_ITEMS = 8  # that the source's statistics count for beside the target's items
 
 
 class TransductiveTask(Optimised):
@@ -49,13 +47,18 @@ class TransductiveTask(Optimised):
             ``model``.
         target: The items, see `lora_lightning.transduction.target.Target`. Labels that come with
             them are not looked at.
-        objective: ``"information-maximisation"``, ``"minimum-class-confusion"``, ``"entropy"``
-            (TENT's, which collapses easily), or a function from logits to a loss.
+        objective: ``"information-maximisation"``, ``"neighbour-consistency"`` (NRC's, with the
+            spread over the classes), ``"minimum-class-confusion"``, ``"entropy"`` (TENT's, which
+            collapses easily), or a function from logits to a loss.
         training: The same items as they are to be trained on, where those differ (by random
             crops, say); None: `target`.
         augment: Applied to each input in training, not where the target is labelled.
         pseudo_label_weight: w; 0: no pseudo-labels.
         diversity: d; 0 where the target lacks classes, or holds things of no class.
+        source_weight: v of :math:`v\,KL(p^s_i \| p_i)`, which holds to the source's predictions.
+        pull: λ of :math:`\lambda\sum_l\|s_l B_l A_l\|_F^2`, which holds to the source's weights.
+        canary: A few labelled items of the target, (input, class): a round that does worse on them
+            than the source model sets off an alarm. They are not trained on.
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
             training, ``"source"`` leaves them. ``"auto"`` takes them where the predictions gain
@@ -86,6 +89,9 @@ class TransductiveTask(Optimised):
         augment: Callable[[Any], Any] | None = None,
         pseudo_label_weight: float = 0.3,
         diversity: float = 1.0,
+        source_weight: float = 0.0,
+        pull: float = 0.0,
+        canary: Any = None,
         prior: Tensor | None = None,
         batch_norm: str = "auto",
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
@@ -95,22 +101,15 @@ class TransductiveTask(Optimised):
         schedule: str = "one-cycle",
     ):
         super().__init__(learning_rate, weight_decay, schedule)
-        if not callable(objective) and objective not in OBJECTIVES:
-            raise ConfigError(
-                f"objective must be one of {', '.join(OBJECTIVES)}, or a function from logits to a "
-                f"loss; got {objective!r}"
-            )
+        self.loss = Loss(objective, prior, diversity, pseudo_label_weight, source_weight, pull)
         if batch_norm not in BATCH_NORM:
             raise ConfigError(
                 f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}"
             )
-        for name, value in (("pseudo_label_weight", pseudo_label_weight), ("diversity", diversity)):
-            if not value >= 0:
-                raise ConfigError(f"{name} must be 0 or more, got {value}")
         if batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
         # In training mode, as a Trainer expects it; it is looked at in eval mode.
-        self.model, self.objective, self.prior = model.train(), objective, prior
+        self.model = model.train()
         self.target = Target(target)
         self.training_items = Target(target if training is None else training, augment)
         if len(self.target) != len(self.training_items):
@@ -118,11 +117,9 @@ class TransductiveTask(Optimised):
                 f"target and training must be the same items in the same order, got "
                 f"{len(self.target)} and {len(self.training_items)}"
             )
-        self.pseudo_label_weight, self.diversity = pseudo_label_weight, diversity
+        self.canary = None if canary is None else Canary(canary, batch_size)
         self.batch_norm, self.limits, self.batch_size = batch_norm, limits, batch_size
-        self.labels: PseudoLabels | None = None
         self.rounds_: Rounds | None = None
-        self._marginal: objectives.RunningMarginal | None = None
         self._now: Predicted | None = None  # by the model as it is, from round to round
         self._resumed: dict[str, Any] | None = None
 
@@ -162,14 +159,13 @@ class TransductiveTask(Optimised):
                 stacklevel=2,
             )
         before = self._now = self._predicted()
-        self.rounds_ = Rounds(self.model, before, self.limits)
+        look = None if self.canary is None else self._canary
+        self.rounds_ = Rounds(self.model, before, self.limits, look)
+        self.loss.begin(before, self.batch_size)
         if self._resumed is not None:
             self.rounds_.load_state_dict(self._resumed)
         else:
             self._choose_statistics(before)
-        classes = before.probabilities.shape[1]
-        if self.batch_size < 4 * classes:  # too few to see the classes' shares in
-            self._marginal = objectives.RunningMarginal(classes)
 
     def on_train_start(self) -> None:
         """There must be something to learn from."""
@@ -183,21 +179,12 @@ class TransductiveTask(Optimised):
 
     def on_train_epoch_start(self) -> None:
         """Pseudo-labels for the round, by the model as it is."""
-        if self.pseudo_label_weight:
-            now = self._now or self._predicted()
-            self.labels = centroid(now.features, now.probabilities)
+        self.loss.begin_round(self._now or self._predicted())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, indices = batch
-        logits = self(x)
-        loss = self._loss(logits)
-        if self.labels is not None:
-            labels, weights = (
-                t[indices.cpu()].to(x.device) for t in (self.labels.labels, self.labels.weights)
-            )
-            pseudo = objectives.pseudo_cross_entropy(logits, labels, weights)
-            loss = loss + self.pseudo_label_weight * pseudo
+        loss = self.loss(self(x), indices.cpu(), self.model)
         self.log("train_loss", loss, batch_size=len(x))
         return loss
 
@@ -220,16 +207,9 @@ class TransductiveTask(Optimised):
 
     # ---- what it does ----------------------------------------------------------------------
 
-    def _loss(self, logits: Tensor) -> Tensor:
-        if callable(self.objective):
-            return self.objective(logits)
-        if self.objective == "entropy":
-            return objectives.entropy(logits)
-        if self.objective == "minimum-class-confusion":
-            return objectives.minimum_class_confusion(logits)
-        return objectives.information_maximisation(
-            logits, self.prior, self.diversity, self._marginal
-        )
+    def _canary(self) -> float:
+        assert self.canary is not None
+        return self.canary.accuracy(self, self.model)
 
     def _predicted(self) -> Predicted:
         return seen_by(self, self.model, self.target, self.batch_size)
@@ -239,7 +219,8 @@ class TransductiveTask(Optimised):
             return
         # Mixed: in batches of one class, as folders give them, the features vary too little.
         loader = self.target.loader(2 * self.batch_size, shuffle=True)
-        if not reestimated(self.model, self, (x.to(self.device) for x, _ in loader)):
+        inputs = (x.to(self.device) for x, _ in loader)
+        if not reestimated(self.model, self, inputs, SOURCE_ITEMS):
             return
         if self.batch_norm == "target":
             self._end_round(self._predicted)
@@ -259,6 +240,6 @@ class TransductiveTask(Optimised):
         )
 
     def _end_round(self, see: Callable[[], Predicted]) -> Round:
-        found, self._now = self._course.end_round(self.model, see, self.labels)
+        found, self._now = self._course.end_round(self.model, see, self.loss.labels)
         found.tell(self, len(self.target))
         return found
