@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
         adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     for name, kind, text in (
         ("steps", int, "optimizer steps for each speaker (150; without transcripts 200)"),
-        ("learning-rate", float, "peak learning rate (0.004; without transcripts 0.006)"),
+        ("learning-rate", float, "peak learning rate (0.004; without transcripts 0.008)"),
         ("batch", int, "recordings in a batch, at most (4; without transcripts 8)"),
     ):
         adapt.add_argument(f"--{name}", type=kind, help=text)

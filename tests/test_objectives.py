@@ -7,9 +7,15 @@ import math
 import pytest
 import torch
 
+from lora_lightning import inject
 from lora_lightning.errors import ConfigError
 from lora_lightning.transduction import objectives as o
-from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
+from lora_lightning.transduction.ctc_objectives import (
+    dust,
+    non_blank_rate,
+    normalised_distance,
+    suta,
+)
 
 SURE = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
 EVEN = torch.zeros(2, 2)
@@ -118,3 +124,62 @@ def test_dust_keeps_what_is_stable():
     assert found.accepted == [True, False, False]
     assert found.distances == [0, 0.5, 0]
     assert found.reasons[1:] == ["changes too much under dropout", "nothing understood"]
+
+
+def test_neighbour_consistency_by_hand():
+    near = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
+    assert o.neighbour_consistency(SURE, near).item() == pytest.approx(-(1.5 + 2) / 2, abs=1e-5)
+    weights = torch.tensor([[1.0, 0.1], [1.0, 0.1]])
+    expected = -(1 + 0.05 + 1.1) / 2
+    assert o.neighbour_consistency(SURE, near, weights).item() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ConfigError, match="neighbours' probabilities"):
+        o.neighbour_consistency(SURE, near[:1])
+    with pytest.raises(ConfigError, match="affinities"):
+        o.neighbour_consistency(SURE, near, weights[:1])
+
+
+def test_source_divergence_by_hand():
+    source = torch.tensor([[0.75, 0.25], [1.0, 0.0]])
+    expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5) + math.log(2)) / 2
+    assert o.source_divergence(EVEN, source).item() == pytest.approx(expected)
+    assert o.source_divergence(source.clamp_min(1e-9).log(), source).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    with pytest.raises(ConfigError, match="expected the source's"):
+        o.source_divergence(EVEN, source[:1])
+
+
+def test_the_pull_is_the_norm_of_what_the_adapter_adds():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv1d(4, 3, 2))
+    with pytest.raises(ConfigError, match="no live adapter"):
+        o.pull_to_source(model)
+    inject(model, rank=2, alpha=6.0, target_modules="all", trainable=[])
+    assert o.pull_to_source(model).item() == 0
+    base = [m.weight.detach().clone() for m in model]
+    factors = [f for f in model.modules() if hasattr(f, "lora_B")]
+    for f in factors:
+        torch.nn.init.normal_(f.lora_B)
+    with torch.no_grad():
+        moved = sum(float(((m.weight - b) ** 2).sum()) for m, b in zip(model, base, strict=True))
+    pull = o.pull_to_source(model)
+    assert pull.item() == pytest.approx(moved, rel=1e-4)
+    pull.backward()
+    assert all(f.lora_B.grad.abs().sum() > 0 for f in factors)
+
+
+def test_suta_by_hand():
+    # Blank is class 0. Frames: blank; undecided between 1 and 2, both above the blank; padding.
+    frames = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 5.0, 5.0], [7.0, 7.0, 7.0]]])
+    lengths = torch.tensor([2])
+    z = torch.tensor([0.0, 5.0, 5.0]) / 2.5
+    p = z.softmax(0)
+    sharp = float(-(p * p.log()).sum())
+    confusion = o.minimum_class_confusion(frames[0, :2, 1:], 2.5).item()
+    found = suta(frames, lengths, blank=0).item()
+    assert found == pytest.approx(0.3 * sharp + 0.7 * confusion)
+    silent = suta(frames[:, :1], torch.tensor([1]), blank=0, weight=1.0)
+    assert silent.item() == 0
+    with pytest.raises(ConfigError, match="weight in"):
+        suta(frames, lengths, weight=2.0)
+    with pytest.raises(ConfigError, match="two classes beside"):
+        suta(frames[:, :, :2], lengths)

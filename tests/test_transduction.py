@@ -278,3 +278,76 @@ def test_a_snapshot_brings_statistics_back_as_well(source):
         parameter.data.add_(1)
     kept.restore(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_order_of_the_items_does_not_matter_to_batchnorm(tmp_path, source, target):
+    """Folders give one class after the other: their statistics are taken from mixed batches."""
+    order = target[1].argsort()
+    found = [
+        adapted(tmp_path, source, x, epochs=1, batch_norm="target", learning_rate=1e-9)
+        for x in (target[0], target[0][order])
+    ]
+    first, second = (t.model.body[1].running_var for t in found)
+    torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
+
+
+def test_where_batchnorm_brings_nothing_the_source_stays(tmp_path, source):
+    near = points(128, 5)  # the source's own domain
+    task = adapted(tmp_path, source, near[0])
+    assert "BatchNorm's statistics of the target do not help" in task.rounds_.termination_condition_
+    assert task.rounds_.accepted_ == 0
+    with torch.no_grad():
+        assert torch.equal(task.model.eval()(near[0]), source(near[0]))
+    # On request it trains all the same.
+    assert len(adapted(tmp_path, source, near[0], batch_norm="source").rounds_.history_) == 7
+
+
+def test_a_canary_stops_what_does_harm(tmp_path, source, target):
+    few = TensorDataset(target[0][:16], target[1][:16])
+    kept = adapted(tmp_path, source, target[0], canary=few)
+    assert kept.rounds_.accepted_ > 0
+    assert kept.rounds_.history_[-1].scores["canary"] >= kept.rounds_.history_[0].scores["canary"]
+    # Labels that say the opposite of what adapting brings.
+    with torch.no_grad():
+        lies = source(target[0]).argmax(1)
+    changed = lies != kept.probabilities_.argmax(1)
+    wrong = TensorDataset(target[0][changed], lies[changed])
+    stopped = adapted(tmp_path, source, target[0], canary=wrong, batch_norm="target")
+    assert stopped.rounds_.accepted_ == 0
+    assert "the canary's accuracy falls" in stopped.rounds_.termination_condition_
+    with pytest.raises(ConfigError, match="no class"):
+        TransductiveTask(copy.deepcopy(source), target[0], canary=target[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "neighbour-consistency"},
+        {"objective": "minimum-class-confusion"},
+        {"source_weight": 0.1},
+        {"pull": 0.01},
+    ],
+    ids=str,
+)
+def test_other_losses_adapt_as_well(tmp_path, source, target, settings):
+    task = adapted(tmp_path, source, target[0], **settings)
+    assert accuracy(task.model, target) > accuracy(source, target)
+    assert task.rounds_.accepted_ > 0
+
+
+def test_holding_to_the_source_holds(tmp_path, source, target):
+    free, held = (
+        adapted(tmp_path, source, target[0], batch_norm="source", epochs=3, source_weight=v)
+        for v in (0.0, 100.0)
+    )
+    moved = [float((t.probabilities_ - t.rounds_.source).abs().mean()) for t in (free, held)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_labels_can_spread_over_the_graph(tmp_path, source, target):
+    torch.manual_seed(0)
+    pseudo = PseudoLabelCallback(target[0], "propagation", canary=TensorDataset(*target))
+    own = module(source)
+    trainer(tmp_path, adapter(), pseudo, max_epochs=3).fit(own, pseudo.train_dataloader())
+    assert "canary" in pseudo.rounds_.history_[-1].scores
+    assert accuracy(own.model, target) >= accuracy(source, target)

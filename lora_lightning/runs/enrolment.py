@@ -58,7 +58,8 @@ class SpeakerSettings:
         lora: The adapter.
         steps: Optimizer steps; None: 150, without transcripts 200.
         batch: Recordings in a batch, at most; None: 4, without transcripts 8.
-        learning_rate: Peak learning rate of AdamW, one-cycle; None: 4e-3, without transcripts 6e-3.
+        learning_rate: Peak learning rate of AdamW; None: 4e-3 (one-cycle), without transcripts
+            8e-3 (cosine).
         held_out: Part of the recordings that decides whether the adapter is kept, where there are
             ten or more; 0: none, and the adapter is kept always.
         seed: Of the factors, the order, and which recordings are held out.

@@ -135,9 +135,9 @@ class LabelFreeAdaptation:
     steps: int = 200
     keep: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8, 0.9])
     batch: int = 8
-    learning_rate: float = 6e-3
+    learning_rate: float = 8e-3
     weight_decay: float = 0.0
-    schedule: str = "one-cycle"
+    schedule: str = "cosine"
     spec_augment: bool = True
     batch_norm: str = "adapt"
 

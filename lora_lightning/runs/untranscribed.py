@@ -65,8 +65,13 @@ def learn_untranscribed(
         max_batch=settings.batch or 8,
         seed=settings.seed,
     )
-    rate = settings.learning_rate or 6e-3
-    module = CTCRecognition(base.model, base.labels, learning_rate=rate, weight_decay=0.0)
+    module = CTCRecognition(
+        base.model,
+        base.labels,
+        learning_rate=settings.learning_rate or 8e-3,
+        weight_decay=0.0,
+        schedule="cosine",
+    )
     lora: LoRAConfig = without_head(settings.lora, base.model)
     callback = LoRACallback(lora, name=adapter, output_dir=place.out, batch_norm="adapt")
     trainer = make_trainer(

@@ -1,0 +1,90 @@
+"""LAME, re-centring, label propagation and temperatures: on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.transduction.calibration import fitted_temperature, matched_temperature
+from lora_lightning.transduction.gradient_free import lame, recentred
+from lora_lightning.transduction.propagation import propagate
+
+# Two items that lie together, one of them wrong, and one alone.
+FEATURES = torch.tensor([[1.0, 0.0], [1.0, 0.05], [0.0, 1.0], [0.05, 1.0]])
+SAID = torch.tensor([[0.9, 0.1], [0.45, 0.55], [0.1, 0.9], [0.2, 0.8]])
+
+
+def test_lame_is_a_fixed_point_and_corrects_the_odd_one():
+    z = lame(FEATURES, SAID, neighbours=1)
+    assert z.argmax(1).tolist() == [0, 0, 1, 1]
+    near = torch.tensor([1, 0, 3, 2])
+    torch.testing.assert_close(z, (SAID.log() + z[near]).softmax(1), atol=1e-5, rtol=0)
+    assert torch.equal(lame(FEATURES[:1], SAID[:1]).argmax(1), SAID[:1].argmax(1))
+    one = lame(FEATURES, SAID, neighbours=1, iterations=1)
+    expected = torch.tensor([0.9 * math.exp(0.45), 0.1 * math.exp(0.55)])
+    torch.testing.assert_close(one[0], expected / expected.sum())
+    with pytest.raises(ConfigError, match="iterations"):
+        lame(FEATURES, SAID, iterations=0)
+    with pytest.raises(DataError, match="same items"):
+        lame(FEATURES[:2], SAID)
+
+
+def test_features_are_moved_to_the_sources_mean():
+    head = nn.Linear(2, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2)), head.bias.zero_()
+    found = recentred(FEATURES + 5, FEATURES.mean(0), head)
+    torch.testing.assert_close(found, head(FEATURES).detach().softmax(1))
+    with pytest.raises(ConfigError, match="one number for each of 2"):
+        recentred(FEATURES, torch.zeros(3), head)
+    with pytest.raises(DataError, match="not logits"):
+        recentred(FEATURES, torch.zeros(2), lambda x: x.sum(1))
+
+
+def test_propagation_solves_its_equation():
+    found = propagate(FEATURES, SAID, neighbours=1, alpha=0.9)
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert (found.weights > 0).all()
+    # Pairs with one edge each: S swaps the two, Z = (P + 0.9 P') / (1 − 0.81).
+    z = (SAID[0] + 0.9 * SAID[1]) / 0.19
+    share = z / z.sum()
+    evenness = -(share * share.log()).sum() / math.log(2)
+    assert found.weights[0].item() == pytest.approx(1 - evenness.item(), abs=1e-4)
+    assert torch.equal(propagate(FEATURES, SAID, alpha=0.0).labels, SAID.argmax(1))
+
+
+def test_propagation_of_one_and_of_items_that_nothing_resembles():
+    one = propagate(FEATURES[:1], SAID[:1])
+    assert (one.labels.tolist(), one.weights.tolist()) == ([0], [0.0])
+    assert one.reasons[0]
+    apart = propagate(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), SAID[:2])
+    assert torch.equal(apart.labels, SAID[:2].argmax(1))
+    even = propagate(FEATURES, torch.full((4, 2), 0.5))
+    assert even.weights.max() < 1e-6
+    with pytest.raises(ConfigError, match="alpha"):
+        propagate(FEATURES, SAID, alpha=1.0)
+
+
+def test_temperatures():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (3000,), generator=generator)
+    logits = torch.nn.functional.one_hot(labels, 3).float() * 1.0
+    # Draw labels from the softmax itself: it is calibrated, and 4 × the logits are not.
+    drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fitted_temperature(4 * logits, drawn) == pytest.approx(4, rel=0.1)
+    confidence = float(logits.softmax(1).amax(1).mean())
+    assert matched_temperature(4 * logits, confidence) == pytest.approx(4, rel=1e-3)
+    assert matched_temperature(logits, 1.0) == 0.01
+    assert matched_temperature(logits, 0.0) == 100.0
+    with pytest.raises(ConfigError, match="one label"):
+        fitted_temperature(logits, drawn[:5])
+    with pytest.raises(ConfigError, match="accuracy"):
+        matched_temperature(logits, 1.5)
+    with pytest.raises(DataError, match="NaN"):
+        matched_temperature(torch.full((2, 2), math.nan), 0.5)
+    with pytest.raises(DataError, match="shape"):
+        matched_temperature(torch.zeros(3), 0.5)
