@@ -85,6 +85,7 @@ def verdict(run: Run) -> str:
     rest = "" if full is None else _against(summary, after, full)
     change = _change(summary, before, after, run.metric)
     harm = _harm(summary, before, after) if summary.lower else ""
+    harm = _without_labels(summary, known, before, after, run.metric) + harm
     return f"On the target, {_spoken(after)} {change}{seeds}{rest}.{harm}"
 
 
@@ -99,6 +100,18 @@ def _change(summary: Summary, before: str, after: str, metric: str) -> str:
     return change
 
 
+def _without_labels(
+    summary: Summary, known: list[str], before: str, after: str, metric: str
+) -> str:
+    """The best that was reached without a label, where that is not said already."""
+    free = [m for m in known if "no labels" in m]
+    if not free or after in free:
+        return ""
+    pick = min if summary.lower else max
+    best = pick(free, key=lambda m: summary.target(m).mean)
+    return f" {best[0].upper()}{_spoken(best)[1:]} {_change(summary, before, best, metric)}."
+
+
 def _harm(summary: Summary, before: str, after: str) -> str:
     worse, of = summary.worse(after, before), len(summary.each(after))
     if not worse:
@@ -108,6 +121,7 @@ def _harm(summary: Summary, before: str, after: str) -> str:
 
 
 def _spoken(method: str) -> str:
+    method = method.replace(", no labels", " without labels")
     return re.sub(r", (?=[\d ]*target labels)", " with ", method)
 
 

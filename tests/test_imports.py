@@ -45,8 +45,8 @@ LAYERS = (
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
     "tasks transcripts",
-    "transduction",
     "listen plots",
+    "transduction",
     "html",
     "report",
     "runs",
@@ -57,7 +57,7 @@ LAYERS = (
 # Packages that only some modules need: whoever imports lora_lightning does not pay for them.
 HEAVY = {
     "PIL", "direct", "espeakng_loader", "jiwer", "matplotlib", "omegaconf", "panda3d",
-    "pyroomacoustics", "rich", "safetensors", "sklearn", "soundfile", "timm",
+    "pyroomacoustics", "rich", "safetensors", "scipy", "sklearn", "soundfile", "timm",
     "torchaudio", "torchmetrics", "torchvision", "trimesh",
 }  # fmt: skip
 

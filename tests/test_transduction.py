@@ -312,7 +312,9 @@ def test_a_canary_stops_what_does_harm(tmp_path, source, target):
         lies = source(target[0]).argmax(1)
     changed = lies != kept.probabilities_.argmax(1)
     wrong = TensorDataset(target[0][changed], lies[changed])
-    stopped = adapted(tmp_path, source, target[0], canary=wrong, batch_norm="target")
+    png = tmp_path / "rounds.png"
+    stopped = adapted(tmp_path, source, target[0], canary=wrong, batch_norm="target", plot=png)
+    assert png.read_bytes().startswith(b"\x89PNG")
     assert stopped.rounds_.accepted_ == 0
     assert "the canary's accuracy falls" in stopped.rounds_.termination_condition_
     with pytest.raises(ConfigError, match="no class"):

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from lora_lightning.plots.domains import domain_plot
 from lora_lightning.plots.items import confusion_plot, sample_plot
+from lora_lightning.plots.rounds import rounds_plot
 from lora_lightning.plots.spectra import spectrum_plot
 from lora_lightning.plots.speech import enrolment_plot, spectrogram_plot, target_plot
 from lora_lightning.plots.style import STYLE
@@ -32,6 +33,7 @@ PLOTS: dict[str, tuple[str, Callable[[Run], Drawing | None]]] = {
     "spectrograms": ("What does it look like?", spectrogram_plot),
     "confusion": ("What is taken for what?", confusion_plot),
     "samples": ("What does it look like?", sample_plot),
+    "rounds": ("How did it go without labels?", rounds_plot),
     "spectrum": ("Which layers changed, and was the rank enough?", spectrum_plot),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class PseudoLabelCallback(Callback):
         teacher_decay: Decay of a moving average of what is trained, which then gives the labels;
             None: the model itself does.
         limits: Of the guard; None: no guard.
+        plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
         seed: Of the order of the items.
 
@@ -88,6 +90,7 @@ class PseudoLabelCallback(Callback):
         canary: Any = None,
         teacher_decay: float | None = None,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
+        plot: Path | str | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ):
@@ -105,6 +108,7 @@ class PseudoLabelCallback(Callback):
         self.backbone, self.limits, self.batch_size = backbone, limits, batch_size
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.teacher_decay = teacher_decay
+        self.plot = plot
         self.canary = None if canary is None else Canary(canary, batch_size)
         self._items = Mixed(Target(target, augment), source, augment)
         self._sampler = Accepted(len(self.target), len(source or ()), source_ratio, seed)
@@ -184,6 +188,8 @@ class PseudoLabelCallback(Callback):
         """The best accepted state comes back, before any file is written of it."""
         assert self.rounds_ is not None
         self.rounds_.finish(self._network(pl_module))
+        if self.plot is not None and trainer.is_global_zero:
+            self.rounds_.draw(self.plot)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -6,8 +6,9 @@ round is told of is that of `PseudoTranscriptCallback` as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,6 +166,12 @@ class Rounds:
         """The end: the best accepted state, and why it is one."""
         self.restore(model)
         self.termination_condition_ = self.termination_condition_ or "all rounds done"
+
+    def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
+        """Write a picture of the rounds: scores, alarms, and the classes of the pseudo-labels."""
+        from lora_lightning.plots.rounds import rounds_figure
+
+        rounds_figure([asdict(r) for r in self.history_], classes).savefig(path, dpi=160)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""

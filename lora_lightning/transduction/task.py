@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class TransductiveTask(Optimised):
             source, or so strange that its own predictions teach nothing: the source model stays.
             While training they stay as they are. Without BatchNorm all three are the same.
         limits: Of the guard; None: no guard.
+        plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
@@ -95,6 +97,7 @@ class TransductiveTask(Optimised):
         prior: Tensor | None = None,
         batch_norm: str = "auto",
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
+        plot: Path | str | None = None,
         batch_size: int = 32,
         learning_rate: float = 4e-3,
         weight_decay: float = 0.01,
@@ -117,6 +120,7 @@ class TransductiveTask(Optimised):
                 f"target and training must be the same items in the same order, got "
                 f"{len(self.target)} and {len(self.training_items)}"
             )
+        self.plot = plot
         self.canary = None if canary is None else Canary(canary, batch_size)
         self.batch_norm, self.limits, self.batch_size = batch_norm, limits, batch_size
         self.rounds_: Rounds | None = None
@@ -195,6 +199,8 @@ class TransductiveTask(Optimised):
     def on_train_end(self) -> None:
         """The best accepted state comes back, before any file is written of it."""
         self._course.finish(self.model)
+        if self.plot is not None and self.trainer.is_global_zero:
+            self._course.draw(self.plot)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The rounds so far go with it."""
