@@ -1,0 +1,79 @@
+"""What adapting without labels costs: seconds for 550 pictures of 64 × 64, and the teacher's bytes.
+
+    python benchmarks/label_free_cost.py
+
+Each network adapts five times to the same random pictures, four epochs of batches of 32, with the
+guard's looks after each epoch; the first time is left out. The teacher is the moving average of
+what is trained; its bytes stand beside those of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import timm
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from lora_lightning import LoRACallback, TransductiveTask, inject
+from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning.structure import classifier_modules
+from lora_lightning.transduction.teacher import Teacher
+
+NETWORKS = ("test_resnet", "test_convnext", "tf_efficientnet_lite0")
+TEACHERS = ("tf_efficientnet_lite0", "resnet50", "vit_tiny_patch16_224", "convnext_atto")
+
+
+def seconds(name: str, pictures: torch.Tensor, epochs: int, folder: str) -> float:
+    """How long one adaptation takes."""
+    seed_everything(0, verbose=False)
+    model = timm.create_model(name, num_classes=10).eval()
+    task = TransductiveTask(model, pictures, batch_norm="target", limits=None)
+    adapter = LoRACallback(
+        rank=4, alpha=8.0, target_modules="all", exclude_modules=sorted(classifier_modules(model)),
+        trainable=[], output_dir=folder, log_spectrum=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
+    )  # fmt: skip
+    start = time.perf_counter()
+    with quiet_lightning():
+        trainer.fit(task)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a line for each network."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    pictures = torch.randn(550, 3, 64, 64)
+    print(f"550 pictures of 64 x 64, {given.epochs} epochs, {given.threads} threads of "
+          f"{os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
+    with TemporaryDirectory() as folder:
+        for name in given.networks:
+            times = [
+                seconds(name, pictures, given.epochs, folder) for _ in range(given.repeats + 1)
+            ][1:]
+            print(f"{name}: median {median(times):.1f} s, {min(times):.1f} to {max(times):.1f}")
+    for name in TEACHERS:
+        model = timm.create_model(name)
+        size = sum(t.nbytes for t in model.state_dict().values())
+        inject(model, rank=4, trainable=[])
+        teacher = Teacher(model).nbytes
+        print(f"{name}: teacher {teacher / 1e3:.0f} kB, {teacher / size:.1%} of the model's bytes")
+
+
+if __name__ == "__main__":
+    main()

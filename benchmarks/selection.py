@@ -1,0 +1,154 @@
+"""Which of several adapted models would be chosen without labels, and how good is the choice?
+
+    python benchmarks/selection.py --out runs/selection
+
+Twelve lights, and for each fifteen ways to adapt the same source model to it: five objectives by
+three learning rates, with BatchNorm's statistics taken from the target, four epochs each, without
+guard, so that some collapse. `select` chooses among them (or the source) by alarms and nuclear
+norm. Regret is the accuracy of the best candidate less that of the chosen one, in points; a
+candidate counts as collapsed below half of the source model's accuracy. Negative entropy alone,
+which is often used, stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+try:  # from the repository's root, and as a script beside the other
+    from benchmarks.do_no_harm import Data, Pictures, source_model
+except ImportError:
+    from do_no_harm import Data, Pictures, source_model
+
+from lora_lightning import LoRACallback, TransductiveTask
+from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning.transduction.neighbours import nearest
+from lora_lightning.transduction.rounds import NEIGHBOURS
+from lora_lightning.transduction.selection import SOURCE, Candidate, select
+from lora_lightning.transduction.target import Target, predicted
+from lora_lightning.transduction.validators import mean_entropy
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "IM + pseudo-labels": {},
+    "IM": {"pseudo_label_weight": 0.0},
+    "NRC": {"objective": "neighbour-consistency", "pseudo_label_weight": 0.0},
+    "MCC": {"objective": "minimum-class-confusion", "pseudo_label_weight": 0.0},
+    "entropy": {"objective": "entropy", "pseudo_label_weight": 0.0},
+}
+RATES = (5e-4, 2e-3, 2e-2)
+FIELDS = ("target", "seed", "candidate", "accuracy", "nuclear_norm", "entropy", "alarm", "chosen")
+
+
+def adapted(source: Any, data: Data, pictures: Any, settings: dict[str, Any], out: Path) -> Any:
+    """The probabilities (N, K) after adapting in this way."""
+    d = data.domains
+    task = TransductiveTask(
+        copy.deepcopy(source),
+        Pictures(pictures, d.test_transform),
+        training=Pictures(pictures, d.train_transform),
+        batch_norm="target",
+        limits=None,
+        **settings,
+    )
+    adapter = LoRACallback(
+        rank=4, alpha=8.0, target_modules="all", exclude_modules=["fc"], trainable=[],
+        output_dir=out, log_spectrum=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
+    )  # fmt: skip
+    with quiet_lightning():
+        trainer.fit(task)
+    assert task.rounds_ is not None
+    return task.probabilities_
+
+
+def one_shift(source: Any, data: Data, domain: str, seed: int, out: Path) -> list[dict[str, Any]]:
+    """A row for each candidate of a light, and for the source."""
+    pictures, classes = data.target(domain)
+    loader = Target(data.domains.test_transform(pictures)).loader(64, shuffle=False)
+    before = predicted(source, source, loader, torch.device("cpu"))
+    candidates = []
+    for name, settings in OBJECTIVES.items():
+        for rate in RATES:
+            seed_everything(seed, verbose=False)
+            given = {**settings, "learning_rate": rate}
+            candidates.append(
+                Candidate(f"{name}, {rate:g}", adapted(source, data, pictures, given, out))
+            )
+    near = nearest(before.features, NEIGHBOURS)[0]
+    choice = select(candidates, before.probabilities, near)
+    rows = []
+    for c in [*candidates, Candidate(SOURCE, before.probabilities)]:
+        rows.append(
+            {
+                "target": domain,
+                "seed": seed,
+                "candidate": c.name,
+                "accuracy": 100 * float((c.probabilities.argmax(1) == classes).double().mean()),
+                "nuclear_norm": choice.scores.get(c.name, ""),
+                "entropy": mean_entropy(c.probabilities),
+                "alarm": choice.rejected.get(c.name, ""),
+                "chosen": c.name == choice.name,
+            }
+        )
+    return rows
+
+
+def told(rows: list[dict[str, Any]]) -> tuple[float, float, float, bool]:
+    """(best, chosen, by entropy) accuracy of a shift, and whether the chosen one collapsed."""
+    candidates = [r for r in rows if r["candidate"] != SOURCE]
+    source = next(r["accuracy"] for r in rows if r["candidate"] == SOURCE)
+    best = max(r["accuracy"] for r in candidates)
+    chosen = next(r["accuracy"] for r in rows if r["chosen"])
+    sure = min(candidates, key=lambda r: r["entropy"])["accuracy"]
+    return best, chosen, sure, chosen < source / 2
+
+
+def main() -> None:
+    """Run what the arguments choose; a line of the CSV for each candidate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/selection"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="+")
+    parser.add_argument("--cache", help="folder for the rendered pictures")
+    given = parser.parse_args()
+    seed_everything(given.seed, verbose=False)
+    data = Data(given.seed, given.cache)
+    source = source_model(data, given.out / f"source-{given.seed}.pt")
+    found = []
+    with (given.out / f"selection-{given.seed}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS)
+        table.writeheader()
+        for domain in given.targets or [t for t in data.targets if t != "source"]:
+            rows = one_shift(source, data, domain, given.seed, given.out)
+            table.writerows(rows)
+            file.flush()
+            best, chosen, sure, collapsed = told(rows)
+            mean = fmean(r["accuracy"] for r in rows)
+            name = next(r["candidate"] for r in rows if r["chosen"])
+            print(
+                f"{domain}: best {best:.1f}, mean {mean:.1f}, chosen {chosen:.1f} ({name}), least "
+                f"entropy {sure:.1f}" + ", COLLAPSED" * collapsed,
+                flush=True,
+            )
+            found.append((best - chosen, best - sure, collapsed))
+    regrets, entropies, collapses = zip(*found, strict=True)
+    print(
+        f"mean regret {fmean(regrets):.2f} points (largest {max(regrets):.1f}), by least entropy "
+        f"{fmean(entropies):.2f}; {sum(collapses)} of {len(found)} choices collapsed"
+    )
+
+
+if __name__ == "__main__":
+    main()
