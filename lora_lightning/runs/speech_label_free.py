@@ -59,6 +59,7 @@ def _adapted(context: Context, domain: Domain, seconds: int, lexicon: Lexicon | 
         recordings,
         lexicon,
         keep=settings.keep,
+        teacher_decay=settings.teacher_decay,
         sample_rate=model.sample_rate,
         max_batch=settings.batch,
         transform=domain.transform,
@@ -141,6 +142,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"unlabelled must hold numbers of seconds above 0: {config.unlabelled}")
     # The callback checks what it is given; better now than after the source model's training.
     PseudoTranscriptCallback([Utterance(Path("none"))], keep=settings.keep)
+    if settings.teacher_decay is not None and not 0 <= settings.teacher_decay < 1:
+        raise ConfigError(f"train.label_free.teacher_decay: {settings.teacher_decay} not in [0, 1)")
     LoRACallback(config.lora, batch_norm=settings.batch_norm)
     if config.data.lexicon is not None:
         Lexicon.read(config.data.lexicon)

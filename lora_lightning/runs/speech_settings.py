@@ -130,6 +130,8 @@ class LabelFreeAdaptation:
         schedule: Of the learning rate: one-cycle, cosine or constant.
         spec_augment: Mask bands and frames at random.
         batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
+        teacher_decay: Decay of a moving average of the factors, which then writes the labels;
+            null: the model itself does.
     """
 
     steps: int = 200
@@ -140,6 +142,7 @@ class LabelFreeAdaptation:
     schedule: str = "cosine"
     spec_augment: bool = True
     batch_norm: str = "adapt"
+    teacher_decay: float | None = None
 
 
 @dataclass
