@@ -34,7 +34,7 @@ class Limits:
     marginal_entropy: float = 0.5
     class_share: float = 3.0
     agreement: float = 0.4
-    steadiness: float = 0.8
+    steadiness: float = 0.85
     sure_flips: float = 0.5
     cohesion: float = 0.25
 
