@@ -353,3 +353,35 @@ def test_labels_can_spread_over_the_graph(tmp_path, source, target):
     trainer(tmp_path, adapter(), pseudo, max_epochs=3).fit(own, pseudo.train_dataloader())
     assert "canary" in pseudo.rounds_.history_[-1].scores
     assert accuracy(own.model, target) >= accuracy(source, target)
+
+
+def test_each_item_keeps_its_label_whatever_process_it_comes_from(tmp_path, source, target):
+    """The user's own loader shuffles, in two worker processes."""
+    items = TensorDataset(target[0])
+    loader = torch.utils.data.DataLoader(items, 8, shuffle=True, num_workers=2)
+    task = adapted(tmp_path, source, loader, epochs=2)
+    with torch.no_grad():
+        torch.testing.assert_close(task.probabilities_, task.model.eval()(target[0]).softmax(1))
+    own, seen = module(source), {}
+    step = own.training_step
+
+    def watched(batch, *rest):
+        seen.update(zip(map(tuple, batch[0].tolist()), batch[1].tolist(), strict=True))
+        return step(batch, *rest)
+
+    own.training_step = watched
+    pseudo = PseudoLabelCallback(loader, limits=None, every_n_epochs=9)
+    trainer(tmp_path, adapter(), pseudo, max_epochs=1).fit(own, pseudo.train_dataloader())
+    labels = pseudo.pseudo_labels_.labels.tolist()
+    assert seen == dict(zip(map(tuple, target[0].tolist()), labels, strict=True))
+
+
+@pytest.mark.parametrize("batch_norm", ["auto", "source", "target"])
+def test_a_source_that_knows_one_class_only(tmp_path, source, target, batch_norm):
+    blind = copy.deepcopy(source)
+    with torch.no_grad():
+        blind.head.bias[2] += 100
+    task = adapted(tmp_path, blind, target[0], epochs=2, batch_norm=batch_norm)
+    assert task.probabilities_.isfinite().all()
+    assert task.rounds_.termination_condition_
+    assert accuracy(task.model, target) >= accuracy(blind, target)
