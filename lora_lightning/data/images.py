@@ -151,9 +151,18 @@ class ImageDomains(LightningDataModule):
         """The training pictures of `train_on`."""
         return [i for i in self.items if i.domain in self.train_on and i.split == "train"]
 
-    def unlabelled(self, augmented: bool = False) -> Dataset[Any]:
-        """`training_pictures` in order, as they are tested, or augmented as in training."""
+    def unlabelled(self, augmented: bool = False, jitter: float = 0.0) -> Dataset[Any]:
+        """`training_pictures` in order, as they are tested, or augmented as in training.
+
+        Args:
+            augmented: As in training.
+            jitter: Then brightness, contrast and saturation change at random by up to this part,
+                the hue by an eighth of it as a part of the circle; in [0, 1].
+        """
         transform = self.train_transform if augmented else self.test_transform
+        if augmented and jitter:
+            change = v2.ColorJitter(jitter, jitter, jitter, jitter / 8)
+            transform = v2.Compose([change, transform])
         return self._dataset(self.training_pictures(), transform)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -30,7 +30,7 @@ def label_free(context: Context) -> list[Row]:
     config, model = context.config, context.fresh()
     settings = config.train.label_free
     pictures = context.data.on(train=context.data.target)
-    task = _task(model, settings, pictures.unlabelled(), pictures.unlabelled(augmented=True))
+    task = _task(model, settings, pictures.unlabelled(), pictures.unlabelled(True, settings.jitter))
     callback = LoRACallback(
         without_head(config.lora, model),
         name=context.named("adapter_no_labels"),
@@ -60,6 +60,8 @@ def check(settings: LabelFreeSettings) -> None:
     """Raise ConfigError for a value that cannot be."""
     if settings.epochs < 1:
         raise ConfigError(f"train.label_free.epochs must be at least 1, got {settings.epochs}")
+    if not 0 <= settings.jitter <= 1:
+        raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {settings.jitter}")
     _task(nn.Identity(), settings, torch.zeros(1, 1))
 
 

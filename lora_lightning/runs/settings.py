@@ -111,6 +111,8 @@ class LabelFreeSettings:
             lacks classes.
         batch_norm: BatchNorm statistics before training: auto, source or target.
         batch_size: Pictures in a batch.
+        jitter: Part by which brightness, contrast and saturation change at random in training,
+            while the pseudo-labels are of the pictures as they are; 0: not.
     """
 
     epochs: int = 4
@@ -122,6 +124,7 @@ class LabelFreeSettings:
     diversity: float = 1.0
     batch_norm: str = "auto"
     batch_size: int = 32
+    jitter: float = 0.4
 
 
 @dataclass
