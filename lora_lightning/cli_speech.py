@@ -74,17 +74,16 @@ def add_commands(commands: Any) -> None:
 def _add_lexicon(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--lexicon", metavar="FILE",
-        help=f"{what}: a word a line, or sentences; spoken: those of the model of that name",
+        help=f"{what}: a word a line, or sentences; spoken: what the model of that name was made for",
     )  # fmt: skip
 
 
 def _lexicon(given: str | None) -> Lexicon | None:
-    from lora_lightning.data.phrases import words
-    from lora_lightning.tasks.lexicon import Lexicon
+    from lora_lightning.tasks.lexicon import Lexicon, spoken_lexicon
 
     if given is None:
         return None
-    return Lexicon(words()) if given == "spoken" else Lexicon.read(given)
+    return spoken_lexicon() if given == "spoken" else Lexicon.read(given)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

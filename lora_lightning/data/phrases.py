@@ -37,12 +37,6 @@ _COMMANDS = (
 )
 
 
-def words() -> list[str]:
-    """Every word that may be said."""
-    said = " ".join([*_COMMANDS, *(" ".join(choices) for choices in _LISTS.values())])
-    return sorted({w for w in said.split() if not w.startswith("{")})
-
-
 def phrase(rng: np.random.Generator) -> str:
     """A digit string of 3 to 7 (half of all) or a command, in lower case."""
     if rng.random() < 0.5:

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from lora_lightning.data.phrases import words
 from lora_lightning.data.speech import SpeechData
 from lora_lightning.results import Row, Run
 from lora_lightning.runs.common import make_trainer
@@ -20,7 +19,7 @@ from lora_lightning.runs.progress import Stages
 from lora_lightning.runs.speech_domains import Domain, Recordings
 from lora_lightning.runs.speech_settings import Adaptation, Config
 from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
-from lora_lightning.tasks.lexicon import Lexicon
+from lora_lightning.tasks.lexicon import Lexicon, spoken_lexicon
 from lora_lightning.tasks.recognisers import ConformerCTC
 
 
@@ -52,7 +51,7 @@ class Context:
         data = self.config.data
         if data.lexicon is not None:
             return Lexicon.read(data.lexicon)
-        return None if data.target else Lexicon(words())
+        return None if data.target else spoken_lexicon()
 
     def named(self, domain: Domain, what: str) -> str:
         """A name for this seed's adapter: the first seed's is plain."""

@@ -39,7 +39,7 @@ class SpeechDataSettings:
         seed: Of the sentences, the noise, and which recordings are held out; the same for every
             seed of `seeds`.
         lexicon: File of words, or of sentences, that are said, for the rows without labels; null:
-            those of the spoken data, else none.
+            2,000 sentences of the spoken data's kind; none for a target of the user's own.
         min_seconds: Shorter recordings are left out.
         max_seconds: Longer recordings are left out.
         batch_seconds: Sound in a batch of measuring or source training, padding included.

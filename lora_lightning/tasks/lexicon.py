@@ -9,13 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
+from lora_lightning.data.phrases import phrases
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.decoding import NEVER, Prefix, prefixes, spoken_frames
 from lora_lightning.tasks.labels import Labels
 
 START, END = "<s>", "</s>"
+SEED = 99  # of the sentences of `spoken_lexicon`
 Node = dict[int, "Node"]
 
 
@@ -79,6 +82,15 @@ class Lexicon:
         unigram = (self._count[word] + 1) / (self._total + len(self.words) + 1)
         weight = self.smoothing if seen else 1.0
         return math.log((1 - weight) * bigram + weight * unigram)
+
+
+def spoken_lexicon(sentences: int = 2000) -> Lexicon:
+    """The words of the spoken data, and which tends to follow which in so many sentences of its kind.
+
+    They are drawn by a seed of their own: text alone, of nothing that is ever spoken to a model
+    but by chance.
+    """
+    return Lexicon(texts=phrases(sentences, np.random.default_rng(SEED)))
 
 
 class State(NamedTuple):
