@@ -74,7 +74,7 @@ def add_commands(commands: Any) -> None:
 def _add_lexicon(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--lexicon", metavar="FILE",
-        help=f"{what}: a word a line, or sentences; spoken: what the model of that name was made for",
+        help=f"{what}: a word a line, or sentences; spoken: of the model of that name",
     )  # fmt: skip
 
 

@@ -85,10 +85,9 @@ class Lexicon:
 
 
 def spoken_lexicon(sentences: int = 2000) -> Lexicon:
-    """The words of the spoken data, and which tends to follow which in so many sentences of its kind.
+    """The words of the spoken data, and which tends to follow which in sentences of its kind.
 
-    They are drawn by a seed of their own: text alone, of nothing that is ever spoken to a model
-    but by chance.
+    The sentences are drawn by a seed of their own: what is spoken is among them only by chance.
     """
     return Lexicon(texts=phrases(sentences, np.random.default_rng(SEED)))
 
