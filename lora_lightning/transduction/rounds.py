@@ -6,6 +6,7 @@ round is told of is that of `PseudoTranscriptCallback` as well.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from lora_lightning.transduction.teacher import Snapshot
 SOURCE_ROUND = 0  # the source model's own predictions
 NEIGHBOURS = 5  # of each item, that the guard looks at
 NAN = float("nan")
+WIDTH = 80  # of a line on the terminal
 
 
 @dataclass
@@ -62,7 +64,12 @@ class Round:
         for logger in trainer.loggers:
             scores = {f"target/{name}": value for name, value in self.scores.items()}
             logger.log_metrics(scores, step=trainer.global_step)
-        module.print(self.line(items))
+        say(module, self.line(items))
+
+
+def say(module: LightningModule, text: str) -> None:
+    """Print what the guard thinks, in lines that fit a terminal."""
+    module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
 
 
 class Rounds:

@@ -15,7 +15,7 @@ from lora_lightning.structure import classifier_modules
 from lora_lightning.tasks.optimisation import Optimised
 from lora_lightning.transduction.guard import Limits
 from lora_lightning.transduction.loss import Loss, Objective
-from lora_lightning.transduction.rounds import Round, Rounds
+from lora_lightning.transduction.rounds import Round, Rounds, say
 from lora_lightning.transduction.target import Canary, Predicted, Target, seen_by
 from lora_lightning.transduction.validators import information
 
@@ -178,7 +178,7 @@ class TransductiveTask(Optimised):
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
         if self._course.termination_condition_:
-            self.print(self._course.termination_condition_)
+            say(self, self._course.termination_condition_)
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
