@@ -160,6 +160,12 @@ def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Pat
         training=Pictures(pictures, d.train_transform),
         learning_rate=2e-3 * factor,
     )
+    fit(task, out)
+    return evaluated(model), task.rounds_
+
+
+def fit(task: TransductiveTask, out: Path) -> None:
+    """Train the factors of `task` for four epochs, the head left alone."""
     adapter = LoRACallback(
         rank=4,
         alpha=8.0,
@@ -175,7 +181,6 @@ def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Pat
     )  # fmt: skip
     with quiet_lightning():
         trainer.fit(task)
-    return evaluated(model), task.rounds_
 
 
 def evaluated(model: nn.Module) -> Predictor:

@@ -20,15 +20,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 try:  # from the repository's root, and as a script beside the other
-    from benchmarks.do_no_harm import Data, Pictures, source_model
+    from benchmarks.do_no_harm import Data, Pictures, fit, source_model
 except ImportError:
-    from do_no_harm import Data, Pictures, source_model
+    from do_no_harm import Data, Pictures, fit, source_model
 
-from lora_lightning import LoRACallback, TransductiveTask
-from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning import TransductiveTask
 from lora_lightning.transduction.neighbours import nearest
 from lora_lightning.transduction.rounds import NEIGHBOURS
 from lora_lightning.transduction.selection import SOURCE, Candidate, select
@@ -57,17 +56,7 @@ def adapted(source: Any, data: Data, pictures: Any, settings: dict[str, Any], ou
         limits=None,
         **settings,
     )
-    adapter = LoRACallback(
-        rank=4, alpha=8.0, target_modules="all", exclude_modules=["fc"], trainable=[],
-        output_dir=out, log_spectrum=False,
-    )  # fmt: skip
-    trainer = Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
-    )  # fmt: skip
-    with quiet_lightning():
-        trainer.fit(task)
-    assert task.rounds_ is not None
+    fit(task, out)
     return task.probabilities_
 
 

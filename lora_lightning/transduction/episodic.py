@@ -15,6 +15,7 @@ from lora_lightning.tasks.ctc import CTCRecognition
 from lora_lightning.tasks.decoding import greedy
 from lora_lightning.transduction.ctc_objectives import non_blank_rate, suta
 from lora_lightning.transduction.speech_guard import SpeechLimits
+from lora_lightning.transduction.teacher import Snapshot
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -109,18 +110,15 @@ class SingleUtterance:
     def _only_norms(self) -> Iterator[None]:
         """Within the block only the norms are trained; afterwards all is as it was."""
         grads = [(p, p.requires_grad) for p in self.module.model.parameters()]
-        values = [p.detach().clone() for p in self.norms]
         for p, _ in grads:
             p.requires_grad_(False)
         for p in self.norms:
             p.requires_grad_(True)
+        before = Snapshot(self.module.model)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, value in zip(self.norms, values, strict=True):
-                    p.copy_(value)
-                    p.grad = None
+            before.restore(self.module.model)
             for p, wanted in grads:
                 p.requires_grad_(wanted)
 
