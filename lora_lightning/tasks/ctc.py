@@ -75,7 +75,10 @@ class CTCRecognition(Recognition):
 
     def transcribe(self, batch: AudioBatch) -> list[str]:
         """What is understood of each recording."""
-        log_probs, frames = self(batch.waveforms, batch.lengths)
+        return self.decode(*self(batch.waveforms, batch.lengths))
+
+    def decode(self, log_probs: Tensor, frames: Tensor) -> list[str]:
+        """The texts of log-probabilities (B, F, C), by the lexicon, else by `decoder`."""
         if self.search is not None:
             return self.search.decode(log_probs, frames)
         if self.decoder == "greedy":

@@ -12,7 +12,6 @@ from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
 from lora_lightning.probe import preserved
 from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.tasks.decoding import greedy
 from lora_lightning.transduction.ctc_objectives import non_blank_rate, suta
 from lora_lightning.transduction.speech_guard import SpeechLimits
 from lora_lightning.transduction.teacher import Snapshot
@@ -93,13 +92,8 @@ class SingleUtterance:
         log_probs, frames = self.module(batch.waveforms, batch.lengths)
         if not bool(torch.isfinite(log_probs).all()):
             return "", float("nan")
-        search = self.module.search
-        texts = (
-            greedy(log_probs, frames, self.module.labels)
-            if search is None
-            else search.decode(log_probs, frames)
-        )
-        return texts[0], non_blank_rate(log_probs, frames, self._blank)
+        text = self.module.decode(log_probs, frames)[0]
+        return text, non_blank_rate(log_probs, frames, self._blank)
 
     def _fine(self, before: float, after: float) -> bool:
         if self.limits is None:
