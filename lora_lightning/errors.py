@@ -10,6 +10,7 @@
     ├── WeightWriteError(RuntimeError)     a write that would have been lost
     ├── AdapterFileError(ValueError)       a file is damaged, foreign, or does not fit the model
     │   └── BaseMismatchError              the file was made for another base model
+    ├── DecompositionError(ValueError)     a matrix cannot be decomposed as asked
     ├── DataError(ValueError)              a dataset cannot be used as it is
     │   └── DataNotFoundError(FileNotFoundError)
     └── MissingDependencyError(ImportError) an optional extra is not installed
@@ -58,6 +59,10 @@ class AdapterFileError(LoRALightningError, ValueError):
 
 class BaseMismatchError(AdapterFileError):
     """An adapter file was made for another base model."""
+
+
+class DecompositionError(LoRALightningError, ValueError):
+    """A matrix is empty, not finite, or has no such rank."""
 
 
 class DataError(LoRALightningError, ValueError):

@@ -23,7 +23,10 @@ PACKAGE = Path(lora_lightning.__file__).parent
 LAYERS = (
     # What an adapter is.
     "family_tables tree",
-    "decompose errors initialize parametrized summary wording",
+    "errors parametrized summary wording",
+    "decompose",
+    "nmf streaming",
+    "initialize",
     "config factors guard patterns",
     "layers",
     "adapter",
