@@ -4,10 +4,10 @@
 
 Twelve lights, and for each fifteen ways to adapt the same source model to it: five objectives by
 three learning rates, with BatchNorm's statistics taken from the target, four epochs each, without
-guard, so that some collapse. `select` chooses among them (or the source) by alarms and nuclear
-norm. Regret is the accuracy of the best candidate less that of the chosen one, in points; a
-candidate counts as collapsed below half of the source model's accuracy. Negative entropy alone,
-which is often used, stands beside it.
+guard, so that some collapse. `select` chooses among them (or the source) by alarms and by how far
+they agree. Regret is the accuracy of the best candidate less that of the chosen one, in points; a
+candidate counts as collapsed below half of the source model's accuracy. The highest nuclear norm
+of those that have not collapsed, and the least entropy of all, stand beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_lightning.transduction.neighbours import nearest
 from lora_lightning.transduction.rounds import NEIGHBOURS
 from lora_lightning.transduction.selection import SOURCE, Candidate, select
 from lora_lightning.transduction.target import Target, predicted
-from lora_lightning.transduction.validators import mean_entropy
+from lora_lightning.transduction.validators import mean_entropy, nuclear_norm
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "IM + pseudo-labels": {},
@@ -42,7 +42,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "entropy": {"objective": "entropy", "pseudo_label_weight": 0.0},
 }
 RATES = (5e-4, 2e-3, 2e-2)
-FIELDS = ("target", "seed", "candidate", "accuracy", "nuclear_norm", "entropy", "alarm", "chosen")
+FIELDS = (
+    "target", "seed", "candidate", "accuracy", "agreement", "nuclear_norm", "entropy", "alarm",
+    "chosen",
+)  # fmt: skip
 
 
 def adapted(source: Any, data: Data, pictures: Any, settings: dict[str, Any], out: Path) -> Any:
@@ -83,7 +86,8 @@ def one_shift(source: Any, data: Data, domain: str, seed: int, out: Path) -> lis
                 "seed": seed,
                 "candidate": c.name,
                 "accuracy": 100 * float((c.probabilities.argmax(1) == classes).double().mean()),
-                "nuclear_norm": choice.scores.get(c.name, ""),
+                "agreement": choice.scores.get(c.name, ""),
+                "nuclear_norm": nuclear_norm(c.probabilities),
                 "entropy": mean_entropy(c.probabilities),
                 "alarm": choice.rejected.get(c.name, ""),
                 "chosen": c.name == choice.name,
@@ -92,14 +96,16 @@ def one_shift(source: Any, data: Data, domain: str, seed: int, out: Path) -> lis
     return rows
 
 
-def told(rows: list[dict[str, Any]]) -> tuple[float, float, float, bool]:
-    """(best, chosen, by entropy) accuracy of a shift, and whether the chosen one collapsed."""
+def told(rows: list[dict[str, Any]]) -> tuple[float, float, float, float, bool]:
+    """(best, chosen, by nuclear norm, by entropy) accuracy, and whether the choice collapsed."""
     candidates = [r for r in rows if r["candidate"] != SOURCE]
     source = next(r["accuracy"] for r in rows if r["candidate"] == SOURCE)
     best = max(r["accuracy"] for r in candidates)
     chosen = next(r["accuracy"] for r in rows if r["chosen"])
+    usable = [r for r in candidates if not r["alarm"]] or candidates
+    sharp = max(usable, key=lambda r: r["nuclear_norm"])["accuracy"]
     sure = min(candidates, key=lambda r: r["entropy"])["accuracy"]
-    return best, chosen, sure, chosen < source / 2
+    return best, chosen, sharp, sure, chosen < source / 2
 
 
 def main() -> None:
@@ -123,19 +129,20 @@ def main() -> None:
             rows = one_shift(source, data, domain, given.seed, given.out)
             table.writerows(rows)
             file.flush()
-            best, chosen, sure, collapsed = told(rows)
+            best, chosen, sharp, sure, collapsed = told(rows)
             mean = fmean(r["accuracy"] for r in rows)
             name = next(r["candidate"] for r in rows if r["chosen"])
             print(
-                f"{domain}: best {best:.1f}, mean {mean:.1f}, chosen {chosen:.1f} ({name}), least "
-                f"entropy {sure:.1f}" + ", COLLAPSED" * collapsed,
+                f"{domain}: best {best:.1f}, mean {mean:.1f}, chosen {chosen:.1f} ({name}), "
+                f"nuclear norm {sharp:.1f}, least entropy {sure:.1f}" + ", COLLAPSED" * collapsed,
                 flush=True,
             )
-            found.append((best - chosen, best - sure, collapsed))
-    regrets, entropies, collapses = zip(*found, strict=True)
+            found.append((best - chosen, best - sharp, best - sure, collapsed))
+    regrets, norms, entropies, collapses = zip(*found, strict=True)
     print(
-        f"mean regret {fmean(regrets):.2f} points (largest {max(regrets):.1f}), by least entropy "
-        f"{fmean(entropies):.2f}; {sum(collapses)} of {len(found)} choices collapsed"
+        f"mean regret {fmean(regrets):.2f} points (largest {max(regrets):.1f}), by nuclear "
+        f"norm {fmean(norms):.2f}, by least entropy {fmean(entropies):.2f}; "
+        f"{sum(collapses)} of {len(found)} choices collapsed"
     )
 
 

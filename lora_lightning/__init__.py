@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.starting import start_from_data
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.transduction.callback import PseudoLabelCallback
     from lora_lightning.transduction.task import TransductiveTask
@@ -44,6 +45,7 @@ _HOME = {
     "remove": "switching",
     "save_adapter": "files",
     "set_active": "switching",
+    "start_from_data": "starting",
     "unmerge": "switching",
     "verify": "verification",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_active",
+    "start_from_data",
     "unmerge",
     "verify",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from lora_lightning.errors import BaseMismatchError, ConfigError
 from lora_lightning.files import save_adapter
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.first_batch import FirstBatch
-from lora_lightning.injection import inject
+from lora_lightning.initialize import METHODS
+from lora_lightning.injection import place
 from lora_lightning.save_hook import install as install_save_hook
+from lora_lightning.starting import Forward
 from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
 from lora_lightning.summary import InjectionReport
 from lora_lightning.switching import set_active
+from lora_lightning.trainer_start import start_in_trainer
 
 
 class LoRACallback(Callback):
@@ -40,6 +43,10 @@ class LoRACallback(Callback):
             arguments instead, or over it.
         backbone: Attribute path of the network in the LightningModule; ``""``: the module.
         name: Name of the adapter.
+        data: Batches that an `init` which looks at the target starts from; None: the trainer's own
+            training batches. It needs labels for ``"lora-ga"`` alone.
+        loss: From (backbone, batch) to a scalar loss, for ``"lora-ga"``; None: what the module's
+            ``training_step`` returns.
         batch_norm: What BatchNorm statistics do while training: ``"frozen"`` (eval mode, the
             source's statistics stay; the default), ``"adapt"`` (they follow the target), or
             ``"reset"`` (forgotten at the start, then averaged over the target's batches).
@@ -64,6 +71,8 @@ class LoRACallback(Callback):
         *,
         backbone: str = "model",
         name: str = "default",
+        data: Iterable[Any] | None = None,
+        loss: Forward | None = None,
         batch_norm: str = "frozen",
         verify: bool = True,
         log_spectrum: bool = True,
@@ -75,6 +84,7 @@ class LoRACallback(Callback):
         self.config = LoRAConfig.make(config, **config_kwargs)
         self.backbone = backbone
         self.name = name
+        self.data, self.loss = data, loss
         self.verify = verify
         self.log_spectrum = log_spectrum
         self.output_dir = output_dir
@@ -108,7 +118,7 @@ class LoRACallback(Callback):
         if state is not None and self.name in state.configs and merged_layers(backbone):
             self.report_ = state.reports[self.name]
             return
-        self.report_ = inject(backbone, self.config, name=self.name)
+        self.report_ = place(backbone, self.config, self.name)
         # It may have been there, asleep behind another.
         set_active(backbone, self.name)
 
@@ -117,7 +127,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
-        self._batch_norm.start(backbone, fresh=trainer.global_step == 0)
+        self._batch_norm.start(backbone, fresh=trainer.ckpt_path is None)
         if self.verify:
             self._first_batch = FirstBatch(backbone)
         report = self.report_
@@ -127,6 +137,13 @@ class LoRACallback(Callback):
             "lora/factor_parameters": float(report.factor_parameters),
         }
         self._log(trainer, sizes)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the target's batches, where `init` looks at them and the fit is a new one."""
+        fresh = trainer.global_step == 0 and trainer.ckpt_path is None
+        if fresh and METHODS[self.config.init].needs != "nothing":
+            backbone = checks.find_backbone(pl_module, self.backbone)
+            start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
 
     # ---- while training --------------------------------------------------------------------
 
@@ -155,7 +172,7 @@ class LoRACallback(Callback):
         metrics: dict[str, float] = {}
         backbone = checks.find_backbone(pl_module, self.backbone)
         for path, factors in named_factors(backbone, self.name).items():
-            values = spectrum(factors.lora_B, factors.lora_A, factors.spec.scaling)
+            values = spectrum(*factors.low_rank(), factors.spec.scaling)
             metrics |= {f"lora/{path}/sigma_{i}": float(v) for i, v in enumerate(values)}
             metrics[f"lora/{path}/effective_rank"] = effective_rank(values)
         self._log(trainer, metrics)

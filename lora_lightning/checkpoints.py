@@ -12,7 +12,7 @@ import re
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning import state as states
 from lora_lightning.adapter import raw_tensor
@@ -22,7 +22,9 @@ from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.tree import walk
 
-_FACTOR_KEY = re.compile(r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|magnitude)$")
+_FACTOR_KEY = re.compile(
+    r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|start_A|start_B|magnitude)$"
+)
 
 
 def register(model: nn.Module) -> None:
@@ -48,12 +50,12 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
     return [pair for n in names for pair in states.named_factors(model, n).items()]
 
 
-def factor_keys(model: nn.Module) -> dict[str, nn.Parameter]:
-    """State-dict key → parameter of every factor in the model."""
-    found: dict[str, nn.Parameter] = {}
+def factor_keys(model: nn.Module) -> dict[str, Tensor]:
+    """State-dict key → tensor of every factor in the model."""
+    found: dict[str, Tensor] = {}
     for path, module in walk(model):
         if isinstance(module, Factors):
-            found |= {f"{path}.{n}": p for n, p in module.named_parameters()}
+            found |= {f"{path}.{n}": t for n, t in module.tensors().items()}
     return found
 
 
@@ -96,7 +98,7 @@ def _check(
     state_dict: dict[str, Any],
     prefix: str,
     given: set[str],
-    own: dict[str, nn.Parameter],
+    own: dict[str, Tensor],
 ) -> None:
     """Refuse a checkpoint whose adapters are not the model's, before anything is copied."""
     foreign = sorted(k for k in given if _FACTOR_KEY.search(k) and k not in own)
@@ -128,18 +130,19 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
         return
     for path, factors in all_factors(module):
         if factors.lora_A.is_meta:
-            _materialise(factors, module)
+            _materialise(path, factors, module)
         if state.loads_source:
             owner, _, tensor = path.rpartition(".")
-            factors.renorm(raw_tensor(module.get_submodule(owner), tensor))
+            factors.rebase(raw_tensor(module.get_submodule(owner), tensor))
     states.snapshot(module, state, renew=state.loads_source)
     state.loads_source = set()
     state.fingerprint = fingerprint(module, states.all_extras(module, state))
 
 
-def _materialise(factors: Factors, module: nn.Module) -> None:
+def _materialise(path: str, factors: Factors, module: nn.Module) -> None:
     """Base weights were assigned to a model on the meta device: give the factors numbers."""
     device = next((p.device for p in base_parameters(module).values() if not p.is_meta), None)
     if device is not None:
         factors.to_empty(device=device)
-        factors.reset()
+        owner, _, tensor = path.rpartition(".")
+        factors.reset(raw_tensor(module.get_submodule(owner), tensor))

@@ -94,8 +94,9 @@ def _place(
     module: nn.Module, name: str, tensor: str, parts: list[tuple[float, Factors]], owner: str
 ) -> Row:
     """Stack A row by row and w·s·B column by column: B A is then the weighted sum itself."""
-    lora_A = torch.cat([f.lora_A for _, f in parts])
-    lora_B = torch.cat([w * f.spec.scaling * f.lora_B for w, f in parts], dim=1)
+    pairs = [(w * f.spec.scaling, *f.low_rank()) for w, f in parts]
+    lora_A = torch.cat([A for _, _, A in pairs])
+    lora_B = torch.cat([scale * B for scale, B, _ in pairs], dim=1)
     rank = lora_A.shape[0]
     first = parts[0][1]
     bare = first.matrix[0] != _shape(module, tensor)[0]

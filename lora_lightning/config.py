@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.initialize import INITIALIZERS
+from lora_lightning.initialize import METHODS
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
 
@@ -47,7 +47,10 @@ class LoRAConfig:
             "DoRA", arXiv:2402.09353).
         freeze_a: Train B only, with A fixed at random (Zhang et al. 2023, "LoRA-FA",
             arXiv:2308.03303).
-        init: Name of the initialisation, a key of `lora_lightning.initialize.INITIALIZERS`.
+        init: The starting factors: ``"zero"``, ``"orthogonal"``; from the weight ``"pissa"``,
+            ``"milora"``, ``"olora"``; from the target's inputs ``"eva"``, ``"activation-nmf"``,
+            ``"corda"``; from its labels or pseudo-labels ``"lora-ga"``. See
+            `lora_lightning.initialize`. Each leaves the function at the start as it is.
         seed: Seed of the starting factors. ``None``: one draw from torch's global generator,
             so that ``seed_everything`` decides.
 
@@ -89,7 +92,7 @@ class LoRAConfig:
                 f"dropout must lie in [0, 1), got {self.dropout!r}; 0 switches it off"
             )
         _check_choice("scaling", self.scaling, SCALING_RULES)
-        _check_choice("init", self.init, INITIALIZERS)
+        _check_choice("init", self.init, METHODS)
         if not self.target_modules:
             raise ConfigError('target_modules is empty; "auto" lets the library choose')
         self._check_flags()

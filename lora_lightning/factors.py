@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.initialize import INITIALIZERS
+from lora_lightning.initialize import METHODS, Setting
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class FactorSpec:
     init: str = "zero"
     seed: int = 0
     key: str = ""  # the tensor's full name: each tensor draws other numbers from one seed
+    offset: bool = False  # the start's product is kept aside and subtracted
 
 
 def matrix_shape(shape: tuple[int, ...], bare: bool = False) -> tuple[int, int]:
@@ -47,7 +48,11 @@ class Factors(nn.Module):
     and with DoRA (arXiv:2402.09353) :math:`W' = m \odot (W + \Delta W) / \lVert W + \Delta W
     \rVert_{row}`, the norm taken as a constant in the backward pass as the paper advises.
 
-    Shapes: ``lora_A`` (r, in·kernel), ``lora_B`` (out, r), ``magnitude`` (out,).
+    Factors that start away from zero (see `lora_lightning.initialize`) keep their start:
+    :math:`\Delta W = s\,(B A - B_0 A_0)`, so that W stays what it was.
+
+    Shapes: ``lora_A``, ``start_A`` (r, in·kernel), ``lora_B``, ``start_B`` (out, r),
+    ``magnitude`` (out,).
     """
 
     def __init__(self, weight: Tensor, matrix: tuple[int, int], spec: FactorSpec):
@@ -57,26 +62,69 @@ class Factors(nn.Module):
         self.matrix = matrix
         self.lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
         self.lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        for name, parameter in (("start_A", self.lora_A), ("start_B", self.lora_B)):
+            start = torch.zeros_like(parameter, requires_grad=False) if spec.offset else None
+            self.register_buffer(name, start)
         self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
         if spec.dora:
             self.magnitude = nn.Parameter(self._row_norm(weight.detach()))
-        self.reset()
+        self.reset(weight)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Draw the starting factors again: the same seed gives the same numbers."""
+    def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
+        """Set the starting factors: the same seed gives the same numbers.
+
+        Args:
+            weight: The raw weight, which some methods look at.
+            data: What was gathered for the method; without it one that needs some starts as
+                "zero" does, until it is given.
+        """
         if self.lora_A.is_meta:
             return
+        method = METHODS[self.spec.init]
+        if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
+            method = METHODS["zero"]
         name_hash = zlib.crc32(self.spec.key.encode())
         generator = torch.Generator().manual_seed((self.spec.seed * 0x9E3779B1 + name_hash) % 2**63)
-        INITIALIZERS[self.spec.init](self.lora_A, self.lora_B, generator)
+        matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
+        matrix = matrix.reshape(self.matrix)
+        setting = Setting(matrix, self.spec.rank, self.spec.scaling, generator, data)
+        lora_A, lora_B = method.start(setting)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.zero_()
+        if lora_B is not None:
+            self.lora_B.copy_(lora_B)
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(self.lora_A)
+            self.start_B.copy_(self.lora_B)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file or a state dict holds of these factors, by name."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(B, A) with ΔW = s·BA, where a start is kept aside of rank 2r."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_B, self.lora_A
+        lora_B = torch.cat([self.lora_B, -self.start_B], dim=1)
+        return lora_B, torch.cat([self.lora_A, self.start_A])
 
     @torch.no_grad()
-    def renorm(self, weight: Tensor) -> None:
-        """Take DoRA's magnitudes from a new base weight, unless training has begun (B ≠ 0)."""
-        if self.magnitude is not None and not self.lora_B.any():
+    def rebase(self, weight: Tensor) -> None:
+        """Start anew from a new base weight what looks at it, unless training has begun."""
+        if self._moved():
+            return
+        if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
+            self.reset(weight)
+        if self.magnitude is not None:
             self.magnitude.copy_(self._row_norm(weight))
+
+    def _moved(self) -> bool:
+        """Whether training has changed the product."""
+        return bool((self.lora_B if self.start_B is None else self.lora_B - self.start_B).any())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no numbers until it is materialised.
@@ -88,24 +136,29 @@ class Factors(nn.Module):
 
     def delta(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """ΔW = s·BA in the weight's own shape, never in autocast's lower precision."""
-        product: Tensor = self._product(self.lora_A)
-        return product.view(shape)
+        return self._product().view(shape)
 
-    def _product(self, lora_A: Tensor) -> Tensor:
-        device = lora_A.device.type
+    def _product(self, mask: Tensor | None = None) -> Tensor:
+        device = self.lora_A.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._product(lora_A)
-        product: Tensor = self.spec.scaling * (self.lora_B @ lora_A)
-        return product
+                return self._product(mask)
+        lora_A = self.lora_A if mask is None else self.lora_A * mask
+        product: Tensor = self.lora_B @ lora_A
+        if self.start_A is not None and self.start_B is not None:
+            # The same mask for both, so that they are equal at the start.
+            kept = self.start_A if mask is None else self.start_A * mask
+            product = product - self.start_B @ kept
+        scaled: Tensor = self.spec.scaling * product
+        return scaled
 
     def effective(self, weight: Tensor, dropout: bool = True) -> Tensor:
         """W' from W. In training with dropout, whole columns of A are dropped for this read."""
-        lora_A: Tensor = self.lora_A
+        mask: Tensor | None = None
         if dropout and self.training and self.spec.dropout > 0:
-            keep = torch.ones_like(lora_A[:1])
-            lora_A = lora_A * nn.functional.dropout(keep, self.spec.dropout)
-        out: Tensor = weight + self._product(lora_A).view(weight.shape)
+            keep = torch.ones_like(self.lora_A[:1])
+            mask = nn.functional.dropout(keep, self.spec.dropout)
+        out: Tensor = weight + self._product(mask).view(weight.shape)
         if self.magnitude is None:
             return out
         scaled: Tensor = out.reshape(self.matrix) * self.row_scale(out)[:, None]

@@ -56,7 +56,7 @@ def _contents(
     root: nn.Module, state: ModelState, name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     factors = states.named_factors(root, name)
-    tensors = {f"{p}.{k}": v for p, f in factors.items() for k, v in f.named_parameters()}
+    tensors = {f"{p}.{k}": v for p, f in factors.items() for k, v in f.tensors().items()}
     owned = _owned(root, state, name)
     live = states.base_tensors(root)
     extras = [n for n in owned if isinstance(live[n], nn.Parameter)]
@@ -117,6 +117,7 @@ def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str,
         "dropout": spec.dropout,
         "dora": spec.dora,
         "freeze_a": spec.freeze_a,
+        "offset": spec.offset,
     }
 
 

@@ -1,34 +1,206 @@
-"""Starting values of the factors. One function a method, listed in `INITIALIZERS`."""
+"""Starting values of the factors: one function a method, listed in `METHODS`.
+
+A method sees the layer's weight as a matrix W (out, in·kernel) and gives A and B. Where its
+product s·BA is not zero, the layer keeps that product aside, frozen, and adapts by
+
+    ΔW = s (B A − B₀ A₀),
+
+which is zero at the start: the function is the source's, its weights are left alone, and taking
+the adapter off needs no arithmetic. (The papers subtract s·B₀A₀ from the weight instead, which is
+the same sum, but changes the base.) Methods that need data are given what was gathered of it, see
+`lora_lightning.starting`.
+
+Shapes: A (r, in), B (out, r), inputs' directions (r, in), gradient (out, in), covariance (in, in).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Initializer = Callable[[Tensor, Tensor, torch.Generator], None]
+from lora_lightning.decompose import pivoted_qr, truncated_svd
+from lora_lightning.errors import DecompositionError
+
+GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the start
+RANDOMISED_FROM = 512  # smaller side of a weight from which its SVD is randomised
 
 
-@torch.no_grad()
-def zero(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> None:
-    r"""B = 0 and A uniform in :math:`\pm 1/\sqrt{in}`: training starts from the base, exactly.
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at.
+
+    Attributes:
+        matrix: W (out, in·kernel).
+        rank: r.
+        scaling: s.
+        generator: For what is drawn; on the CPU, so that every device starts alike.
+        data: What was gathered for the method from target batches; None for the others.
+    """
+
+    matrix: Tensor
+    rank: int
+    scaling: float
+    generator: torch.Generator
+    data: Any = None
+
+
+Start = tuple[Tensor, Tensor | None]  # A, and B where it is not zero
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an initialisation is used.
+
+    Attributes:
+        start: From a `Setting` to A and B.
+        needs: What of the target it needs: "nothing", "inputs", "rows" (a sample of the inputs),
+            "covariance" or "gradient".
+        moves: Whether B starts away from zero, so that the start is kept aside.
+    """
+
+    start: Callable[[Setting], Start]
+    needs: str = "nothing"
+    moves: bool = False
+
+
+def uniform(s: Setting) -> Start:
+    r"""B = 0 and A uniform in :math:`\pm 1/\sqrt{in}`.
 
     The bound is that of `torch.nn.Linear` (Kaiming uniform with a = sqrt 5), as in Hu et al.
-    2021. Drawn on the CPU, so that every device starts from the same factors.
-
-    Shapes: lora_A (r, in), lora_B (out, r).
+    2021, arXiv:2106.09685.
     """
-    lora_B.zero_()
-    if lora_A.is_meta:
-        return
-    bound = 1 / math.sqrt(lora_A.shape[1])
-    if lora_A.device.type == "cpu" and lora_A.dtype == torch.float32:
-        lora_A.uniform_(-bound, bound, generator=generator)
-        return
-    drawn = torch.empty(lora_A.shape, dtype=torch.float32)
-    lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    columns = s.matrix.shape[1]
+    bound = 1 / math.sqrt(columns)
+    drawn = torch.empty(s.rank, columns, dtype=torch.float32)
+    return drawn.uniform_(-bound, bound, generator=s.generator), None
 
 
-INITIALIZERS: dict[str, Initializer] = {"zero": zero}
+def orthogonal(s: Setting) -> Start:
+    r"""B = 0 and A with orthonormal rows, :math:`A A^T = I / 3`.
+
+    So long as those of `uniform` are on average; none of them wastes what another already sees.
+    Saxe et al. 2014, arXiv:1312.6120.
+    """
+    drawn = torch.randn(s.matrix.shape[1], s.rank, generator=s.generator)
+    q: Tensor = torch.linalg.qr(drawn).Q.T
+    return q / math.sqrt(3), None
+
+
+def pissa(s: Setting) -> Start:
+    r"""The principal singular values and vectors: :math:`s\,BA = U_r S_r V_r^T`.
+
+    :math:`A = \sqrt{S_r/s}\,V_r^T, B = U_r\sqrt{S_r/s}`. Meng et al. 2024, "PiSSA",
+    arXiv:2404.02948.
+    """
+    randomised = min(s.matrix.shape) >= RANDOMISED_FROM
+    u, values, vh = truncated_svd(s.matrix, s.rank, randomised=randomised)
+    root = (values / s.scaling).sqrt()
+    return root[:, None] * vh, u * root
+
+
+def milora(s: Setting) -> Start:
+    r"""The smallest singular values and vectors, so that what the source does best is kept.
+
+    As `pissa`, with the last r of all. Wang et al. 2024, "MiLoRA", arXiv:2406.09044.
+    """
+    u, values, vh = truncated_svd(s.matrix)
+    root = (values[-s.rank :] / s.scaling).sqrt()
+    return root[:, None] * vh[-s.rank :], u[:, -s.rank :] * root
+
+
+def olora(s: Setting) -> Start:
+    r"""An orthonormal B: :math:`s\,BA = Q_r R_r` of the weight's pivoted QR.
+
+    Büyükakyüz 2024, "OLoRA", arXiv:2406.01775, who does not pivot: his R_r holds the first
+    rows' worth of the weight, this one what its largest columns span.
+    """
+    q, r = pivoted_qr(s.matrix, s.rank)
+    return r / s.scaling, q
+
+
+def eva(s: Setting) -> Start:
+    """B = 0 and A the right singular vectors of the layer's inputs on the target.
+
+    `data`: (r, in), orthonormal. Paischer et al. 2024, "Explained variance adaptation",
+    arXiv:2410.07170.
+    """
+    return _directions(s, s.data), None
+
+
+def activation_nmf(s: Setting) -> Start:
+    """B = 0 and A the parts of which the layer's inputs on the target are sums, of unit length.
+
+    By NMF where no input is negative (after a ReLU, of a power spectrogram), else by semi-NMF,
+    whose parts are signed. `data`: (N, in), a sample of the inputs. After Lee & Seung 1999,
+    "Learning the parts of objects by non-negative matrix factorization", Nature 401.
+    """
+    from lora_lightning.nmf import nmf, semi_nmf
+
+    rows: Tensor = s.data
+    seed = int(torch.randint(2**31, (), generator=s.generator))
+    rank = min(s.rank, *rows.shape)
+    found = (semi_nmf if bool((rows < 0).any()) else nmf)(rows, rank, seed=seed)
+    length = torch.linalg.vector_norm(found.H, dim=1, keepdim=True)
+    return _directions(s, found.H / length.clamp_min(torch.finfo(length.dtype).tiny)), None
+
+
+def lora_ga(s: Setting) -> Start:
+    r"""The first step is that of full fine-tuning, as far as rank r allows.
+
+    With the gradient :math:`G = U S V^T` of the loss on target batches: A the first r rows of
+    :math:`V^T`, B the columns r to 2r of U (or what there is), both scaled by
+    :math:`\sqrt[4]{out / \gamma^2}` with γ = 16. Wang, Yu & Li 2024, "LoRA-GA",
+    arXiv:2407.05000. `data`: (out, in).
+    """
+    u, _, vh = truncated_svd(s.data)
+    # A layer with fewer than 2r directions gives some of them to both.
+    of_b = torch.arange(s.rank, 2 * s.rank) % u.shape[1]
+    size = len(s.matrix) ** 0.25 / math.sqrt(GAMMA)
+    return size * vh[: s.rank], size * u[:, of_b]
+
+
+def corda(s: Setting) -> Start:
+    r"""What the weight does to this target: :math:`W C = U S V^T, s\,BA = U_r S_r V_r^T C^{-1}`.
+
+    C the uncentred covariance of the inputs. Yang et al. 2024, "CorDA", arXiv:2406.05223, in its
+    instruction-previewed mode. `data`: (in, in). C is made invertible as there: a part of its
+    mean diagonal is added to it.
+    """
+    c = s.data.double()
+    mean = c.diagonal().mean()
+    if not mean > 0:
+        raise DecompositionError("the layer's inputs are all zero on these batches")
+    c = c + 0.01 * mean * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    u, values, vh = truncated_svd(s.matrix.double() @ c, s.rank)
+    root = (values / s.scaling).sqrt()
+    right = torch.linalg.solve(c, (root[:, None] * vh).T).T  # C is symmetric
+    return right, u * root
+
+
+def _directions(s: Setting, found: Tensor) -> Tensor:
+    """(r, in): where the data has fewer directions, random ones beside them, orthogonal to them."""
+    missing = s.rank - len(found)
+    if missing <= 0:
+        return found[: s.rank]
+    drawn = torch.randn(missing, found.shape[1], generator=s.generator).to(found)
+    basis = torch.linalg.qr(found.T).Q
+    rest = torch.linalg.qr((drawn - (drawn @ basis) @ basis.T).T).Q.T
+    return torch.cat([found, rest])
+
+
+METHODS: dict[str, Method] = {
+    "zero": Method(uniform),
+    "orthogonal": Method(orthogonal),
+    "pissa": Method(pissa, moves=True),
+    "milora": Method(milora, moves=True),
+    "olora": Method(olora, moves=True),
+    "eva": Method(eva, needs="inputs"),
+    "activation-nmf": Method(activation_nmf, needs="rows"),
+    "lora-ga": Method(lora_ga, needs="gradient", moves=True),
+    "corda": Method(corda, needs="covariance", moves=True),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from lora_lightning.errors import (
 )
 from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
+from lora_lightning.initialize import METHODS
 from lora_lightning.patterns import Target, matches
-from lora_lightning.state import ModelState
+from lora_lightning.starting import Forward, start_from_data
+from lora_lightning.state import ModelState, state_of
 from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.targets import select, trainable_names
@@ -35,6 +37,9 @@ def inject(
     *,
     name: str = "default",
     freeze: bool = True,
+    data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    loss: Forward | None = None,
     **kwargs: Any,
 ) -> InjectionReport:
     r"""Put an adapter on `model`, in place, and make it the active one.
@@ -47,6 +52,10 @@ def inject(
         config: A `LoRAConfig`, a mapping of its fields, or nothing.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
         freeze: Let only the factors and what `trainable` names require a gradient.
+        data: Batches of the target, for an `init` that looks at them; see `start_from_data`, as
+            for `forward` and `loss`.
+        forward: From (model, batch): runs the model once.
+        loss: From (model, batch) to a scalar.
         **kwargs: Fields of `LoRAConfig`, over those in `config`.
 
     Returns:
@@ -59,6 +68,26 @@ def inject(
         AdapterExistsError: the name is taken by another configuration.
     """
     config = LoRAConfig.make(config, **kwargs)
+    needs = METHODS[config.init].needs
+    if data is None and needs != "nothing":
+        raise ConfigError(
+            f"init={config.init!r} starts from the target's {needs}: pass data=, its batches; "
+            "LoRACallback takes those that it trains on"
+        )
+    before = state_of(model)
+    new = before is None or name not in before.configs
+    report = place(model, config, name, freeze)
+    if new and data is not None and needs != "nothing":
+        try:
+            start_from_data(model, data, name, forward=forward, loss=loss)
+        except BaseException:
+            switching.remove(model, name)
+            raise
+    return report
+
+
+def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
+    """`inject`, whose start from data, where it needs some, is still to come."""
     state = check_free(model, name)
     if name in state.configs:
         if state.configs[name] == config:
@@ -115,7 +144,7 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
             too_large[target.path] = (rank, largest)
         specs[target.path] = FactorSpec(
             rank, alpha, config.scale(rank, alpha), config.dropout, config.dora, config.freeze_a,
-            config.init, seed, target.path,
+            config.init, seed, target.path, METHODS[config.init].moves,
         )  # fmt: skip
     if too_large:
         lines = "\n".join(f"  {p}: rank {r}, at most {m}" for p, (r, m) in too_large.items())

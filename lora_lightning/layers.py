@@ -135,7 +135,8 @@ def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
     factors: Factors | None = self.factors("weight")
     if factors is None:
         return out_BxO
-    low_BxO = F.linear(F.linear(_drop(x_BxI, factors), factors.lora_A), factors.lora_B)
+    x_BxI = _drop(x_BxI, factors)
+    low_BxO = _of_both(factors, lambda B, A: F.linear(F.linear(x_BxI, A), B))
     return _add(self, factors, out_BxO, low_BxO, (-1,))
 
 
@@ -145,11 +146,16 @@ def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     factors: Factors | None = self.factors("weight")
     if factors is None:
         return out_BOx
-    lora_A = factors.lora_A.view(-1, *weight.shape[1:])
-    mid_BRx = self._conv_forward(_drop(x_BIx, factors), lora_A, None)
+    x_BIx = _drop(x_BIx, factors)
     ones = [1] * len(self.kernel_size)
     pointwise: Any = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
-    low_BOx = pointwise(mid_BRx, factors.lora_B.view(*factors.lora_B.shape, *ones))
+
+    def low(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        mid_BRx = self._conv_forward(x_BIx, lora_A.view(-1, *weight.shape[1:]), None)
+        out: Tensor = pointwise(mid_BRx, lora_B.view(*lora_B.shape, *ones))
+        return out
+
+    low_BOx = _of_both(factors, low)
     return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
 
 
@@ -165,11 +171,19 @@ def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
     out_BxO = look_up(weight)
     if factors is None:
         return out_BxO
-    low_BxO = look_up(factors.lora_B) @ factors.lora_A
+    low_BxO = _of_both(factors, lambda B, A: look_up(B) @ A)
     if factors.magnitude is None:
         return out_BxO + factors.spec.scaling * low_BxO
     ratio = factors.row_scale(weight + factors.delta(weight.shape))
     return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio[:, None])
+
+
+def _of_both(factors: Factors, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`low` of B and A, less that of their start where one is kept; the same sum at the start."""
+    out = low(factors.lora_B, factors.lora_A)
+    if factors.start_A is None or factors.start_B is None:
+        return out
+    return out - low(factors.start_B, factors.start_A)
 
 
 def _drop(x: Tensor, factors: Factors) -> Tensor:

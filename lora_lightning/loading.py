@@ -142,6 +142,8 @@ def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         rows, columns = t["matrix"]
         key = join(t["module"], t["tensor"])
         shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
+        if t.get("offset"):
+            shapes |= {f"{key}.start_A": (t["rank"], columns), f"{key}.start_B": (rows, t["rank"])}
         if t["dora"]:
             shapes[f"{key}.magnitude"] = (rows,)
     return shapes
@@ -196,14 +198,14 @@ def _place(
     key = join(t["module"], t["tensor"])
     spec = FactorSpec(
         t["rank"], t["alpha"], t["scaling"], t["dropout"], t["dora"], t["freeze_a"],
-        config.init, config.seed or 0, key,
+        "zero", config.seed or 0, key, bool(t.get("offset")),
     )  # fmt: skip
     bare = t["matrix"][0] != t["shape"][0]
     adapt(module, name, {t["tensor"]: spec}, bare)
     live: Any = module
     factors: Factors = live.lora[name][t["tensor"]]
-    for part, parameter in factors.named_parameters():
-        parameter.copy_(tensors[f"{key}.{part}"])
+    for part, value in factors.tensors().items():
+        value.copy_(tensors[f"{key}.{part}"])
     size = sum(p.numel() for p in factors.parameters() if p.requires_grad)
     row, matrix = (t["module"], t["tensor"], t["kind"], t["path"]), tuple(t["matrix"])
     return Row(*row, t["rank"], t["alpha"], size, (matrix[0], matrix[1]))

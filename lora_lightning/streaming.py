@@ -8,6 +8,8 @@ from torch import Tensor
 from lora_lightning.decompose import SVD, checked, explained_variance, truncated_svd
 from lora_lightning.errors import DecompositionError
 
+EXACT_UP_TO = 256  # smaller side of the rows from which their SVD is randomised
+
 
 class StreamingSVD:
     r"""SVD of all rows seen so far, in O(r · D) memory.
@@ -92,10 +94,10 @@ class StreamingSVD:
 
 
 def _leading(rows: Tensor, keep: int) -> SVD:
-    """SVD by the smaller side: of many short rows through their QR, which is cheaper."""
+    """SVD by the smaller side: of many short rows through their QR; of long ones at random."""
     if len(rows) > 2 * rows.shape[1]:
         rows = torch.linalg.qr(rows, mode="r").R
-    return truncated_svd(rows, keep)
+    return truncated_svd(rows, keep, randomised=min(rows.shape) > EXACT_UP_TO)
 
 
 def _overlap(before: Tensor, now: Tensor, rank: int) -> float:

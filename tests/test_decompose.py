@@ -142,7 +142,7 @@ def test_energy_of_known_spectra():
     ]  # fmt: skip
     assert energy_rank(values, 0.5, total=28.0) == 3  # the rest lies in values not given
     assert energy_rank(torch.zeros(3), 0.9) == 0
-    with pytest.raises(DecompositionError, match="got 1.5"):
+    with pytest.raises(DecompositionError, match=r"got 1\.5"):
         energy_rank(values, 1.5)
 
 

@@ -114,6 +114,29 @@ def test_the_choice_never_takes_a_collapsed_candidate():
     assert select([Candidate("collapsed", collapsed)], SOURCE).name == "source"
 
 
+def test_the_majority_decides_against_the_surest():
+    three = {"a": [0, 1, 2, 3] * 10, "b": [0, 1, 2, 3] * 9 + [1, 1, 2, 3]}
+    three["c"] = [0, 1, 2, 3] * 9 + [0, 1, 2, 2]
+    sure = said([(i // 2) % 4 for i in range(40)], 0.999)  # another order, as even, and sharper
+    given = [Candidate(n, said(labels, 0.8)) for n, labels in three.items()]
+    found = select([*given, Candidate("sure", sure)], SOURCE)
+    assert (found.name, found.criterion) == ("a", "agreement")
+    # Two are no majority: the nuclear norm decides between them.
+    pair = select([given[0], Candidate("sure", said(three["b"], 0.999))], SOURCE)
+    assert (pair.name, pair.criterion) == ("sure", "nuclear norm")
+
+
+def test_candidates_that_agree_on_nothing_are_no_majority():
+    orders = [[(i * k) % 4 for i in range(40)] for k in (1, 3)]
+    orders += [[(i // 2) % 4 for i in range(40)], [(i // 3) % 4 for i in range(40)]]
+    strict = Limits(agreement=1.0)  # none of them may stay then
+    found = select(
+        [Candidate(str(i), said(o, 0.9)) for i, o in enumerate(orders[1:])], SOURCE, limits=strict
+    )
+    assert found.name == "source"
+    assert len(found.rejected) == 3
+
+
 def test_a_canary_decides_where_there_is_one():
     good, weak = said([0, 1, 2, 3] * 10, 0.9), SOURCE
     found = select([Candidate("good", good, 0.5), Candidate("weak", weak, 0.6)], SOURCE)

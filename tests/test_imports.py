@@ -36,13 +36,14 @@ LAYERS = (
     "targets",
     "state",
     "checkpoints optim",
-    "switching",
+    "gathering switching",
+    "starting",
     "injection verification",
     "combination",
     "fileformat",
     "files loading",
     # Lightning.
-    "batchnorm first_batch trainer_checks",
+    "batchnorm first_batch trainer_checks trainer_start",
     "save_hook",
     "callback",
     # Recipes: data, tasks and reports, what runs them, the command.

@@ -82,7 +82,7 @@ def lora(context: Context) -> list[Row]:
     assert callback.adapter_path_ is not None
     if context.first:
         for path, factors in named_factors(model, name).items():
-            values = spectrum(factors.lora_B, factors.lora_A, factors.spec.scaling)
+            values = spectrum(*factors.low_rank(), factors.spec.scaling)
             context.run.spectra[path] = values.tolist()
     size = callback.adapter_path_.stat().st_size
     parameters = callback.report_.trainable_parameters

@@ -72,7 +72,7 @@ def _lora(context: Context, title: str, domain: Domain, size: int) -> list[Row]:
     assert callback.adapter_path_ is not None
     if context.first and size == context.config.headline and not context.run.spectra:
         for path, factors in named_factors(model, callback.name).items():
-            values = spectrum(factors.lora_B, factors.lora_A, factors.spec.scaling)
+            values = spectrum(*factors.low_rank(), factors.spec.scaling)
             context.run.spectra[path] = values.tolist()
     size_of_file = callback.adapter_path_.stat().st_size
     parameters = callback.report_.trainable_parameters

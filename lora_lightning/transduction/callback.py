@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lora_lightning.callback import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.transduction import pseudo_labels as labelling
 from lora_lightning.transduction.guard import Limits
@@ -140,16 +141,24 @@ class PseudoLabelCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Label the target with the source model."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(other, LoRACallback)
+                and other.config.init == "lora-ga"
+                and not other.loss
+            ):
+                raise ConfigError(
+                    "init='lora-ga' would start from batches that have no labels yet: give "
+                    "LoRACallback(data=…, loss=…), or another init"
+                )
         before = self._predicted(pl_module)
         network = self._network(pl_module)
         look = self.canary.accuracy if self.canary is not None else None
         canary = None if look is None else partial(look, pl_module, network)
         self.rounds_ = Rounds(network, before, self.limits, canary)
-        if self.teacher_decay is not None:
-            self._teacher = Teacher(network, self.teacher_decay)
         self._take(before)
         if self._resumed is not None:
-            self._resume()
+            self.rounds_.load_state_dict(self._resumed["rounds"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A loader without our labels would train on something else."""
@@ -160,6 +169,11 @@ class PseudoLabelCallback(Callback):
                 "trainer.fit(module, callback.train_dataloader()), and give source items as "
                 "PseudoLabelCallback(source=…)"
             )
+        if self.teacher_decay is not None:  # now that the factors have started
+            self._teacher = Teacher(self._network(pl_module), self.teacher_decay)
+            if self._resumed is not None and self._resumed["teacher"] is not None:
+                self._teacher.load_state_dict(self._resumed["teacher"])
+        self._resumed = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -227,14 +241,6 @@ class PseudoLabelCallback(Callback):
             )
         self.pseudo_labels_ = found
         self._sampler.accepted = found.accepted.nonzero().flatten().tolist()
-
-    def _resume(self) -> None:
-        assert self.rounds_ is not None
-        assert self._resumed is not None
-        self.rounds_.load_state_dict(self._resumed["rounds"])
-        if self._teacher is not None and self._resumed["teacher"] is not None:
-            self._teacher.load_state_dict(self._resumed["teacher"])
-        self._resumed = None
 
     def _network(self, pl_module: LightningModule) -> Any:
         return pl_module.get_submodule(self.backbone)

@@ -237,11 +237,11 @@ def pull_to_source(model: nn.Module) -> Tensor:
         ConfigError: the model has no live factors.
     """
     norms = [
-        factors.spec.scaling**2
-        * ((factors.lora_B.T @ factors.lora_B) * (factors.lora_A @ factors.lora_A.T)).sum()
+        factors.spec.scaling**2 * ((B.T @ B) * (A @ A.T)).sum()
         for layer in adapted_layers(model).values()
         if layer.lora_active is not None
         for factors in layer.lora[layer.lora_active].values()
+        for B, A in [factors.low_rank()]
     ]
     if not norms:
         raise ConfigError("the model has no live adapter to pull to the source: inject one first")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.transduction.guard import Guard, Limits
-from lora_lightning.transduction.validators import nuclear_norm
+from lora_lightning.transduction.validators import agreement, nuclear_norm
 
 SOURCE = "source"
+LEAST_CANDIDATES = 3  # that have not collapsed: of two, none is in a minority
+LEAST_AGREEMENT = 0.5  # of the chosen one with the others, in the mean
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,15 @@ class Selection:
 
     Attributes:
         name: The chosen candidate, or ``"source"``.
-        scores: Name → nuclear norm (or canary accuracy) of those that were considered.
+        scores: Name → what the criterion says of those that were considered.
         rejected: Name → the guard's first alarm.
-        criterion: ``"canary"`` or ``"nuclear norm"``.
+        criterion: ``"canary"``, ``"agreement"`` or ``"nuclear norm"``.
     """
 
     name: str
     scores: dict[str, float] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    criterion: str = "nuclear norm"
+    criterion: str = "agreement"
 
 
 def select(
@@ -52,11 +56,19 @@ def select(
     neighbours: Tensor | None = None,
     limits: Limits | None = None,
 ) -> Selection:
-    """The candidate with the highest nuclear norm of those that set off no alarm of the guard.
+    """The candidate that the others agree with most, collapsed ones left out.
 
-    The nuclear norm alone picks a collapsed model now and then: alarms come first. What remains
-    where none passes is the source. Candidates with a `canary` are ranked by it, the nuclear norm
-    deciding between equals; but no canary redeems a candidate that sets off an alarm.
+    Candidates that adapted by different objectives or rates err differently; what most of them say
+    is right more often than what the surest of them says. (The nuclear norm alone takes the
+    candidate that was driven hardest.) Where three or more have not collapsed and the chosen one
+    agrees with the others on half of the items, that decides, also against the guard's other
+    alarms, which compare with the source model. Where not, those that set off no alarm are ranked
+    by nuclear norm; if there is none, the source stays. The medoid is that of a vote as in Hu et
+    al. 2024, "Towards reliable model selection for unsupervised domain adaptation", NeurIPS
+    Datasets and Benchmarks, who compare with the ensemble's mean.
+
+    Candidates with a `canary` that set off no alarm are ranked by it, nuclear norm deciding between
+    equals: no canary redeems a candidate that sets off an alarm.
 
     Args:
         candidates: With predictions of the same items.
@@ -68,23 +80,48 @@ def select(
         ConfigError: there is no candidate, two have one name, or only some have a canary.
         DataError: predictions that are none.
     """
+    _check(candidates)
+    limits = limits or Limits()
+    if candidates[0].canary is None:
+        # Only what tells of a collapse; how far the source is left behind, the others judge.
+        collapse = replace(limits, agreement=0.0, sure_flips=1.0, cohesion=math.inf)
+        found = _by_agreement(*_pass(candidates, Guard(source, neighbours, collapse)))
+        if found is not None:
+            return found
+    passed, rejected = _pass(candidates, Guard(source, neighbours, limits))
+    norms = {c.name: nuclear_norm(c.probabilities) for c in passed}
+    scores = {c.name: norms[c.name] if c.canary is None else c.canary for c in passed}
+    criterion = "nuclear norm" if candidates[0].canary is None else "canary"
+    best = max(scores, key=lambda name: (scores[name], norms[name]), default=SOURCE)
+    return Selection(best, scores, rejected, criterion)
+
+
+def _check(candidates: Sequence[Candidate]) -> None:
     names = [c.name for c in candidates]
     if not names or len(set(names)) < len(names) or SOURCE in names:
         raise ConfigError(
             f"candidates must have different names, none of them {SOURCE!r}, and there must be one "
             f"at least; got {names}"
         )
-    with_canary = [c.canary is not None for c in candidates]
-    if any(with_canary) and not all(with_canary):
+    if len({c.canary is None for c in candidates}) > 1:
         raise ConfigError(
             "some candidates have a canary accuracy and some not: measure all of them, or none"
         )
-    guard = Guard(source, neighbours, limits)
+
+
+def _pass(candidates: Sequence[Candidate], guard: Guard) -> tuple[list[Candidate], dict[str, str]]:
     verdicts = {c.name: guard.check(c.probabilities) for c in candidates}
     rejected = {name: v.alarms[0] for name, v in verdicts.items() if v.alarms}
-    passed = [c for c in candidates if c.name not in rejected]
-    norms = {c.name: nuclear_norm(c.probabilities) for c in passed}
-    scores = {c.name: norms[c.name] if c.canary is None else c.canary for c in passed}
-    criterion = "canary" if all(with_canary) else "nuclear norm"
-    best = max(scores, key=lambda name: (scores[name], norms[name]), default=SOURCE)
-    return Selection(best, scores, rejected, criterion)
+    return [c for c in candidates if c.name not in rejected], rejected
+
+
+def _by_agreement(passed: list[Candidate], rejected: dict[str, str]) -> Selection | None:
+    """The medoid; None where too few are left, or they agree on too little, to be a majority."""
+    if len(passed) < LEAST_CANDIDATES:
+        return None
+    scores = {
+        c.name: fmean(agreement(c.probabilities, o.probabilities) for o in passed if o is not c)
+        for c in passed
+    }
+    best = max(scores, key=lambda name: scores[name])
+    return Selection(best, scores, rejected) if scores[best] >= LEAST_AGREEMENT else None

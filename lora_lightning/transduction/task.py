@@ -166,6 +166,7 @@ class TransductiveTask(Optimised):
         look = None if self.canary is None else self._canary
         self.rounds_ = Rounds(self.model, before, self.limits, look)
         self.loss.begin(before, self.batch_size)
+        self.loss.begin_round(before)  # what starts an adapter by the loss's gradient asks for it
         if self._resumed is not None:
             self.rounds_.load_state_dict(self._resumed)
         else:

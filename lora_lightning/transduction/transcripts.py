@@ -134,18 +134,18 @@ class PseudoTranscriptCallback(Callback):
             self._search = LexiconSearch(
                 self.lexicon, pl_module.labels, self.beam_size, self.language_weight
             )
-        if self.teacher_decay is not None:
-            self._teacher = Teacher(pl_module.model, self.teacher_decay)
         self.source_ = self.transcripts_ = self._previous = self._understood(trainer, pl_module)
         self._best = Snapshot(pl_module.model)
         self._guard = SpeechGuard(self.source_, self.limits, self._search is not None)
         self.history_ = [Round(SOURCE_ROUND, self._guard.scores)]
         self._take(self.source_)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Other data than ours would be learnt without any of this."""
         if getattr(trainer, "datamodule", None) is not self.data:
             raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
+        if self.teacher_decay is not None:  # now that the factors have started
+            self._teacher = Teacher(pl_module.model, self.teacher_decay)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """The teacher follows."""

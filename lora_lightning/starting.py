@@ -1,0 +1,271 @@
+"""`start_from_data`: starting factors that look at the target before training begins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapter import raw_tensor
+from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError, DataError
+from lora_lightning.factors import Factors
+from lora_lightning.gathering import observed
+from lora_lightning.initialize import METHODS
+from lora_lightning.probe import preserved
+from lora_lightning.state import merged_layers, named_factors, state_of
+from lora_lightning.streaming import StreamingSVD
+from lora_lightning.switching import disabled
+
+Forward = Callable[[nn.Module, Any], Any]
+SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled
+SAMPLE = 2048  # rows of each layer's input that a factorisation looks at
+
+
+class _Gatherer(Protocol):
+    """Collects what one weight's start needs."""
+
+    def update(self, rows: Tensor) -> None: ...
+    def settled(self) -> bool: ...
+    def result(self) -> Tensor: ...
+
+
+class _Directions:
+    def __init__(self, factors: Factors, seed: int):
+        self.svd = StreamingSVD(factors.spec.rank)
+
+    def update(self, rows: Tensor) -> None:
+        self.svd.update(rows)
+
+    def settled(self) -> bool:
+        return self.svd.converged(SETTLED)
+
+    def result(self) -> Tensor:
+        return self.svd.components
+
+
+class _Sample:
+    """Every row seen so far is in it with the same probability."""
+
+    def __init__(self, factors: Factors, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rows: Tensor | None = None
+        self._keys = torch.empty(0)
+
+    def update(self, rows: Tensor) -> None:
+        keys = torch.rand(len(rows), generator=self._generator)
+        kept = rows if self._rows is None else torch.cat([self._rows, rows])
+        keys = torch.cat([self._keys, keys])
+        chosen = keys.topk(min(SAMPLE, len(keys))).indices
+        self._rows, self._keys = kept[chosen.to(kept.device)].clone(), keys[chosen]
+
+    def settled(self) -> bool:
+        return False
+
+    def result(self) -> Tensor:
+        assert self._rows is not None
+        return self._rows
+
+
+class _Covariance:
+    def __init__(self, factors: Factors, seed: int):
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def update(self, rows: Tensor) -> None:
+        rows = rows.double()
+        self._count += len(rows)
+        found = rows.T @ rows
+        self._sum = found if self._sum is None else self._sum + found
+
+    def settled(self) -> bool:
+        return False
+
+    def result(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum / self._count
+
+
+_GATHERERS: dict[str, Callable[[Factors, int], _Gatherer]] = {
+    "inputs": _Directions,
+    "rows": _Sample,
+    "covariance": _Covariance,
+}
+
+
+def start_from_data(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None = None,
+    *,
+    forward: Forward | None = None,
+    loss: Forward | None = None,
+    max_batches: int = 50,
+    progress: bool = False,
+) -> list[str]:
+    """Set an adapter's starting factors from target batches, by the method of its ``init``.
+
+    The source model sees each batch once, in eval mode; with ``"eva"`` the pass ends early when
+    no layer's subspace turns any more. The function stays the source's.
+
+    Args:
+        model: With the adapter on, not trained yet.
+        batches: Of the target; tensors, tuples that begin with one, or mappings of keyword
+            arguments, unless `forward` is given.
+        name: Of the adapter; None: the active one.
+        forward: From (model, batch) to anything; runs the model once.
+        loss: From (model, batch) to a scalar loss; for ``"lora-ga"``, whose start follows the
+            loss's gradient.
+        max_batches: At most so many are looked at.
+        progress: Show a progress bar on the terminal.
+
+    Returns:
+        The adapted tensors that start as "zero" does, because their inputs cannot be seen
+        (embeddings, transposed convolutions, parameters that belong to no layer) or their weight
+        gets no gradient of its own; a warning names them too.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+        AdapterError: the model is merged.
+        ConfigError: the method needs no data, or a loss that is not given.
+        DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
+    """
+    state = state_of(model)
+    name = name or (state.active if state else None)
+    if state is None or name not in state.configs:
+        raise AdapterNotFoundError(f"there is no adapter {name!r} on this model: inject it first")
+    if merged_layers(model):
+        raise AdapterError("the model is merged; call unmerge(model) before its adapters start")
+    method = METHODS[state.configs[name].init]
+    if method.needs == "nothing":
+        raise ConfigError(f"init={state.configs[name].init!r} needs no data: it has started")
+    if method.needs == "gradient" and loss is None:
+        raise ConfigError(
+            'init="lora-ga" follows the gradient of a loss: pass loss=, a function from (model, '
+            "batch) to a scalar, on labels or pseudo-labels"
+        )
+    factors = named_factors(model, name)
+    shown = _shown(batches, max_batches, progress)
+    with preserved(model), disabled(model):
+        model.eval()
+        if method.needs == "gradient":
+            assert loss is not None
+            found = _gradients(model, factors, shown, loss)
+        else:
+            gather = _GATHERERS[method.needs]
+            found = _inputs(model, factors, shown, forward or call, gather)
+    for path, each in factors.items():
+        each.reset(_weight(model, path), found.get(path))
+    return _tell(sorted(factors.keys() - found.keys()), state.configs[name].init)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch of the usual kinds, on the model's device.
+
+    Raises:
+        DataError: it is of another kind.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    if isinstance(batch, Mapping):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+    raise DataError(
+        f"a batch must be a tensor, a tuple that begins with one or a mapping; got "
+        f"{type(batch).__name__}. Pass forward=, a function from (model, batch)"
+    )
+
+
+def _inputs(
+    model: nn.Module,
+    factors: dict[str, Factors],
+    batches: Iterable[Any],
+    forward: Forward,
+    gather: Callable[[Factors, int], _Gatherer],
+) -> dict[str, Tensor]:
+    gatherers: dict[str, _Gatherer] = {}
+
+    def sink(path: str, rows: Tensor) -> None:
+        if path not in gatherers:
+            gatherers[path] = gather(factors[path], factors[path].spec.seed)
+        gatherers[path].update(rows)
+
+    modules = {path: _owner(model, path) for path in factors}
+    seen = False
+    with torch.no_grad(), observed(modules, sink):
+        for batch in batches:
+            seen = True
+            forward(model, batch)
+            if gatherers and all(g.settled() for g in gatherers.values()):
+                break
+    _must_have(seen)
+    return {path: g.result() for path, g in gatherers.items()}
+
+
+def _gradients(
+    model: nn.Module, factors: dict[str, Factors], batches: Iterable[Any], loss: Forward
+) -> dict[str, Tensor]:
+    weights = {
+        path: weight for path in factors if isinstance(weight := _weight(model, path), nn.Parameter)
+    }
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in wanted:
+        p.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    seen = False
+    try:
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            for batch in batches:
+                seen = True
+                found = loss(model, batch)
+                if found.requires_grad:  # not where every weight is computed from others
+                    found.backward()
+        _must_have(seen)
+        return {
+            path: w.grad.detach().reshape(factors[path].matrix).clone()
+            for path, w in weights.items()
+            if w.grad is not None and bool(w.grad.any())
+        }
+    finally:
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    owner, _, tensor = path.rpartition(".")
+    return model.get_submodule(owner), tensor
+
+
+def _weight(model: nn.Module, path: str) -> Any:
+    return raw_tensor(*_owner(model, path))
+
+
+def _must_have(seen: bool) -> None:
+    if not seen:
+        raise DataError("there is no batch to start from: the target's loader is empty")
+
+
+def _shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
+    limited = (batch for _, batch in zip(range(limit), batches, strict=False))
+    if not progress:
+        return limited
+    from rich.progress import track
+
+    total = min(limit, len(batches)) if isinstance(batches, Sized) else limit
+    return track(limited, "Looking at the target", total=total, transient=True)
+
+
+def _tell(fallen: list[str], init: str) -> list[str]:
+    if fallen:
+        warnings.warn(
+            f"{len(fallen)} tensors start as 'zero' does: what init={init!r} looks at cannot be "
+            f"seen for {', '.join(fallen[:5])}{' …' if len(fallen) > 5 else ''}",
+            stacklevel=3,
+        )
+    return fallen
