@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_lightning.callback import LoRACallback
     from lora_lightning.combination import combine
+    from lora_lightning.compression import compress
     from lora_lightning.config import LoRAConfig
     from lora_lightning.errors import LoRALightningError
     from lora_lightning.files import read_header, save_adapter
@@ -36,6 +37,7 @@ _HOME = {
     "TransductiveTask": "transduction.task",
     "adapters": "switching",
     "combine": "combination",
+    "compress": "compression",
     "disabled": "switching",
     "inject": "injection",
     "load_adapter": "loading",
@@ -58,6 +60,7 @@ __all__ = [
     "TransductiveTask",
     "adapters",
     "combine",
+    "compress",
     "disabled",
     "inject",
     "load_adapter",

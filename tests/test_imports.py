@@ -35,7 +35,7 @@ LAYERS = (
     "families fingerprint",
     "targets",
     "state",
-    "checkpoints optim",
+    "checkpoints compression optim",
     "gathering switching",
     "starting",
     "injection verification",

@@ -1,0 +1,145 @@
+"""`compress`: after training, the smallest rank that still holds what was learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import state as states
+from lora_lightning.adapter import raw_tensor
+from lora_lightning.decompose import SVD, energy_rank, product_svd
+from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
+from lora_lightning.factors import Factors
+from lora_lightning.state import ModelState
+from lora_lightning.tree import join
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What compressing did to one tensor.
+
+    Attributes:
+        path: The tensor.
+        before: Its rank before; with a start that is kept aside, twice the adapter's.
+        after: Its rank now.
+        lost: ‖ΔW − ΔW'‖ / ‖ΔW‖, in the Frobenius norm.
+    """
+
+    path: str
+    before: int
+    after: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` did.
+
+    Attributes:
+        layers: One `CompressedLayer` for each adapted tensor.
+        parameters_before: Numbers that the factors held, starts that were kept aside included.
+        parameters: Numbers that they hold now.
+    """
+
+    layers: tuple[CompressedLayer, ...]
+    parameters_before: int
+    parameters: int
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Compression:
+    r"""Decompose an adapter's deltas anew, at the smallest rank that serves.
+
+    .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s\,B'A', \qquad
+        A' = \sqrt{\sigma_{1..r}/s}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s}
+
+    which of all products of rank r is nearest to the delta (Eckart & Young 1936). A start that was
+    kept aside (`pissa` and the like) goes into it. The adapter works on as before, at its new
+    ranks; an optimizer that was made before holds the old factors, so compress after training.
+
+    Args:
+        model: With the adapter on, not merged.
+        name: Of the adapter; None: the active one.
+        rank: The same rank for all layers (or less where a delta has less).
+        energy: Instead: for each layer the fewest directions with this part of ‖ΔW‖².
+
+    Raises:
+        ConfigError: not exactly one of `rank` and `energy`, or out of range.
+        AdapterNotFoundError: there is no such adapter.
+        AdapterError: the model is merged.
+    """
+    if (rank is None) == (energy is None):
+        raise ConfigError(f"give either rank or energy; got rank={rank!r}, energy={energy!r}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
+    state = states.state_of(model)
+    name = name or (state.active if state else None)
+    if state is None or name not in state.configs:
+        raise AdapterNotFoundError(f"there is no adapter {name!r} on this model")
+    if states.merged_layers(model):
+        raise AdapterError("the model is merged; call unmerge(model) before compressing")
+    before = states.named_factors(model, name)
+    found = [_compress_one(model, name, path, f, rank, energy) for path, f in before.items()]
+    after = states.named_factors(model, name)
+    _report_anew(state, name, after)
+    return Compression(tuple(found), _size(before), _size(after))
+
+
+def _compress_one(
+    model: nn.Module, name: str, path: str, factors: Factors, rank: int | None, energy: float | None
+) -> CompressedLayer:
+    B, A = factors.low_rank()
+    svd = product_svd(B, A)
+    whole = svd.S.square().sum()
+    wanted = rank if energy is None else energy_rank(svd.S, energy)
+    used = int((svd.S[0] * torch.finfo(svd.S.dtype).eps < svd.S).sum())
+    r = max(1, min(wanted or 1, used))
+    owner, _, tensor = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    module.lora[name][tensor] = _smaller(raw_tensor(module, tensor), factors, svd, r)
+    left = svd.S[r:].square().sum()
+    lost = float((left / whole).sqrt()) if whole > 0 else 0.0
+    return CompressedLayer(path, B.shape[1], r, lost)
+
+
+def _smaller(weight: Tensor, factors: Factors, svd: SVD, rank: int) -> Factors:
+    """Factors of this rank with the leading part of the product."""
+    spec = dataclasses.replace(factors.spec, rank=rank, offset=False, init="zero")
+    small = Factors(weight, factors.matrix, spec)
+    root = svd.S[:rank].sqrt()
+    small.lora_A.copy_(root[:, None] * svd.Vh[:rank])
+    small.lora_B.copy_(svd.U[:, :rank] * root)
+    if small.magnitude is not None and factors.magnitude is not None:
+        small.magnitude.copy_(factors.magnitude)
+    for key, parameter in small.named_parameters():
+        parameter.requires_grad_(factors.get_parameter(key).requires_grad)
+    return small.train(factors.training)
+
+
+def _report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
+    rows = []
+    for row in state.reports[name].rows:
+        f = factors[join(row.module, row.tensor)]
+        size = sum(p.numel() for k, p in f.named_parameters() if not _fixed(f, k))
+        rows.append(dataclasses.replace(row, rank=f.spec.rank, parameters=size))
+    state.reports[name] = dataclasses.replace(state.reports[name], rows=tuple(rows))
+
+
+def _fixed(factors: Factors, key: str) -> bool:
+    return factors.spec.freeze_a and key == "lora_A"
+
+
+def _size(factors: dict[str, Factors]) -> int:
+    return sum(t.numel() for f in factors.values() for t in f.tensors().values())
