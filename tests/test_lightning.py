@@ -88,7 +88,8 @@ t = trainer(out, LoRACallback(rank=2, init="eva"), accelerator="cpu", devices=2,
 t.fit(module, loader())
 t.save_checkpoint(f"{out}/last.ckpt")
 factors = named_factors(module.model, "default")
-digest = sum(p.detach().double().abs().sum().item() for f in factors.values() for p in f.parameters())
+parameters = [p for f in factors.values() for p in f.parameters()]
+digest = sum(p.detach().double().abs().sum().item() for p in parameters)
 # A file for each process: two that print at once can end up on one line.
 open(f"{out}/rank{t.global_rank}.txt", "w").write(f"{digest:.12f}")
 """

@@ -58,6 +58,22 @@ def test_recipe_runs_in_miniature(path, tmp_path, monkeypatch):
     assert len({r["method"] for r in rows}) == len(result.config["methods"]) + with_lexicon
 
 
+@pytest.mark.parametrize("name", ["lighting", "speaker"])
+@pytest.mark.parametrize("init", ["corda", "lora-ga"])
+def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch):
+    pytest.importorskip("panda3d")
+    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    [path] = [p for p in RECIPES if p.parent.name == name]
+    small, _ = miniature(load_recipe(path))
+    methods = "methods=[source_only,label_free,lora]"
+    run_recipe(path, [*small, methods, f"lora.init={init}"], tmp_path / "out")
+    files = list((tmp_path / "out").rglob("*.safetensors"))
+    kept = [f for f in files if any(k.endswith("start_B") for k in load_file(f))]
+    assert len(kept) == 2
+    # Without labels the guard may have brought the source back, whose factors had not started.
+    assert any(v.any() for f in kept for k, v in load_file(f).items() if k.endswith("start_B"))
+
+
 def miniature(config):
     """Overrides that make a recipe of this kind run in seconds, and its domains then."""
     if config.kind == "classification":
