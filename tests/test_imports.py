@@ -24,7 +24,7 @@ LAYERS = (
     # What an adapter is.
     "family_tables tree",
     "errors parametrized summary wording",
-    "decompose",
+    "decompose distances",
     "nmf streaming",
     "initialize",
     "config factors guard patterns",

@@ -1,0 +1,205 @@
+"""How far two sets of features lie apart: tensors in, numbers out.
+
+Legend of shapes: N source items, M target items, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import DataError
+
+Distance = Callable[[Tensor, Tensor], float]
+MOST = 2000  # items of a set that distances between all pairs look at; more are drawn from
+
+
+class Moments(NamedTuple):
+    """What stands for a set of features where the items themselves are not at hand.
+
+    Attributes:
+        items: N.
+        mean: (D,), float64.
+        covariance: (D, D), of the sample, float64.
+    """
+
+    items: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@torch.no_grad()
+def moments(features: Tensor) -> Moments:
+    """Mean and covariance of features (N, D).
+
+    Raises:
+        DataError: fewer than two items, another shape, or NaN.
+    """
+    x = _checked(features, "features")
+    return Moments(len(x), x.mean(dim=0), torch.cov(x.T).reshape(x.shape[1], -1))
+
+
+@torch.no_grad()
+def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float:
+    r"""Squared maximum mean discrepancy with a Gaussian kernel, unbiased; about 0 for one set.
+
+    .. math:: \overline{k(s, s')}_{s \ne s'} + \overline{k(t, t')}_{t \ne t'}
+        - 2\,\overline{k(s, t)}, \qquad k(a, b) = \exp\left(-\frac{\|a - b\|^2}{2 h^2}\right)
+
+    At most 2. It may be a little below 0, being unbiased. Gretton et al. 2012, "A kernel two-sample
+    test", JMLR 13 (lemma 6).
+
+    Args:
+        source: (N, D).
+        target: (M, D).
+        bandwidth: h; None: the median distance between items of both sets together.
+
+    Raises:
+        DataError: fewer than two items, shapes that do not fit, or NaN.
+        ValueError: a bandwidth that is not above 0.
+    """
+    s, t = _pair(source, target)
+    both = torch.cat([s, t])
+    squares = torch.cdist(both, both).square()
+    if bandwidth is None:
+        pairs = squares[tuple(torch.triu_indices(len(both), len(both), 1))]
+        h2 = float(pairs.median())
+        if h2 == 0:  # more than half of the pairs are alike
+            h2 = float(pairs.mean())
+        if h2 == 0:
+            return 0.0
+    elif bandwidth > 0:
+        h2 = bandwidth**2
+    else:
+        raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
+    k = torch.exp(-squares / (2 * h2))
+    n, m = len(s), len(t)
+    within_s = (k[:n, :n].sum() - n) / (n * (n - 1))
+    within_t = (k[n:, n:].sum() - m) / (m * (m - 1))
+    return float(within_s + within_t - 2 * k[:n, n:].mean())
+
+
+@torch.no_grad()
+def coral_distance(source: Tensor | Moments, target: Tensor | Moments) -> float:
+    r"""How far covariances lie apart, :math:`\|C_s - C_t\|_F^2 / 4D^2`.
+
+    Blind to a shift of the mean. Sun & Saenko 2016, "Deep CORAL", arXiv:1607.01719.
+
+    Raises:
+        DataError: see `moments`, or other features.
+    """
+    s, t = _moments_of(source, target)
+    d = len(s.mean)
+    return float((s.covariance - t.covariance).square().sum()) / (4 * d * d)
+
+
+@torch.no_grad()
+def frechet_distance(source: Tensor | Moments, target: Tensor | Moments) -> float:
+    r"""Squared distance of the two normal distributions with these means and covariances.
+
+    .. math:: \|\mu_s - \mu_t\|^2 + tr\left(C_s + C_t - 2\,(C_s C_t)^{1/2}\right)
+
+    In squared units of the features; few items make it larger than it is. Dowson & Landau 1982, J.
+    Multivariate Analysis 12; for networks' features Heusel et al. 2017, arXiv:1706.08500.
+
+    Raises:
+        DataError: see `moments`, or other features.
+    """
+    s, t = _moments_of(source, target)
+    root = _root(s.covariance)
+    # (C_s C_t)^½ has the same trace as (C_s^½ C_t C_s^½)^½, which is symmetric.
+    crossed = torch.linalg.eigvalsh(root @ t.covariance @ root).clamp_min(0).sqrt().sum()
+    apart = (s.mean - t.mean).square().sum()
+    total = apart + s.covariance.trace() + t.covariance.trace() - 2 * crossed
+    return max(0.0, float(total))
+
+
+class Interval(NamedTuple):
+    """A distance, and where it would lie with other items of the same kind."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    distance: Distance,
+    source: Tensor,
+    target: Tensor,
+    *,
+    repeats: int = 100,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A distance with its percentile interval: items of both sets drawn anew, with replacement.
+
+    Doubles among the items drawn make sets look further apart than they are, so that the interval
+    of a distance near 0 may lie above it. Efron & Tibshirani 1993, chapter 13.
+
+    Args:
+        distance: From (N, D) and (M, D) to a number.
+        source: (N, D).
+        target: (M, D).
+        repeats: How often, at least 2.
+        confidence: Of the interval, in (0, 1).
+        seed: Of what is drawn.
+
+    Raises:
+        DataError: see `moments`.
+        ValueError: `repeats` or `confidence` is out of range.
+    """
+    if repeats < 2 or not 0 < confidence < 1:
+        raise ValueError(
+            f"repeats must be at least 2 and confidence in (0, 1); got {repeats}, {confidence}"
+        )
+    s, t = _pair(source, target)
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(x: Tensor) -> Tensor:
+        return x[torch.randint(len(x), (len(x),), generator=generator).to(x.device)]
+
+    found = torch.tensor([distance(drawn(s), drawn(t)) for _ in range(repeats)])
+    tail = (1 - confidence) / 2
+    low, high = found.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Interval(distance(s, t), float(low), float(high))
+
+
+def _checked(features: Tensor, name: str) -> Tensor:
+    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+        raise DataError(
+            f"{name} must be (items, features) with two items or more; got {tuple(features.shape)}"
+        )
+    if not bool(torch.isfinite(features).all()):
+        bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten()[:5].tolist()
+        raise DataError(f"{name} holds NaN or infinity, such as in items {bad}")
+    return features.detach().double()
+
+
+def _pair(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    s, t = _checked(source, "source features"), _checked(target, "target features")
+    if s.shape[1] != t.shape[1]:
+        raise DataError(f"source has {s.shape[1]} features and target {t.shape[1]}")
+    return _few(s), _few(t.to(s.device))
+
+
+def _few(x: Tensor) -> Tensor:
+    if len(x) <= MOST:
+        return x
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MOST]
+    return x[chosen.to(x.device)]
+
+
+def _moments_of(source: Tensor | Moments, target: Tensor | Moments) -> tuple[Moments, Moments]:
+    s, t = (x if isinstance(x, Moments) else moments(x) for x in (source, target))
+    if len(s.mean) != len(t.mean):
+        raise DataError(f"source has {len(s.mean)} features and target {len(t.mean)}")
+    return s, t
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
