@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy import linalg
 
 from lora_lightning.distances import (
     Moments,
@@ -58,7 +59,6 @@ def test_frechet_by_hand_and_against_scipy():
     t = Moments(9, torch.tensor([3.0, 4.0]), torch.diag(torch.tensor([1.0, 9.0])))
     # 25 + (2 - 1)² + (1 - 3)²
     assert frechet_distance(s, t) == pytest.approx(30)
-    linalg = pytest.importorskip("scipy.linalg")
     a, b = moments(normal(60) @ normal(4, 4, 2)), moments(normal(70, seed=3) + 0.3)
     root = linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
     want = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace()

@@ -1,9 +1,10 @@
-"""Non-negative factorisations against scikit-learn, where it is installed, and their own laws."""
+"""Non-negative factorisations against scikit-learn and their own laws."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from sklearn import decomposition
 
 from lora_lightning.errors import DecompositionError
 from lora_lightning.nmf import nmf, semi_nmf
@@ -33,7 +34,6 @@ def test_factors_are_not_negative_and_the_loss_falls(loss):
 
 @pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
 def test_the_loss_reaches_scikit_learns(loss):
-    decomposition = pytest.importorskip("sklearn.decomposition")
     x = parts() + 0.05 * torch.rand(60, 24, generator=torch.Generator().manual_seed(9), dtype=D)
     other = decomposition.NMF(
         3, init="random", solver="mu", beta_loss=loss, max_iter=1000, tol=0, random_state=0
