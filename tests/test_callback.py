@@ -218,6 +218,20 @@ def test_checkpoint_holds_no_base_weight_and_resumes_bit_for_bit(tmp_path):
     assert same(weights(straight), weights(resumed))
 
 
+@pytest.mark.parametrize("policy", ["adapt", "reset"])
+def test_a_resumed_fit_keeps_its_checkpoints_statistics(tmp_path, policy):
+    def fit(module, epochs, ckpt=None):
+        t = trainer(tmp_path, lora(batch_norm=policy), max_epochs=epochs)
+        t.fit(module, loader(), ckpt_path=ckpt)
+        return t
+
+    straight, half, resumed = (Module(efficientnet()) for _ in range(3))
+    fit(straight, 3)
+    fit(half, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, 3, tmp_path / "half.ckpt")
+    assert same(weights(straight), weights(resumed))
+
+
 def test_checkpoint_of_another_base_is_refused(tmp_path):
     module = Module()
     t = trainer(tmp_path, lora())
