@@ -61,8 +61,7 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS or func in _UNTRANSPOSED:
             x, w = _PRODUCTS.get(func) or _UNTRANSPOSED[func]
-            columns = args[w].shape[-1 if func in _UNTRANSPOSED else -2]
-            self._product(args[x], args[w], columns)
+            self._product(args[x], args[w], -1 if func in _UNTRANSPOSED else -2)
         elif func is _CONVOLUTION and not args[6]:  # not transposed
             for path, weight in self._of(args[1]):
                 if weight.shape == args[1].shape:
@@ -70,10 +69,13 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.take(path, patches, len(weight.shape) - 2)
         return out
 
-    def _product(self, x: Tensor, used: Tensor, columns: int) -> None:
+    def _product(self, x: Tensor, used: Tensor, side: int) -> None:
+        columns = used.shape[side]
         for path, weight in self._of(used):
             # A part of the rows, such as the query's of a packed projection, has the same columns.
-            if weight.ndim == 2 and weight.shape[1] == columns:
+            # x W, not x Wᵀ, multiplies the other side, which a square weight shows by its strides.
+            same = weight.ndim == 2 and weight.shape[1] == columns
+            if same and used.stride(side) == weight.stride(1):
                 self.take(path, x.reshape(-1, columns))
 
     def _of(self, tensor: Any) -> list[tuple[str, Tensor]]:

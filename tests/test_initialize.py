@@ -239,6 +239,23 @@ def test_rows_are_what_the_layer_multiplies():
     torch.testing.assert_close(again, out)
 
 
+def test_a_product_from_the_other_side_is_not_its_input():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return x @ self.layer.weight
+
+    model, seen = Other(), []
+    with torch.no_grad(), observed({"w": (model.layer, "weight")}, lambda p, _: seen.append(p)):
+        model(torch.rand(3, 4))
+        assert not seen
+        torch.nn.functional.linear(torch.rand(3, 4), model.layer.weight)
+    assert seen == ["w"]
+
+
 def test_what_cannot_be_seen_is_named():
     model = nn.Sequential(nn.ConvTranspose1d(3, 4, 3))
     with pytest.warns(UserWarning, match=r"1 tensors start as 'zero' does.*0\.weight"):
