@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, StackDataset
 
 try:  # from the repository's root, and as a script beside the other
-    from benchmarks.do_no_harm import Data, evaluated, source_model
+    from benchmarks.do_no_harm import Data, Pictures, evaluated, source_model
 except ImportError:
-    from do_no_harm import Data, evaluated, source_model
+    from do_no_harm import Data, Pictures, evaluated, source_model
 
 from lora_lightning import LoRACallback
 from lora_lightning.batchnorm import reestimated
@@ -36,19 +36,6 @@ from lora_lightning.tasks.classification import Classifier
 
 TARGETS = ("coloured-2", "dim-2", "low-3", "side-3")
 FIELDS = ("init", "target", "seed", "epoch", "accuracy", "seconds")
-
-
-class Labelled(Dataset[Any]):
-    """Pictures with classes, transformed when they are read."""
-
-    def __init__(self, pictures: torch.Tensor, classes: torch.Tensor, transform: Any):
-        self.pictures, self.classes, self.transform = pictures, classes, transform
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.transform(self.pictures[index]), self.classes[index]
 
 
 class ByEpoch(Callback):
@@ -86,8 +73,10 @@ def course(source: Any, data: Data, target: str, init: str, seed: int, given: An
     looks = ByEpoch(d.test_transform(pictures), classes)
     model = copy.deepcopy(source)
     # Its statistics taken from the target first, as adapting does it, and then left alone.
-    reestimated(model, model, d.test_transform(data.target(target)[0]).split(64))
-    train = DataLoader(Labelled(*data.target(target), d.train_transform), 32, shuffle=True)
+    learnt, labels = data.target(target)
+    reestimated(model, model, d.test_transform(learnt).split(64))
+    items: Any = StackDataset(Pictures(learnt, d.train_transform), labels)
+    train = DataLoader(items, 32, shuffle=True)
     adapter = LoRACallback(
         rank=given.rank, alpha=2.0 * given.rank, target_modules="all", exclude_modules=["fc"],
         trainable=[], init=init, output_dir=given.out, log_spectrum=False,

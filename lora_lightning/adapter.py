@@ -129,6 +129,12 @@ def raw_tensor(module: nn.Module, tensor: str) -> Any:
     return module.__dict__[tensor]
 
 
+def located(model: nn.Module, path: str) -> tuple[Any, str]:
+    """(module, tensor's name) of a full tensor path such as ``blocks.0.attn.qkv.weight``."""
+    owner, _, tensor = path.rpartition(".")
+    return model.get_submodule(owner), tensor
+
+
 def adapt(module: nn.Module, name: str, specs: dict[str, FactorSpec], bare: bool = False) -> None:
     """Put factors called `name` on these tensors of a live module, in place."""
     if not isinstance(module, AdaptedModule):

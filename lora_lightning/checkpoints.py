@@ -15,16 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import raw_tensor
+from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.factors import Factors
+from lora_lightning.factors import TENSORS, Factors
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
 from lora_lightning.tree import walk
 
-_FACTOR_KEY = re.compile(
-    r"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:lora_A|lora_B|start_A|start_B|magnitude)$"
-)
+_FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
 
 def register(model: nn.Module) -> None:
@@ -132,8 +130,7 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
         if factors.lora_A.is_meta:
             _materialise(path, factors, module)
         if state.loads_source:
-            owner, _, tensor = path.rpartition(".")
-            factors.rebase(raw_tensor(module.get_submodule(owner), tensor))
+            factors.rebase(raw_tensor(*located(module, path)))
     states.snapshot(module, state, renew=state.loads_source)
     state.loads_source = set()
     state.fingerprint = fingerprint(module, states.all_extras(module, state))
@@ -144,5 +141,4 @@ def _materialise(path: str, factors: Factors, module: nn.Module) -> None:
     device = next((p.device for p in base_parameters(module).values() if not p.is_meta), None)
     if device is not None:
         factors.to_empty(device=device)
-        owner, _, tensor = path.rpartition(".")
-        factors.reset(raw_tensor(module.get_submodule(owner), tensor))
+        factors.reset(raw_tensor(*located(module, path)))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import raw_tensor
+from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.decompose import SVD, energy_rank, product_svd
-from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
+from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.factors import Factors
 from lora_lightning.state import ModelState
 from lora_lightning.tree import join
@@ -84,15 +83,12 @@ def compress(
         raise ConfigError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
-    state = states.state_of(model)
-    name = name or (state.active if state else None)
-    if state is None or name not in state.configs:
-        raise AdapterNotFoundError(f"there is no adapter {name!r} on this model")
-    if states.merged_layers(model):
+    root, state, name = states.holder(model, name, "to compress")
+    if states.merged_layers(root):
         raise AdapterError("the model is merged; call unmerge(model) before compressing")
-    before = states.named_factors(model, name)
-    found = [_compress_one(model, name, path, f, rank, energy) for path, f in before.items()]
-    after = states.named_factors(model, name)
+    before = states.named_factors(root, name)
+    found = [_compress_one(root, name, path, f, rank, energy) for path, f in before.items()]
+    after = states.named_factors(root, name)
     _report_anew(state, name, after)
     return Compression(tuple(found), _size(before), _size(after))
 
@@ -106,8 +102,7 @@ def _compress_one(
     wanted = rank if energy is None else energy_rank(svd.S, energy)
     used = int((svd.S[0] * torch.finfo(svd.S.dtype).eps < svd.S).sum())
     r = max(1, min(wanted or 1, used))
-    owner, _, tensor = path.rpartition(".")
-    module: Any = model.get_submodule(owner)
+    module, tensor = located(model, path)
     module.lora[name][tensor] = _smaller(raw_tensor(module, tensor), factors, svd, r)
     left = svd.S[r:].square().sum()
     lost = float((left / whole).sqrt()) if whole > 0 else 0.0
@@ -118,9 +113,9 @@ def _smaller(weight: Tensor, factors: Factors, svd: SVD, rank: int) -> Factors:
     """Factors of this rank with the leading part of the product."""
     spec = dataclasses.replace(factors.spec, rank=rank, offset=False, init="zero")
     small = Factors(weight, factors.matrix, spec)
-    root = svd.S[:rank].sqrt()
-    small.lora_A.copy_(root[:, None] * svd.Vh[:rank])
-    small.lora_B.copy_(svd.U[:, :rank] * root)
+    lora_B, lora_A = SVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank]).halves()
+    small.lora_A.copy_(lora_A)
+    small.lora_B.copy_(lora_B)
     if small.magnitude is not None and factors.magnitude is not None:
         small.magnitude.copy_(factors.magnitude)
     for key, parameter in small.named_parameters():
@@ -132,13 +127,9 @@ def _report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> N
     rows = []
     for row in state.reports[name].rows:
         f = factors[join(row.module, row.tensor)]
-        size = sum(p.numel() for k, p in f.named_parameters() if not _fixed(f, k))
+        size = sum(p.numel() for k, p in f.named_parameters() if f.trains(k))
         rows.append(dataclasses.replace(row, rank=f.spec.rank, parameters=size))
     state.reports[name] = dataclasses.replace(state.reports[name], rows=tuple(rows))
-
-
-def _fixed(factors: Factors, key: str) -> bool:
-    return factors.spec.freeze_a and key == "lora_A"
 
 
 def _size(factors: dict[str, Factors]) -> int:

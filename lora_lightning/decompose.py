@@ -28,6 +28,11 @@ class SVD(NamedTuple):
         """U diag(S) Vh, (rows, columns)."""
         return (self.U * self.S) @ self.Vh
 
+    def halves(self, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(B, A) that share the singular values evenly, so that s·BA is the product."""
+        root = (self.S / scaling).sqrt()
+        return self.U * root, root[:, None] * self.Vh
+
 
 def checked(matrix: Tensor, rank: int | None = None, what: str = "the matrix") -> Tensor:
     """The matrix in float32, or float64 where it is, once it can be decomposed.

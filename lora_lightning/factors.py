@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lora_lightning.initialize import METHODS, Setting
 
+# What factors may hold; the starts where the product began away from zero, DoRA's magnitude.
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "magnitude")
+
 
 @dataclass(frozen=True)
 class FactorSpec:
@@ -100,6 +103,10 @@ class Factors(nn.Module):
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(self.lora_A)
             self.start_B.copy_(self.lora_B)
+
+    def trains(self, key: str) -> bool:
+        """Whether the parameter of this name is trained while the adapter is active."""
+        return not (self.spec.freeze_a and key == "lora_A")
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file or a state dict holds of these factors, by name."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_lightning import state as states
 from lora_lightning import switching
 from lora_lightning.adapter import raw_tensor
-from lora_lightning.errors import AdapterError, AdapterNotFoundError
+from lora_lightning.errors import AdapterError
 from lora_lightning.factors import Factors
 from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
 from lora_lightning.fingerprint import fingerprint
@@ -37,7 +37,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     Raises:
         AdapterNotFoundError: there is no such adapter.
     """
-    root, state, name = _holder(model, name)
+    root, state, name = states.holder(model, name, "to save")
     with switching.unmerged(root):
         tensors, header = _contents(root, state, name)
     return write(Path(path), tensors, header)
@@ -119,14 +119,3 @@ def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str,
         "freeze_a": spec.freeze_a,
         "offset": spec.offset,
     }
-
-
-def _holder(model: nn.Module, name: str | None) -> tuple[nn.Module, ModelState, str]:
-    """The injected module within `model` that holds this adapter (default: the active one)."""
-    holders = states.roots(model)
-    for root, state in holders:
-        wanted = name or state.active
-        if wanted is not None and wanted in state.configs:
-            return root, state, wanted
-    have = [n for _, s in holders for n in s.configs]
-    raise AdapterNotFoundError(f"no adapter {name or '(active)'!r} to save; there are {have}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.decompose import pivoted_qr, truncated_svd
+from lora_lightning.decompose import SVD, pivoted_qr, truncated_svd
 from lora_lightning.errors import DecompositionError
 
 GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the start
@@ -98,9 +98,8 @@ def pissa(s: Setting) -> Start:
     arXiv:2404.02948.
     """
     randomised = min(s.matrix.shape) >= RANDOMISED_FROM
-    u, values, vh = truncated_svd(s.matrix, s.rank, randomised=randomised)
-    root = (values / s.scaling).sqrt()
-    return root[:, None] * vh, u * root
+    lora_B, lora_A = truncated_svd(s.matrix, s.rank, randomised=randomised).halves(s.scaling)
+    return lora_A, lora_B
 
 
 def milora(s: Setting) -> Start:
@@ -109,8 +108,9 @@ def milora(s: Setting) -> Start:
     As `pissa`, with the last r of all. Wang et al. 2024, "MiLoRA", arXiv:2406.09044.
     """
     u, values, vh = truncated_svd(s.matrix)
-    root = (values[-s.rank :] / s.scaling).sqrt()
-    return root[:, None] * vh[-s.rank :], u[:, -s.rank :] * root
+    last = SVD(u[:, -s.rank :], values[-s.rank :], vh[-s.rank :])
+    lora_B, lora_A = last.halves(s.scaling)
+    return lora_A, lora_B
 
 
 def olora(s: Setting) -> Start:
@@ -176,10 +176,8 @@ def corda(s: Setting) -> Start:
     if not mean > 0:
         raise DecompositionError("the layer's inputs are all zero on these batches")
     c = c + 0.01 * mean * torch.eye(len(c), dtype=c.dtype, device=c.device)
-    u, values, vh = truncated_svd(s.matrix.double() @ c, s.rank)
-    root = (values / s.scaling).sqrt()
-    right = torch.linalg.solve(c, (root[:, None] * vh).T).T  # C is symmetric
-    return right, u * root
+    lora_B, weighed = truncated_svd(s.matrix.double() @ c, s.rank).halves(s.scaling)
+    return torch.linalg.solve(c, weighed.T).T, lora_B  # C is symmetric
 
 
 def _directions(s: Setting, found: Tensor) -> Tensor:

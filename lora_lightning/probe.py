@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import raw_tensor
+from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.factors import Factors
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
@@ -72,6 +72,21 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def training_only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block exactly these parameters require a gradient."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
     """Training (or eval) mode without dropout, stochastic depth or moving statistics."""
     model.train(training)
@@ -99,7 +114,7 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
     try:
         for f in factors.values():
             for key, parameter in f.named_parameters():
-                parameter.requires_grad_(not (f.spec.freeze_a and key == "lora_A"))
+                parameter.requires_grad_(f.trains(key))
         randomise(model, factors, seed=0)
         yield
     finally:
@@ -116,8 +131,7 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
     """Draw all factors anew, each ΔW scaled to a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     for path, f in factors.items():
-        owner, _, tensor = path.rpartition(".")
-        raw = raw_tensor(model.get_submodule(owner), tensor)
+        raw = raw_tensor(*located(model, path))
         for parameter in (f.lora_A, f.lora_B):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         size = f.delta(raw.shape).norm()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import raw_tensor
-from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError, DataError
+from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.errors import AdapterError, ConfigError, DataError
 from lora_lightning.factors import Factors
 from lora_lightning.gathering import observed
 from lora_lightning.initialize import METHODS
-from lora_lightning.probe import preserved
-from lora_lightning.state import merged_layers, named_factors, state_of
+from lora_lightning.probe import preserved, training_only
+from lora_lightning.state import holder, merged_layers, named_factors
 from lora_lightning.streaming import StreamingSVD
 from lora_lightning.switching import disabled
 
@@ -33,7 +34,7 @@ class _Gatherer(Protocol):
 
 
 class _Directions:
-    def __init__(self, factors: Factors, seed: int):
+    def __init__(self, factors: Factors):
         self.svd = StreamingSVD(factors.spec.rank)
 
     def update(self, rows: Tensor) -> None:
@@ -49,8 +50,8 @@ class _Directions:
 class _Sample:
     """Every row seen so far is in it with the same probability."""
 
-    def __init__(self, factors: Factors, seed: int):
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, factors: Factors):
+        self._generator = torch.Generator().manual_seed(factors.spec.seed)
         self._rows: Tensor | None = None
         self._keys = torch.empty(0)
 
@@ -70,7 +71,7 @@ class _Sample:
 
 
 class _Covariance:
-    def __init__(self, factors: Factors, seed: int):
+    def __init__(self, factors: Factors):
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -88,7 +89,7 @@ class _Covariance:
         return self._sum / self._count
 
 
-_GATHERERS: dict[str, Callable[[Factors, int], _Gatherer]] = {
+_GATHERERS: dict[str, Callable[[Factors], _Gatherer]] = {
     "inputs": _Directions,
     "rows": _Sample,
     "covariance": _Covariance,
@@ -132,10 +133,7 @@ def start_from_data(
         ConfigError: the method needs no data, or a loss that is not given.
         DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
     """
-    state = state_of(model)
-    name = name or (state.active if state else None)
-    if state is None or name not in state.configs:
-        raise AdapterNotFoundError(f"there is no adapter {name!r} on this model: inject it first")
+    model, state, name = holder(model, name, "to start")
     if merged_layers(model):
         raise AdapterError("the model is merged; call unmerge(model) before its adapters start")
     method = METHODS[state.configs[name].init]
@@ -157,7 +155,7 @@ def start_from_data(
             gather = _GATHERERS[method.needs]
             found = _inputs(model, factors, shown, forward or call, gather)
     for path, each in factors.items():
-        each.reset(_weight(model, path), found.get(path))
+        each.reset(raw_tensor(*located(model, path)), found.get(path))
     return _tell(sorted(factors.keys() - found.keys()), state.configs[name].init)
 
 
@@ -186,24 +184,21 @@ def _inputs(
     factors: dict[str, Factors],
     batches: Iterable[Any],
     forward: Forward,
-    gather: Callable[[Factors, int], _Gatherer],
+    gather: Callable[[Factors], _Gatherer],
 ) -> dict[str, Tensor]:
     gatherers: dict[str, _Gatherer] = {}
 
     def sink(path: str, rows: Tensor) -> None:
         if path not in gatherers:
-            gatherers[path] = gather(factors[path], factors[path].spec.seed)
+            gatherers[path] = gather(factors[path])
         gatherers[path].update(rows)
 
-    modules = {path: _owner(model, path) for path in factors}
-    seen = False
+    modules = {path: located(model, path) for path in factors}
     with torch.no_grad(), observed(modules, sink):
         for batch in batches:
-            seen = True
             forward(model, batch)
             if gatherers and all(g.settled() for g in gatherers.values()):
                 break
-    _must_have(seen)
     return {path: g.result() for path, g in gatherers.items()}
 
 
@@ -211,54 +206,39 @@ def _gradients(
     model: nn.Module, factors: dict[str, Factors], batches: Iterable[Any], loss: Forward
 ) -> dict[str, Tensor]:
     weights = {
-        path: weight for path in factors if isinstance(weight := _weight(model, path), nn.Parameter)
+        path: weight
+        for path in factors
+        if isinstance(weight := raw_tensor(*located(model, path)), nn.Parameter)
     }
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in wanted:
-        p.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    seen = False
-    try:
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-            for batch in batches:
-                seen = True
-                found = loss(model, batch)
-                if found.requires_grad:  # not where every weight is computed from others
-                    found.backward()
-        _must_have(seen)
-        return {
-            path: w.grad.detach().reshape(factors[path].matrix).clone()
-            for path, w in weights.items()
-            if w.grad is not None and bool(w.grad.any())
-        }
-    finally:
-        for p, flag in wanted:
-            p.requires_grad_(flag)
-
-
-def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    owner, _, tensor = path.rpartition(".")
-    return model.get_submodule(owner), tensor
-
-
-def _weight(model: nn.Module, path: str) -> Any:
-    return raw_tensor(*_owner(model, path))
-
-
-def _must_have(seen: bool) -> None:
-    if not seen:
-        raise DataError("there is no batch to start from: the target's loader is empty")
+    unfused = torch.backends.cudnn.flags(enabled=False)
+    with training_only(model, weights.values()), torch.enable_grad(), unfused:
+        for batch in batches:
+            found = loss(model, batch)
+            if found.requires_grad:  # not where every weight is computed from others
+                found.backward()
+    return {
+        path: w.grad.detach().reshape(factors[path].matrix).clone()
+        for path, w in weights.items()
+        if w.grad is not None and bool(w.grad.any())
+    }
 
 
 def _shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
-    limited = (batch for _, batch in zip(range(limit), batches, strict=False))
+    limited = _limited(batches, limit)
     if not progress:
         return limited
     from rich.progress import track
 
     total = min(limit, len(batches)) if isinstance(batches, Sized) else limit
     return track(limited, "Looking at the target", total=total, transient=True)
+
+
+def _limited(batches: Iterable[Any], limit: int) -> Iterator[Any]:
+    batch = nothing = object()
+    for batch in islice(batches, limit):
+        yield batch
+    if batch is nothing:
+        raise DataError("there is no batch to start from: the target's loader is empty")
 
 
 def _tell(fallen: list[str], init: str) -> list[str]:

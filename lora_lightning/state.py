@@ -102,6 +102,23 @@ def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
     return found
 
 
+def holder(model: nn.Module, name: str | None, purpose: str) -> tuple[nn.Module, ModelState, str]:
+    """The injected module within `model` that holds this adapter (default: the active one).
+
+    `purpose` is for the message: "to save".
+
+    Raises:
+        AdapterNotFoundError: there is none, or none of that name.
+    """
+    holders = roots(model)
+    for root, state in holders:
+        wanted = name or state.active
+        if wanted is not None and wanted in state.configs:
+            return root, state, wanted
+    have = [n for _, s in holders for n in s.configs]
+    raise AdapterNotFoundError(f"no adapter {name or '(active)'!r} {purpose}; there are {have}")
+
+
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """`walk`, but not down into factors: its cost does not grow with the number of adapters."""
     found: list[tuple[str, nn.Module]] = []

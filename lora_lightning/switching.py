@@ -117,7 +117,7 @@ def freeze(
 def _set_factor_grad(factors: Factors, on: bool) -> None:
     for key, parameter in factors._parameters.items():
         if parameter is not None:
-            parameter.requires_grad_(on and not (key == "lora_A" and factors.spec.freeze_a))
+            parameter.requires_grad_(on and factors.trains(key))
 
 
 @contextmanager

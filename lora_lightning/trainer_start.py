@@ -23,7 +23,7 @@ def start_in_trainer(
     name: str,
     data: Iterable[Any] | None,
     loss: Forward | None,
-) -> list[str]:
+) -> None:
     """`start_from_data`, with the module's own steps, on the trainer's own batches.
 
     Inputs are gathered by the module's ``predict_step``, or its forward on the batch's first
@@ -38,7 +38,7 @@ def start_in_trainer(
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _silent(pl_module):
         moved = _Moved(batches, lambda batch: trainer.strategy.batch_to_device(batch))
-        fallen = start_from_data(
+        start_from_data(
             backbone,
             moved,
             name,
@@ -50,7 +50,6 @@ def start_in_trainer(
         for factors in named_factors(backbone, name).values():
             for tensor in factors.tensors().values():
                 tensor.data.copy_(trainer.strategy.broadcast(tensor.detach(), src=0))
-    return fallen
 
 
 class _Moved:

@@ -218,6 +218,14 @@ def test_source_items_come_with_their_own_labels(tmp_path, source, target):
     assert len(pseudo.rounds_.history_) == 2  # the source, and one round of four steps
 
 
+def test_a_gradient_of_labels_that_are_not_there_is_refused(tmp_path, source, target):
+    pseudo = PseudoLabelCallback(target[0])
+    with pytest.raises(ConfigError, match="init='lora-ga' would start from batches without labels"):
+        trainer(tmp_path, adapter(init="lora-ga"), pseudo).fit(
+            module(source), pseudo.train_dataloader()
+        )
+
+
 def test_another_loader_is_refused(tmp_path, source, target):
     pseudo = PseudoLabelCallback(target[0])
     with pytest.raises(ConfigError, match="given another loader"):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.callback import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.initialize import METHODS
 from lora_lightning.transduction import pseudo_labels as labelling
 from lora_lightning.transduction.guard import Limits
 from lora_lightning.transduction.mixing import Accepted, Mixed
@@ -144,11 +145,11 @@ class PseudoLabelCallback(Callback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
                 isinstance(other, LoRACallback)
-                and other.config.init == "lora-ga"
-                and not other.loss
+                and METHODS[other.config.init].needs == "gradient"
+                and other.loss is None
             ):
                 raise ConfigError(
-                    "init='lora-ga' would start from batches that have no labels yet: give "
+                    f"init={other.config.init!r} would start from batches without labels yet: give "
                     "LoRACallback(data=…, loss=…), or another init"
                 )
         before = self._predicted(pl_module)

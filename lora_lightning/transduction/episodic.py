@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
-from lora_lightning.probe import preserved
+from lora_lightning.probe import preserved, training_only
 from lora_lightning.tasks.ctc import CTCRecognition
 from lora_lightning.transduction.ctc_objectives import non_blank_rate, suta
 from lora_lightning.transduction.speech_guard import SpeechLimits
@@ -103,18 +103,13 @@ class SingleUtterance:
     @contextmanager
     def _only_norms(self) -> Iterator[None]:
         """Within the block only the norms are trained; afterwards all is as it was."""
-        grads = [(p, p.requires_grad) for p in self.module.model.parameters()]
-        for p, _ in grads:
-            p.requires_grad_(False)
-        for p in self.norms:
-            p.requires_grad_(True)
-        before = Snapshot(self.module.model)
-        try:
-            yield
-        finally:
-            before.restore(self.module.model)
-            for p, wanted in grads:
-                p.requires_grad_(wanted)
+        model = self.module.model
+        with training_only(model, self.norms):
+            before = Snapshot(model)
+            try:
+                yield
+            finally:
+                before.restore(model)
 
 
 def _single(batch: AudioBatch, index: int) -> AudioBatch:
