@@ -68,7 +68,7 @@ class Data:
         counts = {name: {"train": 30, "test": 20} for name in LIGHTINGS}
         counts["source"] = {"train": 230, "test": 20}
         side = ImageDomains(".", size=SIZE).stored_side
-        root = render_domains(cache, domains=counts, size=side, seed=seed)
+        root = render_domains(cache, counts, size=side, seed=seed)
         self.domains = ImageDomains(root, size=SIZE)
         self.domains.setup()
         self.targets = ["source", *self.domains.target]

@@ -51,6 +51,8 @@ LAYERS = (
     "tasks transcripts",
     "listen plots",
     "transduction",
+    "source_statistics",
+    "shifts",
     "html",
     "report",
     "runs",

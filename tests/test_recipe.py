@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_lightning import load_adapter
+from lora_lightning.data.worlds import WORLDS
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 from lora_lightning.recipe import (
     apply_overrides,
@@ -78,10 +79,9 @@ def miniature(config):
     """Overrides that make a recipe of this kind run in seconds, and its domains then."""
     if config.kind == "classification":
         few = [f"data.render.{k}=2" for k in ("source_train", "source_test", "target_train")]
-        return [*TINY, *few, "data.render.target_test=1", "data.target=[dim-1]"], {
-            "source",
-            "dim-1",
-        }
+        domain = [d for d in WORLDS[config.data.render.shift] if d != "source"][-1]
+        few += ["data.render.target_test=1", f"data.target=[{domain}]"]
+        return [*TINY, *few], {"source", domain}
     few = ["enrolment=[1]", "headline=1", "train.lora.steps=[1]", "train.full.steps=[1]"]
     few += ["unlabelled=[1]", "train.label_free.steps=1", "train.label_free.keep=[1.0]"]
     few += ["data.test=1", "accelerator=cpu"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lora_lightning.data import rendered
-from lora_lightning.data.lighting import LIGHTINGS
 from lora_lightning.data.meshes import CLASSES
 from lora_lightning.data.rendered import render_domains
+from lora_lightning.data.worlds import WORLDS
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 
 pytest.importorskip("panda3d")
@@ -86,7 +86,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 def test_the_cache_is_named_by_the_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path))
     domains = {"dim-1": {"test": 1}}
-    roots = {render_domains(domains=domains, size=16, seed=s, progress=False) for s in (0, 0, 1)}
+    roots = {render_domains(None, domains, size=16, seed=s, progress=False) for s in (0, 0, 1)}
     assert {root.parent for root in roots} == {tmp_path / "rendered"}
     assert len(roots) == 2
 
@@ -99,7 +99,7 @@ def shape(split, domain, index=0):
         def render(self, parts, *_):
             kept.append(np.concatenate([part.mesh.vertices for part in parts]).tobytes())
 
-    rendered._Item(domain, split, "car", index).draw(Spy(), LIGHTINGS[domain], 0)
+    rendered._Item(domain, split, "car", index).draw(Spy(), WORLDS["lighting"][domain], 0)
     return kept[0]
 
 
@@ -120,11 +120,13 @@ def test_test_objects_are_shared_by_domains_and_never_trained_on():
         ({"domains": {"source": {"test": 0}}}, "at least 1 picture a class, got 0"),
         ({"size": 8}, "got 8"),
         ({"seed": -1}, "got -1"),
+        ({"shift": "light"}, "shift must be one of lighting, viewpoint, environment; got 'light'"),
+        ({"shift": "environment"}, "unknown domain 'side-3'"),
     ],
 )
 def test_settings_are_checked_first(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        render_domains(tmp_path / "set", **settings)
+        render_domains(tmp_path / "set", **({"domains": SMALL} | settings))
 
 
 @pytest.mark.parametrize("missing", ["panda3d", "trimesh"])

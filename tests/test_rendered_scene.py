@@ -8,8 +8,8 @@ import pytest
 from lora_lightning.data.backgrounds import Background
 from lora_lightning.data.lighting import LIGHTINGS, Lighting, ShadowMap
 from lora_lightning.data.meshes import CLASSES, make_mesh
-from lora_lightning.data.rendered import DEFAULT_DOMAINS
 from lora_lightning.data.scene import Camera, Renderer
+from lora_lightning.data.worlds import WORLDS, World, things_in_front
 from lora_lightning.errors import ConfigError
 
 pytest.importorskip("panda3d")
@@ -114,7 +114,48 @@ def test_low_light_is_brighter_below_the_more_severe(lit):
 def test_there_are_four_kinds_of_three_severities():
     kinds = ("dim", "low", "side", "coloured")
     assert set(LIGHTINGS) == {"source"} | {f"{kind}-{i}" for kind in kinds for i in (1, 2, 3)}
-    assert set(DEFAULT_DOMAINS) == set(LIGHTINGS)
+
+
+def test_each_kind_of_shift_has_a_source_and_three_severities():
+    assert list(WORLDS) == ["lighting", "viewpoint", "environment"]
+    for worlds in WORLDS.values():
+        first, *targets = worlds
+        kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in targets))
+        assert first == "source"
+        assert targets == [f"{kind}-{i}" for kind in kinds for i in (1, 2, 3)]
+
+
+def shot(world, class_name="car", seed=0):
+    """The same scene in this world."""
+    scene, here = (np.random.default_rng([seed, i]) for i in range(2))
+    return world.picture(Renderer(SIZE), class_name, scene, here) / 255
+
+
+def test_fog_takes_contrast_and_more_of_what_is_farther():
+    clear, light, thick = (shot(World(fog=f)) for f in (0.0, 1.0, 3.0))
+    assert clear.std() > 1.5 * light.std() > 3 * thick.std()
+    with_background = [shot(World(fog=f, backgrounds=("checks",))) for f in (0.0, 1.5)]
+    top = [p[:8].std() / p[20:28, 20:28].std() for p in with_background]  # far : near
+    assert top[1] < top[0]
+
+
+@pytest.mark.parametrize("share", [0.15, 0.45])
+def test_things_in_front_hide_their_share(share):
+    cover = things_in_front(64, share, np.random.default_rng(0))
+    assert set(np.unique(cover[..., 3])) == {0, 1}
+    assert share <= cover[..., 3].mean() < share + 0.1
+    hidden = np.abs(shot(World(cover=share)) - shot(World())).max(2) > 0.02
+    assert 0.8 * share < hidden.mean() < share + 0.15
+
+
+def test_views_lie_in_their_ranges_on_both_sides(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Renderer, "render", lambda self, parts, camera, *rest: seen.append(camera))
+    for i in range(40):
+        scene, here = np.random.default_rng(i), np.random.default_rng([i, 1])
+        WORLDS["viewpoint"]["rear-2"].picture(Renderer(SIZE), "car", scene, here)
+    assert all(135 <= abs(c.azimuth) <= 155 and 10 <= c.elevation <= 35 for c in seen)
+    assert 8 < sum(c.azimuth > 0 for c in seen) < 32
 
 
 def test_jitter_moves_the_light_a_little():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from lora_lightning.data.solids import Floats, Rng
 
 TILE = 64  # width and height of a pattern
+KINDS = ("noise", "blobs", "foliage", "stripes", "checks", "plain", "speckles")
 
 
 def pattern(kind: str, size: int, rng: Rng) -> Floats:
@@ -56,14 +58,19 @@ class Background:
     fade: float
 
     @classmethod
-    def random(cls, rng: Rng) -> Background:
-        """Draw a room, an open ground under a sky, or a mere backdrop."""
-        kinds = ("noise", "blobs", "foliage", "stripes", "checks", "plain", "speckles")
+    def random(
+        cls, rng: Rng, kinds: Sequence[str] = KINDS, contrast: tuple[float, float] = (0.6, 1.3)
+    ) -> Background:
+        """Draw a room, an open ground under a sky, or a mere backdrop.
+
+        Its patterns are of these kinds; their second colour is brighter than the first by a
+        factor in the range of `contrast`.
+        """
         tiles = []
         for _ in range(2):  # of related colours: real grounds are rarely of two hues
             base = rng.uniform(0.35, 1) * (1 - rng.uniform(0, 0.5) * rng.uniform(0, 1, 3))
-            other = np.clip(base * rng.uniform(0.6, 1.3) + rng.normal(0, 0.05, 3), 0.05, 1)
-            tiles.append(tile(str(rng.choice(kinds)), base, other, rng))
+            other = np.clip(base * rng.uniform(*contrast) + rng.normal(0, 0.05, 3), 0.05, 1)
+            tiles.append(tile(str(rng.choice(list(kinds))), base, other, rng))
         depth = float(rng.choice([rng.uniform(0.9, 3), 60, -60], p=[0.55, 0.25, 0.2]))
         return cls(tiles[0], tiles[1], depth, rng.uniform(0.15, 0.5), rng.uniform(-0.25, 0.25))
 

@@ -18,6 +18,7 @@ from lora_lightning.errors import ConfigError, MissingDependencyError
 Bytes = NDArray[np.uint8]
 _CORNER = [("vertex", "<f4", 3), ("colour", "u1", 4), ("uv", "<f4", 2)]
 _UP, _FRONT = np.eye(3, dtype=np.float32)[2], -np.eye(3, dtype=np.float32)[1]
+FOG = 0.85  # its grey
 _QUIET = "notify-level error\naudio-library-name null"
 
 
@@ -32,11 +33,16 @@ class Camera:
     shift: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
-    def random(cls, rng: Rng) -> Camera:
-        """Draw a modest change of view."""
+    def random(
+        cls,
+        rng: Rng,
+        azimuth: tuple[float, float] = (-35, 35),
+        elevation: tuple[float, float] = (10, 35),
+    ) -> Camera:
+        """Draw a view within these ranges; by default a modest change around the front."""
         u = rng.uniform
         shift = (u(-0.08, 0.08), u(-0.08, 0.08))
-        return cls(u(-35, 35), u(10, 35), u(25, 45), u(0.6, 0.82), shift)
+        return cls(u(*azimuth), u(*elevation), u(25, 45), u(0.6, 0.82), shift)
 
     @property
     def axes(self) -> Floats:
@@ -146,8 +152,14 @@ class Renderer:
         lighting: Lighting,
         background: Background,
         rng: Rng,
+        fog: float = 0.0,
+        cover: Floats | None = None,
     ) -> Bytes:
-        """Return a (size, size, 3) picture; `rng` draws the textures and the sensor's noise."""
+        """Return a (size, size, 3) picture; `rng` draws the textures and the sensor's noise.
+
+        What lies as far as the object keeps exp(-fog) of its contrast, what lies behind it less.
+        `cover` (size, size, 4), with opacity, lies in front of all.
+        """
         corners, normals, flat = face_corners(parts)
         a = np.radians(camera.azimuth)
         turn = np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]], "f4")
@@ -164,8 +176,15 @@ class Renderer:
         drawn = np.zeros((self.size, self.size, 4), np.float32)
         for i, j in np.ndindex(n, n):
             drawn += fine[i::n, j::n] / (255 * n * n)
-        behind = self._behind(background, camera, eye, shadow, lighting)
-        return sense(drawn[..., :3] + behind * (1 - drawn[..., 3:]), lighting, rng)
+        behind, far = self._behind(background, camera, eye, shadow, lighting)
+        if fog:
+            near = float(np.linalg.norm(eye - turned[::3].mean(0)))
+            drawn[..., :3] = _fogged(drawn[..., :3], drawn[..., 3:], fog)
+            behind = _fogged(behind, 1, fog * np.maximum(far / near, 1)[..., None])
+        picture = drawn[..., :3] + behind * (1 - drawn[..., 3:])
+        if cover is not None:
+            picture = picture * (1 - cover[..., 3:]) + cover[..., :3] * cover[..., 3:]
+        return sense(picture, lighting, rng)
 
     def _shadow(self, points: Floats, lighting: Lighting) -> ShadowMap:
         """Draw the object as the light sees it, its grey telling how near each place is."""
@@ -202,8 +221,8 @@ class Renderer:
         eye: Floats,
         shadow: ShadowMap,
         lighting: Lighting,
-    ) -> Floats:
-        """Return the lit background, with the object's shadow on ground and wall."""
+    ) -> tuple[Floats, Floats]:
+        """Return the lit background, with the object's shadow, and how far each place is."""
         at = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size * 2 - 1
         x, y = np.meshgrid(at, -at)
         half = np.tan(np.radians(camera.fov / 2))
@@ -211,4 +230,11 @@ class Renderer:
         colour, place, ground = background.look(eye, (flat @ camera.axes).astype(np.float32))
         normals = np.where(ground[..., None], _UP, _FRONT)
         light = illuminate(place, normals, shadow, lighting)
-        return np.asarray(colour * np.clip(light, 0, 1) ** (1 / GAMMA))
+        lit = np.asarray(colour * np.clip(light, 0, 1) ** (1 / GAMMA))
+        return lit, np.linalg.norm(place - eye, axis=-1)
+
+
+def _fogged(colour: Floats, opacity: Any, fog: Any) -> Floats:
+    """Colours, already weighed by their opacity, behind so much fog."""
+    clear = np.exp(-fog)
+    return np.asarray(colour * clear + FOG * opacity * (1 - clear))

@@ -119,17 +119,19 @@ def _checked(given: DictConfig) -> Config:
 
 def _render(data: DataSettings) -> Path:
     """The rendered set that the settings describe, from the cache where it is there."""
-    from lora_lightning.data.rendered import DEFAULT_DOMAINS, render_domains
+    from lora_lightning.data.rendered import render_domains, worlds_of
 
     number = data.render
     source = {"train": number.source_train, "test": number.source_test}
     target = {"train": number.target_train, "test": number.target_test}
     wanted = (
-        [d for d in DEFAULT_DOMAINS if d != data.source] if data.target is None else data.target
+        [d for d in worlds_of(number.shift) if d != data.source]
+        if data.target is None
+        else data.target
     )
     domains = {data.source: source, **{name: target for name in wanted if name != data.source}}
     side = ImageDomains(".", size=data.size).stored_side
-    return render_domains(data.render.cache, domains=domains, size=side, seed=data.seed)
+    return render_domains(number.cache, domains, shift=number.shift, size=side, seed=data.seed)
 
 
 def _backbone(config: Config, num_classes: int, notices: list[str]) -> nn.Module:

@@ -12,12 +12,29 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
+from lora_lightning.data.folders import Item
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.results import Row, Run
 from lora_lightning.runs.common import make_trainer
 from lora_lightning.runs.progress import Stages, Ticks
 from lora_lightning.runs.settings import Config, TrainSettings
 from lora_lightning.tasks.classification import Classifier
+from lora_lightning.transduction.target import Predicted, Target, predicted
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the source model says of some pictures.
+
+    Attributes:
+        said: its answers and features.
+        labels: (N,), of those who may look at them.
+        seconds: that it took.
+    """
+
+    said: Predicted
+    labels: Tensor
+    seconds: float
 
 
 @dataclass
@@ -37,6 +54,7 @@ class Context:
     stages: Stages
     run: Run
     probabilities: dict[str, Tensor] = field(default_factory=dict)
+    _seen: dict[str, Seen] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -88,6 +106,27 @@ class Context:
         outputs: Any = trainer.predict(Classifier(model), datamodule=data)
         return self.score(method, torch.cat(outputs), seconds, parameters, file_bytes)
 
+    def labels(self, items: Sequence[Item]) -> Tensor:
+        """The classes of pictures, as numbers."""
+        return torch.tensor([self.data.classes.index(i.class_name) for i in items])
+
+    def seen(self, which: str) -> Seen:
+        """The source model on the source's training pictures ("learnt"), or on the held-out ones
+        of the "source" or of all targets ("target"); looked at once.
+        """
+        if which not in self._seen:
+            data = self.data.on(train=[self.data.source])
+            pictures, items = data.unlabelled(), data.training_pictures()
+            if which != "learnt":
+                data = data.on(test=[data.source] if which == "source" else data.target)
+                pictures, items = data.predict_dataloader().dataset, data.held_out()
+            start = time.perf_counter()
+            model = self.fresh()
+            loader = Target(pictures).loader(2 * data.batch_size, shuffle=False)
+            said = predicted(model, model, loader, next(model.parameters()).device)
+            self._seen[which] = Seen(said, self.labels(items), time.perf_counter() - start)
+        return self._seen[which]
+
     def score(
         self,
         method: str,
@@ -100,8 +139,7 @@ class Context:
         data = self.data.on(test=self.domains)
         items = data.held_out()
         self.probabilities[method] = probabilities
-        labels = torch.tensor([data.classes.index(i.class_name) for i in items])
-        right = probabilities.argmax(1) == labels
+        right = probabilities.argmax(1) == self.labels(items)
         rows = []
         for domain in self.domains:
             here = torch.tensor([i.domain == domain for i in items])

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
@@ -18,8 +18,6 @@ from lora_lightning.runs.context import Context, best
 from lora_lightning.runs.progress import Ticks
 from lora_lightning.runs.settings import LabelFreeSettings
 from lora_lightning.structure import classifier_modules
-from lora_lightning.transduction.gradient_free import lame, recentred
-from lora_lightning.transduction.target import Predicted, Target, predicted
 from lora_lightning.transduction.task import TransductiveTask
 
 NAME = "LoRA, no labels"
@@ -114,46 +112,3 @@ def _say(context: Context, task: TransductiveTask) -> None:
         )
         for item, old, new, changed in rows
     ]
-
-
-def lame_row(context: Context) -> list[Row]:
-    """The source model's answers, made to agree among neighbours; nothing is trained."""
-    start = time.perf_counter()
-    found = {d: _seen(context, d) for d in ("source", "target")}
-    answers = [lame(p.features, p.probabilities) for p in found.values()]
-    return context.score("LAME", torch.cat(answers), time.perf_counter() - start)
-
-
-def recentre_row(context: Context) -> list[Row]:
-    """The source model with the target's features moved to the source's mean."""
-    model = context.fresh()
-    heads = sorted(classifier_modules(model))
-    head = model.get_submodule(heads[0]) if len(heads) == 1 else None
-    if not isinstance(head, nn.Linear):
-        context.run.notes.append("The backbone has no linear head: no features to re-centre.")
-        return []
-    start = time.perf_counter()
-    source = _looked_at(context, context.data.on(train=[context.data.source]).unlabelled())
-    mean = source.features.mean(dim=0)
-    before, target = (_seen(context, d) for d in ("source", "target"))
-    moved = recentred(target.features, mean, head)
-    answers = torch.cat([before.probabilities, moved])
-    return context.score("feature re-centring", answers, time.perf_counter() - start)
-
-
-def _seen(context: Context, which: str) -> Predicted:
-    """What the source model says of the held-out pictures of the source, or of all targets."""
-    data = context.data
-    domains = [data.source] if which == "source" else data.target
-    return _looked_at(context, data.on(test=domains).predict_dataloader().dataset)
-
-
-def _looked_at(context: Context, pictures: object) -> Predicted:
-    model = context.fresh()
-    loader = Target(pictures).loader(2 * context.data.batch_size, shuffle=False)
-
-    def logits(x: Tensor) -> Tensor:
-        found: Tensor = model(x)
-        return found
-
-    return predicted(logits, model, loader, next(model.parameters()).device)

@@ -18,7 +18,8 @@ from lora_lightning.decompose import spectrum
 from lora_lightning.results import Row
 from lora_lightning.runs.common import make_trainer
 from lora_lightning.runs.context import Context
-from lora_lightning.runs.label_free import label_free, lame_row, recentre_row
+from lora_lightning.runs.gradient_free import ALIGNED, lame_row, recentre_row
+from lora_lightning.runs.label_free import label_free
 from lora_lightning.runs.progress import Ticks
 from lora_lightning.state import named_factors
 from lora_lightning.tasks.classification import Classifier
@@ -106,6 +107,7 @@ METHODS: dict[str, Callable[[Context], list[Row]]] = {
     "source_only": source_only,
     "recentre": recentre_row,
     "lame": lame_row,
+    **ALIGNED,
     "batchnorm": batchnorm,
     "label_free": label_free,
     "lora": lora,

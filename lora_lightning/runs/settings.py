@@ -9,9 +9,10 @@ from lora_lightning.config import LoRAConfig
 
 @dataclass
 class RenderSettings:
-    """How many pictures are rendered, where no folder of the user's own is given.
+    """Which pictures are rendered, where no folder of the user's own is given.
 
     Args:
+        shift: What changes between the domains: lighting, viewpoint or environment.
         source_train: Training pictures per class of the source.
         source_test: Held-out pictures per class of the source.
         target_train: Training pictures per class of each target domain.
@@ -19,6 +20,7 @@ class RenderSettings:
         cache: Folder for the rendered sets; null: ~/.cache/lora-lightning.
     """
 
+    shift: str = "lighting"
     source_train: int = 60
     source_test: int = 8
     target_train: int = 10
@@ -42,7 +44,7 @@ class DataSettings:
         num_workers: Processes that load pictures; 0 loads in this one.
         cache_mb: Decoded pictures stay in memory if they take at most so many MiB.
         horizontal_flip: Mirror training pictures at random.
-        render: How many pictures are rendered.
+        render: Which pictures are rendered.
     """
 
     root: str | None = None
@@ -169,9 +171,19 @@ class Config:
     out: str = "runs/classification"
     seeds: list[int] = field(default_factory=lambda: [0])
     methods: list[str] = field(
-        default_factory=lambda: (
-            ["source_only", "recentre", "lame", "batchnorm", "label_free", "lora", "full"]
-        )
+        default_factory=lambda: [
+            "source_only",
+            "recentre",
+            "lame",
+            "nearest_centroid",
+            "subspace",
+            "nmf_subspace",
+            "coral",
+            "batchnorm",
+            "label_free",
+            "lora",
+            "full",
+        ]
     )
     accelerator: str = "auto"
     batch_norm: str = "frozen"

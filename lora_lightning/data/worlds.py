@@ -1,0 +1,119 @@
+"""The worlds that make the domains: a light, a range of views, what lies behind and in between.
+
+`WORLDS` lists them by kind of shift; each kind has a world "source" and graded targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_lightning.data.backgrounds import KINDS, Background, tile
+from lora_lightning.data.lighting import LIGHTINGS, Lighting
+from lora_lightning.data.meshes import make_mesh
+from lora_lightning.data.scene import Camera, Renderer
+from lora_lightning.data.solids import Floats, Rng
+
+
+@dataclass(frozen=True)
+class World:
+    """Where pictures are taken; angles in degrees.
+
+    Args:
+        lighting: The light, and the sensor.
+        azimuth: Range of the object's turn; 0 shows its front, 90 a side, 180 its rear.
+        elevation: Range of the viewer's height; 90 looks straight down.
+        both_sides: Half of the pictures have the azimuth's sign changed.
+        backgrounds: Kinds of patterns behind the object.
+        contrast: Range of the factor between their two colours.
+        fog: The object keeps exp(-fog) of its contrast, what is farther less.
+        cover: Part of the picture that things in front hide.
+    """
+
+    lighting: Lighting = field(default_factory=Lighting)
+    azimuth: tuple[float, float] = (-35, 35)
+    elevation: tuple[float, float] = (10, 35)
+    both_sides: bool = False
+    backgrounds: tuple[str, ...] = KINDS
+    contrast: tuple[float, float] = (0.6, 1.3)
+    fog: float = 0.0
+    cover: float = 0.0
+
+    def picture(
+        self, renderer: Renderer, class_name: str, scene: Rng, here: Rng
+    ) -> NDArray[np.uint8]:
+        """Draw an object of this class.
+
+        `scene` draws what other worlds share: the object, where in a range the view lies, the
+        background's pattern. `here` draws what belongs to this world alone.
+        """
+        parts = make_mesh(class_name, scene)
+        camera = Camera.random(scene, self.azimuth, self.elevation)
+        background = Background.random(scene, self.backgrounds, self.contrast)
+        light = self.lighting.jittered(here)
+        if self.both_sides and here.random() < 0.5:
+            camera = replace(camera, azimuth=-camera.azimuth)
+        cover = things_in_front(renderer.size, self.cover, here) if self.cover else None
+        return renderer.render(parts, camera, light, background, scene, self.fog, cover)
+
+
+def things_in_front(size: int, share: float, rng: Rng) -> Floats:
+    """Leaves and posts that hide this share of a picture: (size, size, 4), with their opacity."""
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = np.meshgrid(at, at)
+    cover = np.zeros((size, size, 4), np.float32)
+    while cover[..., 3].mean() < share:
+        angle, (cx, cy) = rng.uniform(0, np.pi), rng.uniform(0, 1, 2)
+        along = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+        across = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+        if rng.random() < 0.3:
+            inside = np.abs(across) < rng.uniform(0.015, 0.04)
+        else:
+            inside = np.hypot(along / rng.uniform(0.06, 0.16), across / rng.uniform(0.03, 0.09)) < 1
+        first, second = rng.uniform(0.1, 0.9, (2, 3))
+        pattern = tile(str(rng.choice(KINDS)), first, second, rng)
+        rows, columns = np.nonzero(inside)
+        cover[rows, columns, :3] = pattern[rows % len(pattern), columns % len(pattern)]
+        cover[rows, columns, 3] = 1
+    return cover
+
+
+def _beside(low: float, high: float) -> World:
+    return World(azimuth=(low, high), both_sides=True)
+
+
+_CALM, _BUSY = ("plain", "blobs", "noise"), ("checks", "speckles", "stripes", "foliage")
+_TAME = (0.9, 1.1)
+
+WORLDS: dict[str, dict[str, World]] = {
+    "lighting": {name: World(light) for name, light in LIGHTINGS.items()},
+    "viewpoint": {
+        "source": World(),
+        "side-1": _beside(45, 60),
+        "side-2": _beside(65, 80),
+        "side-3": _beside(85, 100),
+        "rear-1": _beside(110, 130),
+        "rear-2": _beside(135, 155),
+        "rear-3": _beside(160, 180),
+        "top-1": World(elevation=(42, 52)),
+        "top-2": World(elevation=(55, 66)),
+        "top-3": World(elevation=(70, 82)),
+    },
+    "environment": {
+        "source": World(backgrounds=_CALM, contrast=_TAME),
+        "clutter-1": World(backgrounds=_BUSY, contrast=(0.6, 0.8)),
+        "clutter-2": World(backgrounds=_BUSY, contrast=(0.3, 0.5)),
+        "clutter-3": World(backgrounds=_BUSY, contrast=(0.0, 0.15)),
+        "fog-1": World(backgrounds=_CALM, contrast=_TAME, fog=1.0),
+        "fog-2": World(backgrounds=_CALM, contrast=_TAME, fog=1.8),
+        "fog-3": World(backgrounds=_CALM, contrast=_TAME, fog=2.6),
+        "covered-1": World(backgrounds=_CALM, contrast=_TAME, cover=0.15),
+        "covered-2": World(backgrounds=_CALM, contrast=_TAME, cover=0.3),
+        "covered-3": World(backgrounds=_CALM, contrast=_TAME, cover=0.45),
+        "noise-1": World(Lighting(noise=0.02), backgrounds=_CALM, contrast=_TAME),
+        "noise-2": World(Lighting(noise=0.05), backgrounds=_CALM, contrast=_TAME),
+        "noise-3": World(Lighting(noise=0.1), backgrounds=_CALM, contrast=_TAME),
+    },
+}
