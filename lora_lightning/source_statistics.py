@@ -155,7 +155,7 @@ class SourceStatistics:
 def features_of(
     model: nn.Module, data: Any, batch_size: int
 ) -> tuple[dict[str, Tensor], Predicted]:
-    """Each block's output pooled over places, (N, D) by name, the head's input last; and answers."""
+    """Each block's output pooled over places, (N, D) by name, the head's input last; answers."""
     target = Target(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _watched(model) as found:
