@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.rank_choice import choose_ranks
     from lora_lightning.starting import start_from_data
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.transduction.callback import PseudoLabelCallback
@@ -36,6 +37,7 @@ _HOME = {
     "PseudoLabelCallback": "transduction.callback",
     "TransductiveTask": "transduction.task",
     "adapters": "switching",
+    "choose_ranks": "rank_choice",
     "combine": "combination",
     "compress": "compression",
     "disabled": "switching",
@@ -59,6 +61,7 @@ __all__ = [
     "PseudoLabelCallback",
     "TransductiveTask",
     "adapters",
+    "choose_ranks",
     "combine",
     "compress",
     "disabled",

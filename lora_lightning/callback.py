@@ -23,7 +23,8 @@ from lora_lightning.starting import Forward
 from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
 from lora_lightning.summary import InjectionReport
 from lora_lightning.switching import set_active
-from lora_lightning.trainer_start import start_in_trainer
+from lora_lightning.trainer_pruning import RankSchedule
+from lora_lightning.trainer_start import choose_in_trainer, start_in_trainer
 
 
 class LoRACallback(Callback):
@@ -43,8 +44,9 @@ class LoRACallback(Callback):
             arguments instead, or over it.
         backbone: Attribute path of the network in the LightningModule; ``""``: the module.
         name: Name of the adapter.
-        data: Batches that an `init` which looks at the target starts from; None: the trainer's own
-            training batches. It needs labels for ``"lora-ga"`` alone.
+        data: Batches of the target that ``rank="auto"``, and an `init` which starts from the
+            target, look at; None: the trainer's own training batches. Labels are needed for
+            ``"lora-ga"`` alone.
         loss: From (backbone, batch) to a scalar loss, for ``"lora-ga"``; None: what the module's
             ``training_step`` returns.
         batch_norm: What BatchNorm statistics do while training: ``"frozen"`` (eval mode, the
@@ -91,6 +93,7 @@ class LoRACallback(Callback):
         self.report_: InjectionReport | None = None
         self.adapter_path_: Path | None = None
         self._batch_norm = BatchNormKeeper(batch_norm)
+        self._ranks = RankSchedule(self.config.prune_to)
         self._first_batch: FirstBatch | None = None
         self._folder = Path()
 
@@ -108,19 +111,23 @@ class LoRACallback(Callback):
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
         install_save_hook(pl_module, self.backbone)
         if checks.has_backbone(pl_module, self.backbone):
-            self._inject(pl_module)
+            self._inject(trainer, pl_module)
         if self.report_ is None or checks.builds_late(pl_module):
-            self._after_configure_model(pl_module)
+            self._after_configure_model(trainer, pl_module)
 
-    def _inject(self, pl_module: LightningModule) -> None:
+    def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
         backbone = checks.find_backbone(pl_module, self.backbone)
         state = state_of(backbone)
         if state is not None and self.name in state.configs and merged_layers(backbone):
             self.report_ = state.reports[self.name]
             return
+        there = state is not None and self.name in state.configs
         self.report_ = place(backbone, self.config, self.name)
         # It may have been there, asleep behind another.
         set_active(backbone, self.name)
+        # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
+        if self.config.rank == "auto" and not there and trainer.training and _is_new(trainer):
+            self.report_ = choose_in_trainer(trainer, pl_module, backbone, self.name, self.data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""
@@ -130,8 +137,9 @@ class LoRACallback(Callback):
         self._batch_norm.start(backbone, fresh=_is_new(trainer))
         if self.verify:
             self._first_batch = FirstBatch(backbone)
-        report = self.report_
-        assert report is not None
+        state = state_of(backbone)
+        assert state is not None
+        self.report_ = report = state.reports[self.name]
         sizes = {
             "lora/trainable_parameters": float(report.trainable_parameters),
             "lora/factor_parameters": float(report.factor_parameters),
@@ -143,6 +151,7 @@ class LoRACallback(Callback):
         if _is_new(trainer) and METHODS[self.config.init].needs != "nothing":
             backbone = checks.find_backbone(pl_module, self.backbone)
             start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
+        self._ranks.start(trainer, checks.find_backbone(pl_module, self.backbone), self.name)
 
     # ---- while training --------------------------------------------------------------------
 
@@ -164,6 +173,19 @@ class LoRACallback(Callback):
             first, self._first_batch = self._first_batch, None
             first.verify()
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Judge each direction by the gradients, where ranks fall in training."""
+        self._ranks.before_step(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let ranks fall."""
+        if metrics := self._ranks.after_batch(trainer):
+            self._log(trainer, metrics)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
         if not self.log_spectrum or not trainer.loggers:
@@ -177,9 +199,13 @@ class LoRACallback(Callback):
         self._log(trainer, metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter file."""
+        """Take out dropped directions; write the adapter file."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         self._batch_norm.stop(backbone)
+        self._ranks.finish(backbone, self.name)
+        state = state_of(backbone)
+        assert state is not None
+        self.report_ = state.reports[self.name]
         path = self._folder / f"{self.name}.safetensors"
         if trainer.is_global_zero:
             save_adapter(backbone, path, self.name)
@@ -204,6 +230,14 @@ class LoRACallback(Callback):
             self._batch_norm.stop(checks.find_backbone(pl_module, self.backbone))
 
     # ---- checkpoints -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far ranks have fallen."""
+        return self._ranks.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self._ranks.load_state_dict(state_dict)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -242,13 +276,13 @@ class LoRACallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _after_configure_model(self, pl_module: LightningModule) -> None:
+    def _after_configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Inject right after the module's own ``configure_model``, until `teardown`."""
         original = pl_module.configure_model
 
         def wrapped() -> None:
             original()
-            self._inject(pl_module)
+            self._inject(trainer, pl_module)
 
         # In __dict__: a module's __setattr__ has no business with it.
         pl_module.__dict__["configure_model"] = wrapped

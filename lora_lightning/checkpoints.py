@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lora_lightning import state as states
 from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.compression import report_anew
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.factors import TENSORS, Factors
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
-from lora_lightning.tree import walk
+from lora_lightning.tree import join, walk
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
@@ -73,6 +74,7 @@ def _complete(
     base = live_tensors(module)
     any_factor = any(_FACTOR_KEY.search(k) for k in given)
     state.loads_source = set() if any_factor else given & base.keys()
+    _take_ranks(module, state, {k: state_dict[prefix + k] for k in factors})
     if strict:
         _check(module, state_dict, prefix, given, own)
     if not factors:
@@ -89,6 +91,20 @@ def _complete(
     if not given & frozen:
         fill = {n: t for n, t in base.items() if n not in given and n not in whole}
         state_dict.update({f"{prefix}{n}": t.detach() for n, t in fill.items()})
+
+
+def _take_ranks(module: nn.Module, state: states.ModelState, given: dict[str, Tensor]) -> None:
+    """Ranks that were found from data, or fell in training, are those of the state dict."""
+    for name, config in state.configs.items():
+        if config.rank != "auto" and config.prune_to is None:
+            continue
+        factors = states.named_factors(module, name)
+        for path, each in factors.items():
+            _, tensor = located(module, path)
+            lora_A = given.get(join(path.rpartition(".")[0], f"lora.{name}.{tensor}.lora_A"))
+            if lora_A is not None and lora_A.ndim == 2 and len(lora_A) != each.spec.rank:
+                each.resize(len(lora_A))
+        report_anew(state, name, factors)
 
 
 def _check(

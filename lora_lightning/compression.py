@@ -89,7 +89,7 @@ def compress(
     before = states.named_factors(root, name)
     found = [_compress_one(root, name, path, f, rank, energy) for path, f in before.items()]
     after = states.named_factors(root, name)
-    _report_anew(state, name, after)
+    report_anew(state, name, after)
     return Compression(tuple(found), _size(before), _size(after))
 
 
@@ -123,7 +123,8 @@ def _smaller(weight: Tensor, factors: Factors, svd: SVD, rank: int) -> Factors:
     return small.train(factors.training)
 
 
-def _report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
+def report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
+    """Bring the report of an adapter whose ranks have changed up to date."""
     rows = []
     for row in state.reports[name].rows:
         f = factors[join(row.module, row.tensor)]

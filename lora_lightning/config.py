@@ -11,8 +11,10 @@ from typing import Any
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.initialize import METHODS
+from lora_lightning.ranks import RULES
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
+NOMINAL_RANK = 8  # whose scaling an adapter with rank="auto" has in every layer
 
 
 @dataclass
@@ -24,7 +26,18 @@ class LoRAConfig:
     "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685).
 
     Args:
-        rank: Inner dimension r of the factors. At least 1.
+        rank: Inner dimension r of the factors, at least 1. ``"auto"``: each layer's own, from the
+            target's data (see `lora_lightning.choose_ranks`), at the scaling that `alpha` gives
+            rank 8.
+        rank_rule: With ``"auto"``: ``"explained-variance"`` (as many directions as hold
+            `rank_energy` of the layer's inputs), ``"effective-rank"`` or ``"hard-threshold"``.
+        rank_energy: Part of the inputs' energy that "explained-variance" asks for, in (0, 1].
+        max_rank: With ``"auto"``: the most that a layer gets.
+        parameter_budget: With ``"auto"``: the most numbers that the factors may hold together,
+            dealt out where they explain most. ``None``: no limit.
+        prune_to: Mean rank to which `LoRACallback` lowers the ranks while it trains, dropping
+            the directions that matter least, of all layers together (after Zhang et al. 2023,
+            "AdaLoRA", arXiv:2303.10512; see `lora_lightning.pruning`). ``None``: none is dropped.
         alpha: Numerator of the scaling. Above 0.
         scaling: ``"alpha/r"``, or ``"alpha/sqrt(r)"`` (rank-stabilised, Kalajdzievski 2023,
             arXiv:2312.03732), which keeps the step size when the rank grows.
@@ -58,7 +71,7 @@ class LoRAConfig:
         ConfigError: a value is out of range; the message names key, value and correction.
     """
 
-    rank: int = 8
+    rank: int | str = 8
     alpha: float = 16.0
     scaling: str = "alpha/r"
     dropout: float = 0.0
@@ -67,6 +80,11 @@ class LoRAConfig:
     blocks: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_rule: str = "explained-variance"
+    rank_energy: float = 0.5
+    max_rank: int = 32
+    parameter_budget: int | None = None
+    prune_to: float | None = None
     clamp_rank: bool = False
     trainable: Any = field(default_factory=lambda: ["head"])
     dora: bool = False
@@ -78,9 +96,6 @@ class LoRAConfig:
         self.target_modules = _patterns("target_modules", self.target_modules)
         self.exclude_modules = _patterns("exclude_modules", self.exclude_modules)
         self.trainable = _patterns("trainable", self.trainable)
-        for key, rank in {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}.items():
-            if not _is_int(rank) or rank < 1:
-                raise ConfigError(f"{key} must be a whole number of at least 1, got {rank!r}")
         for key, alpha in {
             "alpha": self.alpha,
             **_keyed("alpha_pattern", self.alpha_pattern),
@@ -93,9 +108,45 @@ class LoRAConfig:
             )
         _check_choice("scaling", self.scaling, SCALING_RULES)
         _check_choice("init", self.init, METHODS)
+        self._check_ranks()
         if not self.target_modules:
             raise ConfigError('target_modules is empty; "auto" lets the library choose')
         self._check_flags()
+
+    def _check_ranks(self) -> None:
+        given = {"max_rank": self.max_rank, **_keyed("rank_pattern", self.rank_pattern)}
+        if self.parameter_budget is not None:
+            given["parameter_budget"] = self.parameter_budget
+        for key, rank in given.items():
+            if not _is_int(rank) or rank < 1:
+                raise ConfigError(f"{key} must be a whole number of at least 1, got {rank!r}")
+        if self.rank != "auto" and (not _is_int(self.rank) or int(self.rank) < 1):
+            raise ConfigError(
+                f'rank must be a whole number of at least 1, got {self.rank!r}; "auto" lets the '
+                "target's data decide"
+            )
+        if self.rank != "auto" and self.parameter_budget is not None:
+            raise ConfigError(
+                f'parameter_budget is for rank="auto", which it limits; rank is {self.rank}'
+            )
+        if self.prune_to is not None:
+            self._check_pruning(self.prune_to)
+        _check_choice("rank_rule", self.rank_rule, RULES)
+        if not _is_real(self.rank_energy) or not 0 < self.rank_energy <= 1:
+            raise ConfigError(f"rank_energy must lie in (0, 1], got {self.rank_energy!r}")
+
+    def _check_pruning(self, to: float) -> None:
+        if not _is_real(to) or not 1 <= to < math.inf:
+            raise ConfigError(f"prune_to is a mean rank of at least 1, got {to!r}")
+        if self.rank != "auto" and to >= int(self.rank):
+            raise ConfigError(
+                f"prune_to={to} is no less than rank={self.rank}: begin with a larger rank"
+            )
+        if METHODS[self.init].moves:
+            raise ConfigError(
+                f"prune_to drops directions by making them zero, which those of init={self.init!r} "
+                'are not at the start: use init="zero", "orthogonal", "eva" or "activation-nmf"'
+            )
 
     def _check_flags(self) -> None:
         for key in ("dora", "freeze_a", "clamp_rank"):

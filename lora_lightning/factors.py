@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -103,6 +104,34 @@ class Factors(nn.Module):
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(self.lora_A)
             self.start_B.copy_(self.lora_B)
+
+    @property
+    def cost(self) -> int:
+        """Trained numbers for each rank: out + in·kernel, or out where A is frozen."""
+        return self.matrix[0] + (0 if self.spec.freeze_a else self.matrix[1])
+
+    @torch.no_grad()
+    def resize(self, rank: int) -> None:
+        """Make room for another rank, at the same scaling; values are void until they are set.
+
+        Parameters stay the objects they were, so that an optimizer which holds them goes on.
+        """
+        self._rows_of(lambda rows: rows.new_zeros(rank, rows.shape[1]))
+
+    @torch.no_grad()
+    def keep(self, directions: Tensor) -> None:
+        """Drop all directions but these, in this order; parameters stay the objects they were."""
+        self._rows_of(lambda rows: rows[directions.to(rows.device)].clone())
+
+    def _rows_of(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change A (r, in) and Bᵀ (r, out), and what they started from, in the same way."""
+        for tensor in (self.lora_A, self.start_A):
+            if tensor is not None:
+                tensor.data, tensor.grad = change(tensor.data), None
+        for tensor in (self.lora_B, self.start_B):
+            if tensor is not None:
+                tensor.data, tensor.grad = change(tensor.data.T).T.contiguous(), None
+        self.spec = dataclasses.replace(self.spec, rank=len(self.lora_A))
 
     def trains(self, key: str) -> bool:
         """Whether the parameter of this name is trained while the adapter is active."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning import checkpoints, layers, switching
 from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
-from lora_lightning.config import LoRAConfig
+from lora_lightning.config import NOMINAL_RANK, LoRAConfig
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
@@ -22,7 +22,8 @@ from lora_lightning.errors import (
 from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.initialize import METHODS
-from lora_lightning.patterns import Target, matches
+from lora_lightning.patterns import Target
+from lora_lightning.rank_choice import choose_ranks
 from lora_lightning.starting import Forward, start_from_data
 from lora_lightning.state import ModelState, state_of
 from lora_lightning.structure import base_parameters
@@ -52,8 +53,9 @@ def inject(
         config: A `LoRAConfig`, a mapping of its fields, or nothing.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
         freeze: Let only the factors and what `trainable` names require a gradient.
-        data: Batches of the target, for an `init` that looks at them; see `start_from_data`, as
-            for `forward` and `loss`.
+        data: Batches of the target, for ``rank="auto"`` and for an `init` that looks at them; see
+            `choose_ranks` and `start_from_data`, as for `forward` and `loss`. Where both look,
+            they are gone through twice.
         forward: From (model, batch): runs the model once.
         loss: From (model, batch) to a scalar.
         **kwargs: Fields of `LoRAConfig`, over those in `config`.
@@ -69,17 +71,24 @@ def inject(
     """
     config = LoRAConfig.make(config, **kwargs)
     needs = METHODS[config.init].needs
-    if data is None and needs != "nothing":
+    if data is None and (needs != "nothing" or config.rank == "auto"):
+        why = (
+            'rank="auto" looks at the inputs of the layers on the target'
+            if config.rank == "auto"
+            else f"init={config.init!r} starts from the target's {needs}"
+        )
         raise ConfigError(
-            f"init={config.init!r} starts from the target's {needs}: pass data=, its batches; "
-            "LoRACallback takes those that it trains on"
+            f"{why}: pass data=, its batches; LoRACallback takes those that it trains on"
         )
     before = state_of(model)
     new = before is None or name not in before.configs
     report = place(model, config, name, freeze)
-    if new and data is not None and needs != "nothing":
+    if new and data is not None:
         try:
-            start_from_data(model, data, name, forward=forward, loss=loss)
+            if config.rank == "auto":
+                report = choose_ranks(model, data, name, forward=forward)
+            if needs != "nothing":
+                start_from_data(model, data, name, forward=forward, loss=loss)
         except BaseException:
             switching.remove(model, name)
             raise
@@ -87,7 +96,7 @@ def inject(
 
 
 def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
-    """`inject`, whose start from data, where it needs some, is still to come."""
+    """`inject`, whose look at the data, where it needs one, is still to come."""
     state = check_free(model, name)
     if name in state.configs:
         if state.configs[name] == config:
@@ -138,12 +147,15 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
         rank = _last_match(config.rank_pattern, target, config.rank)
         alpha = _last_match(config.alpha_pattern, target, config.alpha)
         largest = layers.largest_rank(raw_tensor(target.module, target.tensor), target.bare)
-        if rank > largest and config.clamp_rank:
+        scaling = config.scale(NOMINAL_RANK if rank == "auto" else rank, alpha)
+        if rank == "auto":  # the most that it may get
+            rank = min(config.max_rank, largest)
+        elif rank > largest and config.clamp_rank:
             rank = largest
         elif rank > largest:
             too_large[target.path] = (rank, largest)
         specs[target.path] = FactorSpec(
-            rank, alpha, config.scale(rank, alpha), config.dropout, config.dora, config.freeze_a,
+            rank, alpha, scaling, config.dropout, config.dora, config.freeze_a,
             config.init, seed, target.path, METHODS[config.init].moves,
         )  # fmt: skip
     if too_large:
@@ -157,18 +169,14 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
 
 
 def _last_match(patterns: Mapping[str, Any], target: Target, default: Any) -> Any:
-    found = [v for p, v in patterns.items() if _hits(p, target)]
+    found = [v for p, v in patterns.items() if target.hit_by(p)]
     return found[-1] if found else default
-
-
-def _hits(pattern: str, target: Target) -> bool:
-    return matches(pattern, target.name, target.module) or matches(pattern, target.path)
 
 
 def _all_used(config: LoRAConfig, targets: list[Target]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
-            if not any(_hits(pattern, t) for t in targets):
+            if not any(t.hit_by(pattern) for t in targets):
                 raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
 
 

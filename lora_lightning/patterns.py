@@ -35,6 +35,10 @@ class Target:
         """Full dotted name of the tensor."""
         return join(self.name, self.tensor)
 
+    def hit_by(self, pattern: str) -> bool:
+        """Whether a pattern names the module or the tensor."""
+        return matches(pattern, self.name, self.module) or matches(pattern, self.path)
+
 
 def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
     """Whether a pattern of the language above matches a dotted name (and its module)."""

@@ -25,47 +25,61 @@ SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which 
 SAMPLE = 2048  # rows of each layer's input that a factorisation looks at
 
 
-class _Gatherer(Protocol):
-    """Collects what one weight's start needs."""
+class Gatherer(Protocol):
+    """Collects what one weight's start, or its rank, is taken from."""
 
-    def update(self, rows: Tensor) -> None: ...
-    def settled(self) -> bool: ...
-    def result(self) -> Tensor: ...
+    def update(self, rows: Tensor) -> None:
+        """Take note of inputs (N, in)."""
+
+    def settled(self) -> bool:
+        """Whether more of them would change nothing."""
+
+    def result(self) -> Tensor:
+        """What was collected."""
 
 
-class _Directions:
+class Directions:
+    """The leading directions of the inputs, as many as the factors have rank."""
+
     def __init__(self, factors: Factors):
         self.svd = StreamingSVD(factors.spec.rank)
 
     def update(self, rows: Tensor) -> None:
+        """Take note of inputs (N, in)."""
         self.svd.update(rows)
 
     def settled(self) -> bool:
+        """Whether the subspace turns no more."""
         return self.svd.converged(SETTLED)
 
     def result(self) -> Tensor:
+        """(r, in), orthonormal."""
         return self.svd.components
 
 
-class _Sample:
-    """Every row seen so far is in it with the same probability."""
+class Sample:
+    """Some of the inputs: every row seen so far is in it with the same probability."""
 
-    def __init__(self, factors: Factors):
+    def __init__(self, factors: Factors, size: int = SAMPLE):
+        self._size = size
         self._generator = torch.Generator().manual_seed(factors.spec.seed)
         self._rows: Tensor | None = None
         self._keys = torch.empty(0)
 
     def update(self, rows: Tensor) -> None:
+        """Take note of inputs (N, in)."""
         keys = torch.rand(len(rows), generator=self._generator)
         kept = rows if self._rows is None else torch.cat([self._rows, rows])
         keys = torch.cat([self._keys, keys])
-        chosen = keys.topk(min(SAMPLE, len(keys))).indices
+        chosen = keys.topk(min(self._size, len(keys))).indices
         self._rows, self._keys = kept[chosen.to(kept.device)].clone(), keys[chosen]
 
     def settled(self) -> bool:
+        """Never: each row counts."""
         return False
 
     def result(self) -> Tensor:
+        """(size or less, in)."""
         assert self._rows is not None
         return self._rows
 
@@ -89,9 +103,9 @@ class _Covariance:
         return self._sum / self._count
 
 
-_GATHERERS: dict[str, Callable[[Factors], _Gatherer]] = {
-    "inputs": _Directions,
-    "rows": _Sample,
+GATHERERS: dict[str, Callable[[Factors], Gatherer]] = {
+    "inputs": Directions,
+    "rows": Sample,
     "covariance": _Covariance,
 }
 
@@ -145,15 +159,15 @@ def start_from_data(
             "batch) to a scalar, on labels or pseudo-labels"
         )
     factors = named_factors(model, name)
-    shown = _shown(batches, max_batches, progress)
+    batches = shown(batches, max_batches, progress)
     with preserved(model), disabled(model):
         model.eval()
         if method.needs == "gradient":
             assert loss is not None
-            found = _gradients(model, factors, shown, loss)
+            found = _gradients(model, factors, batches, loss)
         else:
-            gather = _GATHERERS[method.needs]
-            found = _inputs(model, factors, shown, forward or call, gather)
+            made = gather_inputs(model, factors, batches, forward or call, GATHERERS[method.needs])
+            found = {path: g.result() for path, g in made.items()}
     for path, each in factors.items():
         each.reset(raw_tensor(*located(model, path)), found.get(path))
     return _tell(sorted(factors.keys() - found.keys()), state.configs[name].init)
@@ -179,14 +193,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     )
 
 
-def _inputs(
+def gather_inputs(
     model: nn.Module,
     factors: dict[str, Factors],
     batches: Iterable[Any],
     forward: Forward,
-    gather: Callable[[Factors], _Gatherer],
-) -> dict[str, Tensor]:
-    gatherers: dict[str, _Gatherer] = {}
+    gather: Callable[[Factors], Gatherer],
+) -> dict[str, Gatherer]:
+    """What was collected of the inputs of each weight that was seen, by its path."""
+    gatherers: dict[str, Gatherer] = {}
 
     def sink(path: str, rows: Tensor) -> None:
         if path not in gatherers:
@@ -199,7 +214,7 @@ def _inputs(
             forward(model, batch)
             if gatherers and all(g.settled() for g in gatherers.values()):
                 break
-    return {path: g.result() for path, g in gatherers.items()}
+    return gatherers
 
 
 def _gradients(
@@ -223,7 +238,8 @@ def _gradients(
     }
 
 
-def _shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
+def shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
+    """At most so many batches, under a progress bar if wanted; DataError where there is none."""
     limited = _limited(batches, limit)
     if not progress:
         return limited

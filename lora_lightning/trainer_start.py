@@ -1,4 +1,4 @@
-"""An adapter's start from the trainer's own training batches, before the first step."""
+"""Ranks and starting factors from the trainer's own training batches, before the first step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.rank_choice import choose_ranks, set_ranks
 from lora_lightning.starting import Forward, call, start_from_data
-from lora_lightning.state import named_factors
+from lora_lightning.state import named_factors, state_of
+from lora_lightning.summary import InjectionReport
 
 
 def start_in_trainer(
@@ -32,24 +34,67 @@ def start_in_trainer(
     Raises:
         ConfigError: the trainer has not one training loader, but several.
     """
-    batches = _loader(trainer) if data is None else data
-    forward = pl_module.predict_step if is_overridden("predict_step", pl_module) else None
-    # The order of the training that follows must not depend on this look at its data.
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _silent(pl_module):
-        moved = _Moved(batches, lambda batch: trainer.strategy.batch_to_device(batch))
+    batches = _single(trainer.train_dataloader) if data is None else data
+    with _looking(pl_module):
         start_from_data(
             backbone,
-            moved,
+            _Moved(batches, trainer.strategy.batch_to_device),
             name,
-            forward=lambda _, batch: forward(batch, 0) if forward else call(pl_module, batch),
+            forward=_forward_of(pl_module),
             loss=loss or (lambda _, batch: _training_loss(pl_module, batch)),
-            progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+            progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw a part of the data: one start for all
         for factors in named_factors(backbone, name).values():
             for tensor in factors.tensors().values():
                 tensor.data.copy_(trainer.strategy.broadcast(tensor.detach(), src=0))
+
+
+def choose_in_trainer(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: nn.Module,
+    name: str,
+    data: Iterable[Any] | None,
+) -> InjectionReport:
+    """`choose_ranks` on the trainer's own batches, before there are optimizers.
+
+    Raises:
+        ConfigError: the trainer's loader cannot be had so early, or there are several.
+    """
+    batches = _early_loader(trainer) if data is None else data
+    pl_module.to(trainer.strategy.root_device)  # where the strategy is about to move it
+    with _looking(pl_module):
+        report = choose_ranks(
+            backbone,
+            _Moved(batches, trainer.strategy.batch_to_device),
+            name,
+            forward=_forward_of(pl_module),
+            progress=_shows_progress(trainer),
+        )
+    if trainer.world_size > 1:  # each process saw other batches: one choice for all
+        state = state_of(backbone)
+        assert state is not None
+        own = {p: f.spec.rank for p, f in named_factors(backbone, name).items()}
+        report = set_ranks(backbone, state, name, trainer.strategy.broadcast(own, src=0))
+    return report
+
+
+def _forward_of(pl_module: LightningModule) -> Forward:
+    step = pl_module.predict_step if is_overridden("predict_step", pl_module) else None
+    return lambda _, batch: step(batch, 0) if step else call(pl_module, batch)
+
+
+def _shows_progress(trainer: Trainer) -> bool:
+    return trainer.progress_bar_callback is not None and trainer.is_global_zero
+
+
+@contextmanager
+def _looking(pl_module: LightningModule) -> Iterator[None]:
+    # The order of the training that follows must not depend on this look at its data.
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _silent(pl_module):
+        yield
 
 
 class _Moved:
@@ -65,8 +110,22 @@ class _Moved:
         return len(self.batches)  # type: ignore[arg-type]
 
 
-def _loader(trainer: Trainer) -> Iterable[Any]:
-    loader: Any = trainer.train_dataloader
+def _early_loader(trainer: Trainer) -> Iterable[Any]:
+    """The training loader before Lightning itself asks for it."""
+    source = trainer.fit_loop._data_source
+    try:
+        return _single(source.dataloader())
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            'rank="auto" looks at the training batches before the optimizer is made, and the '
+            f"module's train_dataloader cannot give them yet ({type(error).__name__}: {error}). "
+            "Give LoRACallback(data=…), batches of the target"
+        ) from error
+
+
+def _single(loader: Any) -> Iterable[Any]:
     if isinstance(loader, (dict, list, tuple)):
         raise ConfigError(
             "the trainer has several training loaders: give LoRACallback(data=…) the one with the "

@@ -299,3 +299,17 @@ def test_a_failing_write_leaves_no_litter(tmp_path, trained, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_adapter(trained[0], trained[1])
     assert sorted(trained[1].parent.iterdir()) == before
+
+
+def test_no_length_of_a_header_is_taken_for_a_pickle(tmp_path):
+    from lora_lightning.fileformat import FORMAT_VERSION, read, write
+
+    header = {"format_version": FORMAT_VERSION, "config": {}, "versions": {}}
+    header |= dict.fromkeys(("targets", "extras", "buffers"), [])
+    header |= {"base": {"architecture": "a", "structure": "b"}}
+    starts = set()
+    for length in range(0, 1200, 8):  # the header is padded to eights
+        path = write(tmp_path / "a.safetensors", {}, header | {"name": "n" * length})
+        starts.add(path.read_bytes()[:2])
+        assert read(path, header_only=True)[0]["name"] == "n" * length
+    assert {b"\x80\x02", b"\x80\x03", b"\x80\x04"} <= starts

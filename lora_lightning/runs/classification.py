@@ -24,6 +24,7 @@ from lora_lightning.runs.common import check_plan, make_trainer, versions
 from lora_lightning.runs.context import Context, best, classifier
 from lora_lightning.runs.methods import METHODS
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
+from lora_lightning.runs.ranked import method_of
 from lora_lightning.runs.settings import Config, DataSettings
 from lora_lightning.tasks.backbones import create_backbone
 
@@ -71,7 +72,7 @@ def _one_seed(config: Config, data: ImageDomains, seed: int, stages: Stages, res
     weights = {k: v.detach().clone().contiguous() for k, v in source.state_dict().items()}
     save_file(weights, Path(config.out) / f"{context.named('source')}.safetensors")
     for name in config.methods:
-        result.rows += METHODS[name](context)
+        result.rows += method_of(name, METHODS)(context)
     result.predictions += _predictions(context)
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lora_lightning.config import unknown_key
 from lora_lightning.errors import ConfigError
+from lora_lightning.runs.ranked import rank_of
 
 
 class RunConfig(Protocol):
@@ -58,7 +59,7 @@ def make_trainer(
 def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[str]) -> None:
     """Raise ConfigError for a method that is not known, or seeds that cannot be used."""
     for name in methods:
-        if name not in known:
+        if name not in known and (rank_of(name) is None or "lora" not in known):
             raise ConfigError(f"methods: {unknown_key(name, known).replace('key', 'method')}")
     if not seeds or not methods:
         raise ConfigError("seeds and methods must not be empty")

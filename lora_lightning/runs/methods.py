@@ -21,6 +21,7 @@ from lora_lightning.runs.context import Context
 from lora_lightning.runs.gradient_free import ALIGNED, lame_row, recentre_row
 from lora_lightning.runs.label_free import label_free
 from lora_lightning.runs.progress import Ticks
+from lora_lightning.runs.ranked import Rank, at_rank
 from lora_lightning.state import named_factors
 from lora_lightning.tasks.classification import Classifier
 
@@ -66,22 +67,24 @@ class _BatchNormStatistics(Classifier):
         return super().predict_step(batch, batch_idx)
 
 
-def lora(context: Context) -> list[Row]:
-    """Low-rank factors and the head, trained with the target's labels."""
+def lora(context: Context, rank: Rank | None = None) -> list[Row]:
+    """Low-rank factors and the head, trained with the target's labels; at another rank if given."""
     model = context.fresh()
-    name = context.named("adapter")
+    what = "" if rank is None else f"_rank_{rank}"
+    name = context.named(f"adapter{what}")
     callback = LoRACallback(
-        context.config.lora,
+        at_rank(context.config.lora, rank),
         name=name,
         batch_norm=context.config.batch_norm,
         output_dir=Path(context.config.out),
     )
-    title = "LoRA with target labels"
+    label = "LoRA, target labels" if rank is None else f"LoRA, rank {rank}"
+    title = "LoRA with target labels" if rank is None else label
     settings = context.config.train.lora
     seconds = context.fit(model, settings, context.data.target, title, [callback])
     assert callback.report_ is not None
     assert callback.adapter_path_ is not None
-    if context.first:
+    if context.first and rank is None:
         for path, factors in named_factors(model, name).items():
             values = spectrum(*factors.low_rank(), factors.spec.scaling)
             context.run.spectra[path] = values.tolist()
@@ -89,7 +92,7 @@ def lora(context: Context) -> list[Row]:
     parameters = callback.report_.trainable_parameters
     # Measured as it would be used: merged, at the speed of the source model.
     merge(model)
-    return context.measure("LoRA, target labels", model, seconds, parameters, size)
+    return context.measure(label, model, seconds, parameters, size)
 
 
 def full(context: Context) -> list[Row]:
@@ -103,7 +106,7 @@ def full(context: Context) -> list[Row]:
 
 
 # In the order of the table.
-METHODS: dict[str, Callable[[Context], list[Row]]] = {
+METHODS: dict[str, Callable[..., list[Row]]] = {
     "source_only": source_only,
     "recentre": recentre_row,
     "lame": lame_row,

@@ -25,6 +25,7 @@ from lora_lightning.results import Run, Transcript
 from lora_lightning.runs import speech_label_free
 from lora_lightning.runs.common import check_plan, make_trainer, versions
 from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
+from lora_lightning.runs.ranked import method_of
 from lora_lightning.runs.speech_context import Context
 from lora_lightning.runs.speech_domains import Domain, Recordings, recordings
 from lora_lightning.runs.speech_methods import METHODS
@@ -76,7 +77,7 @@ def _run(config: Config, given: DictConfig) -> Run:
             stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
             context = Context(config, heard, source, seed, stages, result)
             for name in config.methods:
-                result.rows += METHODS[name](context)
+                result.rows += method_of(name, METHODS)(context)
             result.transcripts += _transcripts(context)
             write_report(result, Path(config.out))
     return result

@@ -7,6 +7,7 @@ method is one more function and one more entry in `METHODS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
 from lora_lightning.decompose import spectrum
 from lora_lightning.results import Row
+from lora_lightning.runs.ranked import Rank, at_rank
 from lora_lightning.runs.speech_context import Context
 from lora_lightning.runs.speech_domains import Domain
 from lora_lightning.runs.speech_label_free import label_free, lexicon_only
@@ -34,9 +36,10 @@ def source_only(context: Context) -> list[Row]:
     return rows
 
 
-def lora(context: Context) -> list[Row]:
-    """Low-rank factors, trained with the enrolment's transcripts."""
-    return _each(context, "LoRA", _lora)
+def lora(context: Context, rank: Rank | None = None) -> list[Row]:
+    """Low-rank factors, trained with the enrolment's transcripts; at another rank if given."""
+    name = "LoRA" if rank is None else f"LoRA, rank {rank}"
+    return _each(context, name, partial(_lora, rank=rank))
 
 
 def full(context: Context) -> list[Row]:
@@ -59,11 +62,11 @@ def _each(context: Context, name: str, method: _Method) -> list[Row]:
     return rows
 
 
-def _lora(context: Context, title: str, domain: Domain, size: int) -> list[Row]:
+def _lora(context: Context, title: str, domain: Domain, size: int, rank: Rank | None) -> list[Row]:
     model = context.fresh()
     callback = LoRACallback(
-        context.config.lora,
-        name=context.named(domain, str(size)),
+        at_rank(context.config.lora, rank),
+        name=context.named(domain, str(size) if rank is None else f"{size}-rank-{rank}"),
         batch_norm=context.config.batch_norm,
         output_dir=Path(context.config.out, "adapters"),
     )
@@ -102,7 +105,7 @@ class FrozenBatchNorm(Callback):
 
 
 # In the order of the table.
-METHODS: dict[str, Callable[[Context], list[Row]]] = {
+METHODS: dict[str, Callable[..., list[Row]]] = {
     "source_only": source_only,
     "lexicon": lexicon_only,
     "label_free": label_free,

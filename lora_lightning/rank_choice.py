@@ -1,0 +1,141 @@
+"""`choose_ranks`: the rank of each layer of an adapter from target batches, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import ranks
+from lora_lightning import state as states
+from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.compression import report_anew
+from lora_lightning.config import LoRAConfig
+from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.factors import Factors
+from lora_lightning.patterns import Target
+from lora_lightning.probe import preserved
+from lora_lightning.ranks import RULES, Spectrum
+from lora_lightning.starting import (
+    Directions,
+    Forward,
+    Gatherer,
+    Sample,
+    call,
+    gather_inputs,
+    shown,
+)
+from lora_lightning.state import ModelState
+from lora_lightning.summary import InjectionReport
+from lora_lightning.switching import disabled
+
+ROWS = 512  # of each layer's inputs, where a rule needs all singular values
+
+
+def choose_ranks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None = None,
+    *,
+    forward: Forward | None = None,
+    max_batches: int = 20,
+    progress: bool = False,
+) -> InjectionReport:
+    """Give each layer of an adapter with ``rank="auto"`` its rank, from the target's inputs.
+
+    The source model sees each batch once, in eval mode, without labels; the rule and the budget
+    are the configuration's (`rank_rule`, `rank_energy`, `parameter_budget`, `max_rank`), see
+    `lora_lightning.ranks.choose`. Layers whose inputs cannot be seen (embeddings, transposed
+    convolutions, bare parameters), and those that `rank_pattern` names, keep the rank they have;
+    they count in the budget. The function stays the source's. The parameters stay the objects
+    they were, with another shape.
+
+    Args:
+        model: With the adapter on, not trained yet.
+        batches: Of the target, as for `start_from_data`.
+        name: Of the adapter; None: the active one.
+        forward: From (model, batch) to anything; runs the model once.
+        max_batches: At most so many are looked at.
+        progress: Show a progress bar on the terminal.
+
+    Returns:
+        The report, with the ranks that were chosen.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+        AdapterError: the model is merged.
+        ConfigError: its rank is not "auto", or the budget is too small.
+        DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
+    """
+    root, state, name = states.holder(model, name, "to choose ranks for")
+    config = state.configs[name]
+    if config.rank != "auto":
+        raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
+    if states.merged_layers(root):
+        raise AdapterError("the model is merged; call unmerge(model) before ranks are chosen")
+    factors = states.named_factors(root, name)
+    spectra = _spectra(root, factors, config, shown(batches, max_batches, progress), forward)
+    budget = config.parameter_budget
+    if budget is not None:
+        budget -= sum(f.cost * f.spec.rank for p, f in factors.items() if p not in spectra)
+    chosen = ranks.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
+    return set_ranks(root, state, name, chosen)
+
+
+@torch.no_grad()
+def set_ranks(
+    root: nn.Module, state: ModelState, name: str, chosen: dict[str, int]
+) -> InjectionReport:
+    """Give factors other ranks, before training; the report is brought up to date."""
+    for path, rank in chosen.items():
+        module, tensor = located(root, path)
+        factors: Factors = module.lora[name][tensor]
+        factors.resize(rank)
+        factors.reset(raw_tensor(module, tensor))
+    report_anew(state, name, states.named_factors(root, name))
+    return state.reports[name]
+
+
+def _spectra(
+    root: nn.Module,
+    factors: dict[str, Factors],
+    config: LoRAConfig,
+    batches: Iterable[Any],
+    forward: Forward | None,
+) -> dict[str, Spectrum]:
+    fixed = _fixed(root, config, factors)
+    free = {p: f for p, f in factors.items() if p not in fixed}
+    make: Callable[[Factors], Gatherer] = (
+        (lambda f: Sample(f, ROWS)) if RULES[config.rank_rule].whole else Directions
+    )
+    with preserved(root), disabled(root):
+        root.eval()
+        found = gather_inputs(root, free, batches, forward or call, make)
+    if not found and free:
+        raise DataError(
+            "no layer's inputs were seen on these batches: forward= must run the model itself"
+        )
+    return {path: _spectrum(g, free[path]) for path, g in found.items()}
+
+
+def _spectrum(gatherer: Gatherer, factors: Factors) -> Spectrum:
+    limit, cost = factors.spec.rank, factors.cost
+    if isinstance(gatherer, Directions):
+        svd = gatherer.svd
+        shape = (svd.rows, factors.matrix[1])
+        return Spectrum(svd.singular_values, svd.energy, shape, limit, cost)
+    rows: Tensor = gatherer.result()
+    return ranks.exact_spectrum(rows, limit, cost)
+
+
+def _fixed(root: nn.Module, config: LoRAConfig, factors: dict[str, Factors]) -> set[str]:
+    """The tensors whose rank `rank_pattern` names."""
+    found = set()
+    for path in factors:
+        owner, _, tensor = path.rpartition(".")
+        target = Target(owner, root.get_submodule(owner), tensor)
+        if any(target.hit_by(p) for p in config.rank_pattern):
+            found.add(path)
+    return found

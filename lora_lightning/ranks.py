@@ -1,0 +1,143 @@
+"""How many directions each layer gets: rules that look at what the layers are given on the target.
+
+`choose` is the whole of it: a rule proposes a rank for each layer from its inputs' spectrum, and a
+budget of parameters, where there is one, is dealt out among all of them. The adapter's side is in
+`lora_lightning.rank_choice`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lightning.decompose import (
+    effective_rank,
+    energy_rank,
+    explained_variance,
+    optimal_hard_threshold,
+)
+from lora_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What is known of one layer.
+
+    Attributes:
+        values: (k,), the largest singular values of its inputs (N, in), largest first.
+        energy: Sum of the squares of all of them, those left out too.
+        shape: (N, in) of the inputs.
+        limit: The largest rank it may get.
+        cost: Numbers that one more rank adds.
+    """
+
+    values: Tensor
+    energy: float
+    shape: tuple[int, int]
+    limit: int
+    cost: int
+
+    def parts(self) -> list[float]:
+        """Part of the energy along each direction, at most `limit` of them."""
+        found: list[float] = explained_variance(self.values, self.energy)[: self.limit].tolist()
+        return found
+
+
+def by_explained_variance(s: Spectrum, energy: float) -> int:
+    """The fewest directions that hold this part of the inputs' energy."""
+    return energy_rank(s.values, energy, s.energy)
+
+
+def by_hard_threshold(s: Spectrum, energy: float) -> int:
+    """The directions that stand out of noise, see `lora_lightning.decompose`."""
+    return int((s.values > optimal_hard_threshold(s.values, s.shape)).sum())
+
+
+def by_effective_rank(s: Spectrum, energy: float) -> int:
+    """The exponential of the spectrum's entropy, rounded."""
+    return round(effective_rank(s.values))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to propose a rank.
+
+    Attributes:
+        propose: From a `Spectrum` and a part of the energy to a number of directions.
+        whole: Whether it needs all singular values, not the largest alone.
+    """
+
+    propose: Callable[[Spectrum, float], int]
+    whole: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "explained-variance": Rule(by_explained_variance),
+    "hard-threshold": Rule(by_hard_threshold, whole=True),
+    "effective-rank": Rule(by_effective_rank, whole=True),
+}
+
+
+def choose(
+    spectra: Mapping[str, Spectrum],
+    rule: str = "explained-variance",
+    *,
+    energy: float = 0.5,
+    budget: int | None = None,
+) -> dict[str, int]:
+    r"""A rank for each layer, at least 1 and at most its `Spectrum.limit`.
+
+    Without a budget it is the one that the rule proposes. With one, directions are dealt out to
+    all layers together, those first that explain the most of their own layer's inputs,
+
+    .. math:: \xi_{l,i} = \sigma_{l,i}^2 / \sum_j \sigma_{l,j}^2
+
+    (Paischer et al. 2024, "EVA", arXiv:2410.07170, section 3), until no more of what the rule
+    proposes fits. What they cost together never exceeds the budget.
+
+    Args:
+        spectra: Layer → what is known of it.
+        rule: A key of `RULES`.
+        energy: The part that "explained-variance" asks for, in (0, 1].
+        budget: Numbers that the factors may hold together. None: no limit.
+
+    Raises:
+        ConfigError: the budget does not pay for one direction in each layer.
+    """
+    propose = RULES[rule].propose
+    wanted = {p: min(max(propose(s, energy), 1), s.limit) for p, s in spectra.items()}
+    return wanted if budget is None else _dealt(spectra, wanted, budget)
+
+
+def _dealt(spectra: Mapping[str, Spectrum], wanted: dict[str, int], budget: int) -> dict[str, int]:
+    left = budget - sum(s.cost for s in spectra.values())
+    if left < 0:
+        raise ConfigError(
+            f"parameter_budget={budget:,} is too small: one direction in each of these "
+            f"{len(spectra)} layers takes {budget - left:,}; raise it, or adapt fewer layers"
+        )
+    ranks = dict.fromkeys(spectra, 1)
+    parts = {p: s.parts() for p, s in spectra.items()}
+    # A layer's next direction never explains more than its last one: one entry a layer is enough.
+    queue = [(-x[1], p) for p, x in parts.items() if wanted[p] > 1 and len(x) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, path = heapq.heappop(queue)
+        if spectra[path].cost > left:
+            continue  # nor will any later one of this layer fit
+        ranks[path] += 1
+        left -= spectra[path].cost
+        if ranks[path] < min(wanted[path], len(parts[path])):
+            heapq.heappush(queue, (-parts[path][ranks[path]], path))
+    return ranks
+
+
+def exact_spectrum(rows: Tensor, limit: int, cost: int) -> Spectrum:
+    """Of a sample of inputs (N, in): all of its singular values."""
+    values = torch.linalg.svdvals(rows.double())
+    shape = (rows.shape[0], rows.shape[1])
+    return Spectrum(values, float(values.square().sum()), shape, limit, cost)

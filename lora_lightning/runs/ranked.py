@@ -1,0 +1,40 @@
+"""The row "lora" at other ranks than the recipe's: methods ``lora@8``, ``lora@auto``.
+
+They are what a sweep compares (``lora-lightning sweep NAME``). The scaling s stays the recipe's, so
+that a step of the same size is taken at every rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from lora_lightning.config import NOMINAL_RANK, LoRAConfig
+
+_AT = re.compile(r"lora@(\d+|auto)")
+Rank = int | str
+
+
+def rank_of(method: str) -> Rank | None:
+    """8 of "lora@8", "auto" of "lora@auto", nothing of another method."""
+    found = _AT.fullmatch(method)
+    if found is None:
+        return None
+    return found[1] if found[1] == "auto" else int(found[1])
+
+
+def method_of(name: str, methods: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The method of this name; ``lora@8`` is ``lora`` at rank 8."""
+    rank = rank_of(name)
+    return methods[name] if rank is None else partial(methods["lora"], rank=rank)
+
+
+def at_rank(lora: LoRAConfig, rank: Rank | None) -> LoRAConfig:
+    """The same adapter at this rank, where layers allow it, at the same scaling."""
+    if rank is None:
+        return lora
+    now, wanted = (NOMINAL_RANK if r == "auto" else int(r) for r in (lora.rank, rank))
+    alpha = lora.alpha * lora.scale(now, 1.0) / lora.scale(wanted, 1.0)
+    return LoRAConfig.make(lora, rank=rank, alpha=alpha, clamp_rank=True)
