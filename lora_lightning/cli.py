@@ -20,12 +20,16 @@ from lora_lightning.errors import AdapterFileError, ConfigError, LoRALightningEr
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_lightning.results import Run
+
+RANKS = (1, 2, 4, 8, 16, 32, "auto")
 EXAMPLES = """\
 examples:
   lora-lightning run lighting
   lora-lightning run lighting --help           every setting, with its default
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
+  lora-lightning sweep lighting --ranks 1 2 4 8 auto
   lora-lightning adapt-speaker --model spoken --enroll alice/ --out alice.safetensors
   lora-lightning transcribe --model spoken --adapter alice.safetensors message.wav
 """
@@ -78,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
     run.set_defaults(command=_run, parser=run)
 
+    sweep = commands.add_parser("sweep", help="compare ranks: a recipe's adapter at each of them")
+    sweep.add_argument("name", metavar="NAME", help="a recipe's name, folder or file")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
+    sweep.add_argument(
+        "--ranks", nargs="+", type=_rank, default=[*RANKS], metavar="RANK",
+        help=f"whole numbers, and auto; default: {' '.join(map(str, RANKS))}",
+    )  # fmt: skip
+    sweep.set_defaults(command=_sweep)
+
     commands.add_parser("list", help="list the recipes").set_defaults(command=_list)
 
     copy = commands.add_parser("copy", help="copy a recipe's files, to edit them")
@@ -110,14 +123,29 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.help or arguments.name is None:
         return _help(arguments)
     from lora_lightning.recipe import run_recipe
+
+    _show(run_recipe(arguments.name, arguments.overrides))
+    return None
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from lora_lightning.recipe import sweep_recipe
+
+    _show(sweep_recipe(arguments.name, arguments.ranks, arguments.overrides))
+
+
+def _rank(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _show(result: Run) -> None:
+    """The table of a run, and where the rest lies."""
     from lora_lightning.report import print_table
 
-    result = run_recipe(arguments.name, arguments.overrides)
     console = _console()
     print_table(result, console)
     out = Path(str(result.config["out"]))
     console.print(f"\nopen {out / 'report.html'}; all results are in {out}/", soft_wrap=True)
-    return None
 
 
 def _help(arguments: argparse.Namespace) -> None:

@@ -147,6 +147,27 @@ def run_recipe(
     return result
 
 
+def sweep_recipe(
+    name: str | Path, ranks: Sequence[int | str], overrides: Sequence[str] = ()
+) -> Run:
+    """Run a recipe's adapter with labels at several ranks; the plot ``ranks.png`` compares them.
+
+    Args:
+        name: See `run_recipe`.
+        ranks: Whole numbers, and ``"auto"``.
+        overrides: See `run_recipe`; but for the methods, which are the source model and the adapter
+            at each rank.
+
+    Raises:
+        ConfigError: a rank that is none, or a recipe without an adapter on labels.
+    """
+    for rank in ranks:
+        if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise ConfigError(f'ranks are whole numbers of at least 1, or "auto"; got {rank!r}')
+    methods = ",".join(["source_only", *(f"lora@{rank}" for rank in ranks)])
+    return run_recipe(name, [*overrides, f"methods=[{methods}]"])
+
+
 def settings(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     """Dotted key → value of every setting."""
     found: dict[str, Any] = {}

@@ -19,6 +19,8 @@ from lora_lightning.wording import si
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
 HELD_OUT = "held-out"
+# A row of a sweep over ranks, see `lora_lightning.runs.ranked`.
+RANKED = re.compile(r"LoRA, rank (?P<rank>\d+|auto), (?P<labels>.*target labels)")
 LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE"))
 
 

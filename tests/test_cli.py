@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, how it fails."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import inject, merge, save_adapter
+from lora_lightning import inject, merge, read_header, save_adapter
 from lora_lightning.cli import main
 from tests.conftest import randomise
 from tests.miniature import TINY, photos
@@ -36,6 +37,27 @@ def test_run_prints_the_table_and_where_the_results_are(tmp_path, capsys, monkey
     assert "training the source model" in err
     assert "Trainer" not in out + err  # none of Lightning's own chatter
     assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
+
+
+def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    root = photos(tmp_path / "photos")
+    own = [f"data.root={root}", "data.source=day", f"out={tmp_path / 'out'}", "lora.rank=2"]
+    assert main(["sweep", "lighting", *TINY, *own, "--ranks", "1", "64", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "LoRA, rank 64" in out
+    assert (tmp_path / "out/plots/ranks.png").is_file()
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    size = {row["method"].split(",")[1].strip(): row["trainable_parameters"] for row in rows[1:]}
+    assert size["rank 1"] < size["rank auto"] < size["rank 64"]
+    targets = read_header(tmp_path / "out/adapter_rank_64.safetensors")["targets"]
+    assert {t["scaling"] for t in targets} == {4.0}  # the recipe's, of alpha 8 at rank 2
+    assert max(t["rank"] for t in targets) == 64 > min(t["rank"] for t in targets)
+    assert main(["sweep", "lighting", *own, "--ranks", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", "lighting", *own, "--ranks", "some"])
+    assert "invalid" in capsys.readouterr().err
 
 
 def test_help_of_a_recipe_lists_every_setting(capsys, monkeypatch):

@@ -305,7 +305,7 @@ def test_no_length_of_a_header_is_taken_for_a_pickle(tmp_path):
     from lora_lightning.fileformat import FORMAT_VERSION, read, write
 
     header = {"format_version": FORMAT_VERSION, "config": {}, "versions": {}}
-    header |= dict.fromkeys(("targets", "extras", "buffers"), [])
+    header |= {key: [] for key in ("targets", "extras", "buffers")}
     header |= {"base": {"architecture": "a", "structure": "b"}}
     starts = set()
     for length in range(0, 1200, 8):  # the header is padded to eights

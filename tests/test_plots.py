@@ -15,7 +15,7 @@ from lora_lightning.plots.domains import _apart
 from lora_lightning.plots.items import MOST_LABELS, _confusion, sample
 from lora_lightning.plots.spectra import _without_common_prefix
 from lora_lightning.results import Prediction
-from tests.report_runs import make_run, three_seeds
+from tests.report_runs import make_run, row, three_seeds
 
 
 def test_many_classes_are_thinned(tmp_path: Path) -> None:
@@ -92,3 +92,28 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     plots.draw(make_run(tmp_path, three_seeds(), predictions=[]))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_ranks_are_drawn_by_size_and_the_chosen_one_apart(tmp_path: Path) -> None:
+    sizes = {"1": 10_000, "4": 40_000, "16": 160_000, "auto": 25_000}
+    rows = [row("source only", d, s, 0.7) for d in ("source", "dim-1", "dim-2") for s in (0, 1)]
+    for i, (rank, size) in enumerate(sizes.items()):
+        method = f"LoRA, rank {rank}, target labels"
+        rows += [
+            row(method, d, s, 0.9 + i / 100 + s / 50, trainable_parameters=size)
+            for d in ("source", "dim-1", "dim-2")
+            for s in (0, 1)
+        ]
+    run = make_run(tmp_path, rows, predictions=[], spectra={})
+    drawn = [plot.name for plot in plots.draw(run)]
+    assert "ranks" in drawn
+    figure, caption = plots.rank_plot(run) or pytest.fail("no plot")
+    axes = figure.axes[0]
+    fixed, chosen = axes.containers
+    assert [list(map(float, c[0].get_xdata())) for c in (fixed, chosen)] == [
+        [1e4, 4e4, 16e4],
+        [25e3],
+    ]
+    assert list(fixed[0].get_ydata()) == pytest.approx([91, 92, 93])
+    assert "higher is better" in caption
+    assert plots.rank_plot(make_run(tmp_path, three_seeds())) is None

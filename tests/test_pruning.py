@@ -1,4 +1,4 @@
-"""Ranks that fall in training: they really do, what stays is what matters, BA is never disturbed."""
+"""Ranks that fall in training: they really do, what matters stays, BA is never disturbed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks from the data: what the rules propose, how a budget is dealt out, what the model becomes."""
+"""Ranks from the data: what rules propose, how a budget is dealt out, what comes of it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_budget_is_kept_and_used_up(layers, spare, energy):
 def test_a_budget_goes_where_it_explains_most():
     known = {"flat": spectrum([2.0, 2.0, 2.0, 2.0]), "steep": spectrum([9.0, 1.0, 0.1, 0.1])}
     assert choose(known, energy=1.0, budget=40) == {"flat": 3, "steep": 1}
-    with pytest.raises(ConfigError, match="parameter_budget=19 is too small.* takes 20"):
+    with pytest.raises(ConfigError, match=r"parameter_budget=19 is too small.* takes 20"):
         choose(known, budget=19)
 
 
@@ -164,7 +164,7 @@ def ZOO_STATE(model: nn.Module):
 
 def test_what_cannot_be_chosen_is_said():
     model = tiny_vit()
-    with pytest.raises(ConfigError, match='rank="auto" looks at the inputs.*pass data='):
+    with pytest.raises(ConfigError, match=r'rank="auto" looks at the inputs.*pass data='):
         inject(model, rank="auto")
     inject(model, rank=4)
     with pytest.raises(ConfigError, match='rank=4; only rank="auto" is chosen'):

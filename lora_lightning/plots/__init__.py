@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from lora_lightning.plots.domains import domain_plot
 from lora_lightning.plots.items import confusion_plot, sample_plot
+from lora_lightning.plots.ranks import rank_plot
 from lora_lightning.plots.rounds import rounds_plot
 from lora_lightning.plots.spectra import spectrum_plot
 from lora_lightning.plots.speech import enrolment_plot, spectrogram_plot, target_plot
@@ -28,6 +29,7 @@ _STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
 Drawing = tuple[Figure, str]
 PLOTS: dict[str, tuple[str, Callable[[Run], Drawing | None]]] = {
     "accuracy": ("How good is each method, and where?", domain_plot),
+    "ranks": ("Which rank?", rank_plot),
     "enrolment": ("How much labelled speech does it take?", enrolment_plot),
     "targets": ("Who gains, and how much?", target_plot),
     "spectrograms": ("What does it look like?", spectrogram_plot),

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lightning.plots.style import colour, look
-from lora_lightning.results import Run, Summary, severity
+from lora_lightning.results import RANKED, Run, Summary, severity
 from lora_lightning.wording import shorten
 
 MOST_DOMAINS = 40
@@ -19,6 +19,8 @@ MOST_DOMAINS = 40
 def domain_plot(run: Run) -> tuple[Figure, str] | None:
     """The metric by severity, one panel a kind of shift; by domain where none is graded."""
     summary = Summary(run)
+    # A sweep's many ranks have a plot of their own (plots/ranks.py).
+    summary.methods = [m for m in summary.methods if not RANKED.fullmatch(m)]
     # Error rates have plots of their own (plots/speech.py).
     if not summary.methods or not summary.targets or summary.lower:
         return None

@@ -78,7 +78,7 @@ def lora(context: Context, rank: Rank | None = None) -> list[Row]:
         batch_norm=context.config.batch_norm,
         output_dir=Path(context.config.out),
     )
-    label = "LoRA, target labels" if rank is None else f"LoRA, rank {rank}"
+    label = "LoRA, target labels" if rank is None else f"LoRA, rank {rank}, target labels"
     title = "LoRA with target labels" if rank is None else label
     settings = context.config.train.lora
     seconds = context.fit(model, settings, context.data.target, title, [callback])

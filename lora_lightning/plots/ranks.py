@@ -1,0 +1,64 @@
+"""The metric against the size of the adapter: fixed ranks, and those that the data chose."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_lightning.plots.style import INK, QUIET, colour, look
+from lora_lightning.results import RANKED, Run, Summary
+
+
+def rank_plot(run: Run) -> tuple[Figure, str] | None:
+    """Fixed ranks as a line, the chosen ones as a star; where several ranks were compared."""
+    summary = Summary(run)
+    found = [(m, match) for m in summary.methods if (match := RANKED.fullmatch(m))]
+    if len(found) < 2 or not summary.targets:
+        return None
+    groups = list(dict.fromkeys(match["labels"] for _, match in found))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for i, group in enumerate(groups):
+        at = {match["rank"]: m for m, match in found if match["labels"] == group}
+        _one(axes, summary, at, i + 1, group)
+    if before := summary.before():
+        mean = 100 * summary.target(before).mean
+        axes.axhline(mean, color=QUIET, linestyle="--", linewidth=1)
+        axes.annotate(
+            before, (1, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            fontsize=8.5, color=QUIET,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel(f"{run.metric} on the target (%)")
+    axes.grid(visible=True, axis="y")
+    axes.legend(frameon=False, loc="best", fontsize=8.5)
+    better = "lower" if summary.lower else "higher"
+    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
+    return figure, (
+        f"The numbers are ranks, the same in every layer that allows it; {better} is better. The "
+        f"star is rank=auto, where the target's data chose the rank of each layer.{spread}"
+    )
+
+
+def _one(axes: Axes, summary: Summary, at: dict[str, str], i: int, labels: str) -> None:
+    fixed = sorted((r for r in at if r != "auto"), key=int)
+    cells = [summary.target(at[r]) for r in fixed]
+    x = np.array([summary.parameters(at[r]) for r in fixed])
+    y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+    axes.errorbar(
+        x, y, np.nan_to_num(error), label=f"fixed rank, {labels}", elinewidth=1, **look(i)
+    )
+    for rank, place, height in zip(fixed, x, y, strict=True):
+        axes.annotate(
+            rank, (place, height), (0, 6), textcoords="offset points", ha="center",
+            fontsize=8.5, color=colour(i),
+        )  # fmt: skip
+    if "auto" in at:
+        chosen = summary.target(at["auto"])
+        axes.errorbar(
+            [summary.parameters(at["auto"])], [100 * chosen.mean],
+            np.nan_to_num([100 * chosen.sd]), linestyle="", elinewidth=1, marker="*",
+            markersize=13, color=colour(i), markeredgecolor=INK, label=f"rank=auto, {labels}",
+        )  # fmt: skip
