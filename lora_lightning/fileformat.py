@@ -93,8 +93,9 @@ def _explained(path: Path) -> Iterator[None]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise AdapterFileError(f"{path} {what}; expected an adapter file (.safetensors)")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith(_PICKLES):
+        start = file.read(9)
+    # safetensors begins with the length of its header, which may look like a pickle's first bytes.
+    if start.startswith(_PICKLES) and start[4:] != b"\0\0\0\0{":
         raise AdapterFileError(
             f"{path} is a pickle (torch.save), whatever its name says. It was not opened, because "
             "a pickle can run code; ask for a file written by save_adapter"

@@ -245,6 +245,17 @@ def test_pickle_in_disguise(tmp_path, base):
         load_adapter(base, path)
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_looks_like_a_pickle(trained, base, protocol):
+    """Its first bytes are a number, which may be any."""
+    rewrite(trained[1], lambda t, h: h.update(note=""))
+    size = int.from_bytes(trained[1].read_bytes()[:8], "little")
+    wanted = next(n for n in range(size, 2**20) if n % 2**16 == 128 + 256 * protocol)
+    rewrite(trained[1], lambda t, h: h.update(note="x" * (wanted - size)))
+    assert trained[1].read_bytes().startswith(bytes([128, protocol]))
+    load_adapter(copy.deepcopy(base), trained[1])
+
+
 def test_a_base_checkpoint_is_no_adapter(tmp_path, base):
     path = tmp_path / "base.safetensors"
     save_file(base.state_dict(), str(path))

@@ -28,7 +28,7 @@ LAYERS = (
     "nmf streaming",
     "initialize",
     "config factors guard patterns",
-    "layers",
+    "layers xs",
     "adapter",
     # What is done with it.
     "merging probe structure",
