@@ -19,7 +19,7 @@ from lora_lightning.errors import TargetError
 from lora_lightning.factors import Factors, matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
-AGREEMENT = 1e-2  # by which `Basis.probe` may differ: bfloat16 rounds, another basis is far off
+AGREEMENT = 3e-2  # by which `Basis.probe` may differ: moved to bfloat16 it does; others are far off
 
 
 class Basis(nn.Module):
