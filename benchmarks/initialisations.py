@@ -9,7 +9,7 @@ the means over lights and seeds, with the spread over seeds, the trained numbers
 adapter's file. "xs" is LoRA-XS, a core between frozen singular vectors; it takes a rank and a
 learning rate of its own:
 
-    python benchmarks/initialisations.py --inits xs --rank 16 --learning-rate 0.03
+    python benchmarks/initialisations.py --inits xs --rank 16 --learning-rate 0.0015
 """
 
 from __future__ import annotations

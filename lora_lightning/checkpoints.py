@@ -131,11 +131,10 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
     for path, factors in all_factors(module):
         if factors.matrices()[0].is_meta:
             _materialise(path, factors, module)
-        weight = _weight(module, path)
         if state.loads_base:
-            factors.follow(weight)
+            factors.follow(_weight(module, path))
         if state.loads_source:
-            factors.rebase(weight)
+            factors.rebase(_weight(module, path))
     states.snapshot(module, state, renew=state.loads_source)
     state.loads_source, state.loads_base = set(), False
     state.fingerprint = fingerprint(module, states.all_extras(module, state))

@@ -27,8 +27,8 @@ class Basis(nn.Module):
 
     .. math:: W \approx U_r S_r V_r^T, \qquad B = U_r S_r, \quad A = V_r^T
 
-    In float64 on the CPU whatever the weight's device and precision, so that every machine finds
-    the same vectors, also where singular values lie close together; signs as in
+    In float64 on the CPU whatever the weight's device and precision, so that machines agree also
+    where singular values lie close together (not where they are equal); signs as in
     `lora_lightning.decompose.truncated_svd`. A direction whose singular value is zero is left out
     (zeros in A and B). Neither buffer is part of a state dict.
 
