@@ -5,7 +5,11 @@
 The source network of `do_no_harm.py`, its BatchNorm statistics those of the light, is adapted with
 labels to four lights (300 pictures each), with every initialisation and the same settings
 otherwise; after each epoch it is measured on the light's held-out pictures. Writes a CSV and prints
-the means over lights and seeds, with the spread over seeds.
+the means over lights and seeds, with the spread over seeds, the trained numbers and the size of the
+adapter's file. "xs" is LoRA-XS, a core between frozen singular vectors; it takes a rank and a
+learning rate of its own:
+
+    python benchmarks/initialisations.py --inits xs --rank 16 --learning-rate 0.0015
 """
 
 from __future__ import annotations
@@ -35,7 +39,10 @@ from lora_lightning.runs.progress import quiet_lightning
 from lora_lightning.tasks.classification import Classifier
 
 TARGETS = ("coloured-2", "dim-2", "low-3", "side-3")
-FIELDS = ("init", "target", "seed", "epoch", "accuracy", "seconds")
+XS = "xs"
+FIELDS = (
+    "init", "rank", "target", "seed", "epoch", "accuracy", "seconds", "parameters", "bytes",
+)  # fmt: skip
 
 
 class ByEpoch(Callback):
@@ -65,8 +72,10 @@ class ByEpoch(Callback):
         self._since = time.perf_counter()
 
 
-def course(source: Any, data: Data, target: str, init: str, seed: int, given: Any) -> ByEpoch:
-    """One training."""
+def course(
+    source: Any, data: Data, target: str, init: str, seed: int, given: Any
+) -> list[dict[str, Any]]:
+    """One training, a row for each epoch."""
     seed_everything(seed, verbose=False)
     d = data.domains
     pictures, classes = data.get(target, "test")
@@ -79,7 +88,8 @@ def course(source: Any, data: Data, target: str, init: str, seed: int, given: An
     train = DataLoader(items, 32, shuffle=True)
     adapter = LoRACallback(
         rank=given.rank, alpha=2.0 * given.rank, target_modules="all", exclude_modules=["fc"],
-        trainable=[], init=init, output_dir=given.out, log_spectrum=False,
+        trainable=[], init="zero" if init == XS else init, xs=init == XS, clamp_rank=True,
+        output_dir=given.out, log_spectrum=False,
     )  # fmt: skip
     with quiet_lightning():
         trainer = Trainer(
@@ -88,13 +98,25 @@ def course(source: Any, data: Data, target: str, init: str, seed: int, given: An
         )  # fmt: skip
         module = Classifier(model.train(), learning_rate=given.learning_rate)
         trainer.fit(module, train)
-    return looks
+    assert adapter.report_ is not None
+    assert adapter.adapter_path_ is not None
+    size = {
+        "parameters": adapter.report_.factor_parameters,
+        "bytes": adapter.adapter_path_.stat().st_size,
+    }
+    pairs = zip(looks.accuracies, looks.seconds, strict=True)
+    return [
+        {"init": init, "rank": given.rank, "target": target, "seed": seed, "epoch": epoch,
+         "accuracy": accuracy, "seconds": seconds, **size}
+        for epoch, (accuracy, seconds) in enumerate(pairs)
+    ]  # fmt: skip
 
 
 def tell(rows: Sequence[dict[str, Any]], inits: Sequence[str], epochs: int) -> None:
     """A line for each initialisation: the mean accuracy by epoch, and the last one's spread."""
     seeds = sorted({r["seed"] for r in rows})
-    print("init            " + "".join(f"{e:>7}" for e in range(epochs + 1)) + "   sd  seconds")
+    print("init            " + "".join(f"{e:>7}" for e in range(epochs + 1)) + "   sd  seconds"
+          "  trained    bytes")  # fmt: skip
     for init in inits:
         of = [r for r in rows if r["init"] == init]
         by = [fmean(r["accuracy"] for r in of if r["epoch"] == e) for e in range(epochs + 1)]
@@ -102,7 +124,8 @@ def tell(rows: Sequence[dict[str, Any]], inits: Sequence[str], epochs: int) -> N
         means = [fmean(r["accuracy"] for r in last if r["seed"] == s) for s in seeds]
         spread = stdev(means) if len(means) > 1 else float("nan")
         seconds = fmean(r["seconds"] for r in last)
-        print(f"{init:<16}" + "".join(f"{a:7.1f}" for a in by) + f"{spread:5.1f}{seconds:9.1f}")
+        print(f"{init:<16}" + "".join(f"{a:7.1f}" for a in by) + f"{spread:5.1f}{seconds:9.1f}"
+              f"{of[0]['parameters']:9}{of[0]['bytes']:9}")  # fmt: skip
 
 
 def main() -> None:
@@ -112,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/initialisations"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--inits", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--inits", nargs="+", default=list(METHODS), choices=[*METHODS, XS])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rank", type=int, default=4)
@@ -129,13 +152,7 @@ def main() -> None:
         for seed in given.seeds:
             for target in given.targets:
                 for init in given.inits:
-                    looks = course(source, data, target, init, seed, given)
-                    pairs = zip(looks.accuracies, looks.seconds, strict=True)
-                    rows += [
-                        {"init": init, "target": target, "seed": seed, "epoch": epoch,
-                         "accuracy": accuracy, "seconds": seconds}
-                        for epoch, (accuracy, seconds) in enumerate(pairs)
-                    ]  # fmt: skip
+                    rows += course(source, data, target, init, seed, given)
                     table.writerows(rows[-given.epochs - 1 :])
                     file.flush()
     tell(rows, given.inits, given.epochs)

@@ -16,7 +16,7 @@ product can be kept in factors, `lora_lightning.layers` adds a cheaper ``forward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.guard import EffectiveWeight
 from lora_lightning.layers import overrides
+from lora_lightning.xs import Basis, XSFactors, basis_of
 
 
 class _Uncompilable(Sequence[str]):
@@ -135,8 +136,17 @@ def located(model: nn.Module, path: str) -> tuple[Any, str]:
     return model.get_submodule(owner), tensor
 
 
-def adapt(module: nn.Module, name: str, specs: dict[str, FactorSpec], bare: bool = False) -> None:
-    """Put factors called `name` on these tensors of a live module, in place."""
+def adapt(
+    module: nn.Module,
+    name: str,
+    specs: dict[str, FactorSpec],
+    bare: bool = False,
+    bases: Mapping[str, Basis | None] | None = None,
+) -> None:
+    """Put factors called `name` on these tensors of a live module, in place.
+
+    `bases` are LoRA-XS's, by tensor, for a caller who has them already.
+    """
     if not isinstance(module, AdaptedModule):
         if hasattr(module, "lora"):
             raise AdapterError(f"{type(module).__name__} already has an attribute 'lora'")
@@ -150,7 +160,11 @@ def adapt(module: nn.Module, name: str, specs: dict[str, FactorSpec], bare: bool
     for tensor, spec in specs.items():
         parametrized.recompute(module, tensor)
         weight = raw_tensor(module, tensor)
-        factors[tensor] = Factors(weight, matrix_shape(tuple(weight.shape), bare), spec)
+        made = XSFactors if spec.xs else Factors
+        factors[tensor] = made(weight, matrix_shape(tuple(weight.shape), bare), spec)
+        if spec.xs:
+            known = (bases or {}).get(tensor)
+            factors[tensor].basis = known or basis_of(module, tensor, weight, spec.rank, bare)
     factors.train(module.training)
     live.lora[name] = factors
     live.__class__ = adapted_class(base, tensors)

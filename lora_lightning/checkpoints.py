@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning import parametrized
 from lora_lightning import state as states
 from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.compression import report_anew
@@ -75,20 +76,21 @@ def _complete(
     any_factor = any(_FACTOR_KEY.search(k) for k in given)
     state.loads_source = set() if any_factor else given & base.keys()
     _take_ranks(module, state, {k: state_dict[prefix + k] for k in factors})
+    whole = states.all_extras(module, state)
+    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter)} - whole
+    state.loads_base = bool(given & frozen)
     if strict:
         _check(module, state_dict, prefix, given, own)
     if not factors:
         state_dict.update({f"{prefix}{k}": p.detach() for k, p in own.items()})
         return
-    whole = states.all_extras(module, state)
     if whole and len(state.configs) > 1:
         warnings.warn(
             "a state dict holds the head and statistics of the active adapter only; with several "
             "adapters, keep each in a file of its own (save_adapter)",
             stacklevel=2,
         )
-    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter)} - whole
-    if not given & frozen:
+    if not state.loads_base:
         fill = {n: t for n, t in base.items() if n not in given and n not in whole}
         state_dict.update({f"{prefix}{n}": t.detach() for n, t in fill.items()})
 
@@ -143,13 +145,21 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
     if state is None:
         return
     for path, factors in all_factors(module):
-        if factors.lora_A.is_meta:
+        if factors.matrices()[0].is_meta:
             _materialise(path, factors, module)
+        if state.loads_base:
+            factors.follow(_weight(module, path))
         if state.loads_source:
-            factors.rebase(raw_tensor(*located(module, path)))
+            factors.rebase(_weight(module, path))
     states.snapshot(module, state, renew=state.loads_source)
-    state.loads_source = set()
+    state.loads_source, state.loads_base = set(), False
     state.fingerprint = fingerprint(module, states.all_extras(module, state))
+
+
+def _weight(module: nn.Module, path: str) -> Any:
+    owner, tensor = located(module, path)
+    parametrized.recompute(owner, tensor)
+    return raw_tensor(owner, tensor)
 
 
 def _materialise(path: str, factors: Factors, module: nn.Module) -> None:

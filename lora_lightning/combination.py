@@ -40,7 +40,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
         owner, _, tensor = path.rpartition(".")
         rows.append(_place(model.get_submodule(owner), name, tensor, parts, owner))
     first = next(iter(weights))
-    config = LoRAConfig.make(state.configs[first])
+    config = LoRAConfig.make(state.configs[first], xs=False)  # a stack is a plain product
     config.trainable = sorted({p for n in weights for p in state.configs[n].trainable})
     total = state.reports[first].total_parameters
     report = InjectionReport(name, tuple(rows), {n: v.numel() for n, v in values.items()}, total)

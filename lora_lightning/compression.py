@@ -111,15 +111,16 @@ def _compress_one(
 
 def _smaller(weight: Tensor, factors: Factors, svd: SVD, rank: int) -> Factors:
     """Factors of this rank with the leading part of the product."""
-    spec = dataclasses.replace(factors.spec, rank=rank, offset=False, init="zero")
+    spec = dataclasses.replace(factors.spec, rank=rank, offset=False, init="zero", xs=False)
     small = Factors(weight, factors.matrix, spec)
     lora_B, lora_A = SVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank]).halves()
     small.lora_A.copy_(lora_A)
     small.lora_B.copy_(lora_B)
     if small.magnitude is not None and factors.magnitude is not None:
         small.magnitude.copy_(factors.magnitude)
+    on = any(p.requires_grad for p in factors.parameters())
     for key, parameter in small.named_parameters():
-        parameter.requires_grad_(factors.get_parameter(key).requires_grad)
+        parameter.requires_grad_(on and small.trains(key))
     return small.train(factors.training)
 
 

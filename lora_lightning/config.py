@@ -60,6 +60,9 @@ class LoRAConfig:
             "DoRA", arXiv:2402.09353).
         freeze_a: Train B only, with A fixed at random (Zhang et al. 2023, "LoRA-FA",
             arXiv:2308.03303).
+        xs: Train a core R (r, r) alone, between frozen singular vectors of the weight (Bałazy et
+            al. 2024, "LoRA-XS", arXiv:2405.17604): a file of about r² numbers a layer. Ranks may
+            be larger then. Not together with `freeze_a` or another `init`.
         init: The starting factors: ``"zero"``, ``"orthogonal"``; from the weight ``"pissa"``,
             ``"milora"``, ``"olora"``; from the target's inputs ``"eva"``, ``"activation-nmf"``,
             ``"corda"``; from its labels or pseudo-labels ``"lora-ga"``. See
@@ -89,6 +92,7 @@ class LoRAConfig:
     trainable: Any = field(default_factory=lambda: ["head"])
     dora: bool = False
     freeze_a: bool = False
+    xs: bool = False
     init: str = "zero"
     seed: int | None = None
 
@@ -149,11 +153,12 @@ class LoRAConfig:
             )
 
     def _check_flags(self) -> None:
-        for key in ("dora", "freeze_a", "clamp_rank"):
+        for key in ("dora", "freeze_a", "xs", "clamp_rank"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} must be true or false, got {getattr(self, key)!r}")
         if self.seed is not None and (not _is_int(self.seed) or self.seed < 0):
             raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        self._check_xs()
         if self.blocks is None:
             return
         if isinstance(self.blocks, (str, Mapping)) or not isinstance(self.blocks, Iterable):
@@ -161,6 +166,23 @@ class LoRAConfig:
         self.blocks = list(self.blocks)
         if not self.blocks or not all(_is_int(index) for index in self.blocks):
             raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
+
+    def _check_xs(self) -> None:
+        if self.xs and self.freeze_a:
+            raise ConfigError(
+                "xs=True freezes both factors and trains a core between them; freeze_a=True would "
+                "train B. Choose one"
+            )
+        if self.xs and (self.rank == "auto" or self.prune_to is not None):
+            raise ConfigError(
+                "xs=True trains r × r numbers a layer, whose rank is neither chosen nor pruned: give "
+                "a whole number as rank and leave prune_to out"
+            )
+        if self.xs and self.init != "zero":
+            raise ConfigError(
+                f"xs=True takes its frozen factors from the weight and starts its core at zero, "
+                f"so init={self.init!r} has nothing to set; leave init out"
+            )
 
     def scale(self, rank: int, alpha: float) -> float:
         """The scaling s of a layer with this rank and alpha."""

@@ -101,11 +101,12 @@ def truncated_svd(
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    signs = _signs(u)
-    return SVD(u * signs, s, vh * signs[:, None])
+    sign = signs(u)
+    return SVD(u * sign, s, vh * sign[:, None])
 
 
-def _signs(u: Tensor) -> Tensor:
+def signs(u: Tensor) -> Tensor:
+    """1 or -1 for each column: what makes its largest entry positive."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
 

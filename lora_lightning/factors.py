@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_lightning.initialize import METHODS, Setting
 
-# What factors may hold; the starts where the product began away from zero, DoRA's magnitude.
-TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "magnitude")
+# What factors may hold; the starts where the product began away from zero, LoRA-XS's core, DoRA's
+# magnitude.
+TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "core", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class FactorSpec:
     seed: int = 0
     key: str = ""  # the tensor's full name: each tensor draws other numbers from one seed
     offset: bool = False  # the start's product is kept aside and subtracted
+    xs: bool = False  # a core between frozen factors, see `lora_lightning.xs`
+
+    def trained(self, rows: int, columns: int) -> int:
+        """How many numbers train on a matrix of this size."""
+        plain = self.rank * (rows if self.freeze_a else rows + columns)
+        return (self.rank**2 if self.xs else plain) + (rows if self.dora else 0)
 
 
 def matrix_shape(shape: tuple[int, ...], bare: bool = False) -> tuple[int, int]:
@@ -61,21 +68,30 @@ class Factors(nn.Module):
 
     def __init__(self, weight: Tensor, matrix: tuple[int, int], spec: FactorSpec):
         super().__init__()
-        rows, columns = matrix
         self.spec = spec
         self.matrix = matrix
-        self.lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
-        self.lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
         self.start_A: Tensor | None
         self.start_B: Tensor | None
-        for name, parameter in (("start_A", self.lora_A), ("start_B", self.lora_B)):
-            start = torch.zeros_like(parameter, requires_grad=False) if spec.offset else None
-            self.register_buffer(name, start)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self._allocate(weight)
         self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
         if spec.dora:
             self.magnitude = nn.Parameter(self._row_norm(weight.detach()))
         self.reset(weight)
+
+    def _allocate(self, weight: Tensor) -> None:
+        (rows, columns), spec = self.matrix, self.spec
+        self.lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
+        self.lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        if spec.offset:
+            self.start_A = torch.zeros_like(self.lora_A, requires_grad=False)
+            self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
+
+    def matrices(self) -> tuple[nn.Parameter, ...]:
+        """The parameters whose product ΔW is, whether they train or not."""
+        return self.lora_A, self.lora_B
 
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
@@ -108,7 +124,7 @@ class Factors(nn.Module):
     @property
     def cost(self) -> int:
         """Trained numbers for each rank: out + in·kernel, or out where A is frozen."""
-        return self.matrix[0] + (0 if self.spec.freeze_a else self.matrix[1])
+        return dataclasses.replace(self.spec, rank=1, dora=False).trained(*self.matrix)
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
@@ -139,7 +155,8 @@ class Factors(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file or a state dict holds of these factors, by name."""
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {**self._parameters, **self._buffers}
+        return {key: tensor for key, tensor in own.items() if tensor is not None}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(B, A) with ΔW = s·BA, where a start is kept aside of rank 2r."""
@@ -158,13 +175,16 @@ class Factors(nn.Module):
         if self.magnitude is not None:
             self.magnitude.copy_(self._row_norm(weight))
 
+    def follow(self, weight: Tensor) -> None:
+        """Compute anew what is a function of the base's weight at all times: nothing here."""
+
     def _moved(self) -> bool:
         """Whether training has changed the product."""
         return bool((self.lora_B if self.start_B is None else self.lora_B - self.start_B).any())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no numbers until it is materialised.
-        was_meta = self.lora_A.is_meta
+        was_meta = self.matrices()[0].is_meta
         out = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta:
             self.reset()
@@ -213,7 +233,7 @@ class Factors(nn.Module):
     def extra_repr(self) -> str:
         """Rank, alpha and options, for ``print(model)``."""
         s = self.spec
-        flags = "".join(f", {f}" for f, on in (("dora", s.dora), ("freeze_a", s.freeze_a)) if on)
+        flags = "".join(f", {f}" for f in ("xs", "dora", "freeze_a") if getattr(s, f))
         return f"{self.matrix[0]}×{self.matrix[1]}, rank={s.rank}, scaling={s.scaling:.4g}{flags}"
 
 

@@ -94,8 +94,8 @@ def _explained(path: Path) -> Iterator[None]:
         raise AdapterFileError(f"{path} {what}; expected an adapter file (.safetensors)")
     with path.open("rb") as file:
         start = file.read(9)
-    # A header of some lengths begins with the same bytes; after the length comes its brace.
-    if start.startswith(_PICKLES) and start[8:] != b"{":
+    # safetensors begins with the length of its header, which may look like a pickle's first bytes.
+    if start.startswith(_PICKLES) and start[4:] != b"\0\0\0\0{":
         raise AdapterFileError(
             f"{path} is a pickle (torch.save), whatever its name says. It was not opened, because "
             "a pickle can run code; ask for a file written by save_adapter"

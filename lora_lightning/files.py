@@ -26,6 +26,7 @@ from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.summary import Row
 from lora_lightning.tree import join
+from lora_lightning.xs import XSFactors
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -102,7 +103,8 @@ def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str,
             f"{path} was adapted, and has been replaced since (a classifier reset?): the adapter "
             "is no longer whole. Remove it and inject again"
         )
-    spec = factors[path].spec
+    found = factors[path]
+    spec = found.spec
     shape = list(raw_tensor(root.get_submodule(row.module), row.tensor).shape)
     return {
         "module": row.module,
@@ -118,4 +120,6 @@ def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str,
         "dora": spec.dora,
         "freeze_a": spec.freeze_a,
         "offset": spec.offset,
+        "xs": spec.xs,
+        **({"basis": found.basis.probe()} if isinstance(found, XSFactors) else {}),
     }

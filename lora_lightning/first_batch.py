@@ -48,9 +48,9 @@ class FirstBatch:
         factors = [
             (n, f)
             for n, f in self.backbone.named_modules()
-            if isinstance(f, Factors) and f.lora_B.requires_grad
+            if isinstance(f, Factors) and f.matrices()[-1].requires_grad
         ]
-        dead = [n for n, f in factors if f.lora_B.grad is None]
+        dead = [n for n, f in factors if f.matrices()[-1].grad is None]
         if dead:
             raise VerificationError(
                 f"{len(dead)} of {len(factors)} adapters got no gradient from the first batch: "

@@ -30,6 +30,7 @@ from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.targets import select, trainable_names
 from lora_lightning.tree import walk
+from lora_lightning.xs import check_weights
 
 
 def inject(
@@ -97,6 +98,11 @@ def inject(
 
 def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
     """`inject`, whose look at the data, where it needs one, is still to come."""
+    if config.xs and not freeze:
+        raise ConfigError(
+            "xs=True needs a frozen base: what stands around its core is computed from the base's "
+            "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
+        )
     state = check_free(model, name)
     if name in state.configs:
         if state.configs[name] == config:
@@ -156,7 +162,7 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
             too_large[target.path] = (rank, largest)
         specs[target.path] = FactorSpec(
             rank, alpha, scaling, config.dropout, config.dora, config.freeze_a,
-            config.init, seed, target.path, METHODS[config.init].moves,
+            config.init, seed, target.path, METHODS[config.init].moves, config.xs,
         )  # fmt: skip
     if too_large:
         lines = "\n".join(f"  {p}: rank {r}, at most {m}" for p, (r, m) in too_large.items())
@@ -164,6 +170,8 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
             f"rank is larger than these layers allow:\n{lines}\nlower rank, set rank_pattern for "
             "them, exclude them, or set clamp_rank=True to use the largest that fits"
         )
+    if config.xs:
+        check_weights({t.path: raw_tensor(t.module, t.tensor) for t in targets})
     _all_used(config, targets)
     return specs
 
@@ -222,11 +230,19 @@ def _report(
     for t in targets:
         spec = specs[t.path]
         out, columns = matrix_shape(tuple(raw_tensor(t.module, t.tensor).shape), t.bare)
-        size = spec.rank * (out if spec.freeze_a else out + columns) + (out if spec.dora else 0)
         base = getattr(t.module, "_adapted_base", type(t.module))
         path = "effective" if t.bare else layers.path_of(t.module)
         rows.append(
-            Row(t.name, t.tensor, base.__name__, path, spec.rank, spec.alpha, size, (out, columns))
+            Row(
+                t.name,
+                t.tensor,
+                base.__name__,
+                path,
+                spec.rank,
+                spec.alpha,
+                spec.trained(out, columns),
+                (out, columns),
+            )
         )
     return InjectionReport(name, tuple(rows), extras, count_parameters(live))
 

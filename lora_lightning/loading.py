@@ -27,6 +27,7 @@ from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.tree import join
+from lora_lightning.xs import Basis, basis_of
 
 
 def load_adapter(
@@ -63,9 +64,10 @@ def load_adapter(
     check_base(model, header, check, Path(path))
     _check_targets(model, header, Path(path))
     _check_tensors(model, header, tensors, Path(path))
+    bases = _bases(model, header, check, Path(path))
     if state is not None and name in state.configs:
         switching.remove(model, name)
-    return _install(model, name, header, tensors, config)
+    return _install(model, name, header, tensors, config, bases)
 
 
 def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | None:
@@ -141,7 +143,10 @@ def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for t in header["targets"]:
         rows, columns = t["matrix"]
         key = join(t["module"], t["tensor"])
-        shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
+        if t.get("xs"):
+            shapes[f"{key}.core"] = (t["rank"], t["rank"])
+        else:
+            shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
         if t.get("offset"):
             shapes |= {f"{key}.start_A": (t["rank"], columns), f"{key}.start_B": (rows, t["rank"])}
         if t["dora"]:
@@ -172,6 +177,27 @@ def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None
             )
 
 
+def _bases(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> dict[str, Basis]:
+    """LoRA-XS's frozen factors from this base: those that the cores were trained between."""
+    found, other = {}, []
+    for t in header["targets"]:
+        if not t.get("xs"):
+            continue
+        module, key = model.get_submodule(t["module"]), join(t["module"], t["tensor"])
+        bare = t["matrix"][0] != t["shape"][0]
+        found[key] = basis_of(module, t["tensor"], raw_tensor(module, t["tensor"]), t["rank"], bare)
+        if not found[key].is_as(t.get("basis")):
+            other.append(key)
+    if other and check == "weights":
+        raise BaseMismatchError(
+            f"{path} holds cores alone (LoRA-XS), and for {len(other)} of {len(found)} of them "
+            f"({other[0]} …) this base's singular vectors are not those of the training: was one "
+            "of the bases in another precision, or does a weight have equal singular values? Load "
+            "it where it was trained and save it whole: compress(model, energy=1.0), save_adapter"
+        )
+    return found
+
+
 @torch.no_grad()
 def _install(
     model: nn.Module,
@@ -179,8 +205,9 @@ def _install(
     header: dict[str, Any],
     tensors: dict[str, Tensor],
     config: LoRAConfig,
+    bases: dict[str, Basis],
 ) -> InjectionReport:
-    rows = tuple(_place(model, name, target, config, tensors) for target in header["targets"])
+    rows = tuple(_place(model, name, t, config, tensors, bases) for t in header["targets"])
     live = states.base_tensors(model)
     extras = {n: live[n].numel() for n in header["extras"]}
     report = InjectionReport(name, rows, extras, injection.count_parameters(live))
@@ -192,16 +219,21 @@ def _install(
 
 
 def _place(
-    model: nn.Module, name: str, t: dict[str, Any], config: LoRAConfig, tensors: dict[str, Tensor]
+    model: nn.Module,
+    name: str,
+    t: dict[str, Any],
+    config: LoRAConfig,
+    tensors: dict[str, Tensor],
+    bases: dict[str, Basis],
 ) -> Row:
     module = model.get_submodule(t["module"])
     key = join(t["module"], t["tensor"])
     spec = FactorSpec(
         t["rank"], t["alpha"], t["scaling"], t["dropout"], t["dora"], t["freeze_a"],
-        "zero", config.seed or 0, key, bool(t.get("offset")),
+        "zero", config.seed or 0, key, bool(t.get("offset")), bool(t.get("xs")),
     )  # fmt: skip
     bare = t["matrix"][0] != t["shape"][0]
-    adapt(module, name, {t["tensor"]: spec}, bare)
+    adapt(module, name, {t["tensor"]: spec}, bare, {t["tensor"]: bases.get(key)})
     live: Any = module
     factors: Factors = live.lora[name][t["tensor"]]
     for part, value in factors.tensors().items():

@@ -9,6 +9,8 @@ from torch import nn
 from lora_lightning.errors import AdapterNotFoundError, ConfigError
 from lora_lightning.factors import Factors
 
+_MATRICES = ("lora_A", "lora_B", "core")
+
 
 def parameter_groups(
     module: nn.Module,
@@ -29,8 +31,8 @@ def parameter_groups(
         head_lr: Learning rate of what is trained in full, if another one is wanted.
 
     Returns:
-        Up to four groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``:
-        ``lora_A``, ``lora_B``, ``full`` and ``no_decay``.
+        Up to five groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``:
+        ``lora_A``, ``lora_B``, ``core`` (of LoRA-XS, at `lr`), ``full`` and ``no_decay``.
 
     Raises:
         ConfigError: a rate or ratio is not above zero.
@@ -40,13 +42,14 @@ def parameter_groups(
         if value is not None and not value > 0:
             raise ConfigError(f"{key} must be above 0, got {value!r}")
     split = _split(module)
-    if not split["lora_A"] and not split["lora_B"]:
+    if not any(split[name] for name in _MATRICES):
         raise AdapterNotFoundError(
             "no trainable factor found: inject an adapter before making the optimizer "
             "(LoRACallback does so in its setup)"
         )
     full_lr = lr if head_lr is None else head_lr
-    rates = {"lora_A": lr, "lora_B": lr * lora_plus_ratio, "full": full_lr, "no_decay": full_lr}
+    rates = {"lora_A": lr, "lora_B": lr * lora_plus_ratio, "core": lr}
+    rates |= {"full": full_lr, "no_decay": full_lr}
     return [
         {
             "name": name,
@@ -60,14 +63,14 @@ def parameter_groups(
 
 
 def _split(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    split: dict[str, list[nn.Parameter]] = {n: [] for n in ("lora_A", "lora_B", "full", "no_decay")}
+    split: dict[str, list[nn.Parameter]] = {n: [] for n in (*_MATRICES, "full", "no_decay")}
     seen: set[int] = set()
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if isinstance(owner, Factors) and name in ("lora_A", "lora_B"):
+            if isinstance(owner, Factors) and name in _MATRICES:
                 split[name].append(parameter)
             else:
                 split["no_decay" if parameter.dim() < 2 else "full"].append(parameter)

@@ -132,11 +132,12 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for path, f in factors.items():
         raw = raw_tensor(*located(model, path))
-        for parameter in (f.lora_A, f.lora_B):
+        for parameter in f.matrices():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         size = f.delta(raw.shape).norm()
         goal = 0.1 * raw.norm() if raw.any() else torch.as_tensor(0.01 * raw.numel() ** 0.5)
-        f.lora_B.mul_(goal.to(size.device) / size)
+        if size > 0:
+            parameter.mul_(goal.to(size.device) / size)
         if f.magnitude is not None:
             f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
 

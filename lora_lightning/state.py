@@ -46,6 +46,8 @@ class ModelState:
     fingerprint: dict[str, str] = field(default_factory=dict)
     # Names that a source checkpoint is bringing, while it loads.
     loads_source: set[str] = field(default_factory=set)
+    # Whether a state dict is bringing weights of the frozen base, while it loads.
+    loads_base: bool = False
     # (`trainable`, adapted tensors) → the adapters of that kind; those that train no more than
     # factors are left out, so that a thousand alike cost what one costs.
     kinds: dict[Kind, set[str]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ LAYERS = (
     "initialize",
     "config factors guard patterns",
     "pruning",
-    "layers",
+    "layers xs",
     "adapter",
     # What is done with it.
     "merging probe structure",

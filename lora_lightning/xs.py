@@ -1,0 +1,206 @@
+"""LoRA-XS: between frozen singular vectors of the layer's own weight only a small core trains.
+
+What is frozen is computed from the base's weight wherever it is needed, so that neither a file nor
+a checkpoint holds it: about r² numbers a layer. Adapters of one rank on one tensor share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import parametrized
+from lora_lightning.decompose import checked, signs
+from lora_lightning.errors import TargetError
+from lora_lightning.factors import Factors, matrix_shape
+
+FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
+AGREEMENT = 3e-2  # by which `Basis.probe` may differ: moved to bfloat16 it does; others are far off
+
+
+class Basis(nn.Module):
+    r"""The frozen halves of a weight's truncated SVD.
+
+    .. math:: W \approx U_r S_r V_r^T, \qquad B = U_r S_r, \quad A = V_r^T
+
+    In float64 on the CPU whatever the weight's device and precision, so that machines agree also
+    where singular values lie close together (not where they are equal); signs as in
+    `lora_lightning.decompose.truncated_svd`. A direction whose singular value is zero is left out
+    (zeros in A and B). Neither buffer is part of a state dict.
+
+    Shapes: weight (out, in·kernel), ``lora_A`` (r, in·kernel), ``lora_B`` (out, r).
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        rows, columns = weight.shape
+        self.register_buffer("lora_A", weight.new_zeros(rank, columns), persistent=False)
+        self.register_buffer("lora_B", weight.new_zeros(rows, rank), persistent=False)
+
+    @torch.no_grad()
+    def renew(self, weight: Tensor) -> Basis:
+        """Compute both from this weight, unless they are its own already.
+
+        Raises:
+            DecompositionError: it holds NaN or infinity.
+        """
+        if not weight.is_meta and not self.fits(weight):
+            lora_B, lora_A = leading_halves(weight, len(self.lora_A))
+            self.lora_A, self.lora_B = lora_A.to(weight), lora_B.to(weight)
+        return self
+
+    def clear(self) -> None:
+        """Set both to zero: there is no weight yet to take them from."""
+        self.lora_A.zero_()
+        self.lora_B.zero_()
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether they are this weight's: W Aᵀ = B, up to rounding, and not zero."""
+        if self.lora_A.is_meta or not bool(self.lora_B.any()):
+            return False
+        rest = weight.double() @ self.lora_A.double().T - self.lora_B.double()
+        allowed = 2 * torch.finfo(weight.dtype).eps * self.lora_B.double().norm()
+        return bool(rest.norm() <= allowed)
+
+    def probe(self) -> float:
+        r"""One number that tells this basis from another: :math:`x^T B K A y / (\|B\| \sqrt r)`.
+
+        For fixed vectors x, y and a fixed core K; of size 1 or so, 0 without a basis. Turned or
+        reflected singular vectors give another number.
+        """
+        lora_B, lora_A = self.lora_B.double().cpu(), self.lora_A.double().cpu()
+        size, rank = float(lora_B.norm()), len(lora_A)
+        if not size > 0:
+            return 0.0
+        x, y = _chirp(len(lora_B), 0.5), _chirp(lora_A.shape[1], 0.25)
+        core = _chirp(rank * rank, 0.0).view(rank, rank)
+        return round(float(x @ lora_B @ core @ (lora_A @ y)) / (size * math.sqrt(rank)), 6)
+
+    def is_as(self, probe: Any) -> bool:
+        """Whether `probe` is this basis's; on the meta device nobody knows."""
+        if self.lora_A.is_meta:
+            return True
+        return isinstance(probe, (int, float)) and abs(self.probe() - probe) <= AGREEMENT
+
+
+def leading_halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""(:math:`U_r S_r`, :math:`V_r^T`) of a matrix (rows, columns), in float64 on the CPU.
+
+    From the r largest eigenvalues of the smaller Gram matrix (LAPACK's ``syevr``, by SciPy):
+    several times as fast as the whole SVD, and in float64 as exact as a float32 weight deserves.
+
+    Raises:
+        DecompositionError: see `lora_lightning.decompose.checked`.
+    """
+    from scipy.linalg import eigh
+
+    wide = checked(matrix.detach(), rank).double().cpu()
+    tall = wide.shape[0] >= wide.shape[1]
+    gram = wide.T @ wide if tall else wide @ wide.T
+    last = len(gram) - 1
+    values, vectors = eigh(gram.numpy(), subset_by_index=[last + 1 - rank, last])
+    found = torch.from_numpy(vectors).flip(1)
+    size = torch.from_numpy(values).flip(0).clamp_min(0).sqrt()
+    kept = size > FLOOR * size[0]
+    if tall:
+        lora_B, lora_A = wide @ found, found.T
+    else:
+        lora_B, lora_A = found * size, (found.T @ wide) / size.clamp_min(1e-300)[:, None]
+    sign = signs(lora_B) * kept
+    # `where`, since infinity times zero would be NaN.
+    return lora_B * sign, torch.where(kept[:, None], lora_A * sign[:, None], 0.0)
+
+
+def _chirp(count: int, shift: float) -> Tensor:
+    """Numbers of variance 1 without pattern, the same on every machine and in every version."""
+    steps = torch.arange(count, dtype=torch.float64) + shift
+    return math.sqrt(2) * torch.cos(steps.square())
+
+
+class XSFactors(Factors):
+    r"""A core between frozen singular vectors of the weight.
+
+    .. math:: \Delta W = s\,U_r S_r\,R\,V_r^T
+
+    R (r, r) alone trains, and starts at zero: the function stays, and the first gradient of R,
+    :math:`s\,S_r U_r^T G V_r`, is not zero. Bałazy et al. 2024, "LoRA-XS", arXiv:2405.17604, who
+    draw R with a deviation of 1e-5.
+
+    To whoever multiplies, ``lora_B`` is :math:`U_r S_r R` and ``lora_A`` is :math:`V_r^T`; neither
+    is a parameter.
+    """
+
+    basis: Basis
+
+    def _allocate(self, weight: Tensor) -> None:
+        seen = weight.detach().reshape(self.matrix)
+        self.core = nn.Parameter(seen.new_zeros(self.spec.rank, self.spec.rank))
+        self.basis = Basis(seen, self.spec.rank)
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """(r, in·kernel), frozen."""
+        return self.basis.lora_A
+
+    @property
+    def lora_B(self) -> Tensor:  # type: ignore[override]
+        """(out, r), through which the gradient reaches the core."""
+        return self.basis.lora_B @ self.core
+
+    def matrices(self) -> tuple[nn.Parameter, ...]:
+        """The core alone."""
+        return (self.core,)
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
+        """Set the core to zero; without a weight there is no basis either, until `follow`."""
+        if self.core.is_meta:
+            return
+        self.core.zero_()
+        if weight is None:
+            self.basis.clear()
+
+    def follow(self, weight: Tensor) -> None:
+        """Take the frozen factors from another base weight."""
+        self.basis.renew(weight.detach().reshape(self.matrix))
+
+
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """There must be singular vectors to take.
+
+    Raises:
+        TargetError: a weight is zero throughout, or not finite.
+    """
+    known = {path: w.detach() for path, w in weights.items() if not w.is_meta}
+    bad = [path for path, w in known.items() if not bool(w.isfinite().all() and w.any())]
+    if bad:
+        raise TargetError(
+            f"xs=True takes its frozen factors from the weight; zero throughout, or with NaN or "
+            f"infinity in it: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}. Load the "
+            "source's weights before injecting, or list these in exclude_modules"
+        )
+
+
+def basis_of(module: nn.Module, tensor: str, weight: Tensor, rank: int, bare: bool) -> Basis:
+    """The basis of this weight of a layer: another adapter's where it fits, else a new one.
+
+    Raises:
+        DecompositionError: the weight holds NaN or infinity.
+    """
+    parametrized.recompute(module, tensor)
+    seen = weight.detach().reshape(matrix_shape(tuple(weight.shape), bare))
+    adapters: Any = module._modules.get("lora") or {}
+    for per_tensor in adapters.values():
+        other = per_tensor._modules.get(tensor)
+        if isinstance(other, XSFactors) and other.spec.rank == rank:
+            if not seen.is_meta and other.basis.fits(seen):
+                return other.basis
+            break  # the others of its kind share it
+    return Basis(seen, rank).renew(seen)
