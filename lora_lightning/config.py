@@ -175,8 +175,8 @@ class LoRAConfig:
             )
         if self.xs and (self.rank == "auto" or self.prune_to is not None):
             raise ConfigError(
-                "xs=True trains r × r numbers a layer, whose rank is neither chosen nor pruned: give "
-                "a whole number as rank and leave prune_to out"
+                "xs=True trains r × r numbers a layer, whose rank is neither chosen nor pruned: "
+                "give a whole number as rank, and leave prune_to out"
             )
         if self.xs and self.init != "zero":
             raise ConfigError(
