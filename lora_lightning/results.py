@@ -251,6 +251,11 @@ class Summary:
         known = (m for m in self.methods if m.lower().startswith("source"))
         return next((m for m in known if not math.isnan(self.target(m).mean)), None)
 
+    def closed_forms(self) -> list[str]:
+        """The methods besides the source model that neither train anything nor leave a file."""
+        kept = {r.method for r in self._rows if r.trainable_parameters or r.file_bytes is not None}
+        return [m for m in self.methods if m not in kept and m != self.before()]
+
     def headline_methods(self) -> list[str]:
         """The methods to show where not all can be: one size of the enrolment, the headline's."""
         sizes = [n for m in self.methods if (n := self.items(m)) is not None]

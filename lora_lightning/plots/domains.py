@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lightning.plots.style import colour, look
+from lora_lightning.plots.style import COLOURS, QUIET, colour, look
 from lora_lightning.results import RANKED, Run, Summary, severity
 from lora_lightning.wording import shorten
 
@@ -21,13 +21,20 @@ def domain_plot(run: Run) -> tuple[Figure, str] | None:
     summary = Summary(run)
     # A sweep's many ranks have a plot of their own (plots/ranks.py).
     summary.methods = [m for m in summary.methods if not RANKED.fullmatch(m)]
+    thin = summary.closed_forms()
+    if len(summary.methods) <= len(COLOURS):
+        thin = []
+    summary.methods = [m for m in summary.methods if m not in thin]
     # Error rates have plots of their own (plots/speech.py).
     if not summary.methods or not summary.targets or summary.lower:
         return None
-    return _by_severity(run, summary) if summary.graded else _by_domain(run, summary)
+    drawn = _by_severity if summary.graded else _by_domain
+    figure, caption = drawn(run, summary, thin)
+    more = f" Thin and grey: the closed forms, which train nothing ({', '.join(thin)})."
+    return figure, caption + more * bool(thin)
 
 
-def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
+def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figure, str]:
     graded = [(severity(domain) or ("", 0), domain) for domain in summary.targets]
     kinds = list(dict.fromkeys(kind for (kind, _), _ in graded))
     columns = min(len(kinds), 4)
@@ -42,6 +49,7 @@ def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
         axes.set_title(kind)
         axes.grid(visible=True, axis="y")
         _lines(axes, summary, places, 0.015 * columns)
+        _thin_lines(axes, summary, places, thin)
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -65,6 +73,14 @@ def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodg
         x = np.array([place for place, _ in places]) + dodge * (i - middle)
         y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
         axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))
+
+
+def _thin_lines(
+    axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], methods: Sequence[str]
+) -> None:
+    for method in methods:
+        y = [100 * summary.cell(method, [domain]).mean for _, domain in places]
+        axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
 
 
 def _label_ends(axes: Axes, methods: Sequence[str], distance: float) -> None:
@@ -106,7 +122,7 @@ def _apart(sorted_values: Sequence[float], gap: float, low: float, high: float) 
     return placed
 
 
-def _by_domain(run: Run, summary: Summary) -> tuple[Figure, str]:
+def _by_domain(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figure, str]:
     shown = ([summary.source] if summary.source else []) + summary.targets[:MOST_DOMAINS]
     figure = Figure(figsize=(9, 1.3 + 0.42 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -116,6 +132,9 @@ def _by_domain(run: Run, summary: Summary) -> tuple[Figure, str]:
         x, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
         y = np.arange(len(shown)) + 0.14 * (i - (len(summary.methods) - 1) / 2)
         axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, linestyle="", **look(i))
+    for method in thin:
+        x = np.array([100 * summary.cell(method, [domain]).mean for domain in shown])
+        axes.plot(x, np.arange(len(shown)), ".", color=QUIET, alpha=0.6, markersize=3)
     names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
     axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)
