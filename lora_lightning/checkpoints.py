@@ -105,7 +105,9 @@ def _take_ranks(module: nn.Module, state: states.ModelState, given: dict[str, Te
             _, tensor = located(module, path)
             lora_A = given.get(join(path.rpartition(".")[0], f"lora.{name}.{tensor}.lora_A"))
             if lora_A is not None and lora_A.ndim == 2 and len(lora_A) != each.spec.rank:
-                each.resize(len(lora_A))
+                rank, spec = len(lora_A), each.spec
+                auto = config.rank == "auto"
+                each.resize(rank, config.scale(rank, spec.alpha) if auto else spec.scaling)
         report_anew(state, name, factors)
 
 

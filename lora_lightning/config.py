@@ -14,7 +14,7 @@ from lora_lightning.initialize import METHODS
 from lora_lightning.ranks import RULES
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
-NOMINAL_RANK = 8  # whose scaling an adapter with rank="auto" has in every layer
+NOMINAL_RANK = 8  # at which rank="auto" has the scaling that a fixed rank has
 
 
 @dataclass
@@ -27,8 +27,10 @@ class LoRAConfig:
 
     Args:
         rank: Inner dimension r of the factors, at least 1. ``"auto"``: each layer's own, from the
-            target's data (see `lora_lightning.choose_ranks`), at the scaling that `alpha` gives
-            rank 8.
+            target's data (see `lora_lightning.choose_ranks`). ``alpha/r`` is then
+            :math:`\alpha/\sqrt{8r}`: that of rank 8 at rank 8, and first steps of the same size at
+            every other rank (as in arXiv:2312.03732), so that the ranks found do not act as
+            learning rates.
         rank_rule: With ``"auto"``: ``"explained-variance"`` (as many directions as hold
             `rank_energy` of the layer's inputs), ``"effective-rank"`` or ``"hard-threshold"``.
         rank_energy: Part of the inputs' energy that "explained-variance" asks for, in (0, 1].
@@ -186,6 +188,8 @@ class LoRAConfig:
 
     def scale(self, rank: int, alpha: float) -> float:
         """The scaling s of a layer with this rank and alpha."""
+        if self.scaling == "alpha/r" and self.rank == "auto":
+            return alpha / math.sqrt(NOMINAL_RANK * rank)
         return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
 
     def to_dict(self) -> dict[str, Any]:

@@ -127,12 +127,13 @@ class Factors(nn.Module):
         return dataclasses.replace(self.spec, rank=1, dora=False).trained(*self.matrix)
 
     @torch.no_grad()
-    def resize(self, rank: int) -> None:
-        """Make room for another rank, at the same scaling; values are void until they are set.
+    def resize(self, rank: int, scaling: float) -> None:
+        """Make room for another rank; values are void until they are set.
 
         Parameters stay the objects they were, so that an optimizer which holds them goes on.
         """
         self._rows_of(lambda rows: rows.new_zeros(rank, rows.shape[1]))
+        self.spec = dataclasses.replace(self.spec, scaling=scaling)
 
     @torch.no_grad()
     def keep(self, directions: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning import checkpoints, layers, switching
 from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
-from lora_lightning.config import NOMINAL_RANK, LoRAConfig
+from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
@@ -153,7 +153,6 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
         rank = _last_match(config.rank_pattern, target, config.rank)
         alpha = _last_match(config.alpha_pattern, target, config.alpha)
         largest = layers.largest_rank(raw_tensor(target.module, target.tensor), target.bare)
-        scaling = config.scale(NOMINAL_RANK if rank == "auto" else rank, alpha)
         if rank == "auto":  # the most that it may get
             rank = min(config.max_rank, largest)
         elif rank > largest and config.clamp_rank:
@@ -161,7 +160,7 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
         elif rank > largest:
             too_large[target.path] = (rank, largest)
         specs[target.path] = FactorSpec(
-            rank, alpha, scaling, config.dropout, config.dora, config.freeze_a,
+            rank, alpha, config.scale(rank, alpha), config.dropout, config.dora, config.freeze_a,
             config.init, seed, target.path, METHODS[config.init].moves, config.xs,
         )  # fmt: skip
     if too_large:

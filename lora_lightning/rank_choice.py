@@ -92,7 +92,7 @@ def set_ranks(
     for path, rank in chosen.items():
         module, tensor = located(root, path)
         factors: Factors = module.lora[name][tensor]
-        factors.resize(rank)
+        factors.resize(rank, state.configs[name].scale(rank, factors.spec.alpha))
         factors.reset(raw_tensor(module, tensor))
     report_anew(state, name, states.named_factors(root, name))
     return state.reports[name]

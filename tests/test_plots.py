@@ -117,3 +117,19 @@ def test_ranks_are_drawn_by_size_and_the_chosen_one_apart(tmp_path: Path) -> Non
     assert list(fixed[0].get_ydata()) == pytest.approx([91, 92, 93])
     assert "higher is better" in caption
     assert plots.rank_plot(make_run(tmp_path, three_seeds())) is None
+
+
+def test_closed_forms_are_thin_where_there_are_many_methods(tmp_path: Path) -> None:
+    free = [f"closed form {i}" for i in range(6)]
+    rows = [
+        row(m, d, 0, 0.7, trainable_parameters=0, file_bytes=None)
+        for m in ["source only", *free]
+        for d in ("source", "dim-1", "dim-2")
+    ]
+    few = make_run(tmp_path, rows[:9])
+    many = make_run(tmp_path, [*rows, *three_seeds()])
+    for run, thin in ((few, 0), (many, 6)):
+        figure, caption = plots.domain_plot(run) or pytest.fail("no plot")
+        lines = [line for line in figure.axes[0].lines if line.get_linewidth() == 0.7]
+        assert len(lines) == thin
+        assert ("closed form 0, closed form 1" in caption) == bool(thin)

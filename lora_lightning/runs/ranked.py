@@ -1,11 +1,13 @@
 """The row "lora" at other ranks than the recipe's: methods ``lora@8``, ``lora@auto``.
 
-They are what a sweep compares (``lora-lightning sweep NAME``). The scaling s stays the recipe's, so
-that a step of the same size is taken at every rank.
+They are what a sweep compares (``lora-lightning sweep NAME``). The scaling is s = c/√r, with c that of
+the recipe's own rank, so that the first steps are of one size at every rank (Kalajdzievski 2023,
+arXiv:2312.03732): with another s a larger rank would act as a larger learning rate.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,9 +34,9 @@ def method_of(name: str, methods: Mapping[str, Callable[..., Any]]) -> Callable[
 
 
 def at_rank(lora: LoRAConfig, rank: Rank | None) -> LoRAConfig:
-    """The same adapter at this rank, where layers allow it, at the same scaling."""
+    """The same adapter at this rank, where layers allow it, with first steps of the same size."""
     if rank is None:
         return lora
-    now, wanted = (NOMINAL_RANK if r == "auto" else int(r) for r in (lora.rank, rank))
-    alpha = lora.alpha * lora.scale(now, 1.0) / lora.scale(wanted, 1.0)
-    return LoRAConfig.make(lora, rank=rank, alpha=alpha, clamp_rank=True)
+    now = NOMINAL_RANK if lora.rank == "auto" else int(lora.rank)
+    c = lora.scale(now, lora.alpha) * math.sqrt(now)
+    return LoRAConfig.make(lora, rank=rank, alpha=c, scaling="alpha/sqrt(r)", clamp_rank=True)
