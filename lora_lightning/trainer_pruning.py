@@ -71,6 +71,8 @@ class RankSchedule:
         """Take out what was dropped, and bring the report up to date."""
         if self._pruner is None:
             return
+        # Another callback may have put factors of another rank in the old ones' place.
+        self._pruner.factors = states.named_factors(backbone, name)
         self._pruner.finish()
         self._pruner = None
         state = states.state_of(backbone)
