@@ -127,7 +127,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
-        self._batch_norm.start(backbone, fresh=_is_new(trainer))
+        self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
             self._first_batch = FirstBatch(backbone)
         report = self.report_
@@ -140,7 +140,7 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the target's batches, where `init` looks at them and the fit is a new one."""
-        if _is_new(trainer) and METHODS[self.config.init].needs != "nothing":
+        if checks.is_new(trainer) and METHODS[self.config.init].needs != "nothing":
             backbone = checks.find_backbone(pl_module, self.backbone)
             start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
 
@@ -252,8 +252,3 @@ class LoRACallback(Callback):
 
         # In __dict__: a module's __setattr__ has no business with it.
         pl_module.__dict__["configure_model"] = wrapped
-
-
-def _is_new(trainer: Trainer) -> bool:
-    """Whether the fit goes on from nothing; the step is not restored yet when a fit starts."""
-    return trainer.global_step == 0 and trainer.ckpt_path is None

@@ -73,7 +73,7 @@ class Factors(nn.Module):
         self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
         if spec.dora:
-            self.magnitude = nn.Parameter(self._row_norm(weight.detach()))
+            self.magnitude = nn.Parameter(self.row_norm(weight.detach()))
         self.reset(weight)
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class Factors(nn.Module):
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
             self.reset(weight)
         if self.magnitude is not None:
-            self.magnitude.copy_(self._row_norm(weight))
+            self.magnitude.copy_(self.row_norm(weight))
 
     def _moved(self) -> bool:
         """Whether training has changed the product."""
@@ -174,10 +174,11 @@ class Factors(nn.Module):
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
         assert self.magnitude is not None
-        ratio: Tensor = self.magnitude / self._row_norm(summed.detach())
+        ratio: Tensor = self.magnitude / self.row_norm(summed.detach())
         return ratio
 
-    def _row_norm(self, weight: Tensor) -> Tensor:
+    def row_norm(self, weight: Tensor) -> Tensor:
+        """The norm of each row of `weight`, shape (out,): DoRA's magnitudes at the start."""
         norm: Tensor = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 

@@ -36,7 +36,7 @@ def start_in_trainer(
     forward = pl_module.predict_step if is_overridden("predict_step", pl_module) else None
     # The order of the training that follows must not depend on this look at its data.
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _silent(pl_module):
+    with torch.random.fork_rng(devices=devices), silent(pl_module):
         moved = _Moved(batches, lambda batch: trainer.strategy.batch_to_device(batch))
         start_from_data(
             backbone,
@@ -88,7 +88,7 @@ def _training_loss(pl_module: LightningModule, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _silent(pl_module: LightningModule) -> Iterator[None]:
+def silent(pl_module: LightningModule) -> Iterator[None]:
     """What the steps log here belongs to no step of the training."""
     kept = {n: pl_module.__dict__.get(n) for n in ("log", "log_dict")}
     for name in kept:

@@ -24,7 +24,7 @@ LAYERS = (
     # What an adapter is.
     "family_tables tree",
     "errors parametrized summary wording",
-    "decompose distances",
+    "decompose distances fitting",
     "nmf streaming",
     "initialize",
     "config factors guard patterns",
@@ -39,13 +39,14 @@ LAYERS = (
     "gathering switching",
     "starting",
     "injection verification",
-    "combination",
+    "combination shrinkage",
     "fileformat",
     "files loading",
     # Lightning.
     "batchnorm first_batch trainer_checks trainer_start",
     "save_hook",
-    "callback",
+    "callback held_out",
+    "cross_fitting fit_guard",
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
     "tasks transcripts",

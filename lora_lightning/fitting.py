@@ -1,0 +1,137 @@
+"""Too little learnt or too much: what losses say, in words; and how far to go from the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lora_lightning.errors import DataError
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was learnt; 0, the source model, is always there
+LEVEL = 0.05  # of the paired test
+SLIGHT = 0.02  # part of the source's loss that is no change
+
+
+@dataclass(frozen=True)
+class Look:
+    """Losses after an epoch; epoch 0 is the source model.
+
+    Attributes:
+        epoch: Epochs done.
+        training: Mean loss of the epoch's training batches, as they were trained on.
+        held_out: Mean loss on the held-out data.
+    """
+
+    epoch: int
+    training: float
+    held_out: float
+
+
+def diagnose(history: Sequence[Look]) -> str:
+    """Underfitting, overfitting, or neither, from at least the source's look and one more.
+
+    - *diverged*: a loss is not a number.
+    - *overfitting*: the held-out loss has risen by more than 2 % of the source's since its lowest
+      epoch, and the training loss has fallen.
+    - *underfitting*: the training loss has fallen by less than 2 % of the source's; or the lowest
+      held-out loss is the last, and the last epoch brought more than half of an even share.
+    """
+    source, last = history[0], history[-1]
+    if not (math.isfinite(last.training) and math.isfinite(last.held_out)):
+        return f"diverged in epoch {last.epoch}: lower the learning rate"
+    best = min(history, key=lambda look: look.held_out)
+    fell = source.training - last.training
+    if last.held_out - best.held_out > SLIGHT * abs(source.held_out) and (
+        last.training < best.training
+    ):
+        return (
+            f"overfitting: since epoch {best.epoch} the held-out loss has risen from "
+            f"{best.held_out:.3g} to {last.held_out:.3g} while the training loss fell from "
+            f"{best.training:.3g} to {last.training:.3g}. Train on more items, for fewer epochs, "
+            "or at a lower rank"
+        )
+    if fell < SLIGHT * abs(source.training):
+        return (
+            f"underfitting: the training loss is hardly below the source model's "
+            f"({last.training:.3g}, was {source.training:.3g}). Unless the source fits as well as "
+            "can be, raise the learning rate, the rank or the number of epochs"
+        )
+    gain = history[-2].held_out - last.held_out
+    even = (source.held_out - last.held_out) / last.epoch
+    if best is last and gain > max(even / 2, SLIGHT * abs(source.held_out)):
+        return (
+            f"underfitting: the held-out loss still falls at the end ({history[-2].held_out:.3g} "
+            f"to {last.held_out:.3g} in the last epoch). Train for more epochs"
+        )
+    return (
+        f"neither under- nor overfitting: the training loss fell from {source.training:.3g} to "
+        f"{last.training:.3g}, the held-out loss from {source.held_out:.3g} to {best.held_out:.3g}"
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How far to go from the source, and why.
+
+    Attributes:
+        share: Of what was learnt; 0 is the source model.
+        reason: In words.
+        p_value: That the losses would differ so much by chance; NaN where there is one alone.
+        source: (N,) losses of the source model.
+        losses: Share → (N,) losses of the adapted model.
+    """
+
+    share: float
+    reason: str
+    p_value: float
+    source: Tensor
+    losses: Mapping[float, Tensor] = field(default_factory=dict)
+
+    def say(self, who: str) -> None:
+        """Tell the user; that the source model is kept is a warning."""
+        (rank_zero_info if self.share else rank_zero_warn)(f"{who}: {self.reason}")
+
+
+def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL) -> Choice:
+    r"""The share with the lowest mean loss, if that is below the source's beyond doubt.
+
+    .. math:: t = \bar d / (s_d / \sqrt N), \quad d_i = \ell_i(0) - \ell_i(a)
+
+    Student's paired test, one-sided: the chance of such a t with no true difference must be below
+    `level`. Pairs say more than two means: what makes an item hard is in both of its losses.
+
+    Args:
+        source: (N,) losses of the source model on items that no adapter was trained on.
+        losses: Share → (N,) losses of the adapted model on the same items.
+        level: Of the test; a single pair cannot be tested, and the lower loss is taken.
+
+    Raises:
+        DataError: losses of another shape than the source's, or none.
+    """
+    from scipy import stats
+
+    shapes = {a: tuple(x.shape) for a, x in losses.items() if x.shape != source.shape}
+    if shapes or not losses or not len(source):
+        raise DataError(f"expected losses of shape {tuple(source.shape)} for each share: {shapes}")
+    finite = {a: x for a, x in losses.items() if bool(x.isfinite().all())}
+    if not finite:
+        return Choice(0.0, "the source model is kept: no loss is a number", 1.0, source, losses)
+    share = min(finite, key=lambda a: float(finite[a].mean()))
+    before, after = float(source.mean()), float(finite[share].mean())
+    told = f"held-out loss {after:.3g}, the source model's {before:.3g}"
+    p = float("nan")
+    if len(source) > 1:
+        gain = (source - finite[share]).numpy()
+        p = float(stats.ttest_1samp(gain, 0.0, alternative="greater").pvalue)
+        told += f" (p = {p:.2g}, {len(source)} pairs)"
+    # Also where all gains are the same number, and the test has nothing to divide by.
+    sure = p < level if p == p else after < before
+    if sure:
+        return Choice(share, f"{share:.0%} of what was learnt is kept: {told}", p, source, losses)
+    return Choice(
+        0.0, f"the source model is kept, there is no sure gain: {told}", p, source, losses
+    )
