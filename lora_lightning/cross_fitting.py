@@ -15,12 +15,13 @@ from lora_lightning import trainer_checks as checks
 from lora_lightning.callback import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.files import save_adapter
-from lora_lightning.fitting import SHARES, Choice, choose
+from lora_lightning.fitting import FEWEST, SHARES, Choice, choose
 from lora_lightning.held_out import Loss, losses_of
 from lora_lightning.shrinkage import shrink, undone
 
 Fit = Callable[[LightningModule, Any], Any]
-FEWEST = 4  # items: with fewer the paired test can hardly say yes
+_TOO_FEW = "the source model is kept: so few items prove nothing; expected at least"
+BATCH = 32  # items that are looked at together
 
 
 def cross_fit(
@@ -48,8 +49,9 @@ def cross_fit(
     losses on that one are taken at several shares of what it learnt (`lora_lightning.shrink`),
     beside the source model's. At last the module itself is fitted to all items, and shrunk to the
     share that `lora_lightning.fitting.choose` takes: 0, the source model, unless its losses are
-    lower beyond doubt. Costs `folds` + 1 fits. Stone 1974, "Cross-validatory choice and assessment
-    of statistical predictions", doi:10.1111/j.2517-6161.1974.tb00994.x.
+    lower beyond doubt, which fewer than 6 items never show. Costs `folds` + 1 fits. Stone 1974,
+    "Cross-validatory choice and assessment of statistical predictions",
+    doi:10.1111/j.2517-6161.1974.tb00994.x.
 
     Args:
         pl_module: Not adapted yet; afterwards with the adapter, at the share that was chosen. An
@@ -59,52 +61,50 @@ def cross_fit(
         looked_at: The same items without augmentation, for the losses; None: `data`.
         folds: Parts; no more than there are items, and then each is left out by itself.
         shares: To choose from, beside 0.
-        loss: From (LightningModule, batch of one item) to its loss; None: ``training_step``'s.
+        loss: From (LightningModule, batch) to one value for each item, (B,); None: what
+            ``training_step`` returns for each item by itself, which takes longer.
         collate: Makes a batch of a list of items; None: the default.
         backbone: Attribute path of the adapted network in the module.
         seed: Of the dealing.
 
     Raises:
         ConfigError: fewer than 2 folds, a share out of range, or a loss that is none.
-        DataError: fewer than 4 items, or `looked_at` of another length.
+        DataError: fewer than 2 items, or `looked_at` of another length.
     """
     if folds < 2:
         raise ConfigError(f"folds must be at least 2, got {folds}")
     seen = data if looked_at is None else looked_at
-    _check(data, seen)
+    if len(data) < 2 or len(seen) != len(data):
+        raise DataError(
+            f"data hold {len(data)} items and looked_at {len(seen)}: they must be the same items, "
+            "and at least 2"
+        )
 
     def losses(module: LightningModule, items: Sequence[int]) -> Tensor:
-        loader = DataLoader(Subset(seen, items), collate_fn=collate)
-        return losses_of(module, loader, loss)
+        loader = DataLoader(Subset(seen, items), 1 if loss is None else BATCH, collate_fn=collate)
+        found = losses_of(module, loader, loss)
+        if len(found) != len(items):
+            raise ConfigError(
+                f"`loss` returns {len(found)} values for {len(items)} items: one each"
+            )
+        return found
 
     source = losses(pl_module, range(len(data)))
-    found = {a: torch.empty_like(source) for a in shares}
-    for rest, part in _dealt(len(data), folds, seed):
-        copied = copy.deepcopy(pl_module)
-        fit(copied, Subset(data, rest))
-        network = checks.find_backbone(copied, backbone)
-        for share in shares:
-            with undone(network):
-                shrink(network, share)
-                found[share][part] = losses(copied, part)
-    fit(pl_module, data)
-    choice = choose(source, found)
-    network = checks.find_backbone(pl_module, backbone)
-    shrink(network, choice.share)
-    _rewrite(pl_module, network)
-    choice.say("cross_fit")
-    return choice
-
-
-def _check(data: Any, seen: Any) -> None:
     if len(data) < FEWEST:
-        raise DataError(
-            f"{len(data)} items are too few to judge an adapter by: at least {FEWEST} are needed"
-        )
-    if len(seen) != len(data):
-        raise DataError(
-            f"looked_at holds {len(seen)} items and data {len(data)}: they must be the same items"
-        )
+        choice = Choice(0.0, f"{_TOO_FEW} {FEWEST}, got {len(data)}", 1.0, source)
+    else:
+        found = {a: torch.empty_like(source) for a in shares}
+        for rest, part in _dealt(len(data), folds, seed):
+            copied = copy.deepcopy(pl_module)
+            fit(copied, Subset(data, rest))
+            for share in shares:
+                with undone(checks.find_backbone(copied, backbone)) as network:
+                    shrink(network, share)
+                    found[share][part] = losses(copied, part)
+        choice = choose(source, found)
+    fit(pl_module, data)
+    _settle(pl_module, checks.find_backbone(pl_module, backbone), choice)
+    return choice
 
 
 def _dealt(count: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -115,8 +115,10 @@ def _dealt(count: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[
         yield sorted(set(order) - set(part)), part
 
 
-def _rewrite(pl_module: LightningModule, network: nn.Module) -> None:
-    """Write the adapter files of the last fit again, with what is left of the adapter."""
+def _settle(pl_module: LightningModule, network: nn.Module, choice: Choice) -> None:
+    """Shrink, say so, and write the last fit's adapter file again with what is left."""
+    shrink(network, choice.share)
+    choice.say("cross_fit")
     callbacks: list[Any] = getattr(pl_module._trainer, "callbacks", [])
     for callback in callbacks:
         if isinstance(callback, LoRACallback) and callback.adapter_path_ is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from lora_lightning.callback import LoRACallback
 from lora_lightning.compression import compress
 from lora_lightning.errors import ConfigError
 from lora_lightning.fitting import SHARES, Look, choose, diagnose
-from lora_lightning.held_out import Loss, losses_of, one_by_one, step_loss
+from lora_lightning.held_out import (
+    Loss,
+    held_out_batches,
+    losses_of,
+    training_items,
+)
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.state import holder, named_factors
 from lora_lightning.switching import disabled
@@ -114,33 +120,17 @@ class FitGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the source model; a fit that is resumed has done so."""
-        self._batches = self._held_out_batches(trainer)
-        items = _items(trainer)
+        self._batches = held_out_batches(trainer, self.held_out, self.loss)
+        items = training_items(trainer)
         self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
         if self.history_ and not checks.is_new(trainer):
             return
         self.history_, self.termination_condition_ = [], ""
         with disabled(self._network(pl_module)):
-            self._source = self._look(trainer, pl_module, self._batches)
-            training = self._look(trainer, pl_module, _some(trainer.train_dataloader), step_loss)
+            self._source = self._look(trainer, pl_module)
+            training = self._look(trainer, pl_module, _some(trainer.train_dataloader))
         look = Look(0, float(training.mean()), float(self._source.mean()))
         self.history_.append(look)
-
-    def _held_out_batches(self, trainer: Trainer) -> Iterable[Any]:
-        batches: Any = self.held_out
-        if batches is None:
-            batches = trainer.val_dataloaders
-        if batches is None:
-            raise ConfigError(
-                "FitGuard has nothing held out to judge by: give the fit a validation loader, or "
-                "FitGuard(held_out=...); for a few dozen items in all use lora_lightning.cross_fit"
-            )
-        if isinstance(batches, (list, tuple, dict)):
-            raise ConfigError(
-                "the trainer has several validation loaders: give FitGuard(held_out=...) the one "
-                "with the target's items"
-            )
-        return one_by_one(batches) if self.loss is None else batches
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         assert self._adapter is not None
@@ -151,10 +141,12 @@ class FitGuard(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         batches: Iterable[Any] | None = None,
-        loss: Loss | None = None,
     ) -> Tensor:
-        batches = self._batches if batches is None else batches
-        found = losses_of(pl_module, batches, loss or self.loss)
+        """Losses on these batches by ``training_step``, or on the held-out ones."""
+        if batches is None:
+            found = losses_of(pl_module, self._batches, self.loss)
+        else:
+            found = losses_of(pl_module, batches, None)
         # One answer for all processes, or they would part ways.
         return trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
 
@@ -180,18 +172,19 @@ class FitGuard(Callback):
         losses = self._look(trainer, pl_module)
         training = float(torch.stack(self._epoch).mean()) if self._epoch else math.nan
         self._epoch = []
-        look = Look(trainer.current_epoch + 1, training, float(losses.mean()))
-        best = min(self.history_[1:], key=_height, default=None)
-        if best is None or _height(look) < _height(best):
+        held_out = float(losses.mean())
+        finite = math.isfinite(held_out)
+        look = Look(trainer.current_epoch + 1, training, held_out if finite else math.inf)
+        best = min(self.history_[1:], key=attrgetter("held_out"), default=None)
+        if best is None or look.held_out < best.held_out:
             best, self._best = look, adapter_values(self._network(pl_module))
         self.history_.append(look)
-        finite = math.isfinite(look.held_out)
         if not finite or look.epoch - best.epoch >= self.patience:
             trainer.should_stop = True
             self.termination_condition_ = (
                 f"the held-out loss has not fallen for {look.epoch - best.epoch} epochs"
                 if finite
-                else f"the held-out loss is {look.held_out} after epoch {look.epoch}"
+                else f"the held-out loss is no number after epoch {look.epoch}"
             )
 
     # ---- at the end ------------------------------------------------------------------------
@@ -210,8 +203,7 @@ class FitGuard(Callback):
         choice = choose(self._source, losses)
         shrink(network, choice.share)
         self.shrinkage_ = choice.share
-        items = _items(trainer)
-        tiny = 0 < items < TINY if self.lower_rank is None else self.lower_rank
+        tiny = 0 < training_items(trainer) < TINY if self.lower_rank is None else self.lower_rank
         if choice.share and tiny:
             self._lower_rank(trainer, pl_module, float(losses[choice.share].mean()))
         self.rank_ = _rank(network)
@@ -249,20 +241,10 @@ class FitGuard(Callback):
         self._source, self._best = state_dict["source"], state_dict["best"]
 
 
-def _height(look: Look) -> float:
-    """The held-out loss; one that is no number is the highest."""
-    return look.held_out if math.isfinite(look.held_out) else math.inf
-
-
-def _items(trainer: Trainer) -> int:
-    """Training items; 0 where that is not known."""
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else 0
-
-
-def _some(batches: Any, most: int = 16) -> Iterable[Any]:
+def _some(batches: Any, most: int = 16) -> Iterator[Any]:
     """The first batches: enough to know the source model's loss on the training items."""
-    return itertools.islice(iter(batches), most)
+    # Lazily: to shuffle them draws random numbers, which must happen where they are kept aside.
+    yield from itertools.islice(batches, most)
 
 
 def _rank(network: nn.Module) -> int:

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.errors import DataError
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was learnt; 0, the source model, is always there
-LEVEL = 0.05  # of the paired test
+LEVEL = 0.02  # of the test
+FEWEST = 6  # pairs that can pass it: five gains out of five come by chance with p = 0.03
 SLIGHT = 0.02  # part of the source's loss that is no change
 
 
@@ -80,7 +82,7 @@ class Choice:
     Attributes:
         share: Of what was learnt; 0 is the source model.
         reason: In words.
-        p_value: That the losses would differ so much by chance; NaN where there is one alone.
+        p_value: Of the test; see `choose`.
         source: (N,) losses of the source model.
         losses: Share → (N,) losses of the adapted model.
     """
@@ -97,41 +99,59 @@ class Choice:
 
 
 def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL) -> Choice:
-    r"""The share with the lowest mean loss, if that is below the source's beyond doubt.
+    r"""The share with the lowest mean loss among those whose gain is beyond doubt; or else 0.
 
-    .. math:: t = \bar d / (s_d / \sqrt N), \quad d_i = \ell_i(0) - \ell_i(a)
+    .. math:: p(a) = P\Big(\sum_i \pm d_i \ge \sum_i d_i\Big), \quad
+        d_i = \ell_i(0) - \ell_i(a)
 
-    Student's paired test, one-sided: the chance of such a t with no true difference must be below
-    `level`. Pairs say more than two means: what makes an item hard is in both of its losses.
+    A permutation test of pairs: if the adapter made no difference, each :math:`d_i` could as well
+    have the other sign. It assumes nothing of how losses are spread, and pairs say more than two
+    means, as what makes an item hard is in both of its losses. The least p that N items can give
+    is :math:`2^{-N}`: fewer than six are never beyond doubt at the default level. Fisher 1935,
+    "The design of experiments", section 21.
 
     Args:
         source: (N,) losses of the source model on items that no adapter was trained on.
         losses: Share → (N,) losses of the adapted model on the same items.
-        level: Of the test; a single pair cannot be tested, and the lower loss is taken.
+        level: p must be below. A single pair (a score of a whole set) cannot be tested: the lower
+            loss is taken.
 
     Raises:
         DataError: losses of another shape than the source's, or none.
     """
-    from scipy import stats
-
     shapes = {a: tuple(x.shape) for a, x in losses.items() if x.shape != source.shape}
     if shapes or not losses or not len(source):
         raise DataError(f"expected losses of shape {tuple(source.shape)} for each share: {shapes}")
     finite = {a: x for a, x in losses.items() if bool(x.isfinite().all())}
     if not finite:
         return Choice(0.0, "the source model is kept: no loss is a number", 1.0, source, losses)
-    share = min(finite, key=lambda a: float(finite[a].mean()))
-    before, after = float(source.mean()), float(finite[share].mean())
-    told = f"held-out loss {after:.3g}, the source model's {before:.3g}"
-    p = float("nan")
-    if len(source) > 1:
-        gain = (source - finite[share]).numpy()
-        p = float(stats.ttest_1samp(gain, 0.0, alternative="greater").pvalue)
-        told += f" (p = {p:.2g}, {len(source)} pairs)"
-    # Also where all gains are the same number, and the test has nothing to divide by.
-    sure = p < level if p == p else after < before
-    if sure:
-        return Choice(share, f"{share:.0%} of what was learnt is kept: {told}", p, source, losses)
-    return Choice(
-        0.0, f"the source model is kept, there is no sure gain: {told}", p, source, losses
+    chance = {a: _chance(source - x) for a, x in finite.items()}
+    sure = [a for a in finite if chance[a] < level]
+    best = min(sure or finite, key=lambda a: float(finite[a].mean()))
+    before, after = float(source.mean()), float(finite[best].mean())
+    told = (
+        f"held-out loss {after:.3g} at a share of {best:g}, the source model's {before:.3g} "
+        f"(p = {chance[best]:.2g}, {len(source)} pairs)"
     )
+    if sure:
+        kept = f"{best:.0%} of what was learnt is kept: {told}"
+        return Choice(best, kept, chance[best], source, losses)
+    kept = f"the source model is kept, there is no sure gain: {told}"
+    return Choice(0.0, kept, chance[best], source, losses)
+
+
+def _chance(gain: Tensor) -> float:
+    """p of the permutation test; of one value 0 where it is above 0, and 1 otherwise."""
+    if len(gain) == 1:
+        return float(gain[0] <= 0)
+    from scipy import stats
+
+    found = stats.permutation_test(
+        (gain.numpy(),),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        alternative="greater",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -22,6 +22,34 @@ def step_loss(pl_module: LightningModule, batch: Any) -> Any:
     """What the module's ``training_step`` returns for this batch."""
     found: Any = pl_module.training_step(batch, 0)
     return found.get("loss") if isinstance(found, dict) else found
+
+
+def training_items(trainer: Trainer) -> int:
+    """How many items the fit trains on; 0 where that is not known."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else 0
+
+
+def held_out_batches(
+    trainer: Trainer, given: Iterable[Any] | None, loss: Loss | None
+) -> Iterable[Any]:
+    """What `FitGuard` was given, or else the trainer's validation batches.
+
+    Raises:
+        ConfigError: there are none, or several loaders.
+    """
+    batches: Any = trainer.val_dataloaders if given is None else given
+    if batches is None:
+        raise ConfigError(
+            "FitGuard has nothing held out to judge by: give the fit a validation loader, or "
+            "FitGuard(held_out=...); for a few dozen items in all use lora_lightning.cross_fit"
+        )
+    if isinstance(batches, (list, tuple, dict)):
+        raise ConfigError(
+            "there are several held-out loaders: give FitGuard(held_out=...) the one with the "
+            "target's items"
+        )
+    return one_by_one(batches) if loss is None else batches
 
 
 def one_by_one(batches: Iterable[Any]) -> Iterable[Any]:

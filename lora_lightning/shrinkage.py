@@ -41,6 +41,9 @@ def shrink(model: nn.Module, share: float) -> None:
     root, state, name = _unmerged_holder(model, "to shrink")
     if share == 1:
         return
+    if share == 0:  # no number times 0 is no number
+        for factors in states.named_factors(root, name).values():
+            factors.lora_A.nan_to_num_(posinf=0, neginf=0)
     for tensor, source in _with_source(root, state, name):
         if share == 0:  # exactly, whatever the adapter holds
             tensor.copy_(source)
@@ -102,13 +105,13 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def undone(model: nn.Module) -> Iterator[None]:
+def undone(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the active adapter may be shrunk or compressed; then it is as it was."""
     root, state, name = _unmerged_holder(model, "to try")
     report, values = state.reports[name], adapter_values(model)
     factors = states.named_factors(root, name)
     try:
-        yield
+        yield model
     finally:
         for path, kept in factors.items():
             module, tensor = located(root, path)
