@@ -19,18 +19,13 @@ from lora_lightning.callback import LoRACallback
 from lora_lightning.compression import compress
 from lora_lightning.errors import ConfigError
 from lora_lightning.fitting import SHARES, Look, choose, diagnose
-from lora_lightning.held_out import (
-    Loss,
-    held_out_batches,
-    losses_of,
-    training_items,
-)
+from lora_lightning.held_out import Loss, held_out_batches, losses_of, training_items
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.state import holder, named_factors
 from lora_lightning.switching import disabled
 
 TINY = 50  # training items; below, a lower rank is tried
-PRIOR = 0.0  # items that L2-SP counts for
+PRIOR = 1.0  # items that the pull of L2-SP counts for
 
 
 class FitGuard(Callback):
@@ -59,8 +54,8 @@ class FitGuard(Callback):
             the held-out batches may be unlabelled; they are then taken as they come.
         patience: Epochs without a lower held-out loss before training stops.
         shares: How far to go from the source, to choose from.
-        l2_sp: α of the pull, see `lora_lightning.shrinkage.pull_to_source`; None: 1/n of `PRIOR`
-            for n training items.
+        l2_sp: α of the pull, see `lora_lightning.shrinkage.pull_to_source`; None: 1/n for n
+            training items, 0 where n is not known.
         lower_rank: Whether to try lower ranks at the end; None: with fewer than 50 training items.
 
     Attributes:
@@ -125,28 +120,19 @@ class FitGuard(Callback):
         self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
         if self.history_ and not checks.is_new(trainer):
             return
-        self.history_, self.termination_condition_ = [], ""
+        self.termination_condition_ = ""
         with disabled(self._network(pl_module)):
             self._source = self._look(trainer, pl_module)
-            training = self._look(trainer, pl_module, _some(trainer.train_dataloader))
-        look = Look(0, float(training.mean()), float(self._source.mean()))
-        self.history_.append(look)
+            training = losses_of(pl_module, _some(trainer.train_dataloader), None)
+        self.history_ = [Look(0, float(training.mean()), float(self._source.mean()))]
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         assert self._adapter is not None
         return checks.find_backbone(pl_module, self._adapter.backbone)
 
-    def _look(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batches: Iterable[Any] | None = None,
-    ) -> Tensor:
-        """Losses on these batches by ``training_step``, or on the held-out ones."""
-        if batches is None:
-            found = losses_of(pl_module, self._batches, self.loss)
-        else:
-            found = losses_of(pl_module, batches, None)
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """The losses on the held-out batches."""
+        found = losses_of(pl_module, self._batches, self.loss)
         # One answer for all processes, or they would part ways.
         return trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
 
@@ -214,15 +200,16 @@ class FitGuard(Callback):
 
     def _lower_rank(self, trainer: Trainer, pl_module: LightningModule, loss: float) -> None:
         """Halve the rank for as long as the held-out loss is no higher."""
-        network, rank = self._network(pl_module), 0
-        for lower in _halves(_rank(network)):
+        network = self._network(pl_module)
+        first = rank = _rank(network)
+        while rank > 1:
             with undone(network):
-                compress(network, rank=lower)
+                compress(network, rank=rank // 2)
                 now = float(self._look(trainer, pl_module).mean())
             if not now <= loss:
                 break
-            loss, rank = now, lower
-        if rank:
+            loss, rank = now, rank // 2
+        if rank < first:
             compress(network, rank=rank)
 
     # ---- resuming --------------------------------------------------------------------------
@@ -250,9 +237,3 @@ def _some(batches: Any, most: int = 16) -> Iterator[Any]:
 def _rank(network: nn.Module) -> int:
     root, _, name = holder(network, None, "to look at")
     return max(f.spec.rank for f in named_factors(root, name).values())
-
-
-def _halves(rank: int) -> Iterator[int]:
-    while rank > 1:
-        rank //= 2
-        yield rank

@@ -286,26 +286,24 @@ def test_the_best_epoch_comes_back(tmp_path):
 
 
 def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
-    def run(folder: str, epochs: int, **options):
+    def run(epochs: int, *callbacks, **options):
         torch.manual_seed(0)
-        module, guard = Module(lr=3e-3), FitGuard()
-        saved = ModelCheckpoint(tmp_path / folder, save_last=True)
+        module, guard = Module(lr=3e-3), FitGuard(lower_rank=False)
         t = trainer(
-            tmp_path, LoRACallback(rank=2), guard, saved, max_epochs=epochs,
-            enable_checkpointing=True,
+            tmp_path, LoRACallback(rank=2), guard, *callbacks, max_epochs=epochs,
+            enable_checkpointing=bool(callbacks),
         )  # fmt: skip
-        t.fit(module, bright(32, 1), bright(24, 2), **options)
+        t.fit(module, bright(16, 1), bright(12, 2), **options)
         return module, guard
 
-    whole, one = run("whole", 4)
-    run("half", 2)
-    resumed, two = run("resumed", 4, ckpt_path=tmp_path / "half" / "last.ckpt")
-    assert [look.epoch for look in two.history_] == [0, 1, 2, 3, 4]
-    for a, b in zip(one.history_, two.history_, strict=True):
-        assert (a.training, a.held_out) == pytest.approx((b.training, b.held_out), rel=1e-4)
+    whole, one = run(3)
+    run(1, ModelCheckpoint(tmp_path, save_last=True))
+    resumed, two = run(3, ckpt_path=tmp_path / "last.ckpt")
+    assert [look.epoch for look in two.history_] == [0, 1, 2, 3]
+    assert one.history_ == two.history_
     assert one.shrinkage_ == two.shrinkage_
     with torch.no_grad():
-        torch.testing.assert_close(whole(X), resumed(X), rtol=1e-3, atol=1e-4)
+        assert torch.equal(whole(X), resumed(X))
 
 
 def test_a_look_leaves_no_trace(tmp_path):
