@@ -54,7 +54,11 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
     tests = data.get(target, "test")
     inputs = d.test_transform(tests[0])
     row: dict[str, Any] = {"target": target, "seed": seed, "items": count}
-    row["source"] = accuracy(evaluated(source), inputs, tests[1])
+
+    def measured(model: Any) -> float:
+        return round(accuracy(evaluated(model), inputs, tests[1]), 2)
+
+    row["source"] = measured(source)
 
     def fit(module: Any, items: Any) -> None:
         seed_everything(seed, verbose=False)
@@ -70,7 +74,7 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
         module.train()
         trainer.fit(module, DataLoader(items, 16, shuffle=True))
         if len(items) == count:  # the last fit is the plain one, before it is shrunk
-            row["plain"] = accuracy(evaluated(module.model), inputs, tests[1])
+            row["plain"] = measured(module.model)
 
     def dataset(transform: Any) -> Any:
         return StackDataset(Pictures(pictures[chosen], transform), classes[chosen])
@@ -83,7 +87,7 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
         items = dataset(d.train_transform)
         choice = cross_fit(module, items, fit, looked_at=seen, loss=cross_entropy, folds=4)
     row |= {"share": choice.share, "p_value": round(choice.p_value, 5)}
-    row["guarded"] = accuracy(evaluated(module.model), inputs, tests[1])
+    row["guarded"] = measured(module.model)
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
