@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, StackDataset
 
 try:  # from the repository's root, and as a script beside the other
@@ -40,9 +39,12 @@ TARGETS = ("coloured-1", "side-1", "side-3", "coloured-3", "dim-3")  # the neare
 FIELDS = ("target", "seed", "items", "source", "plain", "guarded", "share", "p_value", "seconds")
 
 
-def cross_entropy(module: Any, batch: Any) -> torch.Tensor:
-    """Of each item, as the guard looks at it."""
-    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+def doubt(module: Any, batch: Any) -> torch.Tensor:
+    """1 - p of the true class, (B,): near to what is measured, the share of mistakes.
+
+    Cross-entropy would praise a model that is as wrong, but less sure of itself.
+    """
+    return 1 - module(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
 
 
 def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
         warnings.simplefilter("ignore")  # that the source is kept is in the table
         seen = dataset(d.test_transform)
         items = dataset(d.train_transform)
-        choice = cross_fit(module, items, fit, looked_at=seen, loss=cross_entropy, folds=4)
+        choice = cross_fit(module, items, fit, looked_at=seen, loss=doubt, folds=4)
     row |= {"share": choice.share, "p_value": round(choice.p_value, 5)}
     row["guarded"] = measured(module.model)
     return row | {"seconds": round(time.perf_counter() - start, 1)}
