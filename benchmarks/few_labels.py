@@ -47,6 +47,11 @@ def doubt(module: Any, batch: Any) -> torch.Tensor:
     return 1 - module(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
 
 
+def mistakes(module: Any, batch: Any) -> torch.Tensor:
+    """1 where the predicted class is wrong, (B,)."""
+    return (module(batch[0]).argmax(1) != batch[1]).double()
+
+
 def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any) -> dict[str, Any]:
     """One light, so many pictures: a row."""
     d = data.domains
@@ -87,7 +92,9 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
         warnings.simplefilter("ignore")  # that the source is kept is in the table
         seen = dataset(d.test_transform)
         items = dataset(d.train_transform)
-        choice = cross_fit(module, items, fit, looked_at=seen, loss=doubt, folds=4)
+        choice = cross_fit(
+            module, items, fit, looked_at=seen, loss=doubt, mistakes=mistakes, folds=4
+        )
     row |= {"share": choice.share, "p_value": round(choice.p_value, 5)}
     row["guarded"] = measured(module.model)
     return row | {"seconds": round(time.perf_counter() - start, 1)}

@@ -33,6 +33,7 @@ def cross_fit(
     folds: int = 5,
     shares: Sequence[float] = SHARES,
     loss: Loss | None = None,
+    mistakes: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     backbone: str = "model",
     seed: int = 0,
@@ -63,6 +64,8 @@ def cross_fit(
         shares: To choose from, beside 0.
         loss: From (LightningModule, batch) to one value for each item, (B,); None: what
             ``training_step`` returns for each item by itself, which takes longer.
+        mistakes: Likewise, of what will be measured, such as 1 where the predicted class is wrong;
+            see `choose`. None: the loss alone decides.
         collate: Makes a batch of a list of items; None: the default.
         backbone: Attribute path of the adapted network in the module.
         seed: Of the dealing.
@@ -80,18 +83,21 @@ def cross_fit(
             "and at least 2"
         )
 
-    def losses(module: LightningModule, items: Sequence[int]) -> Tensor:
-        loader = DataLoader(Subset(seen, items), 1 if loss is None else BATCH, collate_fn=collate)
-        found = losses_of(module, loader, loss)
-        if len(found) != len(items):
-            raise ConfigError(
-                f"`loss` returns {len(found)} values for {len(items)} items: one each"
-            )
-        return found
+    asked = [loss] if mistakes is None else [loss, mistakes]
 
-    source = losses(pl_module, range(len(data)))
+    def values(module: LightningModule, items: Sequence[int]) -> Tensor:
+        """(losses and mistakes, items)."""
+        loaders = [
+            DataLoader(Subset(seen, items), BATCH if f else 1, collate_fn=collate) for f in asked
+        ]
+        found = [losses_of(module, x, f) for x, f in zip(loaders, asked, strict=True)]
+        if any(len(x) != len(items) for x in found):
+            raise ConfigError(f"{len(found[0])} losses for {len(items)} items: return one for each")
+        return torch.stack(found)
+
+    source = values(pl_module, range(len(data)))
     if len(data) < FEWEST:
-        choice = Choice(0.0, f"{_TOO_FEW} {FEWEST}, got {len(data)}", 1.0, source)
+        choice = Choice(0.0, f"{_TOO_FEW} {FEWEST}, got {len(data)}", 1.0, source[0])
     else:
         found = {a: torch.empty_like(source) for a in shares}
         for rest, part in _dealt(len(data), folds, seed):
@@ -100,8 +106,9 @@ def cross_fit(
             for share in shares:
                 with undone(checks.find_backbone(copied, backbone)) as network:
                     shrink(network, share)
-                    found[share][part] = losses(copied, part)
-        choice = choose(source, found)
+                    found[share][:, part] = values(copied, part)
+        wrong = (source[-1], {a: x[-1] for a, x in found.items()}) if mistakes else None
+        choice = choose(source[0], {a: x[0] for a, x in found.items()}, wrong)
     fit(pl_module, data)
     _settle(pl_module, checks.find_backbone(pl_module, backbone), choice)
     return choice

@@ -14,6 +14,7 @@ from lora_lightning.errors import DataError
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was learnt; 0, the source model, is always there
 LEVEL = 0.02  # of the test
+LIKELY = 0.3  # of the test of mistakes
 DRAWS = 10_000  # of signs
 FEWEST = 6  # pairs that can pass it: five gains out of five come by chance with p = 0.03
 SLIGHT = 0.02  # part of the source's loss that is no change
@@ -99,7 +100,12 @@ class Choice:
         (rank_zero_info if self.share else rank_zero_warn)(f"{who}: {self.reason}")
 
 
-def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL) -> Choice:
+def choose(
+    source: Tensor,
+    losses: Mapping[float, Tensor],
+    mistakes: tuple[Tensor, Mapping[float, Tensor]] | None = None,
+    level: float = LEVEL,
+) -> Choice:
     r"""The share with the lowest mean loss among those whose gain is beyond doubt; or else 0.
 
     .. math:: p(a) = P\Big(\max_b t_b(\pm d) \ge t_a(d)\Big), \quad
@@ -115,6 +121,9 @@ def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL)
     Args:
         source: (N,) losses of the source model on items that no adapter was trained on.
         losses: Share → (N,) losses of the adapted model on the same items.
+        mistakes: Likewise (the source's, those of each share), of what will be measured: 1 where an
+            item is wrong, say. Losses say more, but also fall where a model merely becomes surer of
+            itself, or less so. A share must have fewer mistakes as well, with p below 0.3 here.
         level: p must be below. A single pair (a score of a whole set) cannot be tested: the lower
             loss is taken.
 
@@ -127,15 +136,18 @@ def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL)
     finite = {a: x for a, x in losses.items() if bool(x.isfinite().all())}
     if not finite:
         return Choice(0.0, "the source model is kept: no loss is a number", 1.0, source, losses)
-    gains = source - torch.stack(list(finite.values()))
-    chance = dict(zip(finite, _chances(gains), strict=True))
-    sure = [a for a in finite if chance[a] < level]
+    chance = _chances(source, finite)
+    likely = _chances(mistakes[0], mistakes[1]) if mistakes else dict.fromkeys(finite, 0.0)
+    sure = [a for a in finite if chance[a] < level and likely[a] < LIKELY]
     best = min(sure or finite, key=lambda a: float(finite[a].mean()))
     before, after = float(source.mean()), float(finite[best].mean())
     told = (
         f"held-out loss {after:.3g} at a share of {best:g}, the source model's {before:.3g} "
         f"(p = {chance[best]:.2g}, {len(source)} pairs)"
     )
+    if mistakes:
+        here, there = float(mistakes[1][best].mean()), float(mistakes[0].mean())
+        told += f"; mistakes {here:.3g}, the source model's {there:.3g}"
     if sure:
         kept = f"{best:.0%} of what was learnt is kept: {told}"
         return Choice(best, kept, chance[best], source, losses)
@@ -143,11 +155,11 @@ def choose(source: Tensor, losses: Mapping[float, Tensor], level: float = LEVEL)
     return Choice(0.0, kept, chance[best], source, losses)
 
 
-def _chances(gains: Tensor) -> list[float]:
-    """p of each row of (S, N) gains; of one pair 0 where it is above 0, and 1 otherwise."""
-    count = gains.shape[1]
+def _chances(source: Tensor, losses: Mapping[float, Tensor]) -> dict[float, float]:
+    """p of each share; of one pair 0 where its gain is above 0, and 1 otherwise."""
+    gains, count = source - torch.stack(list(losses.values())), len(source)
     if count == 1:
-        return (gains[:, 0] <= 0).double().tolist()
+        return dict(zip(losses, (gains[:, 0] <= 0).double().tolist(), strict=True))
     if 2**count <= DRAWS:  # all there are
         bits = torch.arange(2**count)[:, None] >> torch.arange(count) & 1
     else:  # the first are the signs as they are
@@ -156,4 +168,5 @@ def _chances(gains: Tensor) -> list[float]:
     norm = gains.square().sum(1).sqrt().clamp_min(torch.finfo(gains.dtype).tiny)
     scaled = (gains / norm[:, None]).double()
     highest = ((1.0 - 2.0 * bits.double()) @ scaled.T).amax(1)
-    return [float((highest >= t - 1e-9).double().mean()) for t in scaled.sum(1)]
+    found = [float((highest >= t - 1e-9).double().mean()) for t in scaled.sum(1)]
+    return dict(zip(losses, found, strict=True))

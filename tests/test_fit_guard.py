@@ -227,7 +227,7 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
     module, guard = Module(lr=2e-3), FitGuard(patience=4)
     adapter = LoRACallback(rank=2)
     with pytest.warns(UserWarning, match="the source model is kept, there is no sure gain"):
-        fitted(tmp_path, module, adapter, guard, held_out=noise(24), max_epochs=12)
+        fitted(tmp_path, module, adapter, guard, held_out=noise(12), max_epochs=10)
     assert guard.verdict_.startswith("overfitting: since epoch")
     assert guard.shrinkage_ == 0
     assert len(guard.history_) < 13
@@ -243,11 +243,11 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
 def test_what_can_be_learnt_is_kept(tmp_path):
     module, guard = Module(), FitGuard()
     fitted(
-        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(24, 2),
+        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
         max_epochs=5,
     )  # fmt: skip
     assert guard.shrinkage_ > 0
-    held = losses_of(module, bright(24, 2), None).mean()
+    held = losses_of(module, bright(12, 2), None).mean()
     assert held < guard.history_[0].held_out
     assert 1 <= guard.rank_ <= 4
     assert guard.rank_ == max(f.spec.rank for f in named_factors(module.model, "default").values())
@@ -276,12 +276,12 @@ def test_the_best_epoch_comes_back(tmp_path):
 
     module, guard = Spoils(), FitGuard(patience=1, shares=[1], lower_rank=False)
     fitted(
-        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(24, 2),
+        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
         max_epochs=6,
     )  # fmt: skip
     assert [look.epoch for look in guard.history_] == [0, 1, 2, 3]
     assert guard.shrinkage_ == 1
-    held = float(losses_of(module, one_by_one(bright(24, 2)), None).mean())
+    held = float(losses_of(module, one_by_one(bright(12, 2)), None).mean())
     assert held == pytest.approx(guard.history_[2].held_out, rel=1e-5)
 
 
@@ -336,7 +336,7 @@ def test_a_loss_without_labels_on_unlabelled_batches(tmp_path):
         """What a label-free score looks like: the whole set at once, lower is better."""
         return -torch.linalg.matrix_norm(module(batch[0]).softmax(1), "nuc")
 
-    unlabelled = DataLoader(TensorDataset(bright(24, 2).dataset.tensors[0]), batch_size=24)
+    unlabelled = DataLoader(TensorDataset(bright(12, 2).dataset.tensors[0]), batch_size=24)
     guard = FitGuard(unlabelled, loss=spread)
     fitted(tmp_path, Module(), LoRACallback(rank=4), guard, data=bright(32, 1), max_epochs=4)
     assert guard.shrinkage_ > 0
@@ -385,6 +385,11 @@ def test_choose_wants_to_be_sure():
     assert better.p_value < 0.01
     sure = {0.25: source - 0.2 + 0.1 * flip, 1.0: source - 0.4 + 3 * flip}
     assert choose(source, sure).share == 0.25, "what is sure goes before what is more"
+    wrong = torch.arange(20).fmod(2).double()
+    fewer = (wrong, {0.5: wrong * (source < 2), 1.0: wrong})
+    gain = {0.5: source - 0.2, 1.0: source - 0.4}
+    assert choose(source, gain, fewer).share == 0.5, "the other is as often wrong as before"
+    assert choose(source, gain).share == 1
     assert choose(source[:5], {1.0: source[:5] - 1}).share == 0, "five items are never enough"
     assert choose(source[:6], {1.0: source[:6] - 1}).share == 1
     assert choose(source, {0.5: source - 0.05 + flip}).share == 0, "more noise than gain"
@@ -396,6 +401,10 @@ def test_choose_wants_to_be_sure():
 
 
 # ---- cross-fitting -------------------------------------------------------------------------
+
+
+def mistakes(module, batch):
+    return (module(batch[0]).argmax(1) != batch[1]).double()
 
 
 def fit(tmp_path, epochs=6):
@@ -416,13 +425,14 @@ def test_every_item_is_judged_by_who_has_not_seen_it(tmp_path):
 
     module, data = Module(), bright(12, 1).dataset
     source = losses_of(module, DataLoader(data), None)
-    choice = cross_fit(module, data, run, folds=3)
+    choice = cross_fit(module, data, run, folds=3, mistakes=mistakes)
     assert [len(s) for s in seen] == [8, 8, 8, 12]
     assert set.union(*({*range(12)} - s for s in seen[:3])) == {*range(12)}
     torch.testing.assert_close(choice.source, source)
     assert choice.share > 0
     assert choice.losses[choice.share].mean() < source.mean()
-    assert "kept" in choice.reason
+    assert "of what was learnt is kept" in choice.reason
+    assert "mistakes" in choice.reason
 
 
 def test_labels_at_random_leave_the_source_and_a_file_that_says_so(tmp_path):
@@ -459,3 +469,5 @@ def test_cross_fit_speaks_to_people(tmp_path):
         cross_fit(Module(), noise(6).dataset, fit(tmp_path), looked_at=noise(5).dataset)
     with pytest.raises(ConfigError, match="folds must be at least 2, got 1"):
         cross_fit(Module(), noise(6).dataset, fit(tmp_path), folds=1)
+    with pytest.raises(ConfigError, match="1 losses for 6 items: return one for each"):
+        cross_fit(Module(), noise(6).dataset, fit(tmp_path), loss=lambda *_: torch.zeros(()))
