@@ -403,8 +403,8 @@ def test_choose_wants_to_be_sure():
 # ---- cross-fitting -------------------------------------------------------------------------
 
 
-def mistakes(module, batch):
-    return (module(batch[0]).argmax(1) != batch[1]).double()
+def doubt(module, batch):
+    return 1 - module(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
 
 
 def fit(tmp_path, epochs=6):
@@ -425,7 +425,7 @@ def test_every_item_is_judged_by_who_has_not_seen_it(tmp_path):
 
     module, data = Module(), bright(12, 1).dataset
     source = losses_of(module, DataLoader(data), None)
-    choice = cross_fit(module, data, run, folds=3, mistakes=mistakes)
+    choice = cross_fit(module, data, run, folds=3, mistakes=doubt)
     assert [len(s) for s in seen] == [8, 8, 8, 12]
     assert set.union(*({*range(12)} - s for s in seen[:3])) == {*range(12)}
     torch.testing.assert_close(choice.source, source)
