@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from lora_lightning.combination import combine
     from lora_lightning.compression import compress
     from lora_lightning.config import LoRAConfig
+    from lora_lightning.cross_fitting import cross_fit
     from lora_lightning.errors import LoRALightningError
     from lora_lightning.files import read_header, save_adapter
+    from lora_lightning.fit_guard import FitGuard
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
     from lora_lightning.rank_choice import choose_ranks
+    from lora_lightning.shrinkage import shrink
     from lora_lightning.starting import start_from_data
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.transduction.callback import PseudoLabelCallback
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "FitGuard": "fit_guard",
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
@@ -40,6 +44,7 @@ _HOME = {
     "choose_ranks": "rank_choice",
     "combine": "combination",
     "compress": "compression",
+    "cross_fit": "cross_fitting",
     "disabled": "switching",
     "inject": "injection",
     "load_adapter": "loading",
@@ -49,12 +54,14 @@ _HOME = {
     "remove": "switching",
     "save_adapter": "files",
     "set_active": "switching",
+    "shrink": "shrinkage",
     "start_from_data": "starting",
     "unmerge": "switching",
     "verify": "verification",
 }
 
 __all__ = [
+    "FitGuard",
     "LoRACallback",
     "LoRAConfig",
     "LoRALightningError",
@@ -64,6 +71,7 @@ __all__ = [
     "choose_ranks",
     "combine",
     "compress",
+    "cross_fit",
     "disabled",
     "inject",
     "load_adapter",
@@ -73,6 +81,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_active",
+    "shrink",
     "start_from_data",
     "unmerge",
     "verify",

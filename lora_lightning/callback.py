@@ -126,7 +126,7 @@ class LoRACallback(Callback):
         # It may have been there, asleep behind another.
         set_active(backbone, self.name)
         # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
-        if self.config.rank == "auto" and not there and trainer.training and _is_new(trainer):
+        if self.config.rank == "auto" and not there and trainer.training and checks.is_new(trainer):
             self.report_ = choose_in_trainer(trainer, pl_module, backbone, self.name, self.data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +134,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
-        self._batch_norm.start(backbone, fresh=_is_new(trainer))
+        self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
             self._first_batch = FirstBatch(backbone)
         state = state_of(backbone)
@@ -148,7 +148,7 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the target's batches, where `init` looks at them and the fit is a new one."""
-        if _is_new(trainer) and METHODS[self.config.init].needs != "nothing":
+        if checks.is_new(trainer) and METHODS[self.config.init].needs != "nothing":
             backbone = checks.find_backbone(pl_module, self.backbone)
             start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
         self._ranks.start(trainer, checks.find_backbone(pl_module, self.backbone), self.name)
@@ -286,8 +286,3 @@ class LoRACallback(Callback):
 
         # In __dict__: a module's __setattr__ has no business with it.
         pl_module.__dict__["configure_model"] = wrapped
-
-
-def _is_new(trainer: Trainer) -> bool:
-    """Whether the fit goes on from nothing; the step is not restored yet when a fit starts."""
-    return trainer.global_step == 0 and trainer.ckpt_path is None

@@ -78,7 +78,7 @@ class Factors(nn.Module):
         self.magnitude: nn.Parameter | None
         self.register_parameter("magnitude", None)
         if spec.dora:
-            self.magnitude = nn.Parameter(self._row_norm(weight.detach()))
+            self.magnitude = nn.Parameter(self.row_norm(weight.detach()))
         self.reset(weight)
 
     def _allocate(self, weight: Tensor) -> None:
@@ -92,6 +92,21 @@ class Factors(nn.Module):
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The parameters whose product ΔW is, whether they train or not."""
         return self.lora_A, self.lora_B
+
+    def linear_in(self) -> tuple[Tensor, ...]:
+        """What, times a, gives a·ΔW: of the two products BA and B₀A₀ both B."""
+        return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
+
+    def frobenius_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        r"""Of :math:`\lVert \Delta W \rVert_F^2 / 2`, by products of r × r alone.
+
+        With :math:`\Delta W = s \hat B \hat A` (see `low_rank`) they are :math:`s^2 \hat B
+        \hat A A^T` for B and :math:`s^2 B^T \hat B \hat A` for A.
+        """
+        B, A = self.low_rank()
+        s2 = self.spec.scaling**2
+        of_B, of_A = s2 * (B @ (A @ self.lora_A.T)), s2 * ((self.lora_B.T @ B) @ A)
+        return [(self.lora_B, of_B), (self.lora_A, of_A)]
 
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
@@ -174,7 +189,7 @@ class Factors(nn.Module):
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
             self.reset(weight)
         if self.magnitude is not None:
-            self.magnitude.copy_(self._row_norm(weight))
+            self.magnitude.copy_(self.row_norm(weight))
 
     def follow(self, weight: Tensor) -> None:
         """Compute anew what is a function of the base's weight at all times: nothing here."""
@@ -224,10 +239,11 @@ class Factors(nn.Module):
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
         assert self.magnitude is not None
-        ratio: Tensor = self.magnitude / self._row_norm(summed.detach())
+        ratio: Tensor = self.magnitude / self.row_norm(summed.detach())
         return ratio
 
-    def _row_norm(self, weight: Tensor) -> Tensor:
+    def row_norm(self, weight: Tensor) -> Tensor:
+        """The norm of each row of `weight`, shape (out,): DoRA's magnitudes at the start."""
         norm: Tensor = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 

@@ -17,6 +17,11 @@ from lora_lightning.state import all_extras, named_factors, state_of
 from lora_lightning.structure import base_parameters
 
 
+def is_new(trainer: Trainer) -> bool:
+    """Whether the fit goes on from nothing; the step is not restored yet when a fit starts."""
+    return trainer.global_step == 0 and trainer.ckpt_path is None
+
+
 def has_backbone(pl_module: LightningModule, path: str) -> bool:
     """Whether the network exists already (it may be built in `setup` or `configure_model`)."""
     return isinstance(_get(pl_module, path), nn.Module)

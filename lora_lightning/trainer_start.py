@@ -93,7 +93,7 @@ def _shows_progress(trainer: Trainer) -> bool:
 def _looking(pl_module: LightningModule) -> Iterator[None]:
     # The order of the training that follows must not depend on this look at its data.
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _silent(pl_module):
+    with torch.random.fork_rng(devices=devices), silent(pl_module):
         yield
 
 
@@ -147,7 +147,7 @@ def _training_loss(pl_module: LightningModule, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _silent(pl_module: LightningModule) -> Iterator[None]:
+def silent(pl_module: LightningModule) -> Iterator[None]:
     """What the steps log here belongs to no step of the training."""
     kept = {n: pl_module.__dict__.get(n) for n in ("log", "log_dict")}
     for name in kept:

@@ -24,7 +24,7 @@ LAYERS = (
     # What an adapter is.
     "family_tables tree",
     "errors parametrized summary wording",
-    "decompose distances",
+    "decompose distances fitting",
     "nmf ranks streaming",
     "initialize",
     "config factors guard patterns",
@@ -42,13 +42,14 @@ LAYERS = (
     "starting",
     "rank_choice",
     "injection verification",
-    "combination",
+    "combination shrinkage",
     "fileformat",
     "files loading",
     # Lightning.
     "batchnorm first_batch trainer_checks trainer_pruning trainer_start",
     "save_hook",
-    "callback",
+    "callback held_out",
+    "cross_fitting fit_guard",
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
     "tasks transcripts",

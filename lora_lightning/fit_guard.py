@@ -1,0 +1,244 @@
+"""`FitGuard`: is the adapter learning too little, or the training items by heart? Acts on it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from operator import attrgetter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lora_lightning import trainer_checks as checks
+from lora_lightning.callback import LoRACallback
+from lora_lightning.compression import compress
+from lora_lightning.errors import ConfigError
+from lora_lightning.fitting import SHARES, Look, choose, diagnose
+from lora_lightning.held_out import Loss, held_out_batches, losses_of, training_items
+from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
+from lora_lightning.state import holder, named_factors
+from lora_lightning.switching import disabled
+
+TINY = 50  # training items; below, a lower rank is tried
+PRIOR = 1.0  # items that the pull of L2-SP counts for
+
+
+class FitGuard(Callback):
+    """Watches held-out loss against training loss, and never goes further than it pays.
+
+        Trainer(callbacks=[LoRACallback(rank=8), FitGuard()]).fit(module, data)
+
+    Before training the source model's loss on the held-out batches is taken, and after each epoch
+    the adapted model's. Training stops once the held-out loss has not fallen for `patience` epochs;
+    the best epoch is restored. Then the guard tries how far to go from the source (see
+    `lora_lightning.shrink`) and keeps the share with the lowest held-out loss, if that is better
+    than the source's beyond doubt (see `lora_lightning.fitting.choose`), and the source model
+    otherwise, which it says aloud. Where training items are few it then halves the rank for as
+    long as that costs nothing, and while training it pulls towards the source (L2-SP).
+    `LoRACallback` writes the adapter file after that; checkpoints hold what was before.
+
+    With a few dozen items or less a held-out part leaves too little on either side: use
+    `lora_lightning.cross_fit`.
+
+    Args:
+        held_out: Batches that are not trained on; None: the trainer's validation batches. Of up
+            to 256 items in a ``DataLoader`` each is looked at by itself, for the test's sake.
+        loss: From (LightningModule, batch) to a scalar or one value for each item (B,), lower is
+            better; None: what ``training_step`` returns. Given one that needs no labels (the
+            predictions' negative nuclear norm, see `lora_lightning.transduction.validators`),
+            the held-out batches may be unlabelled; they are then taken as they come.
+        patience: Epochs without a lower held-out loss before training stops.
+        shares: How far to go from the source, to choose from.
+        l2_sp: α of the pull, see `lora_lightning.shrinkage.pull_to_source`; None: 1/n for n
+            training items, 0 where n is not known.
+        lower_rank: Whether to try lower ranks at the end; None: with fewer than 50 training items.
+
+    Attributes:
+        history_: A `Look` for each epoch, the first of them at the source model.
+        verdict_: In words: underfitting, overfitting or neither, and what to do.
+        termination_condition_: Why training stopped.
+        shrinkage_: The share that was kept: 0 is the source model.
+        rank_: The largest rank that is left.
+
+    Raises:
+        ConfigError: not one `LoRACallback` before it, nothing held out, or a loss that is none.
+    """
+
+    def __init__(
+        self,
+        held_out: Iterable[Any] | None = None,
+        *,
+        loss: Loss | None = None,
+        patience: int = 3,
+        shares: Sequence[float] = SHARES,
+        l2_sp: float | None = None,
+        lower_rank: bool | None = None,
+    ) -> None:
+        if patience < 1:
+            raise ConfigError(f"patience must be at least 1 epoch, got {patience}")
+        if not shares or any(not 0 < a <= 1 for a in shares):
+            raise ConfigError(f"shares must lie in (0, 1], got {list(shares)}")
+        if l2_sp is not None and l2_sp < 0:
+            raise ConfigError(f"l2_sp must be 0 or more, got {l2_sp}")
+        self.held_out, self.loss = held_out, loss
+        self.patience, self.shares = patience, tuple(shares)
+        self.l2_sp, self.lower_rank = l2_sp, lower_rank
+        self.history_: list[Look] = []
+        self.verdict_ = self.termination_condition_ = ""
+        self.shrinkage_: float | None = None
+        self.rank_: int | None = None
+        self._adapter: LoRACallback | None = None
+        self._batches: Iterable[Any] = ()
+        self._source = torch.empty(0)  # its held-out losses
+        self._best: dict[str, Tensor] = {}  # the adapter after its best epoch
+        self._epoch: list[Tensor] = []  # training losses of this epoch
+        self._pull = 0.0
+
+    # ---- before training -------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the `LoRACallback` that is watched."""
+        callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        before = callbacks[: callbacks.index(self)]
+        found = [c for c in before if isinstance(c, LoRACallback)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"FitGuard watches one LoRACallback, and {len(found)} stand before it in "
+                "`callbacks`: use [LoRACallback(...), FitGuard()]"
+            )
+        self._adapter = found[0]
+        if self._adapter.config.prune_to is not None:
+            raise ConfigError(
+                "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
+                "prune_to out (it lowers ranks itself, lower_rank=True), or the guard"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the source model; a fit that is resumed has done so."""
+        self._batches = held_out_batches(trainer, self.held_out, self.loss)
+        items = training_items(trainer)
+        self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
+        if self.history_ and not checks.is_new(trainer):
+            return
+        self.termination_condition_ = ""
+        with disabled(self._network(pl_module)):
+            self._source = self._look(trainer, pl_module)
+            training = losses_of(pl_module, _some(trainer.train_dataloader), None)
+        self.history_ = [Look(0, float(training.mean()), float(self._source.mean()))]
+
+    def _network(self, pl_module: LightningModule) -> nn.Module:
+        assert self._adapter is not None
+        return checks.find_backbone(pl_module, self._adapter.backbone)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """The losses on the held-out batches."""
+        found = losses_of(pl_module, self._batches, self.loss)
+        # One answer for all processes, or they would part ways.
+        return trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
+
+    # ---- while training --------------------------------------------------------------------
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """L2-SP, on gradients that are whole: accumulated, averaged over devices, unscaled."""
+        if self._pull:
+            pull_to_source(self._network(pl_module), self._pull)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the training loss."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._epoch.append(loss.detach())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the held-out batches; keep the best epoch; stop where it gets no better."""
+        losses = self._look(trainer, pl_module)
+        training = float(torch.stack(self._epoch).mean()) if self._epoch else math.nan
+        self._epoch = []
+        held_out = float(losses.mean())
+        finite = math.isfinite(held_out)
+        look = Look(trainer.current_epoch + 1, training, held_out if finite else math.inf)
+        best = min(self.history_[1:], key=attrgetter("held_out"), default=None)
+        if best is None or look.held_out < best.held_out:
+            best, self._best = look, adapter_values(self._network(pl_module))
+        self.history_.append(look)
+        if not finite or look.epoch - best.epoch >= self.patience:
+            trainer.should_stop = True
+            self.termination_condition_ = (
+                f"the held-out loss has not fallen for {look.epoch - best.epoch} epochs"
+                if finite
+                else f"the held-out loss is no number after epoch {look.epoch}"
+            )
+
+    # ---- at the end ------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The best epoch, as far from the source as it pays; before the adapter file is written."""
+        if len(self.history_) < 2:
+            return
+        network = self._network(pl_module)
+        restore(network, self._best)
+        losses = {}
+        for share in self.shares:
+            with undone(network):
+                shrink(network, share)
+                losses[share] = self._look(trainer, pl_module)
+        choice = choose(self._source, losses)
+        shrink(network, choice.share)
+        self.shrinkage_ = choice.share
+        tiny = 0 < training_items(trainer) < TINY if self.lower_rank is None else self.lower_rank
+        if choice.share and tiny:
+            self._lower_rank(trainer, pl_module, float(losses[choice.share].mean()))
+        self.rank_ = _rank(network)
+        self.verdict_ = diagnose(self.history_)
+        self.termination_condition_ = self.termination_condition_ or "all epochs"
+        rank_zero_info(f"FitGuard: {self.verdict_}")
+        choice.say("FitGuard")
+
+    def _lower_rank(self, trainer: Trainer, pl_module: LightningModule, loss: float) -> None:
+        """Halve the rank for as long as the held-out loss is no higher."""
+        network = self._network(pl_module)
+        first = rank = _rank(network)
+        while rank > 1:
+            with undone(network):
+                compress(network, rank=rank // 2)
+                now = float(self._look(trainer, pl_module).mean())
+            if not now <= loss:
+                break
+            loss, rank = now, rank // 2
+        if rank < first:
+            compress(network, rank=rank)
+
+    # ---- resuming --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, and the best epoch's adapter."""
+        return {
+            "history": [asdict(look) for look in self.history_],
+            "source": self._source,
+            "best": self._best,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.history_ = [Look(**look) for look in state_dict["history"]]
+        self._source, self._best = state_dict["source"], state_dict["best"]
+
+
+def _some(batches: Any, most: int = 16) -> Iterator[Any]:
+    """The first batches: enough to know the source model's loss on the training items."""
+    # Lazily: to shuffle them draws random numbers, which must happen where they are kept aside.
+    yield from itertools.islice(batches, most)
+
+
+def _rank(network: nn.Module) -> int:
+    root, _, name = holder(network, None, "to look at")
+    return max(f.spec.rank for f in named_factors(root, name).values())

@@ -1,0 +1,101 @@
+"""Losses on batches that were not trained on, one value an item where that can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.probe import preserved
+from lora_lightning.trainer_start import silent
+
+Loss = Callable[[LightningModule, Any], Any]
+MOST = 256  # items that are looked at one by one
+
+
+def step_loss(pl_module: LightningModule, batch: Any) -> Any:
+    """What the module's ``training_step`` returns for this batch."""
+    found: Any = pl_module.training_step(batch, 0)
+    return found.get("loss") if isinstance(found, dict) else found
+
+
+def training_items(trainer: Trainer) -> int:
+    """How many items the fit trains on; 0 where that is not known."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else 0
+
+
+def held_out_batches(
+    trainer: Trainer, given: Iterable[Any] | None, loss: Loss | None
+) -> Iterable[Any]:
+    """What `FitGuard` was given, or else the trainer's validation batches.
+
+    Raises:
+        ConfigError: there are none, or several loaders.
+    """
+    batches: Any = trainer.val_dataloaders if given is None else given
+    if batches is None:
+        raise ConfigError(
+            "FitGuard has nothing held out to judge by: give the fit a validation loader, or "
+            "FitGuard(held_out=...); for a few dozen items in all use lora_lightning.cross_fit"
+        )
+    if isinstance(batches, (list, tuple, dict)):
+        raise ConfigError(
+            "there are several held-out loaders: give FitGuard(held_out=...) the one with the "
+            "target's items"
+        )
+    return one_by_one(batches) if loss is None else batches
+
+
+def one_by_one(batches: Iterable[Any]) -> Iterable[Any]:
+    """The same items in batches of one, where `batches` is a DataLoader of at most 256.
+
+    Two models are compared in pairs of losses: of many items that says more than of few batches.
+    """
+    plain = isinstance(batches, DataLoader) and type(batches.batch_sampler) is BatchSampler
+    if not plain or isinstance(batches.dataset, IterableDataset):  # type: ignore[attr-defined]
+        return batches
+    loader: Any = batches
+    if len(loader.sampler) > MOST:
+        return batches
+    return DataLoader(loader.dataset, sampler=loader.sampler, collate_fn=loader.collate_fn)
+
+
+@torch.no_grad()
+def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | None) -> Tensor:
+    """(N,) losses in eval mode, one for each item or batch; the module stays as it is.
+
+    Raises:
+        ConfigError: the loss is no tensor of shape () or (B,).
+        DataError: there is no batch.
+    """
+    device = pl_module.device
+    found = []
+    with (
+        preserved(pl_module),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        silent(pl_module),
+    ):
+        pl_module.eval()
+        for batch in batches:
+            moved = pl_module.transfer_batch_to_device(batch, device, 0)
+            found.append(_values((loss or step_loss)(pl_module, moved), loss is None))
+    if not found:
+        raise DataError("the held-out data hold no batch: give at least one item")
+    return torch.cat(found)
+
+
+def _values(loss: Any, of_step: bool) -> Tensor:
+    if isinstance(loss, Tensor) and loss.is_floating_point() and loss.ndim <= 1:
+        return loss.detach().double().cpu().reshape(-1)
+    got = f"{type(loss).__name__}" + (f" {tuple(loss.shape)}" if isinstance(loss, Tensor) else "")
+    who = "training_step returns" if of_step else "the function `loss` returns"
+    raise ConfigError(
+        f"{who} {got}; expected a loss of shape () or (B,). Give `loss=`, a function from "
+        "(LightningModule, batch) to such a tensor"
+    )

@@ -1,0 +1,152 @@
+"""How far an adapter goes from its source: `shrink` it afterwards, or pull it while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import state as states
+from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.errors import AdapterError, ConfigError
+from lora_lightning.factors import Factors
+from lora_lightning.state import ModelState
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, share: float) -> None:
+    r"""Go back towards the source: keep this share of all that the active adapter changed.
+
+    .. math:: \Delta W \to a\,\Delta W, \qquad w \to w_s + a\,(w - w_s)
+
+    where w is what the adapter trains in full (a head, norms, DoRA's magnitudes) and the buffers
+    that it moved (BatchNorm's statistics), and :math:`w_s` is the source's value of it. a = 1
+    changes nothing; a = 0 leaves the source model, exactly. In between, the adapted model is often
+    more robust than either end: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models"
+    (WiSE-FT), arXiv:2109.01903. A share of a share is their product.
+
+    Args:
+        model: With an active adapter, not merged.
+        share: a, in [0, 1].
+
+    Raises:
+        ConfigError: the share is out of range.
+        AdapterNotFoundError: no adapter is active.
+        AdapterError: the model is merged.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share must lie in [0, 1], got {share}")
+    root, state, name = _unmerged_holder(model, "to shrink")
+    if share == 1:
+        return
+    if share == 0:  # no number times 0 is no number
+        for factors in states.named_factors(root, name).values():
+            factors.lora_A.nan_to_num_(posinf=0, neginf=0)
+    for tensor, source in _with_source(root, state, name):
+        if share == 0:  # exactly, whatever the adapter holds
+            tensor.copy_(source)
+        elif tensor.is_floating_point():  # a count of batches stays
+            tensor.copy_(source + share * (tensor - source))
+
+
+def _with_source(root: nn.Module, state: ModelState, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of the adapter's own tensors, and the value with which it is the source's."""
+    for path, factors in states.named_factors(root, name).items():
+        for part in factors.linear_in():
+            yield part, torch.zeros_like(part)
+        if factors.magnitude is not None:
+            yield factors.magnitude, _source_magnitude(root, path, factors)
+    for live, value in _owned(root, state, name).values():
+        yield live, states.like(value, live)
+
+
+def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name → (live, source's) of what the adapter trains in full, and of the buffers."""
+    live = states.base_tensors(root)
+    states.snapshot(root, state, live=live)
+    extras = states.extras(root, state, name, live)
+    buffers = [n for n in state.source if n in live and not isinstance(live[n], nn.Parameter)]
+    return {n: (live[n], state.source[n][1]) for n in [*extras, *buffers]}
+
+
+def _source_magnitude(root: nn.Module, path: str, factors: Factors) -> Tensor:
+    return factors.row_norm(raw_tensor(*located(root, path)).detach())
+
+
+def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[nn.Module, ModelState, str]:
+    root, state, name = states.holder(model, None, purpose)
+    if states.merged_layers(root):
+        raise AdapterError("the model is merged; call unmerge(model) first")
+    return root, state, name
+
+
+def adapter_values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that is the active adapter's own: factors, what it trains in full, buffers."""
+    return {key: tensor.detach().clone() for key, tensor in _own_tensors(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Bring what `adapter_values` copied back into the model."""
+    own = _own_tensors(model)
+    for key, value in values.items():
+        own[key].copy_(value)
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    root, state, name = _unmerged_holder(model, "to copy")
+    factors = states.named_factors(root, name).items()
+    own = {f"{path}.{key}": t for path, f in factors for key, t in f.tensors().items()}
+    return own | {n: live for n, (live, _) in _owned(root, state, name).items()}
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the active adapter may be shrunk or compressed; then it is as it was."""
+    root, state, name = _unmerged_holder(model, "to try")
+    report, values = state.reports[name], adapter_values(model)
+    factors = states.named_factors(root, name)
+    try:
+        yield model
+    finally:
+        for path, kept in factors.items():
+            module, tensor = located(root, path)
+            module.lora[name][tensor] = kept
+        state.reports[name] = report
+        restore(model, values)
+
+
+@torch.no_grad()
+def pull_to_source(model: nn.Module, strength: float) -> None:
+    r"""Add the gradient of L2-SP to the gradients of the active adapter.
+
+    .. math:: \Omega = \frac{\alpha}{2} \Big( \sum \lVert \Delta W \rVert_F^2
+        + \sum \lVert w - w_s \rVert^2 \Big)
+
+    with w and :math:`w_s` as in `shrink`, buffers aside: weights are pulled not to zero, as weight
+    decay does, but to the source model's. Li, Grandvalet & Davoine 2018, "Explicit inductive bias
+    for transfer learning with convolutional networks", arXiv:1802.01483. ΔW is never made:
+    :math:`\partial \lVert \Delta W \rVert^2 / \partial B = 2 s^2 \hat B \hat A A^T` with r × r
+    products alone. Parameters without a gradient are left without.
+
+    Args:
+        model: With an active adapter, after the backward pass.
+        strength: α; 0 adds nothing.
+    """
+    root, state, name = _unmerged_holder(model, "to pull")
+    for path, factors in states.named_factors(root, name).items():
+        for parameter, gradient in factors.frobenius_gradients():
+            _add(parameter, strength * gradient)
+        if factors.magnitude is not None:
+            away = factors.magnitude - _source_magnitude(root, path, factors)
+            _add(factors.magnitude, strength * away)
+    for live, value in _owned(root, state, name).values():
+        if isinstance(live, nn.Parameter):
+            _add(live, strength * (live - states.like(value, live)))
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.add_(gradient.to(parameter.grad.dtype))
