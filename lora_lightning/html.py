@@ -21,7 +21,7 @@ from lora_lightning.results import Cell, Column, Run, Summary
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
 _METRICS = {
     "WER": " WER: words substituted, missed or inserted, over the words said; lower is better.",
-    "BLEU": " BLEU: words, pairs, triples and quadruples that the right translation has too; 100 is "
+    "BLEU": " BLEU: sequences of one to four words that the right translation has as well; 100 is "
     "its very words.",
 }
 

@@ -109,13 +109,8 @@ class ParallelData(LightningDataModule):
     test_dataloader = predict_dataloader
 
     def _loader(self, pairs: list[Pair], collate: Any, **order: Any) -> DataLoader[Any]:
-        loader: Any = DataLoader(
-            pairs,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            **order,
-        )
-        return loader
+        found: Any = pairs  # a list will do as a Dataset
+        return DataLoader(found, batch_size=self.batch_size, collate_fn=collate, **order)
 
     def _batch(self, pairs: Sequence[Pair]) -> TextBatch:
         return TextBatch.of(pairs, self.subwords)

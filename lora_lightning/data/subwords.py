@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -47,7 +48,7 @@ class Subwords:
         while len(joined) < merges:
             pairs: Counter[tuple[str, str]] = Counter()
             for word, pieces in spelt.items():
-                for pair in zip(pieces, pieces[1:], strict=False):
+                for pair in pairwise(pieces):
                     pairs[pair] += words[word]
             # Of those that are as frequent, the first in the alphabet: no chance in it.
             best = min(pairs, key=lambda p: (-pairs[p], p), default=None)
@@ -77,7 +78,7 @@ class Subwords:
         if word not in self._known:
             pieces = list(_SPACE + word)
             while len(pieces) > 1:
-                neighbours = zip(pieces, pieces[1:], strict=False)
+                neighbours = pairwise(pieces)
                 best = min(neighbours, key=lambda p: self._ranks.get(p, len(self._ranks)))
                 if best not in self._ranks:
                     break

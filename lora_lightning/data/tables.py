@@ -59,8 +59,8 @@ def read_table(path: Path, root: Path | None = None) -> list[Utterance]:
         DataError: the encoding, the header or a row is wrong; names the line.
         DataNotFoundError: there is no such file.
     """
-    rows = read_rows(path, PATH)
-    rows = rows if path.suffix.lower() == ".jsonl" else _numbered(rows)
+    given = read_rows(path, PATH)
+    rows = given if path.suffix.lower() == ".jsonl" else _numbered(given)
     found = [_utterance(row, f"{path}, line {n}", root or path.parent) for n, row in rows]
     if not found:
         raise DataError(f"{path} has no rows")

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.callback import LoRACallback
 from lora_lightning.config import unknown_key
 from lora_lightning.data.parallel import Pair, ParallelData, held_out, read_pairs
-from lora_lightning.data.registers import DOMAINS, SOURCE, registers
+from lora_lightning.data.register_words import SOURCE
+from lora_lightning.data.registers import DOMAINS, registers
 from lora_lightning.data.subwords import Subwords
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.report import write_report
@@ -133,9 +134,7 @@ def _translations(context: Context) -> list[Transcript]:
     for domain in context.targets:
         before, after = (context.written[m, domain.name] for m in ("source only", shown))
         for pair, old, new in zip(domain.test, before, after, strict=True):
-            found.append(
-                Transcript(pair.source, domain.name, pair.target, old, new, context.seed)
-            )
+            found.append(Transcript(pair.source, domain.name, pair.target, old, new, context.seed))
     return found
 
 
@@ -145,6 +144,7 @@ def _checked(given: DictConfig) -> Config:
     check_plan(config.methods, config.seeds, METHODS)
     numbers = {
         "labelled": config.labelled,
+        "unlabelled": config.unlabelled,
         "data.test": config.data.test,
         "data.batch_size": config.data.batch_size,
         "data.target_batch_size": config.data.target_batch_size,
@@ -165,8 +165,8 @@ def _checked(given: DictConfig) -> Config:
     check_rounds(own.keep, own.dropped)
     if own.steps < len(own.keep):
         raise ConfigError(
-            f"train.label_free.steps must be a step for each of the {len(own.keep)} rounds of keep, "
-            f"at least; got {own.steps}"
+            f"train.label_free.steps must be a step for each of the {len(own.keep)} rounds of "
+            f"keep, at least; got {own.steps}"
         )
     Translation(tiny, own.learning_rate, own.weight_decay, own.label_smoothing, own.schedule)
     LoRACallback(config.lora)

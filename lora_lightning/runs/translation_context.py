@@ -19,8 +19,9 @@ from lora_lightning.runs.common import make_trainer
 from lora_lightning.runs.progress import Stages
 from lora_lightning.runs.settings import TrainSettings
 from lora_lightning.runs.translation_settings import Config
+from lora_lightning.tasks.greedy_translation import Adjust
 from lora_lightning.tasks.translation import Translation
-from lora_lightning.tasks.translators import Adjust, Translator
+from lora_lightning.tasks.translators import Translator
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Domain:
     train: list[Pair]
     test: list[Pair]
 
-    def labelled(self, count: int, seed: int) -> list[Pair]:
+    def drawn(self, count: int, seed: int) -> list[Pair]:
         """Pairs drawn for this seed; fewer draws are a part of more."""
         order = np.random.default_rng(seed).permutation(len(self.train))
         return [self.train[i] for i in order[:count]]
@@ -91,7 +92,7 @@ class Context:
 
     def labelled(self, domain: Domain) -> list[Pair]:
         """The pairs that a method with labels is given."""
-        return domain.labelled(self.config.labelled, self.seed)
+        return domain.drawn(self.config.labelled, self.seed)
 
     def fit(
         self,

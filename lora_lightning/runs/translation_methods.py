@@ -15,7 +15,7 @@ from statistics import fmean
 
 from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
-from lora_lightning.data.parallel import TextBatch
+from lora_lightning.data.parallel import Pair, TextBatch
 from lora_lightning.decompose import spectrum
 from lora_lightning.results import Row, Transcript
 from lora_lightning.runs.common import make_trainer
@@ -112,9 +112,9 @@ def _full(context: Context, domain: Domain) -> Adapted:
 
 def _label_free(context: Context, domain: Domain) -> Adapted:
     config, model = context.config, context.fresh()
-    settings = config.train.label_free
+    settings, pairs = config.train.label_free, domain.drawn(config.unlabelled, context.seed)
     own = PseudoTranslationCallback(
-        [p.source for p in domain.train],
+        [p.source for p in pairs],
         model.subwords,
         {word for p in context.everyday.train for word in p.target.split()},
         keep=settings.keep,
@@ -141,7 +141,7 @@ def _label_free(context: Context, domain: Domain) -> Adapted:
     start = time.perf_counter()
     trainer.fit(module, datamodule=own.data)
     seconds = time.perf_counter() - start
-    _say(context, domain, own)
+    _say(context, domain, pairs, own)
     return _merged(model, seconds, callback)
 
 
@@ -163,13 +163,15 @@ def _merged(model: Translator, seconds: float, callback: LoRACallback) -> Adapte
     return Adapted(model, seconds, callback.report_.trainable_parameters, size)
 
 
-def _say(context: Context, domain: Domain, own: PseudoTranslationCallback) -> None:
+def _say(
+    context: Context, domain: Domain, pairs: list[Pair], own: PseudoTranslationCallback
+) -> None:
     """How it ended, and what the sentences that were learnt from were taken for."""
     context.run.notes.append(
         f"{NAME}, {domain.name} (seed {context.seed}): {own.termination_condition_}; the state of "
         f"round {own.accepted_} of {len(own.history_) - 1} is kept."
     )
-    for pair in domain.train:
+    for pair in pairs:
         before, after = own.source_[pair.source], own.translations_[pair.source]
         context.run.transcripts.append(
             Transcript(

@@ -100,10 +100,10 @@ class SelfTraining:
         schedule: Of the learning rate: one-cycle, cosine or constant.
     """
 
-    steps: int = 90
-    keep: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
+    steps: int = 60
+    keep: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5])
     dropped: float = 0.1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     schedule: str = "cosine"
@@ -138,6 +138,8 @@ class Config:
         seeds: One run for each; they decide on the labelled pairs, order and factors.
         methods: What is compared, keys of `lora_lightning.runs.translation_methods.METHODS`.
         labelled: Pairs of a target that a method with labels is given.
+        unlabelled: Sentences of a target that a method without labels is given; fewer where it has
+            fewer.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
         threads: Threads of the CPU that torch uses; null: as many as it would.
         data: The pairs.
@@ -156,6 +158,7 @@ class Config:
         default_factory=lambda: ["source_only", "memory", "label_free", "lora", "full"]
     )
     labelled: int = 100
+    unlabelled: int = 200
     accelerator: str = "auto"
     threads: int | None = None
     data: PairSettings = field(default_factory=PairSettings)

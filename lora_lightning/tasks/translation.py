@@ -11,8 +11,9 @@ from torchmetrics.text import SacreBLEUScore
 from lora_lightning.data.parallel import TextBatch
 from lora_lightning.data.subwords import PAD
 from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.greedy_translation import Adjust, greedy
 from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.tasks.translators import Adjust, Translator, greedy
+from lora_lightning.tasks.translators import Translator
 
 
 class Translated(NamedTuple):

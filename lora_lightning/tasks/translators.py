@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.data.subwords import BEGIN, END, PAD, Subwords
+from lora_lightning.data.subwords import PAD, Subwords
 from lora_lightning.errors import ConfigError
 
 FORMAT = 1  # of the file
-# From hidden states (B, D) and log-probabilities (B, V) of the next piece to better ones.
-Adjust = Callable[[Tensor, Tensor], Tensor]
 
 
 class Translator(nn.Module):
@@ -85,7 +82,7 @@ class Translator(nn.Module):
     def encode(self, source: Tensor) -> Tensor:
         """(B, S) → (B, S, D)."""
         encoded: Tensor = self.transformer.encoder(
-            self._embedded(source), src_key_padding_mask=source == PAD
+            self.embedded(source), src_key_padding_mask=source == PAD
         )
         return encoded
 
@@ -97,13 +94,14 @@ class Translator(nn.Module):
         size = target.shape[1]
         later = torch.ones(size, size, dtype=torch.bool, device=target.device).triu(1)
         decoded: Tensor = self.transformer.decoder(
-            self._embedded(target), encoded, tgt_mask=later, memory_key_padding_mask=padding
+            self.embedded(target), encoded, tgt_mask=later, memory_key_padding_mask=padding
         )
         return decoded
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def embedded(self, ids: Tensor, place: int = 0) -> Tensor:
+        """Pieces (B, T), of which the first stands at `place` → (B, T, D)."""
         x = self.embedding(ids) * math.sqrt(self.settings["dim"])
-        embedded: Tensor = self.dropout(x + positions(ids.shape[1], x))
+        embedded: Tensor = self.dropout(x + positions(place + ids.shape[1], x)[place:])
         return embedded
 
 
@@ -114,41 +112,6 @@ def positions(count: int, like: Tensor) -> Tensor:
     rate = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-math.log(1e4) / dim))
     angle = place * rate
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(like.dtype)
-
-
-@torch.no_grad()
-def greedy(
-    model: Translator, source: Tensor, most: int | None = None, adjust: Adjust | None = None
-) -> tuple[Tensor, Tensor]:
-    """Translate (B, S), always by the likeliest next piece.
-
-    Args:
-        model: In eval mode.
-        source: Padded sentences.
-        most: Pieces of a translation at most; None: one and a half times the source's, and 5.
-        adjust: Changes the probabilities of each next piece.
-
-    Returns:
-        Pieces (B, T'), `PAD` after each `END`; and (B,) the mean log-probability of a
-        sentence's pieces, its end included.
-    """
-    most = 3 * source.shape[1] // 2 + 5 if most is None else most
-    encoded, padding = model.encode(source), source == PAD
-    target = torch.full((len(source), 1), BEGIN, device=source.device)
-    total = torch.zeros(len(source), device=source.device)
-    open_ = torch.ones(len(source), dtype=torch.bool, device=source.device)
-    for _ in range(most):
-        last = model.decode(target, encoded, padding)[:, -1]
-        log_probs = model.head(last).float().log_softmax(dim=1)
-        log_probs = log_probs if adjust is None else adjust(last, log_probs)
-        likely, piece = log_probs[:, END:].max(dim=1)  # neither padding nor another beginning
-        total += torch.where(open_, likely, 0.0)
-        target = torch.cat([target, torch.where(open_, piece + END, PAD)[:, None]], dim=1)
-        open_ = open_ & (target[:, -1] != END)
-        if not bool(open_.any()):
-            break
-    written = target[:, 1:]
-    return written, total / (written != PAD).sum(dim=1).clamp_min(1)
 
 
 def save_translator(model: Translator, path: Path | str) -> None:

@@ -26,7 +26,7 @@ class TranslationLimits:
     least_length: float = 0.5
     most_length: float = 1.25
     agreement: float = 0.4
-    known: float = 0.02
+    known: float = 0.0
 
 
 class TranslationGuard:
