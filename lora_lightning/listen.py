@@ -47,8 +47,8 @@ def _reading(chosen: Sequence[Transcript]) -> str:
 def _one(t: Transcript, reference: str, player: str = "") -> str:
     lines = (
         (reference, escape(t.reference)),
-        ("before", _marked(compare(t.reference, t.source))),
-        ("after", _marked(compare(t.reference, t.adapted))),
+        ("before", _marked(compare(t.reference, t.source), reference)),
+        ("after", _marked(compare(t.reference, t.adapted), reference)),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
     return (
@@ -62,13 +62,13 @@ def _player(t: Transcript, uri: str) -> str:
     return f'<audio controls preload="none" aria-label="{name}" src="{uri}"></audio>'
 
 
-def _marked(pieces: Sequence[Piece]) -> str:
+def _marked(pieces: Sequence[Piece], reference: str) -> str:
     """The hypothesis with its errors marked; what is missing is shown struck out."""
     found = []
     for piece in pieces:
         text = escape(piece.said if piece.kind == "delete" else piece.heard)
         tag = _TAGS.get(piece.kind)
-        hint = f' title="said: {escape(piece.said)}"' if piece.kind == "substitute" else ""
+        hint = f' title="{reference}: {escape(piece.said)}"' if piece.kind == "substitute" else ""
         found.append(f"<{tag}{hint}>{text}</{tag}>" if tag else text)
     return " ".join(found) or "<i>nothing</i>"
 
