@@ -1,6 +1,7 @@
 """`target_modules="auto"`: the layers that a family's table names, or a rule for the rest.
 
-`lora_lightning.family_tables` names, for families of timm and torchaudio, the projections of
+`lora_lightning.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`,
+the projections of
 attention and feed-forward modules and the convolutions that mix channels. A model of no family,
 or one in which the family's patterns match nothing, is judged by structure (`by_structure`).
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.family_tables import TIMM, TORCHAUDIO
+from lora_lightning.family_tables import TIMM, TORCH, TORCHAUDIO
 from lora_lightning.patterns import Target, matches
 from lora_lightning.structure import below, block_list
 from lora_lightning.tree import walk
@@ -71,5 +72,7 @@ def _weights(targets: list[Target]) -> int:
 
 
 def _table(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.Transformer):
+        return TORCH["Transformer"]
     timm = below(module, "timm.models").rpartition(".")[2]
     return TIMM.get(timm, ()) or TORCHAUDIO.get(below(module, "torchaudio.models"), ())

@@ -78,6 +78,13 @@ TORCHAUDIO: dict[str, tuple[str, ...]] = {
     "wavernn": ("rnn[12]", "fc", "fc[12]"),
 }  # fmt: skip
 
+# Keyed by the class below torch.nn. An encoder's layers and a decoder's count, though neither may
+# hold half of the weights.
+TORCH: dict[str, tuple[str, ...]] = {
+    "Transformer": ("self_attn", "self_attn.out_proj", "multihead_attn",
+                    "multihead_attn.out_proj", "linear[12]"),
+}  # fmt: skip
+
 # Each pattern names a layer of the head: the last that it matches. A family that is not here
 # ends without one (an encoder, a synthesiser, a separator).
 TORCHAUDIO_HEADS: dict[str, tuple[str, ...]] = {

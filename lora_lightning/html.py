@@ -19,7 +19,11 @@ from lora_lightning.plots import Plot
 from lora_lightning.results import Cell, Column, Run, Summary
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
-_WER = " WER: words substituted, missed or inserted, over the words said; lower is better."
+_METRICS = {
+    "WER": " WER: words substituted, missed or inserted, over the words said; lower is better.",
+    "BLEU": " BLEU: sequences of one to four words that the right translation has as well; 100 is "
+    "its very words.",
+}
 
 
 def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
@@ -58,7 +62,7 @@ def _results(run: Run, summary: Summary) -> str:
     return (
         f"<h2>{escape(_title(run.metric))}</h2>"
         f"{_table(summary, summary.columns(1 if apart else MOST_COLUMNS))}"
-        f'<p class="note">{escape(summary.footnote())}{_WER if run.metric == "WER" else ""}</p>'
+        f'<p class="note">{escape(summary.footnote())}{_METRICS.get(run.metric, "")}</p>'
         + (_by_domain(summary) if apart else "")
     )
 

@@ -1,4 +1,4 @@
-"""The part of a run's page that one listens to: sound, what was said, what was understood."""
+"""The part of a run's page that one listens to or reads: what was said, what was understood."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
 
 
 def section(run: Run) -> str:
-    """A player, the reference and both hypotheses for a few recordings; "" without any."""
+    """A player, the reference and both hypotheses for a few recordings; "" without any.
+
+    Of a run of translation, the sentence in place of the player.
+    """
+    if run.texts == "translations":
+        return _reading(telling(run.heard(), MOST))
     chosen = _playable(telling(run.heard(), MOST))
     if not chosen:
         return ""
@@ -24,31 +29,46 @@ def section(run: Run) -> str:
         '<h2>Listen</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
         "<ins>word too many</ins>, <del>word missed</del>. The recordings in which most words were "
         "mended, of each target in turn; last, the one in which least was won.</p>"
-        + "".join(_one(t, uri) for t, uri in chosen)
+        + "".join(_one(t, "said", _player(t, uri)) for t, uri in chosen)
     )
 
 
-def _one(t: Transcript, uri: str) -> str:
+def _reading(chosen: Sequence[Transcript]) -> str:
+    if not chosen:
+        return ""
+    return (
+        '<h2>Read</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
+        "<ins>word too many</ins>, <del>word missed</del>. The sentences in which most words were "
+        "mended, of each target in turn; last, the one in which least was won.</p>"
+        + "".join(_one(t, "wanted") for t in chosen)
+    )
+
+
+def _one(t: Transcript, reference: str, player: str = "") -> str:
     lines = (
-        ("said", escape(t.reference)),
-        ("before", _marked(compare(t.reference, t.source))),
-        ("after", _marked(compare(t.reference, t.adapted))),
+        (reference, escape(t.reference)),
+        ("before", _marked(compare(t.reference, t.source), reference)),
+        ("after", _marked(compare(t.reference, t.adapted), reference)),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
     return (
         f'<div class="heard"><p><b>{escape(t.domain)}</b> · {escape(t.item)}</p>'
-        f'<audio controls preload="none" aria-label="{escape(t.item)}" src="{uri}"></audio>'
-        f"<dl>{rows}</dl></div>"
+        f"{player}<dl>{rows}</dl></div>"
     )
 
 
-def _marked(pieces: Sequence[Piece]) -> str:
+def _player(t: Transcript, uri: str) -> str:
+    name = escape(t.item)
+    return f'<audio controls preload="none" aria-label="{name}" src="{uri}"></audio>'
+
+
+def _marked(pieces: Sequence[Piece], reference: str) -> str:
     """The hypothesis with its errors marked; what is missing is shown struck out."""
     found = []
     for piece in pieces:
         text = escape(piece.said if piece.kind == "delete" else piece.heard)
         tag = _TAGS.get(piece.kind)
-        hint = f' title="said: {escape(piece.said)}"' if piece.kind == "substitute" else ""
+        hint = f' title="{reference}: {escape(piece.said)}"' if piece.kind == "substitute" else ""
         found.append(f"<{tag}{hint}>{text}</{tag}>" if tag else text)
     return " ".join(found) or "<i>nothing</i>"
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 KINDS = {
     "classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification"),
     "speech": ("lora_lightning.runs.speech_settings", "lora_lightning.runs.speech"),
+    "translation": (
+        "lora_lightning.runs.translation_settings",
+        "lora_lightning.runs.translation",
+    ),
 }
 
 _PACKAGE = Path(__file__).parent

@@ -142,7 +142,8 @@ def _against(summary: Summary, method: str, full: str) -> str:
 def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
-    A run of speech recognition has a transcripts.csv in place of predictions.csv.
+    A run of speech recognition has a transcripts.csv in place of predictions.csv, one of
+    translation a translations.csv.
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
@@ -152,7 +153,7 @@ def write_report(run: Run, out: Path) -> None:
     _write(out / "results.json", _json(results).encode())
     _write(out / "results.csv", _csv(Row, results))
     if run.transcripts:
-        _write(out / "transcripts.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
+        _write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:
         answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
         _write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))

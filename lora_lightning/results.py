@@ -41,13 +41,15 @@ class Row:
 
 @dataclass
 class Transcript:
-    """One recording of a target, before (`source`) and after (`adapted`) adaptation.
+    """One recording or sentence of a target, before (`source`) and after (`adapted`) adaptation.
 
     Attributes:
+        item: the recording's file, or the sentence that is translated.
         audio: a file to listen to.
         split: ``"held-out"``; ``"target"``: the adaptation itself heard it, without a transcript.
         confidence: 1 − normalised edit distance between what is heard and the lexicon's nearest
-            sentence, or what is heard under dropout; None where that was not looked at.
+            sentence, or what is heard under dropout; of a translation, the geometric mean of its
+            pieces' probabilities; None where that was not looked at.
         round: in which of an adaptation without labels it got the text it has; 0: it has the
             source's; None: there were no rounds.
     """
@@ -113,6 +115,7 @@ class Run:
         versions: name → version, hardware included.
         skipped: (path, reason) of each input that was left out.
         command: what to type to repeat the run; made from the name where empty.
+        texts: what `transcripts` are, and how their file is called.
     """
 
     name: str
@@ -130,9 +133,10 @@ class Run:
     command: str = ""
     transcripts: list[Transcript] = field(default_factory=list)
     rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    texts: str = "transcripts"
 
     def heard(self) -> list[Transcript]:
-        """The first seed's held-out recordings."""
+        """The first seed's held-out recordings, or sentences."""
         found = [t for t in self.transcripts if t.split == HELD_OUT]
         return [t for t in found if t.seed == found[0].seed]
 

@@ -70,8 +70,11 @@ def sound(transcript: Transcript) -> Tensor | None:
 
 
 def telling(transcripts: Sequence[Transcript], most: int) -> list[Transcript]:
-    """The recordings that tell most: words mended, of each domain in turn; the worst one last."""
-    audible = [t for t in transcripts if t.audio]
+    """The recordings that tell most: words mended, of each domain in turn; the worst one last.
+
+    Of sentences that come without a sound, all count.
+    """
+    audible = [t for t in transcripts if t.audio] or list(transcripts)
     gains = {id(t): errors(t.reference, t.source) - errors(t.reference, t.adapted) for t in audible}
     queues: dict[str, list[Transcript]] = {}
     for t in sorted(audible, key=lambda t: -gains[id(t)]):

@@ -1,4 +1,4 @@
-"""What makes a recipe run in seconds: little pictures, a tiny network, one epoch."""
+"""What makes a recipe run in seconds: little pictures, few sentences, a tiny network, one epoch."""
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,25 @@ TINY = [
     "train.lora.epochs=1",
     "train.full.epochs=1",
     "train.label_free.epochs=1",
+    "lora.rank=1",
+    "accelerator=cpu",
+]
+
+TINY_TRANSLATION = [
+    "data.registers.source_train=40",
+    "data.registers.target_train=6",
+    "data.test=3",
+    "labelled=2",
+    "unlabelled=4",
+    "model.merges=10",
+    "model.dim=8",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.ffn_dim=8",
+    "train.source.epochs=1",
+    "train.lora.epochs=1",
+    "train.full.epochs=1",
+    "train.label_free.steps=3",
     "lora.rank=1",
     "accelerator=cpu",
 ]

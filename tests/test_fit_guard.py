@@ -38,6 +38,7 @@ KINDS = {
     "offset": {"init": "pissa"},
     "dora": {"dora": True},
     "all": {"target_modules": "all", "trainable": ["norms"]},
+    "xs": {"xs": True},
 }
 
 
@@ -87,7 +88,7 @@ def test_no_share_is_the_source_and_a_whole_one_changes_nothing(kind):
     assert torch.equal(source_output(model), source)
 
 
-@pytest.mark.parametrize("kind", ["zero", "offset", "all", "batchnorm"])
+@pytest.mark.parametrize("kind", ["zero", "offset", "all", "xs", "batchnorm"])
 @torch.no_grad()
 def test_a_share_lies_on_the_line_from_the_source(kind):
     model = moved(kind)
@@ -175,7 +176,7 @@ def test_the_pull_is_the_gradient_of_the_distance(kind):
     for f in named_factors(model, "default").values():
         distance = distance + f.delta(f.matrix).square().sum()
     for name, parameter in trained.items():
-        if "lora_" not in name:
+        if not name.endswith((".lora_A", ".lora_B", ".core")):
             distance = distance + (parameter - source[name]).square().sum()
     wanted = torch.autograd.grad(0.3 / 2 * distance, list(trained.values()))
     for parameter in trained.values():

@@ -28,7 +28,7 @@ from lora_lightning.runs import settings as typed
 from lora_lightning.runs.methods import METHODS
 from lora_lightning.tasks.backbones import create_backbone
 from lora_lightning.tasks.classification import Classifier
-from tests.miniature import TINY, photos
+from tests.miniature import TINY, TINY_TRANSLATION, photos
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*/recipe.yaml"))
 
@@ -82,6 +82,8 @@ def miniature(config):
         domain = [d for d in WORLDS[config.data.render.shift] if d != "source"][-1]
         few += ["data.render.target_test=1", f"data.target=[{domain}]"]
         return [*TINY, *few], {"source", domain}
+    if config.kind == "translation":
+        return [*TINY_TRANSLATION, "data.target=[medical-3]"], {"everyday", "medical-3"}
     few = ["enrolment=[1]", "headline=1", "train.lora.steps=[1]", "train.full.steps=[1]"]
     few += ["unlabelled=[1]", "train.label_free.steps=1", "train.label_free.keep=[1.0]"]
     few += ["data.test=1", "accelerator=cpu"]

@@ -59,11 +59,22 @@ def read_table(path: Path, root: Path | None = None) -> list[Utterance]:
         DataError: the encoding, the header or a row is wrong; names the line.
         DataNotFoundError: there is no such file.
     """
-    rows = _json_rows(path) if path.suffix.lower() == ".jsonl" else _numbered(_cell_rows(path))
+    given = read_rows(path, PATH)
+    rows = given if path.suffix.lower() == ".jsonl" else _numbered(given)
     found = [_utterance(row, f"{path}, line {n}", root or path.parent) for n, row in rows]
     if not found:
         raise DataError(f"{path} has no rows")
     return found
+
+
+def read_rows(path: Path, needed: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, whatever stands in them.
+
+    Args:
+        path: TSV, CSV, or JSON lines by its suffix.
+        needed: Columns of which one must be there.
+    """
+    return _json_rows(path) if path.suffix.lower() == ".jsonl" else _cell_rows(path, needed)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -80,7 +91,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield number, row
 
 
-def _cell_rows(path: Path) -> Iterator[Row]:
+def _cell_rows(path: Path, needed: Sequence[str]) -> Iterator[Row]:
     tabs = path.suffix.lower() == ".tsv"
     reader = csv.reader(
         io.StringIO(read_text(path), newline=""),
@@ -90,8 +101,8 @@ def _cell_rows(path: Path) -> Iterator[Row]:
     )
     try:
         header = [name.strip() for name in next(reader, [])]
-        if not set(header) & set(PATH):
-            raise DataError(f"{path}, line 1: no column {_or(PATH)}, only {_or(header)}")
+        if not set(header) & set(needed):
+            raise DataError(f"{path}, line 1: no column {_or(needed)}, only {_or(header)}")
         for cells in reader:
             if len(cells) not in (0, len(header)):
                 raise DataError(

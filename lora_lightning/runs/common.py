@@ -1,10 +1,11 @@
-"""What every kind of run needs: a quiet trainer, checks of the plan, versions."""
+"""What every kind of run needs: a quiet trainer, threads, checks of the plan, versions."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -54,6 +55,18 @@ def make_trainer(
         raise ConfigError(
             f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
         ) from error
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within the block torch uses so many threads of the CPU; None: as many as it would."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(max(count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[str]) -> None:

@@ -81,10 +81,10 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings:
-    """One training, as `lora_lightning.tasks.classification.Classifier` takes it.
+    """One training, as `Classifier` and `Translation` in `lora_lightning.tasks` take it.
 
     Args:
-        epochs: Passes over the training pictures.
+        epochs: Passes over the training items.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         label_smoothing: Part of the target spread over all classes.

@@ -6,13 +6,10 @@ is a function.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import soundfile
-import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +20,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
 from lora_lightning.results import Run, Transcript
 from lora_lightning.runs import speech_label_free
-from lora_lightning.runs.common import check_plan, make_trainer, versions
+from lora_lightning.runs.common import check_plan, make_trainer, threads, versions
 from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
 from lora_lightning.runs.ranked import method_of
 from lora_lightning.runs.speech_context import Context
@@ -43,23 +40,12 @@ def run(given: DictConfig) -> Run:
         ConfigError: a value that no type could catch, before anything is spoken or trained.
         DataError: the recordings cannot be used.
     """
-    with quiet_lightning(), interruptible(), _threads(given.threads):
+    with quiet_lightning(), interruptible(), threads(given.threads):
         config = _checked(given)
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(given, out / "config.yaml")
         return _run(config, given)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(max(count, 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(config: Config, given: DictConfig) -> Run:

@@ -1,0 +1,88 @@
+"""`TranslationGuard`: has a translator that teaches itself gone wrong? Answered without pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean as mean
+
+from lora_lightning.tasks.translation import Translated
+from lora_lightning.transduction.ctc_objectives import normalised_distance
+from lora_lightning.transduction.guard import Verdict
+
+
+@dataclass(frozen=True)
+class TranslationLimits:
+    """Where the alarms ring; each compares a round with the source model's own translations.
+
+    Args:
+        least_length: Words written, as a part of the source's, at least: fewer, it falls silent.
+        most_length: The same, at most: more, it babbles.
+        agreement: 1 − normalised edit distance to the source's translations, at least.
+        known: How much smaller than the source's the part of the words written may be that are
+            words of the language at all.
+    """
+
+    least_length: float = 0.5
+    most_length: float = 1.25
+    agreement: float = 0.4
+    known: float = 0.0
+
+
+class TranslationGuard:
+    """Compares what a translator writes with what the source model does.
+
+    Args:
+        source: Sentence → what the source model writes.
+        limits: Where the alarms ring; None: nowhere.
+        words: Of the language that is written; None: unknown, and not looked at.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Translated],
+        limits: TranslationLimits | None,
+        words: Collection[str] | None = None,
+    ):
+        self.source, self.limits = source, limits
+        self.words = None if words is None else frozenset(words)
+        self.scores = self._scores(source)
+
+    def check(self, now: Mapping[str, Translated]) -> Verdict:
+        """Look at a round's translations of the same sentences."""
+        scores = self._scores(now)
+        return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
+
+    def _scores(self, now: Mapping[str, Translated]) -> dict[str, float]:
+        written = [word for t in now.values() for word in t.text.split()]
+        scores = {
+            "length": len(written) / max(sum(len(s.split()) for s in now), 1),
+            "agreement": kept(self.source, now),
+        }
+        if self.words is not None:
+            right = sum(word in self.words for word in written)
+            scores["known"] = right / max(len(written), 1)
+        return scores
+
+    def _alarms(self, scores: dict[str, float]) -> Iterator[str]:
+        assert self.limits is not None
+        limits = self.limits
+        ratio = scores["length"] / max(self.scores["length"], 1e-9)
+        if not limits.least_length <= ratio <= limits.most_length:
+            yield (
+                f"it writes {ratio:.2f} times as many words as the source, outside "
+                f"{limits.least_length:g} to {limits.most_length:g}"
+            )
+        if scores["agreement"] < limits.agreement:
+            yield (
+                f"agreement with the source's translations is {scores['agreement']:.2f}, below "
+                f"{limits.agreement:g}"
+            )
+        least = self.scores.get("known", 0.0) - limits.known
+        if scores.get("known", 1.0) < least:
+            yield f"{scores['known']:.0%} of the words it writes are known, below {least:.0%}"
+
+
+def kept(before: Mapping[str, Translated], now: Mapping[str, Translated]) -> float:
+    """1 − mean normalised edit distance between two translations of each sentence."""
+    return mean(1 - normalised_distance(before[s].text, now[s].text) for s in now)
