@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,7 +45,7 @@ def airplane(rng: Rng) -> list[Solid]:
         solids.append((panel((0.85, 0, 0.05), 0.22, (sweep * 0.4, side * span * 0.38, 0.02)), 1))
         for at in pods:
             solids.append((np.add(pod, (sweep * at - 0.25, side * span * at, high - 0.06)), 2))
-    return turned([(np.add(rings, (0, 0, 0.4)), slot) for rings, slot in solids], u(25, 70))
+    return [(np.add(rings, (0, 0, 0.4)), slot) for rings, slot in solids]
 
 
 def bottle(rng: Rng) -> list[Solid]:
@@ -100,7 +101,7 @@ def car(rng: Rng) -> list[Solid]:
     for x in (-u(0.55, 0.68), u(0.55, 0.68)):
         for y in (-w, w):
             solids += [(np.add(part, (x, y, r)), slot) for part, slot in ((wheel, 2), (hub, 1))]
-    return turned(solids, u(-30, 30))
+    return solids
 
 
 def chair(rng: Rng) -> list[Solid]:
@@ -133,7 +134,7 @@ def chair(rng: Rng) -> list[Solid]:
         for x in (-w, w):
             arm = [(x, d * 0.92, seat + 0.25), (x, -d * 0.8, seat + 0.25), (x, -d * 0.8, seat)]
             solids.append((tube(arm, 0.035), 1))
-    return turned(solids, rng.choice([-1, 1]) * u(0, 40))
+    return solids
 
 
 def house(rng: Rng) -> list[Solid]:
@@ -153,7 +154,7 @@ def house(rng: Rng) -> list[Solid]:
     if rng.random() < 0.7:
         x, y = u(-0.6, 0.6) * w * hip, u(0.1, 0.3) * d
         solids.append((block((x - 0.07, y - 0.07, h), (x + 0.07, y + 0.07, h + ridge * 1.15)), 2))
-    return turned(solids, rng.choice([-1, 1]) * u(10, 45))
+    return solids
 
 
 def lamp(rng: Rng) -> list[Solid]:
@@ -244,4 +245,37 @@ def tree(rng: Rng) -> list[Solid]:
 
 MAKERS: dict[str, Callable[[Rng], list[Solid]]] = {
     f.__name__: f for f in (airplane, bottle, bowl, car, chair, house, lamp, mug, table, tree)
+}
+
+
+@dataclass(frozen=True)
+class Front:
+    """How an object with a front stands; degrees, counter-clockwise as seen from above.
+
+    Args:
+        turn: What turns the front of what the maker made to the viewer.
+        low: The least turn that a new instance is given by chance.
+        high: The greatest.
+        either: The turn's sign is drawn as well.
+    """
+
+    turn: float
+    low: float
+    high: float
+    either: bool = False
+
+    def random(self, rng: Rng) -> float:
+        """Draw the turn of a new instance."""
+        sign = rng.choice([-1, 1]) if self.either else 1
+        return float(sign * rng.uniform(self.low, self.high))
+
+
+# The classes whose front can be told from any side: the nose, the door, where one sits. Each is as
+# likely as its mirror image, so that a mirrored picture shows the negated azimuth. The others have
+# none: round ones look the same from all sides, a table from two, and some mugs have no handle.
+FRONTS: dict[str, Front] = {
+    "airplane": Front(90, 25, 70),
+    "car": Front(90, -30, 30),
+    "chair": Front(0, 0, 40, either=True),
+    "house": Front(0, 10, 45, either=True),
 }

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lightning.plots.style import colour, look
-from lora_lightning.results import Run, Summary, severity
+from lora_lightning.results import Cell, Run, Summary, severity
 from lora_lightning.wording import shorten
 
 MOST_DOMAINS = 40
@@ -19,8 +19,8 @@ MOST_DOMAINS = 40
 def domain_plot(run: Run) -> tuple[Figure, str] | None:
     """The metric by severity, one panel a kind of shift; by domain where none is graded."""
     summary = Summary(run)
-    # Error rates have plots of their own (plots/speech.py).
-    if not summary.methods or not summary.targets or summary.lower:
+    # Error rates of single targets have a plot of their own (plots/speech.py).
+    if not summary.methods or not summary.targets or summary.apart:
         return None
     return _by_severity(run, summary) if summary.graded else _by_domain(run, summary)
 
@@ -44,14 +44,15 @@ def _by_severity(run: Run, summary: Summary) -> tuple[Figure, str]:
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
     for row in grid[:, 0]:
-        row.set_ylabel(f"{run.metric} (%)")
+        row.set_ylabel(f"{run.metric} ({summary.unit.name})")
     figure.supxlabel("severity of the shift", fontsize=9.5)
     for i in range(columns - 1, len(kinds), columns):
         _label_ends(grid.flat[i], summary.methods, 0.06 * columns)
     spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     return figure, (
         "Each panel is one kind of shift, from the source domain on the left to the most severe "
-        f"on the right; higher is better. All panels share one scale.{spread}"
+        f"on the right; {'lower' if summary.lower else 'higher'} is better. All panels share one "
+        f"scale.{spread}"
     )
 
 
@@ -61,8 +62,14 @@ def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodg
         cells = [summary.cell(method, [domain]) for _, domain in places]
         # Methods stand a little beside one another, so that none hides another.
         x = np.array([place for place, _ in places]) + dodge * (i - middle)
-        y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        y, error = _shown(cells, summary)
         axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))
+
+
+def _shown(cells: Sequence[Cell], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
+    """Means and spreads in the metric's unit."""
+    scale = summary.unit.scale
+    return scale * np.array([c.mean for c in cells]), scale * np.array([c.sd for c in cells])
 
 
 def _label_ends(axes: Axes, methods: Sequence[str], distance: float) -> None:
@@ -111,13 +118,13 @@ def _by_domain(run: Run, summary: Summary) -> tuple[Figure, str]:
     axes.grid(visible=True, axis="x")
     for i, method in enumerate(summary.methods):
         cells = [summary.cell(method, [domain]) for domain in shown]
-        x, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        x, error = _shown(cells, summary)
         y = np.arange(len(shown)) + 0.14 * (i - (len(summary.methods) - 1) / 2)
         axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, linestyle="", **look(i))
     names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
     axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel(f"{run.metric} (%)")
+    axes.set_xlabel(f"{run.metric} ({summary.unit.name})")
     figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
     rest = len(summary.targets) - MOST_DOMAINS
     more = f" The first {MOST_DOMAINS} target domains are shown, {rest} are not." * (rest > 0)
