@@ -16,7 +16,8 @@ from string import Template
 
 from lora_lightning import listen
 from lora_lightning.plots import Plot
-from lora_lightning.results import AZIMUTH_ERROR, Cell, Column, Run, Summary
+from lora_lightning.results import Cell, Column, Run, Summary
+from lora_lightning.units import AZIMUTH_ERROR
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
 _SAID = {

@@ -17,8 +17,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.results import PERCENT, Prediction, Row, Run, Summary, Transcript
+from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
 from lora_lightning.transcripts import errors
+from lora_lightning.units import PERCENT
 from lora_lightning.wording import shorten
 
 if TYPE_CHECKING:

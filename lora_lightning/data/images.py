@@ -139,7 +139,7 @@ class ImageDomains(LightningDataModule):
     def on(self, train: Sequence[str] = (), test: Sequence[str] = ()) -> ImageDomains:
         """The same pictures, with other domains to train on and to test on."""
         self.setup()
-        view = object.__new__(ImageDomains)
+        view = object.__new__(type(self))  # with the labels of a subclass
         view.__dict__.update(self.__dict__)
         view.train_on, view.test_on = list(train) or self.train_on, list(test) or self.test_on
         view.trainer = None  # each trainer has its own

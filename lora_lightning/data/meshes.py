@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lightning.data.shapes import FRONTS, MAKERS
+from lora_lightning.data.fronts import FRONTS
+from lora_lightning.data.shapes import MAKERS
 from lora_lightning.data.solids import Floats, Rng, dot, skin, turned
 from lora_lightning.errors import ConfigError, MissingDependencyError
 
@@ -48,7 +49,7 @@ def make_mesh(class_name: str, rng: Rng, facing: bool = False) -> list[Part]:
     Args:
         class_name: One of `CLASSES`.
         rng: Draws the instance.
-        facing: Its front looks at the viewer, for a class of `shapes.FRONTS`; by default it
+        facing: Its front looks at the viewer, for a class of `fronts.FRONTS`; by default it
             stands turned by chance.
 
     Raises:

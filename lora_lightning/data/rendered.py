@@ -21,10 +21,10 @@ import numpy as np
 
 from lora_lightning.data import cache
 from lora_lightning.data.cache import made_set
+from lora_lightning.data.fronts import FRONTS
 from lora_lightning.data.meshes import CLASSES
 from lora_lightning.data.poses import LABELS, Pose, write_poses
 from lora_lightning.data.scene import Renderer
-from lora_lightning.data.shapes import FRONTS
 from lora_lightning.data.worlds import WORLDS, Picture, World
 from lora_lightning.errors import ConfigError
 

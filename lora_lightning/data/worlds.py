@@ -40,7 +40,7 @@ class World:
         fog: The object keeps exp(-fog) of its contrast, what is farther less.
         cover: Part of the picture that things in front hide.
         facing: At azimuth 0 the front looks straight at the viewer, so that the azimuth is a fact
-            of the picture, within (-180, 180]; the classes of `shapes.FRONTS` only. By default
+            of the picture, within (-180, 180]; the classes of `fronts.FRONTS` only. By default
             each object stands turned by chance before that.
     """
 

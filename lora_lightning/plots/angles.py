@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from lora_lightning.plots.items import CLOSE, target_items
 from lora_lightning.plots.style import FAINT, QUIET, look
-from lora_lightning.results import DEGREES, Prediction, Run, Summary, angle_between, severity
+from lora_lightning.results import Prediction, Run, Summary, severity
+from lora_lightning.units import DEGREES, angle_between
 from lora_lightning.wording import shorten
 
 TICKS = (-180, -90, 0, 90, 180)

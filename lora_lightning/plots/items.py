@@ -13,7 +13,8 @@ from matplotlib.image import AxesImage
 from PIL import Image, ImageOps
 
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG
-from lora_lightning.results import DEGREES, HELD_OUT, Prediction, Run, Summary, angle_between
+from lora_lightning.results import HELD_OUT, Prediction, Run, Summary
+from lora_lightning.units import DEGREES, angle_between
 from lora_lightning.wording import shorten
 
 MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.data.folders import Item
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.data.posed_images import PoseDomains
-from lora_lightning.results import AZIMUTH_ERROR, Row, Run
+from lora_lightning.results import Row, Run
 from lora_lightning.runs import methods
 from lora_lightning.runs.classification import Kind, run_kind
 from lora_lightning.runs.context import Context
@@ -23,6 +23,7 @@ from lora_lightning.runs.gradient_free import aligned
 from lora_lightning.runs.pose_label_free import check, label_free
 from lora_lightning.tasks.pose import PoseRegressor, angle, circular_error, direction
 from lora_lightning.transduction.alignment import regressed
+from lora_lightning.units import AZIMUTH_ERROR
 
 
 class PoseContext(Context):
