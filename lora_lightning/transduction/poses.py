@@ -78,7 +78,7 @@ class TransductivePose(Optimised):
         training: Any = None,
         tolerance: float = 60.0,
         batch_norm: str = "auto",
-        limits: PoseLimits = PoseLimits(),
+        limits: PoseLimits = PoseLimits(),  # noqa: B008 - frozen
         batch_size: int = 32,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,
