@@ -98,7 +98,7 @@ def _change(summary: Summary, before: str, after: str, metric: str) -> str:
     word = "raises" if end > start else "lowers"
     change = f"{word} {metric} from {first} to {last}"
     if summary.lower and end < start:
-        what = "fewer errors" if summary.unit is PERCENT else "less"
+        what = "fewer errors" if summary.unit == PERCENT else "less"
         change += f", {100 * (1 - end / start):.0f} % {what}"
     return change
 
@@ -130,7 +130,7 @@ def _spoken(method: str) -> str:
 
 def _against(summary: Summary, method: str, full: str) -> str:
     cells = summary.target(method), summary.target(full)
-    scale, degrees = summary.unit.scale, summary.unit is not PERCENT
+    scale, degrees = summary.unit.scale, summary.unit != PERCENT
     gap = scale * (cells[0].mean - cells[1].mean)
     share = 100 * summary.parameters(method) / max(summary.parameters(full), 1)
     if abs(gap) < 0.05:

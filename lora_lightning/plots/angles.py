@@ -18,7 +18,7 @@ MOST_KINDS = 8
 
 def angle_plot(run: Run) -> tuple[Figure, str] | None:
     """A dot for each target item, one panel before and one after."""
-    if Summary(run).unit is not DEGREES:
+    if Summary(run).unit != DEGREES:
         return None
     items = target_items(run)
     if not items:

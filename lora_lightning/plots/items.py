@@ -32,7 +32,7 @@ def target_items(run: Run) -> list[Prediction]:
 def confusion_plot(run: Run) -> tuple[Figure, str] | None:
     """Two row-normalised confusion matrices on the target, before and after."""
     items = target_items(run)
-    if not items or Summary(run).unit is DEGREES:
+    if not items or Summary(run).unit == DEGREES:
         return None
     found = {name for p in items for name in (p.label, p.source, p.adapted)}
     classes = run.classes + sorted(found - set(run.classes))
@@ -105,7 +105,7 @@ def sample_plot(run: Run) -> tuple[Figure, str] | None:
     items = target_items(run)
     if not items:
         return None
-    drawn, degrees = sample(items), Summary(run).unit is DEGREES
+    drawn, degrees = sample(items), Summary(run).unit == DEGREES
     columns = min(6, max(len(drawn), 4))
     lines = math.ceil(len(drawn) / columns)
     # Placed in inches: squares of `side`, with two lines of text above and two below.
@@ -122,7 +122,7 @@ def sample_plot(run: Run) -> tuple[Figure, str] | None:
     domains = len({p.domain for p in items})
     label, right = "class", "right"
     if degrees:
-        label, right = "azimuth", f"within {CLOSE:.0f}° (in brackets: by how much it is off)"
+        label, right = "azimuth", f"within {CLOSE:.0f}°"
     return figure, (
         f"{len(drawn)} target items drawn by chance"
         f"{f', in turn from each of the {domains} domains' * (domains > 1)}, failures included "
@@ -149,7 +149,7 @@ def _tile(ax: Axes, path: Path, p: Prediction, side: float, degrees: bool) -> No
         right, text = answer == p.label, shorten(answer, room)
         if degrees:
             off = angle_between(float(answer), float(p.label))
-            right, text = off <= CLOSE, f"{_degrees(answer)} ({off:.0f}°)"
+            right, text = off <= CLOSE, _degrees(answer)
         mark, tint = ("✓", RIGHT) if right else ("✗", WRONG)
         ax.text(0, y, when, color=QUIET, size=7)
         ax.text(0.37 / side, y, f"{mark} {text}", color=tint, size=7.2)
