@@ -17,12 +17,15 @@ from string import Template
 from lora_lightning import listen
 from lora_lightning.plots import Plot
 from lora_lightning.results import Cell, Column, Run, Summary
+from lora_lightning.units import AZIMUTH_ERROR
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
-_METRICS = {
+_SAID = {
     "WER": " WER: words substituted, missed or inserted, over the words said; lower is better.",
     "BLEU": " BLEU: sequences of one to four words that the right translation has as well; 100 is "
     "its very words.",
+    AZIMUTH_ERROR: " The mean angle between the azimuth predicted and the true one, 0 to 180; "
+    "lower is better, 90 is chance on the whole circle.",
 }
 
 
@@ -58,11 +61,11 @@ def _results(run: Run, summary: Summary) -> str:
     if not summary.methods:
         return f"<p>No {escape(run.metric)} was measured.</p>"
     # Each target in a table of its own, where there are few: then the first has their mean.
-    apart = summary.lower and len(summary.targets) in range(2, MOST_TARGETS + 1)
+    apart = summary.apart and len(summary.targets) in range(2, MOST_TARGETS + 1)
     return (
         f"<h2>{escape(_title(run.metric))}</h2>"
         f"{_table(summary, summary.columns(1 if apart else MOST_COLUMNS))}"
-        f'<p class="note">{escape(summary.footnote())}{_METRICS.get(run.metric, "")}</p>'
+        f'<p class="note">{escape(summary.footnote())}{_SAID.get(run.metric, "")}</p>'
         + (_by_domain(summary) if apart else "")
     )
 
@@ -116,7 +119,7 @@ def _list(title: str, lines: Iterable[str]) -> str:
 
 def _details(run: Run, summary: Summary) -> list[str]:
     parts = []
-    if len(summary.targets) > 1 and not (summary.lower and len(summary.targets) <= MOST_TARGETS):
+    if len(summary.targets) > 1 and not (summary.apart and len(summary.targets) <= MOST_TARGETS):
         parts.append(_fold("Every domain", _by_domain(summary)))
     if run.skipped:
         shown = [(escape(path), escape(reason)) for path, reason in run.skipped[:MOST_SKIPPED]]

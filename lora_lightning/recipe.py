@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Kind of run → the module of its dataclass `Config`, and the one of its `run(config) -> Run`.
 KINDS = {
     "classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification"),
+    "pose": ("lora_lightning.runs.pose_settings", "lora_lightning.runs.pose"),
     "speech": ("lora_lightning.runs.speech_settings", "lora_lightning.runs.speech"),
     "translation": (
         "lora_lightning.runs.translation_settings",
@@ -228,7 +229,9 @@ def yaml_comments(text: str) -> dict[str, str]:
 def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key → the first sentence of its entry in the dataclass's docstring."""
     hints = typing.get_type_hints(cls)
-    said = _entries(inspect.cleandoc(cls.__doc__ or ""))
+    # What a base class says of a field need not be said again.
+    bases = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
+    said = {name: text for doc in bases for name, text in _entries(doc).items()}
     for field in fields(cls) if is_dataclass(cls) else ():
         if is_dataclass(hints[field.name]):
             yield from _docstrings(hints[field.name], f"{prefix}{field.name}.")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
 from lora_lightning.transcripts import errors
+from lora_lightning.units import PERCENT
 from lora_lightning.wording import shorten
 
 if TYPE_CHECKING:
@@ -90,13 +91,15 @@ def verdict(run: Run) -> str:
 
 
 def _change(summary: Summary, before: str, after: str, metric: str) -> str:
-    start, end = (100 * summary.target(m).mean for m in (before, after))
-    if f"{start:.1f}" == f"{end:.1f}":
-        return f"leaves {metric} at {end:.1f} %"
+    start, end = (summary.target(m).mean for m in (before, after))
+    first, last = map(summary.unit.text, (start, end))
+    if first == last:
+        return f"leaves {metric} at {last}"
     word = "raises" if end > start else "lowers"
-    change = f"{word} {metric} from {start:.1f} % to {end:.1f} %"
+    change = f"{word} {metric} from {first} to {last}"
     if summary.lower and end < start:
-        change += f", {100 * (1 - end / start):.0f} % fewer errors"
+        what = "fewer errors" if summary.unit == PERCENT else "less"
+        change += f", {100 * (1 - end / start):.0f} % {what}"
     return change
 
 
@@ -127,14 +130,16 @@ def _spoken(method: str) -> str:
 
 def _against(summary: Summary, method: str, full: str) -> str:
     cells = summary.target(method), summary.target(full)
-    gap = 100 * (cells[0].mean - cells[1].mean)
+    scale, degrees = summary.unit.scale, summary.unit != PERCENT
+    gap = scale * (cells[0].mean - cells[1].mean)
     share = 100 * summary.parameters(method) / max(summary.parameters(full), 1)
     if abs(gap) < 0.05:
         text = "level with full fine-tuning"
     else:
-        points = f"{abs(gap):.1f} point" + "s" * (f"{abs(gap):.1f}" != "1.0")
+        points = f"{abs(gap):.1f}"
+        points += summary.unit.symbol if degrees else " point" + "s" * (points != "1.0")
         text = f"{points} {'above' if gap > 0 else 'below'} full fine-tuning"
-        spread = 100 * max((c.sd for c in cells if not math.isnan(c.sd)), default=0.0)
+        spread = scale * max((c.sd for c in cells if not math.isnan(c.sd)), default=0.0)
         text += " (within the spread over seeds)" if abs(gap) <= spread else ""
     return f", {text}, with {share:.{1 if share < 10 else 0}f} % of its trainable parameters"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lora_lightning.units import LOWER_IS_BETTER, PERCENT, UNITS, Unit
 from lora_lightning.wording import si
 
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
@@ -21,12 +22,14 @@ NAN = float("nan")
 HELD_OUT = "held-out"
 # A row of a sweep over ranks, see `lora_lightning.runs.ranked`.
 RANKED = re.compile(r"LoRA, rank (?P<rank>\d+|auto), (?P<labels>.*target labels)")
-LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE"))
 
 
 @dataclass
 class Row:
-    """One measurement: a method on a domain with a seed. `value` is a fraction, not percent."""
+    """One measurement: a method on a domain with a seed.
+
+    `value` is a fraction, not percent; an angle is in degrees (`UNITS`).
+    """
 
     method: str
     domain: str
@@ -77,6 +80,7 @@ class Prediction:
 
     Attributes:
         item: relative to the root of the data.
+        label: its class; for an angle the number in degrees, as `source` and `adapted` are.
         split: ``"held-out"``; ``"target"``: the adaptation itself saw it, without its label.
         method: which adapted it, where that is not the run's best.
         round: in which of an adaptation without labels it got the label it has; 0: it has the
@@ -143,17 +147,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean and sample standard deviation over seeds, as fractions; `lost` seeds had no value."""
+    """Mean and sample standard deviation over seeds, as rows have it; `lost` seeds had no value."""
 
     mean: float = NAN
     sd: float = NAN
     seeds: int = 0
     lost: int = 0
+    unit: Unit = PERCENT
 
     def texts(self) -> tuple[str, str]:
-        """Mean and spread in percent, "" for a spread that does not exist."""
-        mean = "–" if math.isnan(self.mean) else f"{100 * self.mean:.1f}"
-        spread = "" if math.isnan(self.sd) else f"± {100 * self.sd:.1f}"
+        """Mean and spread in their unit, "" for a spread that does not exist."""
+        mean = "–" if math.isnan(self.mean) else self.unit.number(self.mean)
+        spread = "" if math.isnan(self.sd) else f"± {self.unit.number(self.sd)}"
         return mean + "*" * bool(self.lost), spread
 
 
@@ -181,11 +186,13 @@ class Summary:
         targets: the other domains, in the order of first appearance.
         graded: whether every target domain is named "<kind>-<severity>".
         lower: whether a lower value of the metric is the better one.
+        unit: what the metric is shown in.
     """
 
     def __init__(self, run: Run) -> None:
         self._rows = [row for row in run.rows if row.metric == run.metric]
         self.lower = run.metric in LOWER_IS_BETTER
+        self.unit = UNITS.get(run.metric, PERCENT)
         self._headline = run.config.get("headline")
         self._values = {(r.method, r.domain, r.seed): r.value for r in self._rows}
         self.methods = list(dict.fromkeys(r.method for r in self._rows))
@@ -195,6 +202,11 @@ class Summary:
         # A caller's own average counts only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
         self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each target counts by itself, such as each speaker; not so where graded."""
+        return self.lower and not self.graded
 
     @property
     def seeds(self) -> int:
@@ -210,11 +222,12 @@ class Summary:
         seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
         found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
         if not any(v is not None for values in found for v in values):
-            return Cell()  # never measured here, which is no loss
+            return Cell(unit=self.unit)  # never measured here, which is no loss
         means = [fmean(NAN if v is None else v for v in values) for values in found]
         kept = [m for m in means if math.isfinite(m)]
         spread = stdev(kept) if len(kept) > 1 else NAN
-        return Cell(fmean(kept) if kept else NAN, spread, len(kept), len(means) - len(kept))
+        mean, lost = fmean(kept) if kept else NAN, len(means) - len(kept)
+        return Cell(mean, spread, len(kept), lost, self.unit)
 
     def target(self, method: str) -> Cell:
         """The average over all target domains."""
@@ -293,7 +306,8 @@ class Summary:
         spread = f"mean ± sd over {self.seeds} seeds" if self.seeds > 1 else "one seed"
         targets = f", {len(self.targets)} target domains" if len(self.targets) > 1 else ""
         lost = any(self.cell(m, c.domains).lost for m in self.methods for c in self.columns())
-        note = f"In %, {spread}{targets}. Bold: best on the target, with and without its labels."
+        note = f"In {self.unit.name}, {spread}{targets}. "
+        note += "Bold: best on the target, with and without its labels."
         return note + " *: seeds without a value for each domain are left out." * lost
 
 

@@ -23,7 +23,7 @@ PACKAGE = Path(lora_lightning.__file__).parent
 LAYERS = (
     # What an adapter is.
     "family_tables tree",
-    "errors parametrized summary wording",
+    "errors parametrized summary units wording",
     "decompose distances fitting",
     "nmf ranks streaming",
     "initialize",

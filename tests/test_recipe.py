@@ -77,7 +77,7 @@ def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch):
 
 def miniature(config):
     """Overrides that make a recipe of this kind run in seconds, and its domains then."""
-    if config.kind == "classification":
+    if config.kind in ("classification", "pose"):
         few = [f"data.render.{k}=2" for k in ("source_train", "source_test", "target_train")]
         domain = [d for d in WORLDS[config.data.render.shift] if d != "source"][-1]
         few += ["data.render.target_test=1", f"data.target=[{domain}]"]

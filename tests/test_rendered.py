@@ -120,7 +120,10 @@ def test_test_objects_are_shared_by_domains_and_never_trained_on():
         ({"domains": {"source": {"test": 0}}}, "at least 1 picture a class, got 0"),
         ({"size": 8}, "got 8"),
         ({"seed": -1}, "got -1"),
-        ({"shift": "light"}, "shift must be one of lighting, viewpoint, environment; got 'light'"),
+        (
+            {"shift": "light"},
+            "one of lighting, viewpoint, pose, environment; got 'light'",
+        ),
         ({"shift": "environment"}, "unknown domain 'side-3'"),
     ],
 )

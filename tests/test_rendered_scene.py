@@ -117,7 +117,7 @@ def test_there_are_four_kinds_of_three_severities():
 
 
 def test_each_kind_of_shift_has_a_source_and_three_severities():
-    assert list(WORLDS) == ["lighting", "viewpoint", "environment"]
+    assert list(WORLDS) == ["lighting", "viewpoint", "pose", "environment"]
     for worlds in WORLDS.values():
         first, *targets = worlds
         kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in targets))
@@ -128,7 +128,7 @@ def test_each_kind_of_shift_has_a_source_and_three_severities():
 def shot(world, class_name="car", seed=0):
     """The same scene in this world."""
     scene, here = (np.random.default_rng([seed, i]) for i in range(2))
-    return world.picture(Renderer(SIZE), class_name, scene, here) / 255
+    return world.picture(Renderer(SIZE), class_name, scene, here).pixels / 255
 
 
 def test_fog_takes_contrast_and_more_of_what_is_farther():

@@ -108,11 +108,13 @@ def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]
     return out
 
 
-def common_classes(items: Iterable[Item], wanted: Sequence[str] | None = None) -> list[str]:
-    """The classes, sorted; every domain must have every one, and there must be two.
+def common_classes(
+    items: Iterable[Item], wanted: Sequence[str] | None = None, fewest: int = 2
+) -> list[str]:
+    """The classes, sorted; every domain must have every one, and there must be `fewest`.
 
     Raises:
-        DataError: a class is missing from a domain, or there is only one; says what to write.
+        DataError: a class is missing from a domain, or there are too few; says what to write.
     """
     items = list(items)
     domains = list(dict.fromkeys(item.domain for item in items))
@@ -127,7 +129,7 @@ def common_classes(items: Iterable[Item], wanted: Sequence[str] | None = None) -
             f"these classes are not in every domain:\n{lines}\n"
             f"use the shared ones only: data.classes=[{','.join(shared)}]"
         )
-    if len(shared) < 2:
+    if len(shared) < fewest:
         raise DataError(f"classification needs at least two classes, got {shared}")
     return shared
 

@@ -53,6 +53,8 @@ class ImageDomains(LightningDataModule):
         DataError: an empty domain, a class that some domain lacks, fewer than two classes.
     """
 
+    fewest_classes = 2
+
     def __init__(
         self,
         root: Path | str,
@@ -101,11 +103,11 @@ class ImageDomains(LightningDataModule):
         domains = [self.source, *self.target]
         found = [i for d in domains for i in scan(self.root, d, self.wanted_classes)]
         # The classes first, before time goes into reading: most mistakes are in the folders.
-        common_classes(found, self.wanted_classes)
+        common_classes(found, self.wanted_classes, self.fewest_classes)
         readable = self._check(found)
         if empty := [d for d in domains if not any(i.domain == d for i in readable)]:
             raise DataError(f"domain {', '.join(map(repr, empty))}: no picture can be read")
-        self.classes = common_classes(readable, self.wanted_classes)
+        self.classes = common_classes(readable, self.wanted_classes, self.fewest_classes)
         self.items = split_items(readable, self.test_fraction, self.seed)
         self.test_on = self.test_on or self.target
 
@@ -137,7 +139,7 @@ class ImageDomains(LightningDataModule):
     def on(self, train: Sequence[str] = (), test: Sequence[str] = ()) -> ImageDomains:
         """The same pictures, with other domains to train on and to test on."""
         self.setup()
-        view = object.__new__(ImageDomains)
+        view = object.__new__(type(self))  # with the labels of a subclass
         view.__dict__.update(self.__dict__)
         view.train_on, view.test_on = list(train) or self.train_on, list(test) or self.test_on
         view.trainer = None  # each trainer has its own

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_lightning.data.fronts import FRONTS
 from lora_lightning.data.shapes import MAKERS
-from lora_lightning.data.solids import Floats, Rng, dot, skin
+from lora_lightning.data.solids import Floats, Rng, dot, skin, turned
 from lora_lightning.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -42,15 +43,23 @@ class Part:
     material: Material
 
 
-def make_mesh(class_name: str, rng: Rng) -> list[Part]:
+def make_mesh(class_name: str, rng: Rng, facing: bool = False) -> list[Part]:
     """Return a new instance of a class: standing at the origin, fitted into a unit ball.
 
+    Args:
+        class_name: One of `CLASSES`.
+        rng: Draws the instance.
+        facing: Its front looks at the viewer, for a class of `fronts.FRONTS`; by default it
+            stands turned by chance.
+
     Raises:
-        ConfigError: there is no such class.
+        ConfigError: there is no such class, or it has no front to look with.
         MissingDependencyError: the extra `demo` is not installed.
     """
     if class_name not in MAKERS:
         raise ConfigError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
+    if facing and class_name not in FRONTS:
+        raise ConfigError(f"{class_name!r} has no front; those with one are {', '.join(FRONTS)}")
     try:
         import trimesh  # noqa: F401
     except ImportError as error:
@@ -58,6 +67,9 @@ def make_mesh(class_name: str, rng: Rng) -> list[Part]:
             'rendered objects need trimesh: pip install "lora-lightning[demo]"'
         ) from error
     solids = MAKERS[class_name](rng)
+    if front := FRONTS.get(class_name):
+        by_chance = front.random(rng)  # drawn in any case: what is drawn after it stays the same
+        solids = turned(solids, front.turn if facing else by_chance)
     palette = [_material(rng) for _ in range(3)]
     points = np.concatenate([rings.reshape(-1, 3) for rings, _ in solids])
     low, high = points.min(0), points.max(0)

@@ -1,6 +1,7 @@
 """Folders of rendered objects, `root/<domain>/<split>/<class>/<index>.png`, kept in a cache.
 
-A domain is a world (`worlds.WORLDS`): a light, a range of views, an environment. Test objects
+A domain is a world (`worlds.WORLDS`): a light, a range of views, an environment. Where the objects
+of a world face the viewer, `root/labels.csv` holds the pose of each (`poses.py`). Test objects
 never occur in training, and they are the same in every domain: between two test sets only the
 world changes. Training objects are drawn anew for each domain, as they would be in reality.
 """
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_lightning.data import cache
 from lora_lightning.data.cache import made_set
+from lora_lightning.data.fronts import FRONTS
 from lora_lightning.data.meshes import CLASSES
+from lora_lightning.data.poses import LABELS, Pose, write_poses
 from lora_lightning.data.scene import Renderer
-from lora_lightning.data.worlds import WORLDS, World
+from lora_lightning.data.worlds import WORLDS, Picture, World
 from lora_lightning.errors import ConfigError
 
 EDITION = 2  # raise it whenever the same settings would give other pictures
@@ -43,7 +45,7 @@ class _Item:
     def path(self) -> str:
         return f"{self.domain}/{self.split}/{self.class_name}/{self.index:04d}.png"
 
-    def draw(self, renderer: Renderer, world: World, seed: int) -> NDArray[np.uint8]:
+    def draw(self, renderer: Renderer, world: World, seed: int) -> Picture:
         """Draw the picture; the domain's name enters a test object's light and nothing else."""
         words = [self.split, self.class_name, self.domain if self.split == "train" else ""]
         scene = [seed, self.index, *(zlib.crc32(word.encode()) for word in words)]
@@ -87,8 +89,8 @@ def render_domains(
     def make(folder: Path) -> Mapping[str, Any]:
         return _write(folder, items, Renderer(size), settings, worlds, progress)
 
-    files = [item.path for item in items]
-    return made_set(root, "rendered", settings, files, make, own=worlds)
+    files = [item.path for item in items] + [LABELS] * _faces(settings)
+    return made_set(root, "rendered", settings, files, make, own=[*worlds, LABELS])
 
 
 def worlds_of(shift: str) -> Mapping[str, World]:
@@ -96,6 +98,11 @@ def worlds_of(shift: str) -> Mapping[str, World]:
     if shift not in WORLDS:
         raise ConfigError(f"shift must be one of {', '.join(WORLDS)}; got {shift!r}")
     return WORLDS[shift]
+
+
+def _faces(settings: Mapping[str, Any]) -> bool:
+    """Whether the objects of the set face the viewer: then their pose is known."""
+    return any(world["facing"] for world in settings["worlds"].values())
 
 
 def _settings(
@@ -122,7 +129,9 @@ def _settings(
             if count < 1:
                 raise ConfigError(f"{domain}/{split} needs at least 1 picture a class, got {count}")
     used = {name: asdict(worlds[name]) for name in domains}
-    settings = {"edition": EDITION, "size": size, "seed": seed, "classes": CLASSES}
+    facing = any(worlds[name].facing for name in domains)
+    classes = sorted(FRONTS) if facing else list(CLASSES)
+    settings: dict[str, Any] = {"edition": EDITION, "size": size, "seed": seed, "classes": classes}
     settings |= {"domains": {name: dict(counts) for name, counts in domains.items()}}
     # Through JSON, so that it equals what a manifest says.
     plain: dict[str, Any] = json.loads(json.dumps({**settings, "worlds": used}))
@@ -147,12 +156,15 @@ def _write(
 ) -> Mapping[str, Any]:
     from PIL import Image
 
-    pixels = hashlib.sha256()
+    pixels, poses = hashlib.sha256(), dict[str, Pose]()
     with cache.progress(items, f"rendering {len(items)} images", progress) as shown:
         for item in shown:
-            picture = item.draw(renderer, worlds[item.domain], settings["seed"])
+            picture, azimuth, elevation = item.draw(renderer, worlds[item.domain], settings["seed"])
+            poses[item.path] = Pose(azimuth, elevation)
             pixels.update(picture.tobytes())
             # Noise does not repeat: to search for matches would cost time, and even bytes.
             Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
+    if _faces(settings):
+        write_poses(folder, poses)
     versions = cache.versions("numpy", "panda3d", "pillow", "trimesh")
     return {"versions": versions, "pixels_sha256": pixels.hexdigest()}

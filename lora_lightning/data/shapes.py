@@ -44,7 +44,7 @@ def airplane(rng: Rng) -> list[Solid]:
         solids.append((panel((0.85, 0, 0.05), 0.22, (sweep * 0.4, side * span * 0.38, 0.02)), 1))
         for at in pods:
             solids.append((np.add(pod, (sweep * at - 0.25, side * span * at, high - 0.06)), 2))
-    return turned([(np.add(rings, (0, 0, 0.4)), slot) for rings, slot in solids], u(25, 70))
+    return [(np.add(rings, (0, 0, 0.4)), slot) for rings, slot in solids]
 
 
 def bottle(rng: Rng) -> list[Solid]:
@@ -100,7 +100,7 @@ def car(rng: Rng) -> list[Solid]:
     for x in (-u(0.55, 0.68), u(0.55, 0.68)):
         for y in (-w, w):
             solids += [(np.add(part, (x, y, r)), slot) for part, slot in ((wheel, 2), (hub, 1))]
-    return turned(solids, u(-30, 30))
+    return solids
 
 
 def chair(rng: Rng) -> list[Solid]:
@@ -133,7 +133,7 @@ def chair(rng: Rng) -> list[Solid]:
         for x in (-w, w):
             arm = [(x, d * 0.92, seat + 0.25), (x, -d * 0.8, seat + 0.25), (x, -d * 0.8, seat)]
             solids.append((tube(arm, 0.035), 1))
-    return turned(solids, rng.choice([-1, 1]) * u(0, 40))
+    return solids
 
 
 def house(rng: Rng) -> list[Solid]:
@@ -153,7 +153,7 @@ def house(rng: Rng) -> list[Solid]:
     if rng.random() < 0.7:
         x, y = u(-0.6, 0.6) * w * hip, u(0.1, 0.3) * d
         solids.append((block((x - 0.07, y - 0.07, h), (x + 0.07, y + 0.07, h + ridge * 1.15)), 2))
-    return turned(solids, rng.choice([-1, 1]) * u(10, 45))
+    return solids
 
 
 def lamp(rng: Rng) -> list[Solid]:

@@ -6,15 +6,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_lightning.data.backgrounds import KINDS, Background, tile
 from lora_lightning.data.lighting import LIGHTINGS, Lighting
 from lora_lightning.data.meshes import make_mesh
-from lora_lightning.data.scene import Camera, Renderer
+from lora_lightning.data.scene import Bytes, Camera, Renderer
 from lora_lightning.data.solids import Floats, Rng
+
+
+class Picture(NamedTuple):
+    """What a world shows of an object: (size, size, 3) pixels, and from where; degrees."""
+
+    pixels: Bytes
+    azimuth: float
+    elevation: float
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,17 @@ class World:
 
     Args:
         lighting: The light, and the sensor.
-        azimuth: Range of the object's turn; 0 shows its front, 90 a side, 180 its rear.
+        azimuth: Range of the object's turn, counter-clockwise as seen from above; 0 shows its
+            front, 180 its rear.
         elevation: Range of the viewer's height; 90 looks straight down.
         both_sides: Half of the pictures have the azimuth's sign changed.
         backgrounds: Kinds of patterns behind the object.
         contrast: Range of the factor between their two colours.
         fog: The object keeps exp(-fog) of its contrast, what is farther less.
         cover: Part of the picture that things in front hide.
+        facing: At azimuth 0 the front looks straight at the viewer, so that the azimuth is a fact
+            of the picture, within (-180, 180]; the classes of `fronts.FRONTS` only. By default
+            each object stands turned by chance before that.
     """
 
     lighting: Lighting = field(default_factory=Lighting)
@@ -40,23 +52,23 @@ class World:
     contrast: tuple[float, float] = (0.6, 1.3)
     fog: float = 0.0
     cover: float = 0.0
+    facing: bool = False
 
-    def picture(
-        self, renderer: Renderer, class_name: str, scene: Rng, here: Rng
-    ) -> NDArray[np.uint8]:
+    def picture(self, renderer: Renderer, class_name: str, scene: Rng, here: Rng) -> Picture:
         """Draw an object of this class.
 
         `scene` draws what other worlds share: the object, where in a range the view lies, the
         background's pattern. `here` draws what belongs to this world alone.
         """
-        parts = make_mesh(class_name, scene)
+        parts = make_mesh(class_name, scene, self.facing)
         camera = Camera.random(scene, self.azimuth, self.elevation)
         background = Background.random(scene, self.backgrounds, self.contrast)
         light = self.lighting.jittered(here)
         if self.both_sides and here.random() < 0.5:
             camera = replace(camera, azimuth=-camera.azimuth)
         cover = things_in_front(renderer.size, self.cover, here) if self.cover else None
-        return renderer.render(parts, camera, light, background, scene, self.fog, cover)
+        pixels = renderer.render(parts, camera, light, background, scene, self.fog, cover)
+        return Picture(pixels, camera.azimuth, camera.elevation)
 
 
 def things_in_front(size: int, share: float, rng: Rng) -> Floats:
@@ -84,6 +96,10 @@ def _beside(low: float, high: float) -> World:
     return World(azimuth=(low, high), both_sides=True)
 
 
+def _facing(low: float, high: float, elevation: tuple[float, float] = (10, 35)) -> World:
+    return World(azimuth=(low, high), elevation=elevation, both_sides=True, facing=True)
+
+
 _CALM, _BUSY = ("plain", "blobs", "noise"), ("checks", "speckles", "stripes", "foliage")
 _TAME = (0.9, 1.1)
 
@@ -100,6 +116,19 @@ WORLDS: dict[str, dict[str, World]] = {
         "top-1": World(elevation=(42, 52)),
         "top-2": World(elevation=(55, 66)),
         "top-3": World(elevation=(70, 82)),
+    },
+    # The azimuth is what is asked for: the source knows the front half, from eye level.
+    "pose": {
+        "source": _facing(0, 60),
+        "side-1": _facing(60, 75),
+        "side-2": _facing(75, 90),
+        "side-3": _facing(90, 110),
+        "rear-1": _facing(110, 130),
+        "rear-2": _facing(130, 155),
+        "rear-3": _facing(155, 180),
+        "top-1": _facing(0, 60, (42, 52)),
+        "top-2": _facing(0, 60, (55, 66)),
+        "top-3": _facing(0, 60, (70, 82)),
     },
     "environment": {
         "source": World(backgrounds=_CALM, contrast=_TAME),

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from lora_lightning.plots.angles import angle_plot
 from lora_lightning.plots.domains import domain_plot
 from lora_lightning.plots.items import confusion_plot, sample_plot
 from lora_lightning.plots.ranks import rank_plot
@@ -33,6 +34,7 @@ PLOTS: dict[str, tuple[str, Callable[[Run], Drawing | None]]] = {
     "enrolment": ("How much labelled speech does it take?", enrolment_plot),
     "targets": ("Who gains, and how much?", target_plot),
     "spectrograms": ("What does it look like?", spectrogram_plot),
+    "angles": ("How far off are the angles?", angle_plot),
     "confusion": ("What is taken for what?", confusion_plot),
     "samples": ("What does it look like?", sample_plot),
     "rounds": ("How did it go without labels?", rounds_plot),

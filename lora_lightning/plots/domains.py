@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lightning.plots.style import COLOURS, QUIET, colour, look
-from lora_lightning.results import RANKED, Run, Summary, severity
+from lora_lightning.results import RANKED, Cell, Run, Summary, severity
 from lora_lightning.wording import shorten
 
 MOST_DOMAINS = 40
@@ -25,8 +25,8 @@ def domain_plot(run: Run) -> tuple[Figure, str] | None:
     if len(summary.methods) <= len(COLOURS):
         thin = []
     summary.methods = [m for m in summary.methods if m not in thin]
-    # Error rates have plots of their own (plots/speech.py).
-    if not summary.methods or not summary.targets or summary.lower:
+    # Error rates of single targets have a plot of their own (plots/speech.py).
+    if not summary.methods or not summary.targets or summary.apart:
         return None
     drawn = _by_severity if summary.graded else _by_domain
     figure, caption = drawn(run, summary, thin)
@@ -54,14 +54,15 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
     for row in grid[:, 0]:
-        row.set_ylabel(f"{run.metric} (%)")
+        row.set_ylabel(f"{run.metric} ({summary.unit.name})")
     figure.supxlabel("severity of the shift", fontsize=9.5)
     for i in range(columns - 1, len(kinds), columns):
         _label_ends(grid.flat[i], summary.methods, 0.06 * columns)
     spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     return figure, (
         "Each panel is one kind of shift, from the source domain on the left to the most severe "
-        f"on the right; higher is better. All panels share one scale.{spread}"
+        f"on the right; {'lower' if summary.lower else 'higher'} is better. All panels share one "
+        f"scale.{spread}"
     )
 
 
@@ -71,7 +72,7 @@ def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodg
         cells = [summary.cell(method, [domain]) for _, domain in places]
         # Methods stand a little beside one another, so that none hides another.
         x = np.array([place for place, _ in places]) + dodge * (i - middle)
-        y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        y, error = _shown(cells, summary)
         axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))
 
 
@@ -79,8 +80,14 @@ def _thin_lines(
     axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], methods: Sequence[str]
 ) -> None:
     for method in methods:
-        y = [100 * summary.cell(method, [domain]).mean for _, domain in places]
+        y, _ = _shown([summary.cell(method, [domain]) for _, domain in places], summary)
         axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
+
+
+def _shown(cells: Sequence[Cell], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
+    """Means and spreads in the metric's unit."""
+    scale = summary.unit.scale
+    return scale * np.array([c.mean for c in cells]), scale * np.array([c.sd for c in cells])
 
 
 def _label_ends(axes: Axes, methods: Sequence[str], distance: float) -> None:
@@ -129,16 +136,16 @@ def _by_domain(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figure,
     axes.grid(visible=True, axis="x")
     for i, method in enumerate(summary.methods):
         cells = [summary.cell(method, [domain]) for domain in shown]
-        x, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+        x, error = _shown(cells, summary)
         y = np.arange(len(shown)) + 0.14 * (i - (len(summary.methods) - 1) / 2)
         axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, linestyle="", **look(i))
     for method in thin:
-        x = np.array([100 * summary.cell(method, [domain]).mean for domain in shown])
+        x, _ = _shown([summary.cell(method, [domain]) for domain in shown], summary)
         axes.plot(x, np.arange(len(shown)), ".", color=QUIET, alpha=0.6, markersize=3)
     names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
     axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel(f"{run.metric} (%)")
+    axes.set_xlabel(f"{run.metric} ({summary.unit.name})")
     figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
     rest = len(summary.targets) - MOST_DOMAINS
     more = f" The first {MOST_DOMAINS} target domains are shown, {rest} are not." * (rest > 0)

@@ -14,20 +14,25 @@ from PIL import Image, ImageOps
 
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG
 from lora_lightning.results import HELD_OUT, Prediction, Run, Summary
+from lora_lightning.units import DEGREES, angle_between
 from lora_lightning.wording import shorten
 
 MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12
 
 
-def _target_items(run: Run) -> list[Prediction]:
+CLOSE = 15.0  # degrees: an angle as near as this counts as right
+
+
+def target_items(run: Run) -> list[Prediction]:
+    """The held-out items of the target."""
     source = Summary(run).source
     return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
 
 
 def confusion_plot(run: Run) -> tuple[Figure, str] | None:
     """Two row-normalised confusion matrices on the target, before and after."""
-    items = _target_items(run)
-    if not items:
+    items = target_items(run)
+    if not items or Summary(run).unit == DEGREES:
         return None
     found = {name for p in items for name in (p.label, p.source, p.adapted)}
     classes = run.classes + sorted(found - set(run.classes))
@@ -97,10 +102,10 @@ def sample(items: list[Prediction], count: int = MOST_SAMPLES, seed: int = 0) ->
 
 def sample_plot(run: Run) -> tuple[Figure, str] | None:
     """Target images with the predictions before and after."""
-    items = _target_items(run)
+    items = target_items(run)
     if not items:
         return None
-    drawn = sample(items)
+    drawn, degrees = sample(items), Summary(run).unit == DEGREES
     columns = min(6, max(len(drawn), 4))
     lines = math.ceil(len(drawn) / columns)
     # Placed in inches: squares of `side`, with two lines of text above and two below.
@@ -113,35 +118,47 @@ def sample_plot(run: Run) -> tuple[Figure, str] | None:
         left = margin + column * (side + gap)
         bottom = height - (line + 1) * (above + side) - line * below
         ax = figure.add_axes((left / 9, bottom / height, side / 9, side / height))
-        _tile(ax, run.data_root / p.item, p, side)
+        _tile(ax, run.data_root / p.item, p, side, degrees)
     domains = len({p.domain for p in items})
+    label, right = "class", "right"
+    if degrees:
+        label, right = "azimuth", f"within {CLOSE:.0f}°"
     return figure, (
         f"{len(drawn)} target items drawn by chance"
         f"{f', in turn from each of the {domains} domains' * (domains > 1)}, failures included "
-        f"(first run, seed {drawn[0].seed}). Above each image its true class and domain; below "
+        f"(first run, seed {drawn[0].seed}). Above each image its true {label} and domain; below "
         "it the predictions before and after, with the model's confidence. "
-        "✓ is right, ✗ is wrong."
+        f"✓ is {right}, ✗ is wrong."
     )
 
 
-def _tile(ax: Axes, path: Path, p: Prediction, side: float) -> None:
+def _tile(ax: Axes, path: Path, p: Prediction, side: float, degrees: bool) -> None:
     ax.set_axis_off()
     picture = _thumbnail(path)
     if picture is None:
         ax.text(0.5, 0.5, "no image", ha="center", va="center", color=QUIET)
         picture = np.full((8, 8, 3), 236, np.uint8)
     ax.imshow(picture, extent=(0, 1, 0, 1), interpolation="antialiased")
-    ax.text(0, 1 + 0.18 / side, shorten(p.label, 20), weight="bold", size=8.5)
+    title = _degrees(p.label) if degrees else shorten(p.label, 20)
+    ax.text(0, 1 + 0.18 / side, title, weight="bold", size=8.5)
     ax.text(0, 1 + 0.05 / side, shorten(p.domain, 28), color=QUIET, size=7)
     lines = (("before", p.source, p.source_confidence), ("after", p.adapted, p.adapted_confidence))
     room = int(15 * (side - 0.55))  # characters between the word before and the percentage
     for i, (when, answer, confidence) in enumerate(lines):
         y = -(0.15 + 0.145 * i) / side
-        mark, tint = ("✓", RIGHT) if answer == p.label else ("✗", WRONG)
+        right, text = answer == p.label, shorten(answer, room)
+        if degrees:
+            off = angle_between(float(answer), float(p.label))
+            right, text = off <= CLOSE, _degrees(answer)
+        mark, tint = ("✓", RIGHT) if right else ("✗", WRONG)
         ax.text(0, y, when, color=QUIET, size=7)
-        ax.text(0.37 / side, y, f"{mark} {shorten(answer, room)}", color=tint, size=7.2)
+        ax.text(0.37 / side, y, f"{mark} {text}", color=tint, size=7.2)
         if math.isfinite(confidence):
             ax.text(1, y, f"{100 * confidence:.0f} %", ha="right", color=QUIET, size=7)
+
+
+def _degrees(number: str) -> str:
+    return f"{float(number):.0f}°".replace("-", "−")
 
 
 def _thumbnail(path: Path, size: int = 224) -> np.ndarray | None:

@@ -23,7 +23,7 @@ def rank_plot(run: Run) -> tuple[Figure, str] | None:
         at = {match["rank"]: m for m, match in found if match["labels"] == group}
         _one(axes, summary, at, i + 1, group)
     if before := summary.before():
-        mean = 100 * summary.target(before).mean
+        mean = summary.unit.scale * summary.target(before).mean
         axes.axhline(mean, color=QUIET, linestyle="--", linewidth=1)
         axes.annotate(
             before, (1, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -31,7 +31,7 @@ def rank_plot(run: Run) -> tuple[Figure, str] | None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
-    axes.set_ylabel(f"{run.metric} on the target (%)")
+    axes.set_ylabel(f"{run.metric} on the target ({summary.unit.name})")
     axes.grid(visible=True, axis="y")
     axes.legend(frameon=False, loc="best", fontsize=8.5)
     better = "lower" if summary.lower else "higher"
@@ -46,7 +46,8 @@ def _one(axes: Axes, summary: Summary, at: dict[str, str], i: int, labels: str) 
     fixed = sorted((r for r in at if r != "auto"), key=int)
     cells = [summary.target(at[r]) for r in fixed]
     x = np.array([summary.parameters(at[r]) for r in fixed])
-    y, error = (100 * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
+    scale = summary.unit.scale
+    y, error = (scale * np.array([getattr(c, name) for c in cells]) for name in ("mean", "sd"))
     axes.errorbar(
         x, y, np.nan_to_num(error), label=f"fixed rank, {labels}", elinewidth=1, **look(i)
     )
@@ -58,7 +59,7 @@ def _one(axes: Axes, summary: Summary, at: dict[str, str], i: int, labels: str) 
     if "auto" in at:
         chosen = summary.target(at["auto"])
         axes.errorbar(
-            [summary.parameters(at["auto"])], [100 * chosen.mean],
-            np.nan_to_num([100 * chosen.sd]), linestyle="", elinewidth=1, marker="*",
+            [summary.parameters(at["auto"])], [scale * chosen.mean],
+            np.nan_to_num([scale * chosen.sd]), linestyle="", elinewidth=1, marker="*",
             markersize=13, color=colour(i), markeredgecolor=INK, label=f"rank=auto, {labels}",
         )  # fmt: skip

@@ -17,6 +17,8 @@ SCORES = {
     "agreement": "agreement with the source",
     "nuclear_norm": "nuclear norm",
     "cohesion": "neighbours that agree",
+    "mirror": "agreement with the mirror image",
+    "spread": "spread of the answers, over the source's",
     "canary": "accuracy on the canary",
 }
 
@@ -28,8 +30,9 @@ def rounds_plot(run: Run) -> tuple[Figure, str] | None:
     rounds = next(iter(run.rounds.values()))
     return rounds_figure(rounds, run.classes), (
         "What the guard looks at after each round, without a label; round 0 is the source model. "
-        "A cross is an alarm: that round was not kept. Beside it, how many items of the target "
-        "were given each class as pseudo-label."
+        "A cross is an alarm: that round was not kept."
+        + " Beside it, how many items of the target were given each class as pseudo-label."
+        * any(r["histogram"] for r in rounds)
     )
 
 

@@ -81,7 +81,7 @@ def target_plot(run: Run) -> Drawing | None:
     """The metric of each target: before, with the adapter, with all weights."""
     summary = Summary(run)
     shown = summary.headline_methods()
-    if not summary.lower or not summary.targets or len(shown) < 2:
+    if not summary.apart or not summary.targets or len(shown) < 2:
         return None
     targets = sorted(summary.targets, key=lambda d: -_mean(summary, shown[0], d))[:MOST_TARGETS]
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(targets)), layout="constrained")

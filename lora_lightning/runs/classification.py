@@ -1,11 +1,13 @@
 """A run of adaptation between image domains: data, source model, methods, report.
 
 Reading order: `run`, then `lora_lightning.runs.methods`, where each line of the table is a
-function.
+function. `run_kind` is what other kinds of runs over pictures share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from lora_lightning.callback import LoRACallback
 from lora_lightning.data.images import ImageDomains
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import write_report
-from lora_lightning.results import Prediction, Run
+from lora_lightning.results import Prediction, Row, Run
 from lora_lightning.runs import label_free
 from lora_lightning.runs.common import check_plan, make_trainer, versions
-from lora_lightning.runs.context import Context, best, classifier
+from lora_lightning.runs.context import Context
 from lora_lightning.runs.methods import METHODS
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.ranked import method_of
@@ -32,7 +34,32 @@ from lora_lightning.tasks.backbones import create_backbone
 SHOWN = ("BatchNorm statistics", label_free.NAME, "full, target labels", "LoRA, target labels")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What tells a kind of run over pictures from another.
+
+    Attributes:
+        data: reads the pictures.
+        context: trains, measures, and says what a label is.
+        methods: name → a function from the context to rows, in the order of the table.
+        check: raises ConfigError for a value of `train.label_free` that cannot be.
+    """
+
+    data: type[ImageDomains]
+    context: type[Context]
+    methods: Mapping[str, Callable[[Any], list[Row]]]
+    check: Callable[[Any], None]
+
+
+CLASSIFICATION = Kind(ImageDomains, Context, METHODS, label_free.check)
+
+
 def run(given: DictConfig) -> Run:
+    """Run a classification, see `run_kind`."""
+    return run_kind(given, CLASSIFICATION)
+
+
+def run_kind(given: DictConfig, kind: Kind) -> Run:
     """Run every stage for every seed; the results lie in ``config.out`` afterwards.
 
     Raises:
@@ -40,58 +67,60 @@ def run(given: DictConfig) -> Run:
         DataError: the pictures cannot be used.
     """
     with quiet_lightning(), interruptible():
-        config = _checked(given)
+        config = _checked(given, kind)
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(given, out / "config.yaml")
-        return _run(config, given)
+        return _run(config, given, kind)
 
 
-def _run(config: Config, given: DictConfig) -> Run:
+def _run(config: Config, given: DictConfig, kind: Kind) -> Run:
     root = Path(config.data.root) if config.data.root else _render(config.data)
     with Stages() as stages:
         # The backbone first: a mistake in its name should not cost the reading of the pictures.
         normalisation = _normalisation(_backbone(config, 2, []))
-        data = _pictures(config.data, root, normalisation, stages)
-        result = _empty(config, given, data)
+        data = _pictures(kind.data, config.data, root, normalisation, stages)
+        result = _empty(config, given, data, kind.context.metric)
         for seed in config.seeds:
             stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
-            _one_seed(config, data, seed, stages, result)
+            _one_seed(config, data, seed, stages, result, kind)
             write_report(result, Path(config.out))
     return result
 
 
-def _one_seed(config: Config, data: ImageDomains, seed: int, stages: Stages, result: Run) -> None:
+def _one_seed(
+    config: Config, data: ImageDomains, seed: int, stages: Stages, result: Run, kind: Kind
+) -> None:
     seed_everything(seed, verbose=False)
     notices: list[str] = []
-    source = _backbone(config, len(data.classes), notices)
+    source = _backbone(config, kind.context.outputs(data), notices)
     result.notes += [n for n in notices if n not in result.notes]
-    context = Context(config, data, source, seed, stages, result)
+    context = kind.context(config, data, source, seed, stages, result)
     context.fit(source, config.train.source, [data.source], "training the source model")
     # The adapter is of use together with the model that it was made for only.
     weights = {k: v.detach().clone().contiguous() for k, v in source.state_dict().items()}
     save_file(weights, Path(config.out) / f"{context.named('source')}.safetensors")
     for name in config.methods:
-        result.rows += method_of(name, METHODS)(context)
+        result.rows += method_of(name, kind.methods)(context)
     result.predictions += _predictions(context)
 
 
 def _predictions(context: Context) -> list[Prediction]:
     """The held-out target pictures before and after adaptation."""
-    before = context.probabilities.get("source only")
-    shown = [m for m in SHOWN if m in context.probabilities]
+    before = context.answers.get("source only")
+    shown = [m for m in SHOWN if m in context.answers]
     if before is None or not shown:
         return []
-    after = context.probabilities[shown[-1]]
+    after = context.answers[shown[-1]]
     data = context.data
     items = data.on(test=[data.source, *data.target]).held_out()
     return [
         Prediction(
             item.path.relative_to(data.root).as_posix(),
             item.domain,
-            item.class_name,
-            *best(old, data.classes),
-            *best(new, data.classes),
+            context.label(item),
+            *context.said(old),
+            *context.said(new),
             context.seed,
         )
         for item, old, new in zip(items, before, after, strict=True)
@@ -99,16 +128,16 @@ def _predictions(context: Context) -> list[Prediction]:
     ]
 
 
-def _checked(given: DictConfig) -> Config:
+def _checked(given: DictConfig, kind: Kind) -> Config:
     config: Any = OmegaConf.to_object(given)
     assert isinstance(config, Config)
-    check_plan(config.methods, config.seeds, METHODS)
+    check_plan(config.methods, config.seeds, kind.methods)
     stages = config.train
     for name, stage in (("source", stages.source), ("lora", stages.lora), ("full", stages.full)):
         if stage.epochs < 1:
             raise ConfigError(f"train.{name}.epochs must be at least 1, got {stage.epochs}")
-        classifier(nn.Identity(), stage)
-    label_free.check(stages.label_free)
+        kind.context.module(nn.Identity(), stage)
+    kind.check(stages.label_free)
     for key in ("size", "batch_size"):
         if getattr(config.data, key) < 2:
             raise ConfigError(f"data.{key} must be at least 2, got {getattr(config.data, key)}")
@@ -146,9 +175,13 @@ def _normalisation(model: nn.Module) -> dict[str, Any]:
 
 
 def _pictures(
-    settings: DataSettings, root: Path, normalisation: dict[str, Any], stages: Stages
+    domains: type[ImageDomains],
+    settings: DataSettings,
+    root: Path,
+    normalisation: dict[str, Any],
+    stages: Stages,
 ) -> ImageDomains:
-    data = ImageDomains(
+    data = domains(
         root,
         settings.source,
         settings.target,
@@ -173,7 +206,7 @@ def _pictures(
     return data
 
 
-def _empty(config: Config, given: DictConfig, data: ImageDomains) -> Run:
+def _empty(config: Config, given: DictConfig, data: ImageDomains, metric: str) -> Run:
     plain: Any = OmegaConf.to_container(given)
     counts = {s: sum(i.split == s for i in data.items) for s in ("train", "test")}
     notes = [
@@ -185,7 +218,7 @@ def _empty(config: Config, given: DictConfig, data: ImageDomains) -> Run:
     return Run(
         name=config.name,
         title=config.title,
-        metric="accuracy",
+        metric=metric,
         rows=[],
         predictions=[],
         classes=data.classes,

@@ -1,4 +1,4 @@
-"""`Context`: what the methods of a classification run have in common."""
+"""`Context`: what the methods of a run over pictures have in common; here for classification."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -28,7 +28,7 @@ class Seen:
 
     Attributes:
         said: its answers and features.
-        labels: (N,), of those who may look at them.
+        labels: (N,), for those who may look at them.
         seconds: that it took.
     """
 
@@ -43,9 +43,11 @@ class Context:
 
     Attributes:
         source: the source model; a method works on a copy of it (`fresh`).
-        probabilities: method → (held-out items, classes), as `measure` leaves them.
+        answers: method → (held-out items, outputs), as `measure` leaves them: probabilities.
         run: what the report is made of; a method may add spectra and notes.
     """
+
+    metric: ClassVar[str] = "accuracy"
 
     config: Config
     data: ImageDomains
@@ -53,7 +55,7 @@ class Context:
     seed: int
     stages: Stages
     run: Run
-    probabilities: dict[str, Tensor] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
     _seen: dict[str, Seen] = field(default_factory=dict)
 
     @property
@@ -84,7 +86,7 @@ class Context:
         callbacks: Sequence[Callback] = (),
     ) -> float:
         """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
-        module = classifier(model, settings)
+        module = self.module(model, settings)
         tick = self.stages.stage(title, "batches")
         trainer = make_trainer(self.config, [*callbacks, Ticks(tick)], max_epochs=settings.epochs)
         start = time.perf_counter()
@@ -99,16 +101,42 @@ class Context:
         parameters: int = 0,
         file_bytes: int | None = None,
     ) -> list[Row]:
-        """Accuracy on the held-out pictures of the source and of each target domain."""
+        """The metric on the held-out pictures of the source and of each target domain."""
         data = self.data.on(test=self.domains)
         tick = self.stages.stage(f"  measuring {method}", "batches")
         trainer = make_trainer(self.config, [Ticks(tick)])
-        outputs: Any = trainer.predict(Classifier(model), datamodule=data)
+        outputs: Any = trainer.predict(self.module(model), datamodule=data)
         return self.score(method, torch.cat(outputs), seconds, parameters, file_bytes)
+
+    # ---- what another kind of run does otherwise ----------------------------------------------
+
+    @staticmethod
+    def outputs(data: ImageDomains) -> int:
+        """Numbers that the network gives for each picture."""
+        return len(data.classes)
+
+    @staticmethod
+    def module(model: nn.Module, settings: Any = None) -> Any:
+        """The LightningModule that trains `model` by these settings, and predicts."""
+        return Classifier(model) if settings is None else classifier(model, settings)
 
     def labels(self, items: Sequence[Item]) -> Tensor:
         """The classes of pictures, as numbers."""
         return torch.tensor([self.data.classes.index(i.class_name) for i in items])
+
+    def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
+        """What each picture contributes to the metric, (N,)."""
+        return answers.argmax(1) == self.labels(items)
+
+    def label(self, item: Item) -> str:
+        """What a picture shows, for people."""
+        return item.class_name
+
+    def said(self, answer: Tensor) -> tuple[str, float]:
+        """An answer (outputs,) for people, and how sure the network is of it, 0 to 1."""
+        return best(answer, self.data.classes)
+
+    # --------------------------------------------------------------------------------------------
 
     def seen(self, which: str) -> Seen:
         """The source model on the source's training pictures ("learnt"), or on the held-out ones
@@ -130,22 +158,21 @@ class Context:
     def score(
         self,
         method: str,
-        probabilities: Tensor,
+        answers: Tensor,
         seconds: float,
         parameters: int = 0,
         file_bytes: int | None = None,
     ) -> list[Row]:
-        """The rows of answers (held-out pictures of `domains` in order, classes)."""
+        """The rows of answers (held-out pictures of `domains` in order, outputs)."""
         data = self.data.on(test=self.domains)
         items = data.held_out()
-        self.probabilities[method] = probabilities
-        right = probabilities.argmax(1) == self.labels(items)
+        self.answers[method] = answers
+        values = self.values(answers, items).double()
         rows = []
         for domain in self.domains:
-            here = torch.tensor([i.domain == domain for i in items])
-            value = float(right[here].double().mean())
+            value = float(values[torch.tensor([i.domain == domain for i in items])].mean())
             rows.append(
-                Row(method, domain, self.seed, "accuracy", value, parameters, seconds, file_bytes)
+                Row(method, domain, self.seed, self.metric, value, parameters, seconds, file_bytes)
             )
         return rows
 

@@ -40,7 +40,15 @@ def recentre_row(context: Context) -> list[Row]:
     return context.score("feature re-centring", answers, learnt.seconds + target.seconds)
 
 
-def _aligned(name: str, align: Aligned) -> Callable[[Context], list[Row]]:
+def aligned(name: str, align: Aligned) -> Callable[[Context], list[Row]]:
+    """The method of this name: answers from what the source model sees.
+
+    Args:
+        name: Of the row.
+        align: From source features (N, D), their labels, and features (M, D) of a domain to
+            answers (M, outputs).
+    """
+
     def row(context: Context) -> list[Row]:
         learnt = context.seen("learnt")
         answers, seconds = [], learnt.seconds
@@ -57,8 +65,8 @@ def _aligned(name: str, align: Aligned) -> Callable[[Context], list[Row]]:
 
 # Closed forms on features, each with the nearest class mean after it.
 ALIGNED: dict[str, Callable[[Context], list[Row]]] = {
-    "nearest_centroid": _aligned("nearest centroid", alignment.nearest_centroid),
-    "subspace": _aligned("subspace alignment", alignment.subspace_alignment),
-    "nmf_subspace": _aligned("NMF subspace", alignment.nmf_subspace),
-    "coral": _aligned("CORAL", alignment.coral),
+    "nearest_centroid": aligned("nearest centroid", alignment.nearest_centroid),
+    "subspace": aligned("subspace alignment", alignment.subspace_alignment),
+    "nmf_subspace": aligned("NMF subspace", alignment.nmf_subspace),
+    "coral": aligned("CORAL", alignment.coral),
 }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import nn
+from lightning import LightningModule
+from torch import Tensor, nn
 
 from lora_lightning import merge
 from lora_lightning.callback import LoRACallback
@@ -14,10 +17,11 @@ from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import ConfigError
 from lora_lightning.results import Prediction, Row
 from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.context import Context, best
+from lora_lightning.runs.context import Context
 from lora_lightning.runs.progress import Ticks
 from lora_lightning.runs.settings import LabelFreeSettings
 from lora_lightning.structure import classifier_modules
+from lora_lightning.transduction.rounds import Round
 from lora_lightning.transduction.task import TransductiveTask
 
 NAME = "LoRA, no labels"
@@ -25,25 +29,31 @@ NAME = "LoRA, no labels"
 
 def label_free(context: Context) -> list[Row]:
     """Low-rank factors, trained on the target's pictures with the labels that it gives itself."""
-    config, model = context.config, context.fresh()
-    settings = config.train.label_free
+    settings, model = context.config.train.label_free, context.fresh()
     pictures = context.data.on(train=context.data.target)
     task = _task(model, settings, pictures.unlabelled(), pictures.unlabelled(True, settings.jitter))
+    rows = fitted(context, model, task, settings.epochs)
+    course = task.rounds_
+    assert course is not None
+    say(context, course, course.source, course.probabilities_, course.changed_in_.tolist())
+    return rows
+
+
+def fitted(context: Context, model: nn.Module, task: LightningModule, epochs: int) -> list[Row]:
+    """Fit a task that needs no labels by an adapter that leaves the head alone, and measure."""
+    config = context.config
     callback = LoRACallback(
         without_head(config.lora, model),
         name=context.named("adapter_no_labels"),
         output_dir=Path(config.out),
     )
     tick = context.stages.stage(NAME, "batches")
-    trainer = make_trainer(config, [callback, Ticks(tick)], max_epochs=settings.epochs)
+    trainer = make_trainer(config, [callback, Ticks(tick)], max_epochs=epochs)
     start = time.perf_counter()
     trainer.fit(task)
     seconds = time.perf_counter() - start
-    assert task.rounds_ is not None
     assert callback.report_ is not None
     assert callback.adapter_path_ is not None
-    context.run.rounds[context.seed] = [vars(r) for r in task.rounds_.history_]
-    _say(context, task)
     merge(model)
     return context.measure(
         NAME,
@@ -56,11 +66,16 @@ def label_free(context: Context) -> list[Row]:
 
 def check(settings: LabelFreeSettings) -> None:
     """Raise ConfigError for a value that cannot be."""
-    if settings.epochs < 1:
-        raise ConfigError(f"train.label_free.epochs must be at least 1, got {settings.epochs}")
-    if not 0 <= settings.jitter <= 1:
-        raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {settings.jitter}")
+    check_training(settings.epochs, settings.jitter)
     _task(nn.Identity(), settings, torch.zeros(1, 1))
+
+
+def check_training(epochs: int, jitter: float) -> None:
+    """Raise ConfigError for what no task checks."""
+    if epochs < 1:
+        raise ConfigError(f"train.label_free.epochs must be at least 1, got {epochs}")
+    if not 0 <= jitter <= 1:
+        raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {jitter}")
 
 
 def _task(
@@ -87,28 +102,49 @@ def without_head(lora: LoRAConfig, model: nn.Module) -> LoRAConfig:
     return LoRAConfig.make(lora, trainable=[], exclude_modules=left)
 
 
-def _say(context: Context, task: TransductiveTask) -> None:
-    """What the target's own pictures were taken for, and how it ended."""
-    course = task.rounds_
-    assert course is not None
+class Course(Protocol):
+    """How an adaptation without labels went; see `lora_lightning.transduction.rounds.Rounds`."""
+
+    history_: list[Round]
+    accepted_: int
+    termination_condition_: str
+
+
+def say(
+    context: Context,
+    course: Course,
+    before: Tensor,
+    after: Tensor,
+    changed_in: Sequence[int | None],
+) -> None:
+    """What the target's own pictures were taken for, and how it ended.
+
+    Args:
+        context: Whose run is told.
+        course: How it went.
+        before: The source model's answers to the target's training pictures.
+        after: Those of the state that was kept.
+        changed_in: The round in which each changed, where that is known.
+    """
+    context.run.rounds[context.seed] = [vars(r) for r in course.history_]
     data, where = context.data, f" (seed {context.seed})" if not context.first else ""
     context.run.notes.append(
         f"{NAME}{where}: {course.termination_condition_}; the state of round {course.accepted_} of "
         f"{len(course.history_) - 1} is kept."
     )
     pictures = data.on(train=data.target).training_pictures()
-    rows = zip(pictures, course.source, course.probabilities_, course.changed_in_, strict=True)
+    rows = zip(pictures, before, after, changed_in, strict=True)
     context.run.predictions += [
         Prediction(
             item.path.relative_to(data.root).as_posix(),
             item.domain,
-            item.class_name,
-            *best(old, data.classes),
-            *best(new, data.classes),
+            context.label(item),
+            *context.said(old),
+            *context.said(new),
             context.seed,
             "target",
             NAME,
-            int(changed),
+            changed,
         )
         for item, old, new, changed in rows
     ]

@@ -12,7 +12,7 @@ class RenderSettings:
     """Which pictures are rendered, where no folder of the user's own is given.
 
     Args:
-        shift: What changes between the domains: lighting, viewpoint or environment.
+        shift: What changes between the domains: lighting, viewpoint, environment or pose.
         source_train: Training pictures per class of the source.
         source_test: Held-out pictures per class of the source.
         target_train: Training pictures per class of each target domain.

@@ -1,7 +1,11 @@
-"""Alignment of two domains' features in closed form, and the nearest class mean after it.
+"""Alignment of two domains' features in closed form, and what reads an answer off it.
 
 Nothing is trained, no weight changes: the baselines that every adapter has to beat. Legend of
-shapes: N labelled source items, M target items, D features, K classes, d dimensions of a subspace.
+shapes: N labelled source items, M target items, D features, K classes, V values, d dimensions of
+a subspace.
+
+`nearest_centroid`, `subspace_alignment`, `nmf_subspace` and `coral` give the nearest class mean.
+`regressed` gives values, after any of the alignments `ALIGNMENTS`.
 
 Each method standardises each domain by its own means and deviations first, so that a mere shift
 and scale of every feature is gone before it begins.
@@ -10,6 +14,7 @@ and scale of every feature is gone before it begins.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,7 @@ from lora_lightning.transduction.neighbours import check_features
 
 Matrix = NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]  # source (N, ·) and target (M, ·) in one space
+Alignment = Callable[[Tensor, Tensor], Pair]  # source (N, D), target (M, D)
 ENERGY = 0.9  # part of the source's variance that a subspace holds
 PARTS = 32  # dimensions of the NMF subspace at most
 
@@ -37,7 +43,7 @@ def nearest_centroid(source: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     Raises:
         DataError: features or labels are none, or do not fit together.
     """
-    return _classified(source, labels, target, lambda s, t: (s, t))
+    return _classified(source, labels, target, _standardised_each)
 
 
 def subspace_alignment(
@@ -59,17 +65,9 @@ def subspace_alignment(
         ConfigError: `energy` is out of range.
         DataError: see `nearest_centroid`.
     """
-    from sklearn.decomposition import PCA
-
     if not 0 < energy < 1:
         raise ConfigError(f"energy is a part of the whole, in (0, 1); got {energy}")
-
-    def align(s: Matrix, t: Matrix) -> Pair:
-        of_source = PCA(energy).fit(s).components_.T
-        of_target = PCA(min(of_source.shape[1], *t.shape)).fit(t).components_.T
-        return s @ of_source @ (of_source.T @ of_target), t @ of_target
-
-    return _classified(source, labels, target, align)
+    return _classified(source, labels, target, partial(_subspaces, energy=energy))
 
 
 def nmf_subspace(
@@ -91,22 +89,7 @@ def nmf_subspace(
         DataError: see `nearest_centroid`.
         DecompositionError: `parts` is below 1.
     """
-    from lora_lightning.nmf import nmf, semi_nmf
-
-    found = []
-    signed = bool((source < 0).any() or (target < 0).any())
-    d = min(parts, source.shape[1], len(source), len(target))
-    for x in (source, target):
-        # Scaled, not centred: parts begin at zero.
-        scaled = x.double() / x.double().std(dim=0).clamp_min(1e-8)
-        basis = (semi_nmf if signed else nmf)(scaled, d, seed=seed).H.T
-        found.append(torch.linalg.qr(basis.double()).Q.numpy())
-
-    def align(s: Matrix, t: Matrix) -> Pair:
-        of_source, of_target = found
-        return s @ of_source @ (of_source.T @ of_target), t @ of_target
-
-    return _classified(source, labels, target, align)
+    return _classified(source, labels, target, partial(_nmf_subspaces, parts=parts, seed=seed))
 
 
 def coral(source: Tensor, labels: Tensor, target: Tensor) -> Tensor:
@@ -123,11 +106,79 @@ def coral(source: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     Raises:
         DataError: see `nearest_centroid`.
     """
+    return _classified(source, labels, target, _coloured)
 
-    def align(s: Matrix, t: Matrix) -> Pair:
-        return s @ _power(s, -0.5) @ _power(t, 0.5), t
 
-    return _classified(source, labels, target, align)
+def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "none") -> Tensor:
+    r"""Values of the target items by ridge regression in the aligned space: (M, V).
+
+    :math:`\min_W \|S' W - Y\|_F^2 + \lambda \|W\|_F^2` on the aligned, standardised source
+    :math:`S'`, with the λ of the least leave-one-out error in 10⁻² to 10⁵. Hoerl & Kennard 1970,
+    "Ridge regression".
+
+    Args:
+        source: (N, D).
+        values: (N, V), what is known of the source items.
+        target: (M, D).
+        alignment: One of `ALIGNMENTS`.
+
+    Raises:
+        ConfigError: there is no such alignment.
+        DataError: features or values are none, or do not fit together.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    if alignment not in ALIGNMENTS:
+        raise ConfigError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    _check(source, values, target)
+    if values.ndim != 2 or not bool(torch.isfinite(values).all()):
+        raise DataError(f"values must be finite numbers (N, V), got {tuple(values.shape)}")
+    s, t = ALIGNMENTS[alignment](source, target)
+    model: Any = RidgeCV(np.logspace(-2, 5, 15)).fit(s, values.double().numpy())
+    return torch.from_numpy(model.predict(t)).float().reshape(len(t), -1)
+
+
+def _standardised_each(source: Tensor, target: Tensor) -> Pair:
+    return _standardised(source), _standardised(target)
+
+
+def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
+    from sklearn.decomposition import PCA
+
+    s, t = _standardised_each(source, target)
+    of_source = PCA(energy).fit(s).components_.T
+    of_target = PCA(min(of_source.shape[1], *t.shape)).fit(t).components_.T
+    return s @ of_source @ (of_source.T @ of_target), t @ of_target
+
+
+def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int = 0) -> Pair:
+    from lora_lightning.nmf import nmf, semi_nmf
+
+    found = []
+    signed = bool((source < 0).any() or (target < 0).any())
+    d = min(parts, source.shape[1], len(source), len(target))
+    for x in (source, target):
+        # Scaled, not centred: parts begin at zero.
+        scaled = x.double() / x.double().std(dim=0).clamp_min(1e-8)
+        basis = (semi_nmf if signed else nmf)(scaled, d, seed=seed).H.T
+        found.append(torch.linalg.qr(basis.double()).Q.numpy())
+    s, t = _standardised_each(source, target)
+    of_source, of_target = found
+    return s @ of_source @ (of_source.T @ of_target), t @ of_target
+
+
+def _coloured(source: Tensor, target: Tensor) -> Pair:
+    s, t = _standardised_each(source, target)
+    return s @ _power(s, -0.5) @ _power(t, 0.5), t
+
+
+# What brings both domains into one space, before anything reads an answer off it.
+ALIGNMENTS: dict[str, Alignment] = {
+    "none": _standardised_each,
+    "subspace": _subspaces,
+    "nmf": _nmf_subspaces,
+    "coral": _coloured,
+}
 
 
 def _power(x: Matrix, exponent: float) -> Matrix:
@@ -135,22 +186,26 @@ def _power(x: Matrix, exponent: float) -> Matrix:
     return np.asarray((vectors * values**exponent) @ vectors.T)
 
 
-def _classified(
-    source: Tensor, labels: Tensor, target: Tensor, align: Callable[[Matrix, Matrix], Pair]
-) -> Tensor:
-    from sklearn.neighbors import NearestCentroid
-
+def _check(source: Tensor, known: Tensor, target: Tensor) -> None:
     check_features(source)
     check_features(target)
-    if source.shape[1] != target.shape[1] or labels.shape != source.shape[:1]:
+    if source.shape[1] != target.shape[1] or len(known) != len(source):
         raise DataError(
-            f"source {tuple(source.shape)}, labels {tuple(labels.shape)} and target "
+            f"source {tuple(source.shape)}, labels {tuple(known.shape)} and target "
             f"{tuple(target.shape)} do not fit: expected (N, D), (N,) and (M, D)"
         )
+    if len(source) < 2 or len(target) < 2:
+        raise DataError("alignment needs two items of each domain at least")
+
+
+def _classified(source: Tensor, labels: Tensor, target: Tensor, align: Alignment) -> Tensor:
+    from sklearn.neighbors import NearestCentroid
+
+    _check(source, labels, target)
     classes = torch.unique(labels)
-    if len(source) < 2 or len(target) < 2 or len(classes) < 2:
-        raise DataError("alignment needs two classes, and two items of each domain at least")
-    s, t = align(_standardised(source), _standardised(target))
+    if labels.ndim != 1 or len(classes) < 2:
+        raise DataError(f"alignment needs labels (N,) of two classes, got {tuple(labels.shape)}")
+    s, t = align(source, target)
     said: Any = NearestCentroid().fit(s, labels.numpy()).predict_proba(t)
     full = torch.zeros(len(t), int(classes.max()) + 1)
     full[:, classes] = torch.from_numpy(said).float()

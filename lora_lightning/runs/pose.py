@@ -1,0 +1,93 @@
+"""A run that predicts an azimuth from a picture, in other views; the error is an angle.
+
+What is not said here is that of a classification run (`lora_lightning.runs.classification`):
+methods, measuring and report are the same, labels and losses differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lora_lightning.data.folders import Item
+from lora_lightning.data.images import ImageDomains
+from lora_lightning.data.posed_images import PoseDomains
+from lora_lightning.results import Row, Run
+from lora_lightning.runs import methods
+from lora_lightning.runs.classification import Kind, run_kind
+from lora_lightning.runs.context import Context
+from lora_lightning.runs.gradient_free import aligned
+from lora_lightning.runs.pose_label_free import check, label_free
+from lora_lightning.tasks.pose import PoseRegressor, angle, circular_error, direction
+from lora_lightning.transduction.alignment import regressed
+from lora_lightning.units import AZIMUTH_ERROR
+
+
+class PoseContext(Context):
+    """Answers are vectors (cos, sin); labels are azimuths in degrees."""
+
+    data: PoseDomains
+    metric = AZIMUTH_ERROR
+
+    @staticmethod
+    def outputs(data: ImageDomains) -> int:
+        """Cosine and sine."""
+        return 2
+
+    @staticmethod
+    def module(model: nn.Module, settings: Any = None) -> PoseRegressor:
+        """A `PoseRegressor`."""
+        if settings is None:
+            return PoseRegressor(model)
+        s = settings
+        return PoseRegressor(model, s.learning_rate, s.weight_decay, s.schedule)
+
+    def labels(self, items: Sequence[Item]) -> Tensor:
+        """The azimuths of pictures."""
+        return self.data.azimuths(items)
+
+    def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
+        """The circular error of each."""
+        return circular_error(angle(answers), self.labels(items))
+
+    def label(self, item: Item) -> str:
+        """The azimuth in degrees."""
+        return f"{float(self.labels([item])):.1f}"
+
+    def said(self, answer: Tensor) -> tuple[str, float]:
+        """The azimuth, and the vector's length."""
+        return f"{float(angle(answer)):.1f}", round(min(float(answer.norm()), 1.0), 4)
+
+
+def run(given: DictConfig) -> Run:
+    """Run every stage for every seed; the results lie in ``config.out`` afterwards.
+
+    Raises:
+        ConfigError: a value that no type could catch, before anything is rendered or trained.
+        DataError: the pictures cannot be used, or their azimuths are not known.
+    """
+    return run_kind(given, Kind(PoseDomains, PoseContext, METHODS, check))
+
+
+def _regression(name: str, alignment: str) -> Callable[[Context], list[Row]]:
+    def answers(source: Tensor, azimuths: Tensor, target: Tensor) -> Tensor:
+        return regressed(source, direction(azimuths), target, alignment)
+
+    return aligned(name, answers)
+
+
+# In the order of the table.
+METHODS: dict[str, Callable[[Any], list[Row]]] = {
+    "source_only": methods.source_only,
+    "ridge": _regression("ridge regression", "none"),
+    "subspace": _regression("subspace alignment", "subspace"),
+    "nmf_subspace": _regression("NMF subspace", "nmf"),
+    "coral": _regression("CORAL", "coral"),
+    "batchnorm": methods.batchnorm,
+    "label_free": label_free,
+    "lora": methods.lora,
+    "full": methods.full,
+}

@@ -1,0 +1,174 @@
+r"""`TransductivePose`: adapt a regressor of angles to unlabelled pictures, by their mirror images.
+
+Where objects are as likely as their mirror images, the mirror image of a picture shows the
+negated angle. So every unlabelled picture asks the network twice, and the two answers tell by
+how much they differ how wrong it is at least, and by their mean what may be nearer to the truth.
+
+A mean of two answers is right only where their errors are independent. A network that has never
+seen a rear answers alike, and wrongly, to both: no such method tells it where it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from lora_lightning.batchnorm import reestimated
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.tasks.pose import mirrored
+from lora_lightning.transduction.mirror import PoseLimits, Twice, judge, seen_twice
+from lora_lightning.transduction.rounds import SOURCE_ROUND, Round, say
+from lora_lightning.transduction.target import Target
+from lora_lightning.transduction.task import BATCH_NORM, SOURCE_ITEMS
+from lora_lightning.transduction.teacher import Snapshot
+
+JUDGED = 4  # each so-many-th picture is not learnt from: by those the guard judges
+
+
+class TransductivePose(Optimised):
+    r"""Adapt `model` to pictures without their angles, and leave it no worse as far as it can tell.
+
+        task = TransductivePose(model, pictures)
+        Trainer(max_epochs=4, callbacks=[LoRACallback(trainable=[])]).fit(task)
+
+    With v(x) the network's vector, M the mirror image and R the negation of an angle, a picture's
+    pseudo-label is :math:`t = (v(x) + R\,v(Mx)) / 2`, taken anew in each epoch; where both answers
+    are farther apart than `tolerance`, it has none. The loss of a batch is the mean of
+    :math:`\|v(x) - t\|^2`, with half of the pictures mirrored, and R t for them.
+
+    After each epoch a round ends: on the pictures that are not learnt from, every fourth, the two
+    answers must agree better than in any round before, and the answers must neither collapse nor
+    move too far. At the first alarm training stops, and the best state comes back; if there is
+    none, the source model.
+
+    Args:
+        model: The network, from pictures (B, 3, H, W) to (B, 2), (cos, sin).
+        target: The pictures, see `lora_lightning.transduction.target.Target`.
+        training: The same pictures as they are to be trained on; None: `target`.
+        tolerance: In degrees, above 0, at most 180.
+        batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
+            training, ``"source"`` leaves them; ``"auto"`` takes them where the guard accepts it.
+        limits: Of the guard.
+        batch_size: Pictures in a batch.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's; not applied to biases, norms and other vectors.
+        schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+
+    Attributes:
+        history_: the rounds, the source first.
+        accepted_: index of the round whose state is kept; 0: the source.
+        source_: `Twice` by the source model, of each picture.
+        answers_: by the accepted state.
+        termination_condition_: why it ended.
+
+    Raises:
+        ConfigError: a value is out of range, or items of another kind than expected.
+        DataError: the target is empty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Any,
+        *,
+        training: Any = None,
+        tolerance: float = 60.0,
+        batch_norm: str = "auto",
+        limits: PoseLimits = PoseLimits(),  # noqa: B008 - frozen
+        batch_size: int = 32,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "one-cycle",
+    ):
+        super().__init__(learning_rate, weight_decay, schedule)
+        if not 0 < tolerance <= 180:
+            raise ConfigError(f"tolerance must lie in (0, 180] degrees, got {tolerance}")
+        if batch_norm not in BATCH_NORM:
+            raise ConfigError(
+                f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}"
+            )
+        if batch_size < 2:
+            raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+        self.model = model.to(memory_format=torch.channels_last).train()
+        self.target = Target(target)
+        self.training_items = Target(target if training is None else training)
+        self.tolerance, self.batch_norm, self.batch_size = tolerance, batch_norm, batch_size
+        self.limits = limits
+        self.history_: list[Round] = []
+        self.accepted_, self.termination_condition_ = SOURCE_ROUND, ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) → vectors (B, 2)."""
+        found: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return found
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The pictures that are learnt from, with their indices, shuffled."""
+        learnt = [i for i in range(len(self.target)) if i % JUDGED or len(self.target) < JUDGED]
+        drop = len(learnt) > 1 and len(learnt) % self.batch_size == 1  # BatchNorm needs two
+        items = Subset(self.training_items, learnt)
+        return DataLoader(items, batch_size=self.batch_size, shuffle=True, drop_last=drop)
+
+    def on_fit_start(self) -> None:
+        """Look at the target with the source model; choose BatchNorm's statistics."""
+        self.source_ = self.answers_ = self._look()
+        self._judged = torch.arange(0, len(self.target), JUDGED)
+        self._best = Snapshot(self.model)
+        source = self.source_.of(self._judged)
+        self.history_ = [Round(SOURCE_ROUND, judge(source, source, source, self.limits).scores)]
+        if self.batch_norm == "source":
+            return
+        # Mixed: in batches of one class, as folders give them, the features vary too little.
+        loader = self.target.loader(2 * self.batch_size, shuffle=True)
+        inputs = (x.to(self.device) for x, _ in loader)
+        if reestimated(self.model, self, inputs, SOURCE_ITEMS):
+            self._end_round(must=self.batch_norm == "target")
+            self._best.restore(self.model)
+
+    def on_train_epoch_start(self) -> None:
+        """Pseudo-labels for the round, by the model as it is; BatchNorm keeps its statistics."""
+        self._labels = self.answers_.mean
+        self._labelled = self.answers_.apart <= self.tolerance
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        x, indices = batch
+        wanted = self._labels[indices.cpu()].to(x)
+        chosen = torch.rand(len(x), device=x.device) < 0.5
+        x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
+        wanted = torch.where(chosen[:, None], mirrored(wanted), wanted)
+        known = self._labelled[indices.cpu()].to(x)
+        loss: Tensor = ((self(x) - wanted).square().sum(dim=1) * known).mean()
+        self.log("train_loss", loss, batch_size=len(x))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """The round is over: the guard decides."""
+        if self._end_round().alarms:
+            self.termination_condition_ = (
+                f"alarm in round {self.history_[-1].index}: {self.history_[-1].alarms[0]}"
+            )
+            self.trainer.should_stop = True
+
+    def on_train_end(self) -> None:
+        """The best accepted state comes back, before any file is written of it."""
+        self._best.restore(self.model)
+        self.termination_condition_ = self.termination_condition_ or "all rounds done"
+
+    def _look(self) -> Twice:
+        return seen_twice(self.model, self.target, 2 * self.batch_size, self.device)
+
+    def _end_round(self, must: bool = False) -> Round:
+        now, on = self._look(), self._judged
+        verdict = judge(self.source_.of(on), self.answers_.of(on), now.of(on), self.limits)
+        alarms = [] if must else verdict.alarms
+        found = Round(len(self.history_), verdict.scores, alarms)
+        if not alarms:
+            self.accepted_, self.answers_, self._best = found.index, now, Snapshot(self.model)
+        self.history_.append(found)
+        say(self, found.line(len(self.target)))
+        return found

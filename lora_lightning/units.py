@@ -1,0 +1,35 @@
+"""What metrics are shown in, and which way is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AZIMUTH_ERROR = "azimuth error"
+LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE", AZIMUTH_ERROR))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What people are shown of a metric: the value times `scale`, with `symbol` behind it."""
+
+    name: str
+    symbol: str
+    scale: float
+
+    def number(self, value: float) -> str:
+        """The number alone, with one decimal."""
+        return f"{self.scale * value:.1f}"
+
+    def text(self, value: float) -> str:
+        """The number with its unit."""
+        return self.number(value) + self.symbol
+
+
+PERCENT, DEGREES = Unit("%", " %", 100), Unit("degrees", "°", 1)
+# A metric that is not named here is a fraction, and shown in percent.
+UNITS = {AZIMUTH_ERROR: DEGREES}
+
+
+def angle_between(one: float, other: float) -> float:
+    """How far two angles lie apart on the circle, in degrees, 0 to 180."""
+    return abs((one - other + 180) % 360 - 180)
