@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.shifts import shift
+    from lora_lightning.source_statistics import SourceStatistics
     from lora_lightning.starting import start_from_data
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.transduction.callback import PseudoLabelCallback
@@ -34,6 +36,7 @@ _HOME = {
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
     "PseudoLabelCallback": "transduction.callback",
+    "SourceStatistics": "source_statistics",
     "TransductiveTask": "transduction.task",
     "adapters": "switching",
     "combine": "combination",
@@ -47,6 +50,7 @@ _HOME = {
     "remove": "switching",
     "save_adapter": "files",
     "set_active": "switching",
+    "shift": "shifts",
     "start_from_data": "starting",
     "unmerge": "switching",
     "verify": "verification",
@@ -57,6 +61,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALightningError",
     "PseudoLabelCallback",
+    "SourceStatistics",
     "TransductiveTask",
     "adapters",
     "combine",
@@ -70,6 +75,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_active",
+    "shift",
     "start_from_data",
     "unmerge",
     "verify",

@@ -19,6 +19,13 @@ from lora_lightning.plots import Plot
 from lora_lightning.results import Cell, Column, Run, Summary
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
+_SHIFTS = (
+    "Told by the source model's confidence on the target's training pictures, without labels and "
+    "before anything was adapted: the source model's expected accuracy in %, beside it what was "
+    "measured on the held-out pictures. It can be sure and wrong. Proxy A-distance from 0 to 2; "
+    "Fréchet distance in units of the source's variance; the block where the shift enters. First "
+    "seed."
+)
 _WER = " WER: words substituted, missed or inserted, over the words said; lower is better."
 
 
@@ -31,6 +38,7 @@ def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
         facts=escape(_facts(run, summary)),
         verdict=escape(verdict),
         table=_results(run, summary),
+        shifts=_shifts(run, summary) if run.shifts else "",
         listen=listen.section(run) if run.transcripts else "",
         figures="\n".join(_figure(plot) for plot in plots),
         notes=_list("Notes", run.notes),
@@ -94,6 +102,31 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
 def _cell(cell: Cell) -> str:
     mean, spread = cell.texts()
     return f"<td>{mean}" + (f' <span class="sd">{spread}</span>' if spread else "") + "</td>"
+
+
+def _shifts(run: Run, summary: Summary) -> str:
+    """The first seed's measures of each target, the source model's accuracy there beside them."""
+    seed, found = next(iter(run.shifts.items()))
+    before = summary.before()
+    measured = {r.domain: r.value for r in run.rows if (r.method, r.seed) == (before, seed)}
+    names = ("verdict", "expected", "measured", "proxy A", "Fréchet", "enters at")
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("target", *names))
+    rows = []
+    for domain, s in found.items():
+        accuracy = (s["expected_accuracy"], measured.get(domain))
+        cells = [
+            s["verdict"],
+            *("–" if a is None else f"{100 * a:.1f}" for a in accuracy),
+            *(f"{s[name]['value']:.2f}" for name in ("proxy_a", "frechet")),
+            str(s["entry"] or "–"),
+        ]
+        values = "".join(f"<td>{escape(c)}</td>" for c in cells)
+        rows.append(f'<tr><th scope="row">{escape(domain)}</th>{values}</tr>')
+    return (
+        f"<h2>How far are the targets?</h2>"
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'</table></div><p class="note">{_SHIFTS}</p>'
+    )
 
 
 def _figure(plot: Plot) -> str:

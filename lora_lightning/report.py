@@ -142,7 +142,8 @@ def _against(summary: Summary, method: str, full: str) -> str:
 def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
-    A run of speech recognition has a transcripts.csv in place of predictions.csv.
+    A run of speech recognition has a transcripts.csv in place of predictions.csv; a run that
+    measured how far its targets are has a shift.json.
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
@@ -151,6 +152,8 @@ def write_report(run: Run, out: Path) -> None:
     results = [asdict(row) for row in run.rows]
     _write(out / "results.json", _json(results).encode())
     _write(out / "results.csv", _csv(Row, results))
+    if run.shifts:
+        _write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
     if run.transcripts:
         _write(out / "transcripts.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:

@@ -51,7 +51,7 @@ LAYERS = (
     "tasks transcripts",
     "listen plots",
     "transduction",
-    "source_statistics",
+    "source_statistics verdicts",
     "shifts",
     "html",
     "report",

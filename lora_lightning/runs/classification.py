@@ -25,6 +25,7 @@ from lora_lightning.runs.context import Context, best, classifier
 from lora_lightning.runs.methods import METHODS
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.settings import Config, DataSettings
+from lora_lightning.runs.shifts import measure_shifts
 from lora_lightning.tasks.backbones import create_backbone
 
 # The adapted model that the predictions show: the last of these that was run.
@@ -70,6 +71,7 @@ def _one_seed(config: Config, data: ImageDomains, seed: int, stages: Stages, res
     # The adapter is of use together with the model that it was made for only.
     weights = {k: v.detach().clone().contiguous() for k, v in source.state_dict().items()}
     save_file(weights, Path(config.out) / f"{context.named('source')}.safetensors")
+    measure_shifts(context)
     for name in config.methods:
         result.rows += METHODS[name](context)
     result.predictions += _predictions(context)
