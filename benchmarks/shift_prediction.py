@@ -25,8 +25,10 @@ from torchvision.transforms import v2
 
 try:  # from the repository's root, and as a script beside the other
     from benchmarks.do_no_harm import Data, Pictures, evaluated, fit, source_model
+    from benchmarks.shift_prediction_report import report
 except ImportError:
     from do_no_harm import Data, Pictures, evaluated, fit, source_model
+    from shift_prediction_report import report
 
 from lora_lightning import TransductiveTask
 from lora_lightning.batchnorm import reestimated
@@ -135,12 +137,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--kinds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--csv", type=Path, help="default: in --out")
+    parser.add_argument("--pictures", type=Path, help="folder of the figures; default: --out")
     parser.add_argument("--cache", help="folder for the rendered pictures")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         for kind in given.kinds:
             measure(seed, kind, given)
+    to = given.csv or given.out / "shift-prediction.csv"
+    report(given.out, given.seeds, to, given.pictures or given.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,7 @@ from lora_lightning.plots.style import COLOURS, MARKERS, QUIET, STYLE
 from lora_lightning.shifts import compare
 from lora_lightning.source_statistics import LayerStatistics, SourceStatistics
 from lora_lightning.transduction import validators as score
+from lora_lightning.verdicts import NAMES
 
 Row = dict[str, Any]
 BEFORE, AFTER = "expected", "agreement_confidence"  # what `shift` tells by
@@ -106,45 +108,82 @@ def correlations(rows: Sequence[Row], stage: str, truth: str = "accuracy") -> di
     return {n: float(spearmanr([r[n] for r in rows], real).statistic) for n in names}
 
 
-def report(out: Path, seeds: Sequence[int]) -> list[Row]:
+def report(out: Path, seeds: Sequence[int], csv_to: Path, pictures_to: Path) -> None:
+    """Write the CSV and the figures, print the correlations and how often verdicts were right."""
     rows = rows_of(out, seeds)
     for row in rows:
         row |= {name: of(row) for name, of in COMBINED.items()}
-    return rows
-
-
-if __name__ == "__main__":
-    import sys
-
-    rows = report(Path(sys.argv[1]), [int(s) for s in sys.argv[2:]])
-    for r in rows:
-        print(
-            r["kind"],
-            r["target"],
-            r["seed"],
-            r["verdict"],
-            r["entry"],
-            *(
-                f"{k}={r[k]:.2f}"
-                for k in (
-                    "source",
-                    "accuracy_before",
-                    "before_expected",
-                    "before_confidence",
-                    "before_nuclear_norm",
-                    "before_views",
-                    "before_renewed",
-                    "before_frechet",
-                    "accuracy_after",
-                    "after_agreement",
-                    "after_expected",
-                    "after_confidence",
-                    "after_views",
-                )
-            ),
+    csv_to.parent.mkdir(parents=True, exist_ok=True)
+    with csv_to.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows
         )
+    print(f"{len(rows)} targets, seeds {', '.join(map(str, seeds))}")
     for stage in ("before", "after"):
-        for truth in ("accuracy", "held_out", "items"):
-            print(
-                stage, truth, {k: round(v, 2) for k, v in correlations(rows, stage, truth).items()}
+        tell(rows, stage)
+    tell_verdicts(rows)
+    for stage, name in (("before", BEFORE), ("after", AFTER)):
+        draw(rows, stage, name, pictures_to / f"shift-{stage}.png")
+
+
+def tell(rows: Sequence[Row], stage: str) -> None:
+    """A line for each predictor: all, those of each seed, and of each kind of shift."""
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    seeds = list(dict.fromkeys(r["seed"] for r in rows))
+    groups = [[r for r in rows if r["seed"] == s] for s in seeds]
+    groups += [[r for r in rows if r["kind"] == k] for k in kinds]
+    whole, held = (correlations(rows, stage, t) for t in ("accuracy", "held_out"))
+    parts = [correlations(g, stage) for g in groups]
+    names = ["all", "held out", *(f"seed {s}" for s in seeds), *kinds]
+    print(f"\n{stage:<28}" + "".join(f"{n:>12}" for n in names))
+    for name in sorted(whole, key=whole.__getitem__, reverse=True):
+        values = [whole[name], held[name], *(p[name] for p in parts)]
+        print(f"{name:<28}" + "".join(f"{v:12.2f}" for v in values))
+
+
+def tell_verdicts(rows: Sequence[Row]) -> None:
+    """What each verdict meant: accuracy lost, and what adapting without labels brought."""
+    print("\nverdict     targets   lost (points: least, mean, most)    after adapting, still lost")
+    for name in NAMES:
+        of = [r for r in rows if r["verdict"] == name]
+        if of:
+            lost, still = (
+                [100 * (r["source"] - r[f"accuracy_{stage}"]) for r in of]
+                for stage in ("before", "after")
             )
+            print(f"{name:<12}{len(of):>7}" + "".join(
+                f"{min(x):12.1f}{fmean(x):8.1f}{max(x):8.1f}" for x in (lost, still)
+            ))  # fmt: skip
+    lost = [100 * (r["source"] - r["accuracy_before"]) for r in rows]
+    expected = [100 * (r["source"] - r[f"before_{BEFORE}"]) for r in rows]
+    off = [abs(a - b) for a, b in zip(lost, expected, strict=True)]
+    print(f"expected and true loss differ by {fmean(off):.1f} points on the mean, {max(off):.1f} "
+          "at most")  # fmt: skip
+
+
+def draw(rows: Sequence[Row], stage: str, name: str, path: Path) -> None:
+    """The predictor against the truth, a marker for each kind of shift."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for i, kind in enumerate(dict.fromkeys(r["kind"] for r in rows)):
+            of = [r for r in rows if r["kind"] == kind]
+            x, y = ([100 * r[k] for r in of] for k in (f"{stage}_{name}", f"accuracy_{stage}"))
+            axes.plot(x, y, MARKERS[i], color=COLOURS[i + 1], label=kind, markersize=5, alpha=0.8)
+        axes.plot([0, 100], [0, 100], color=QUIET, linewidth=0.8, linestyle=":")
+        axes.set_xlabel(LABELS[stage])
+        axes.set_ylabel(f"accuracy on the target, {stage} adapting (%)")
+        axes.grid(visible=True)
+        rank = correlations(rows, stage)[f"{stage}_{name}"]
+        axes.set_title(f"{stage} adapting: rank correlation {rank:.2f}, {len(rows)} targets")
+        axes.legend(frameon=False, loc="upper left")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140, metadata={"Software": None})
+
+
+LABELS = {
+    "before": "expected without labels (%): average thresholded confidence",
+    "after": "agreement with the source model × mean confidence (%)",
+}
