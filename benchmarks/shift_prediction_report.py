@@ -7,7 +7,7 @@ above, other pictures and other source models; the figures are of the seeds that
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lora_lightning.fingerprint import fingerprint
 from lora_lightning.plots.style import COLOURS, MARKERS, QUIET, STYLE
 from lora_lightning.shifts import compare
 from lora_lightning.source_statistics import LayerStatistics, SourceStatistics
@@ -26,7 +25,7 @@ from lora_lightning.transduction import validators as score
 from lora_lightning.verdicts import NAMES
 
 Row = dict[str, Any]
-BEFORE, AFTER = "expected", "agreement_confidence"  # what `shift` tells by
+CHOSEN = "expected"  # what `shift` tells
 
 
 def rows_of(out: Path, seeds: Sequence[int]) -> list[Row]:
@@ -50,55 +49,45 @@ def statistics_of(seen: dict[str, Any]) -> SourceStatistics:
     confidence, best = seen["probabilities"].max(dim=1)
     right = float((best == seen["labels"]).double().mean())
     layers = {name: LayerStatistics.of(x.float()) for name, x in seen["features"].items()}
-    return SourceStatistics(layers, confidence, right, fingerprint(torch.nn.Identity()))
+    steady = seen["second"].agreement(seen["probabilities"])
+    return SourceStatistics(layers, confidence, right, steady, {})
 
 
 def row_of(source: SourceStatistics, seen: dict[str, Any]) -> Row:
     """The truth, and every predictor."""
     before, after = seen["before"], seen["after"]
-    p, q = before["probabilities"], after["probabilities"]
+    p, q, second = before["probabilities"], after["probabilities"], before["second"]
     features = {name: x.float() for name, x in before["features"].items()}
-    shift = compare(source, features, p, q, repeats=20)
-    row: Row = {"source": source.accuracy, "verdict": shift.verdict, "entry": shift.entry}
+    shift = compare(source, features, p, second, q, repeats=20)
+    row: Row = {"verdict": shift.verdict, "entry": shift.entry, "source": source.accuracy,
+                "kept_source": int(bool(torch.equal(p, q)))}  # fmt: skip
     for name, what in (("before", before), ("after", after)):
         items = float((what["probabilities"].argmax(1) == what["labels"]).double().mean())
         held = seen[f"accuracy_{name}"]
         row |= {f"items_{name}": items, f"held_out_{name}": held}
         row[f"accuracy_{name}"] = (160 * items + 120 * held) / 280
-    row |= {f"before_{k}": v for k, v in answers(source, p, before["views"]).items()}
-    row |= {f"after_{k}": v for k, v in answers(source, q, after["views"]).items()}
-    row["before_renewed"] = score.agreement(p, seen["renewed"])
-    row["before_frechet"], row["before_proxy_a"] = -shift.frechet.value, -shift.proxy_a.value
-    row["before_mmd"] = -shift.mmd.value
-    row["after_agreement"] = score.agreement(p, q)
-    row["after_frechet"] = row["before_frechet"]
-    row["after_expected_source"] = row["before_expected"]
+    row["before_expected"], row["after_expected"] = shift.expected_accuracy, shift.expected_adapted
+    for name, answers in (("before", p), ("after", q)):
+        row |= {f"{name}_{k}": v for k, v in of_answers(source, answers).items()}
+    row["before_frechet"] = row["after_frechet"] = -shift.frechet.value
+    row["before_mmd"], row["before_proxy_a"] = -shift.mmd.value, -shift.proxy_a.value
+    row["after_agreement"] = shift.agreement
+    row["after_second"] = second.agreement(q)
+    row["after_agreement_confidence"] = row["after_agreement"] * row["after_confidence"]
+    row["after_mean_thresholded"] = (row["after_thresholded"] + row["before_thresholded"]) / 2
     return row
 
 
-def answers(source: SourceStatistics, p: Tensor, views: Sequence[Tensor]) -> dict[str, float]:
+def of_answers(source: SourceStatistics, p: Tensor) -> dict[str, float]:
     """Predictors from answers alone."""
+    accuracy = source.accuracy or 0.0
     confidence = p.amax(dim=1)
-    assert source.accuracy is not None
     return {
-        "expected": score.thresholded_confidence(confidence, source.confidence, source.accuracy),
+        "thresholded": score.thresholded_confidence(confidence, source.confidence, accuracy),
         "confidence": float(confidence.mean()),
+        "confidence_difference": accuracy - float(source.confidence.mean() - confidence.mean()),
         "nuclear_norm": score.nuclear_norm(p),
-        "entropy": -score.mean_entropy(p),
-        "views": sum(score.agreement(p, v) for v in views) / len(views),
     }
-
-
-COMBINED: dict[str, Callable[[Row], float]] = {
-    "before_confidence_views": lambda r: r["before_confidence"] * r["before_views"],
-    "before_expected_renewed": lambda r: r["before_expected"] * r["before_renewed"],
-    "after_agreement_confidence": lambda r: r["after_agreement"] * r["after_confidence"],
-    "after_agreement_expected": lambda r: r["after_agreement"] * r["after_expected"],
-    "after_mean_expected": lambda r: (r["after_expected"] + r["before_expected"]) / 2,
-    "after_views_confidence": lambda r: r["after_views"] * r["after_confidence"],
-    "after_mean_confidence": lambda r: r["after_confidence"] + r["before_confidence"],
-    "after_agreement_views": lambda r: r["after_agreement"] * r["after_views"],
-}
 
 
 def correlations(rows: Sequence[Row], stage: str, truth: str = "accuracy") -> dict[str, float]:
@@ -111,8 +100,6 @@ def correlations(rows: Sequence[Row], stage: str, truth: str = "accuracy") -> di
 def report(out: Path, seeds: Sequence[int], csv_to: Path, pictures_to: Path) -> None:
     """Write the CSV and the figures, print the correlations and how often verdicts were right."""
     rows = rows_of(out, seeds)
-    for row in rows:
-        row |= {name: of(row) for name, of in COMBINED.items()}
     csv_to.parent.mkdir(parents=True, exist_ok=True)
     with csv_to.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -124,8 +111,8 @@ def report(out: Path, seeds: Sequence[int], csv_to: Path, pictures_to: Path) -> 
     for stage in ("before", "after"):
         tell(rows, stage)
     tell_verdicts(rows)
-    for stage, name in (("before", BEFORE), ("after", AFTER)):
-        draw(rows, stage, name, pictures_to / f"shift-{stage}.png")
+    for stage in ("before", "after"):
+        draw(rows, stage, pictures_to / f"shift-{stage}.png")
 
 
 def tell(rows: Sequence[Row], stage: str) -> None:
@@ -156,34 +143,27 @@ def tell_verdicts(rows: Sequence[Row]) -> None:
             print(f"{name:<12}{len(of):>7}" + "".join(
                 f"{min(x):12.1f}{fmean(x):8.1f}{max(x):8.1f}" for x in (lost, still)
             ))  # fmt: skip
-    lost = [100 * (r["source"] - r["accuracy_before"]) for r in rows]
-    expected = [100 * (r["source"] - r[f"before_{BEFORE}"]) for r in rows]
-    off = [abs(a - b) for a, b in zip(lost, expected, strict=True)]
-    print(f"expected and true loss differ by {fmean(off):.1f} points on the mean, {max(off):.1f} "
-          "at most")  # fmt: skip
+    for stage in ("before", "after"):
+        off = [100 * (r[f"{stage}_{CHOSEN}"] - r[f"accuracy_{stage}"]) for r in rows]
+        print(f"{stage}: expected minus true accuracy {fmean(off):.1f} points on the mean, "
+              f"{fmean(map(abs, off)):.1f} its size, {max(map(abs, off)):.1f} at most")  # fmt: skip
 
 
-def draw(rows: Sequence[Row], stage: str, name: str, path: Path) -> None:
+def draw(rows: Sequence[Row], stage: str, path: Path) -> None:
     """The predictor against the truth, a marker for each kind of shift."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.6), layout="constrained")
         axes = figure.subplots()
         for i, kind in enumerate(dict.fromkeys(r["kind"] for r in rows)):
             of = [r for r in rows if r["kind"] == kind]
-            x, y = ([100 * r[k] for r in of] for k in (f"{stage}_{name}", f"accuracy_{stage}"))
+            x, y = ([100 * r[k] for r in of] for k in (f"{stage}_{CHOSEN}", f"accuracy_{stage}"))
             axes.plot(x, y, MARKERS[i], color=COLOURS[i + 1], label=kind, markersize=5, alpha=0.8)
         axes.plot([0, 100], [0, 100], color=QUIET, linewidth=0.8, linestyle=":")
-        axes.set_xlabel(LABELS[stage])
+        axes.set_xlabel("expected accuracy, told without labels (%)")
         axes.set_ylabel(f"accuracy on the target, {stage} adapting (%)")
         axes.grid(visible=True)
-        rank = correlations(rows, stage)[f"{stage}_{name}"]
+        rank = correlations(rows, stage)[f"{stage}_{CHOSEN}"]
         axes.set_title(f"{stage} adapting: rank correlation {rank:.2f}, {len(rows)} targets")
         axes.legend(frameon=False, loc="upper left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=140, metadata={"Software": None})
-
-
-LABELS = {
-    "before": "expected without labels (%): average thresholded confidence",
-    "after": "agreement with the source model × mean confidence (%)",
-}

@@ -20,11 +20,10 @@ from lora_lightning.results import Cell, Column, Run, Summary
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
 _SHIFTS = (
-    "Told by the source model's confidence on the target's training pictures, without labels and "
-    "before anything was adapted: the source model's expected accuracy in %, beside it what was "
-    "measured on the held-out pictures. It can be sure and wrong. Proxy A-distance from 0 to 2; "
-    "Fréchet distance in units of the source's variance; the block where the shift enters. First "
-    "seed."
+    "Told from the target's training pictures, without labels and before anything was adapted: the "
+    "source model's expected accuracy in %, beside it what was measured on the held-out pictures. "
+    "The guess can be wrong. Proxy A-distance from 0 to 2; Fréchet distance in units of the "
+    "source's variance; the block where the shift enters. First seed."
 )
 _WER = " WER: words substituted, missed or inserted, over the words said; lower is better."
 

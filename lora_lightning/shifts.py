@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from lora_lightning import state as states
 from lora_lightning.distances import Interval, bootstrap, coral_distance, frechet_distance, mmd
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.source_statistics import HEAD, Forward, SourceStatistics, features_of
+from lora_lightning.features import HEAD, Forward, features_of
+from lora_lightning.second_opinion import Opinion, second_opinion
+from lora_lightning.source_statistics import SourceStatistics
 from lora_lightning.switching import adapters, disabled
 from lora_lightning.transduction import validators as score
-from lora_lightning.verdicts import Shift, verdict
+from lora_lightning.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
 
 PAIRS = 200  # items of a set of which all pairs are looked at in each repeat
 FOLDS = 5
@@ -50,13 +52,13 @@ def shift(
       learning from different domains"). It saturates long before harm is done, so it informs and
       decides nothing;
     - MMD, CORAL and Fréchet distance, see `lora_lightning.distances`;
-    - expected accuracy, by average thresholded confidence, see
-      `lora_lightning.transduction.validators`. The verdict is its fall from source to target:
-      "near" below 5 points, "too far" from 40, or from a Fréchet distance of 1. Without labels of
-      the source it is the fall of the mean confidence.
+    - expected accuracy, see `expected_accuracy`: by how far the model agrees with itself once
+      BatchNorm has the target's statistics; where it has no BatchNorm, by its confidence. The
+      verdict is its fall from source to target: "near" below 5 points, "too far" from 40, or from
+      a Fréchet distance of 1.
 
     A model with an adapter is looked at without it; and once more with it, for `agreement` and
-    `expected_adapted`.
+    `expected_adapted`, the mean of what is expected of the answers before and after.
 
     Args:
         model: The source model, a classifier.
@@ -89,16 +91,20 @@ def shift(
             )
         source.check(model)
         found, said = features_of(model, target, batch_size, forward)
+        second = None
+        if source.agreement is not None:
+            second = second_opinion(model, target, forward or model)
     adapted = None
     if has_adapter:
         adapted = features_of(model, target, batch_size, forward)[1].probabilities
-    return compare(source, found, said.probabilities, adapted, repeats=repeats, seed=seed)
+    return compare(source, found, said.probabilities, second, adapted, repeats=repeats, seed=seed)
 
 
 def compare(
     source: SourceStatistics,
     features: dict[str, Tensor],
     probabilities: Tensor,
+    second: Opinion | None = None,
     adapted: Tensor | None = None,
     *,
     repeats: int = 100,
@@ -110,6 +116,7 @@ def compare(
         source: Of the source.
         features: Layer → (M, D) of the target.
         probabilities: (M, K) of the target, by the source model.
+        second: Its second opinion of them; None without BatchNorm.
         adapted: (M, K) of the target, by the adapted model.
         repeats: Of the bootstrap.
         seed: Of what is drawn.
@@ -128,11 +135,9 @@ def compare(
         name: bootstrap(frechet_distance, *pair, repeats=_LAYER_REPEATS, seed=seed).value
         for name, pair in pairs.items()
     }
-    confidence = probabilities.amax(dim=1)
-    expected = _expected(source, confidence)
-    drop = float(source.confidence.mean() - confidence.mean())
-    if expected is not None and source.accuracy is not None:
-        drop = source.accuracy - expected
+    expect = partial(expected_accuracy, source, second=second)
+    expected = expect(probabilities)
+    drop = expected_drop(source, probabilities, second)
     frechet = again(frechet_distance, s, t)
     return Shift(
         verdict(drop, frechet.value),
@@ -147,7 +152,8 @@ def compare(
         blocks,
         (len(s), len(t)),
         None if adapted is None else score.agreement(probabilities, adapted),
-        None if adapted is None else _expected(source, adapted.amax(dim=1)),
+        None if adapted is None else _mean(expected, expect(adapted)),
+        CONFIDENCE if second is None else STEADINESS,
     )
 
 
@@ -189,10 +195,37 @@ def proxy_a_distance(
     return Interval(distance(*parts), float(low), float(high))
 
 
-def _expected(source: SourceStatistics, confidence: Tensor) -> float | None:
+def expected_accuracy(
+    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
+) -> float | None:
+    r"""Of a model's answers (M, K) to a target; None where the source's labels were not known.
+
+    With a second opinion :math:`acc_s\, a_t / a_s`, where :math:`a_t` is the agreement with it on
+    the target, :math:`a_s` that on the source and :math:`acc_s` the accuracy there. Without,
+    average thresholded confidence.
+    """
     if source.accuracy is None:
         return None
-    return score.thresholded_confidence(confidence, source.confidence, source.accuracy)
+    if second is None or not source.agreement:
+        confidence = probabilities.amax(dim=1)
+        return score.thresholded_confidence(confidence, source.confidence, source.accuracy)
+    return min(1.0, source.accuracy * second.agreement(probabilities) / source.agreement)
+
+
+def expected_drop(
+    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
+) -> float:
+    """Of accuracy; without the source's labels, of agreement or of confidence."""
+    expected = expected_accuracy(source, probabilities, second)
+    if expected is not None and source.accuracy is not None:
+        return source.accuracy - expected
+    if second is not None and source.agreement is not None:
+        return source.agreement - second.agreement(probabilities)
+    return float(source.confidence.mean() - probabilities.amax(dim=1).mean())
+
+
+def _mean(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else (before + after) / 2
 
 
 def _few(x: Tensor) -> Tensor:

@@ -1,16 +1,14 @@
 """`SourceStatistics`: what is kept of a source so that its data need not be there later.
 
 Of the head's input and of each block's output: mean, leading directions, and a sample of items
-along them; of the answers: their confidence and, with labels, their accuracy. About a megabyte, in
-a file beside the source model's weights.
+along them; of the answers: how sure and steady they are, and with labels how often right. About a
+megabyte, in a file beside the source model's weights.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,18 @@ from torch import Tensor, nn
 
 from lora_lightning.decompose import truncated_svd
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
+from lora_lightning.features import Forward, features_of
 from lora_lightning.fingerprint import fingerprint
-from lora_lightning.structure import block_list
-from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.second_opinion import second_opinion
 
-HEAD = "head"  # the layer that stands for what the classifier is given
 DIRECTIONS = 32
 SAMPLE = 500  # items of the source that are kept
 FEWEST = 8
 _FORMAT = "lora_lightning.source_statistics"
-
-Forward = Callable[[Tensor], Any]
+_ANEW = (
+    "Load the source model that they lie beside, or make them anew with "
+    "SourceStatistics.of(model, data, labels)"
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,15 @@ class SourceStatistics:
         layers: Name → statistics, by depth, the last one ``"head"``.
         confidence: (N,) of the answers to the source's items: the likeliest class's probability.
         accuracy: Part of them that is right; None where no labels were given.
+        agreement: With the second opinion, see `lora_lightning.second_opinion`; None without
+            BatchNorm.
         model: Whose they are, see `lora_lightning.fingerprint`.
     """
 
     layers: dict[str, LayerStatistics]
     confidence: Tensor
     accuracy: float | None
+    agreement: float | None
     model: dict[str, str]
 
     @classmethod
@@ -127,7 +129,9 @@ class SourceStatistics:
             raise DataError(f"{n} items and labels of shape {tuple(labels.shape)}; give one each")
         right = None if labels is None else float((best == labels.cpu()).double().mean())
         layers = {name: LayerStatistics.of(x) for name, x in found.items()}
-        return cls(layers, confidence, right, fingerprint(model))
+        second = second_opinion(model, data, forward or model)
+        steady = None if second is None else second.agreement(said.probabilities)
+        return cls(layers, confidence, right, steady, fingerprint(model))
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError where they are of another model, or of other weights."""
@@ -135,14 +139,11 @@ class SourceStatistics:
         if now["structure"] != self.model["structure"]:
             raise ConfigError(
                 f"the source statistics are of another model: of {self.model['architecture']}, "
-                f"this is {now['architecture']} (or has another head). Make them anew with "
-                "SourceStatistics.of(model, data, labels)"
+                f"this is {now['architecture']} (or has another head). {_ANEW}"
             )
         if now.get("weights") != self.model.get("weights"):
             raise ConfigError(
-                f"the source statistics are of a {now['architecture']} with other weights: load "
-                "the source model that they lie beside, or make them anew with "
-                "SourceStatistics.of(model, data, labels)"
+                f"the source statistics are of a {now['architecture']} with other weights. {_ANEW}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -152,11 +153,12 @@ class SourceStatistics:
         tensors = {"confidence": self.confidence}
         for layer, statistics in self.layers.items():
             tensors |= {f"{layer}/{k}": v.contiguous() for k, v in vars(statistics).items()}
-        header = {"format": _FORMAT, "accuracy": self.accuracy, "model": self.model}
+        header: dict[str, Any] = {"format": _FORMAT, "model": self.model}
+        header |= {"accuracy": self.accuracy, "agreement": self.agreement}
+        header["layers"] = list(self.layers)  # by depth
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        layers = {"layers": list(self.layers)}  # safetensors has an order of its own
-        save_file(tensors, path, {"statistics": json.dumps(header | layers)})
+        save_file(tensors, path, {"statistics": json.dumps(header)})
         return path
 
     @classmethod
@@ -172,16 +174,13 @@ class SourceStatistics:
         if not Path(path).is_file():
             raise DataNotFoundError(
                 f"there is no file {path}: SourceStatistics.of(model, data, labels).save(path) "
-                "writes one, and so does a recipe, beside source.safetensors"
+                "writes one, and so does a recipe"
             )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("statistics", "{}"))
                 if header.get("format") != _FORMAT:
-                    raise AdapterFileError(
-                        f"{path} holds no statistics of a source: expected what "
-                        "SourceStatistics.save wrote"
-                    )
+                    raise AdapterFileError(f"{path} holds no statistics of a source")
                 names = [f.name for f in fields(LayerStatistics)]
                 layers = {
                     layer: LayerStatistics(*(file.get_tensor(f"{layer}/{n}") for n in names))
@@ -190,62 +189,4 @@ class SourceStatistics:
                 confidence = file.get_tensor("confidence")
         except SafetensorError as error:
             raise AdapterFileError(f"{path} is damaged, or no safetensors file: {error}") from error
-        return cls(layers, confidence, header["accuracy"], header["model"])
-
-
-def features_of(
-    model: nn.Module, data: Any, batch_size: int, forward: Forward | None = None
-) -> tuple[dict[str, Tensor], Predicted]:
-    """Each block's output pooled over places, (N, D) by name, the head's input last; answers."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    loader = Target(data).loader(batch_size, shuffle=False)
-    with _watched(model) as found:
-        said = predicted(_checked(forward or model), model, loader, device)
-    layers = {name: torch.cat(x) for name, x in found.items() if x}
-    layers = {name: x for name, x in layers.items() if len(x) == len(said.probabilities)}
-    return {**layers, HEAD: said.features}, said
-
-
-def _checked(forward: Forward) -> Callable[[Tensor], Tensor]:
-    def call(inputs: Tensor) -> Tensor:
-        logits = forward(inputs)
-        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1:
-            return logits
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits)
-        raise ConfigError(
-            f"a shift is judged by how sure a classifier is: logits (items, classes) are needed, "
-            f"got {what}. Give forward=, from a batch of inputs to such logits, as in "
-            "forward=lambda x: model(x)[0] for a model that returns more, or model(x).mean(1) for "
-            "frames (items, frames, classes). A regression has no confidence: compare its "
-            "features by lora_lightning.distances"
-        )
-
-    return call
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    found: dict[str, list[Tensor]] = {name: [] for name in block_list(model)}
-    last = any(getattr(m, "output_fmt", None) == "NHWC" for m in model.modules())
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            if isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 1:
-                found[name].append(_pooled(first, last).float().cpu())
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in found]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pooled(x: Tensor, channels_last: bool) -> Tensor:
-    """(B, D): the mean over places of (B, C, H, W), (B, H, W, C), (B, N, C) or (B, C)."""
-    if x.ndim == 4 and not channels_last:
-        return x.mean(dim=(2, 3))
-    return x if x.ndim == 2 else x.flatten(1, -2).mean(dim=1)
+        return cls(layers, confidence, header["accuracy"], header["agreement"], header["model"])

@@ -18,7 +18,8 @@ _WORDS = {
     "adaptable": "The target has moved, and can be adapted to.",
     "too far": "The target may be too far to adapt to without labels: label some items, or refuse.",
 }
-FALLIBLE = "Judged without labels, by confidence: a model can be sure and wrong (docs/shift.md)."
+CONFIDENCE = "how sure the model is"
+STEADINESS = "how steady the answers are"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Shift:
         agreement: Where the model has an adapter in force: the part of the target's items that it
             labels as the source model does. Else None.
         expected_adapted: Its expected accuracy on the target, likewise.
+        way: What the expected accuracy rests on, in words.
     """
 
     verdict: str
@@ -56,6 +58,7 @@ class Shift:
     items: tuple[int, int]
     agreement: float | None = None
     expected_adapted: float | None = None
+    way: str = CONFIDENCE
 
     @property
     def entry(self) -> str | None:
@@ -97,9 +100,13 @@ class Shift:
         """The verdict in words, with what it rests on and how fallible it is."""
         told = [_WORDS[self.verdict], self._expected()]
         if self.entry and self.verdict != NAMES[0]:
+            first = self.entry == next(iter(self.layers))
             told.append(
-                f"The shift enters at {self.entry}: adapt from there on, and everything before it "
-                "only where that does not suffice."
+                f"The shift enters at {self.entry}, the first block: adapt every layer, the stem "
+                'too (target_modules="all").'
+                if first
+                else f"The shift enters at {self.entry}, what is before it hardly moved: adapt the "
+                "blocks from there on first."
             )
         if self.agreement is not None:
             expected = "" if self.expected_adapted is None else (
@@ -109,12 +116,17 @@ class Shift:
                 f"The adapter keeps {100 * self.agreement:.0f} % of the source model's answers"
                 f"{expected}."
             )
-        return " ".join([*told, FALLIBLE])
+        return " ".join([*told, self.caveat])
+
+    @property
+    def caveat(self) -> str:
+        """What the verdict rests on, and that it can be wrong."""
+        return f"Judged without labels, by {self.way}: it can be wrong (docs/shift.md)."
 
     def _expected(self) -> str:
         if self.expected_accuracy is None or self.source_accuracy is None:
             drop = 100 * self.expected_drop
-            return f"The model is {drop:.0f} points less sure of it than of the source."
+            return f"The model is {drop:.0f} points less steady or sure than on the source."
         return (
             f"Expected accuracy {100 * self.expected_accuracy:.0f} %, on the source "
             f"{100 * self.source_accuracy:.0f} %."

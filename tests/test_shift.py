@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -12,11 +13,12 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, SourceStatistics, inject, merge, shift
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.features import features_of
+from lora_lightning.second_opinion import second_opinion
 from lora_lightning.shifts import compare, proxy_a_distance
-from lora_lightning.source_statistics import features_of
 from lora_lightning.transduction.validators import thresholded_confidence
 from lora_lightning.verdicts import FAR, NEAR, verdict
-from tests.conftest import randomise
+from tests.conftest import randomise, tiny_vit
 
 
 def pictures(labels: torch.Tensor, seed: int = 1) -> torch.Tensor:
@@ -78,9 +80,13 @@ def test_a_stronger_shift_gives_larger_distances_and_a_worse_verdict():
 
 
 def test_a_model_that_is_sure_of_something_else_does_not_pass_for_near():
-    found = measured(0.1 * pictures(LABELS, seed=9) + 2.7)
-    assert found.expected_drop < NEAR  # all are of one class, and it is sure of that
-    assert found.verdict == "too far"
+    target = 0.1 * pictures(LABELS, seed=9) + 2.7
+    model, statistics = trained()
+    found, said = features_of(model, target, 64)
+    sure = compare(statistics, found, said.probabilities, repeats=2)
+    assert sure.expected_drop < NEAR  # all are of one class, and it is sure of that
+    assert measured(target).expected_drop > 0.2  # but it does not stay with it
+    assert measured(target).verdict == sure.verdict == "too far"
 
 
 def test_intervals_hold_the_value_and_the_seed_decides():
@@ -102,19 +108,35 @@ def test_a_file_or_data_in_place_of_statistics(tmp_path):
     loader = torch.utils.data.DataLoader([(x, 0) for x in target], batch_size=7)
     assert shift(model, statistics, loader, repeats=20) == want
     found, said = features_of(model, target, 64)
-    assert compare(statistics, found, said.probabilities, repeats=20) == want
+    second = second_opinion(model, target, model)
+    assert compare(statistics, found, said.probabilities, second, repeats=20) == want
 
 
 def test_without_labels_of_the_source_the_verdict_is_by_confidence():
     model, statistics = trained()
     found = shift(model, pictures(LABELS), pictures(LABELS) * 0.1, repeats=2)
     assert found.expected_accuracy is None
+    now = second_opinion(model, pictures(LABELS) * 0.1, model)
     with torch.no_grad():
-        now = model(pictures(LABELS) * 0.1).softmax(1).amax(1).mean()
-    want = float(statistics.confidence.mean() - now)
-    assert found.expected_drop == pytest.approx(want, abs=1e-5)
+        want = statistics.agreement - now.agreement(model(pictures(LABELS) * 0.1).softmax(1))
+    assert found.expected_drop == pytest.approx(want)
     assert found.verdict == verdict(want, found.frechet.value)
-    assert "points less sure" in found.sentence()
+    assert "points less steady or sure" in found.sentence()
+
+
+def test_a_model_without_batch_norm_is_judged_by_its_confidence():
+    model, source, target = tiny_vit(), pictures(LABELS), 0.1 * pictures(LABELS)
+    with torch.no_grad():
+        before, after = (model(x).softmax(1) for x in (source, target))
+    labels = before.argmax(1)
+    labels[::3] += 1
+    found = shift(model, source, target, labels=labels, repeats=2)
+    assert found.expected_accuracy == thresholded_confidence(after.amax(1), before.amax(1), 2 / 3)
+    assert found.expected_drop == pytest.approx(2 / 3 - found.expected_accuracy)
+    assert "by how sure the model is" in found.caveat
+    found = shift(model, source, target, repeats=2)
+    want = float(before.amax(1).mean() - after.amax(1).mean())
+    assert found.expected_drop == pytest.approx(want, abs=1e-5)
 
 
 def test_a_model_with_an_adapter_is_looked_at_with_and_without_it():
@@ -136,6 +158,11 @@ def test_a_model_with_an_adapter_is_looked_at_with_and_without_it():
     merge(model)
     assert shift(model, trained()[1], target, repeats=20).agreement == found.agreement
     assert "adapter keeps" in found.sentence()
+    second = second_opinion(trained()[0], target, trained()[0])
+    with torch.no_grad():
+        parts = (second.agreement(m(target)) for m in (model.eval(), trained()[0]))
+    ratio = trained()[1].accuracy / trained()[1].agreement
+    assert found.expected_adapted == pytest.approx(ratio * sum(parts) / 2)
 
 
 def test_the_entry_is_where_half_of_the_way_was_gone():
@@ -180,10 +207,20 @@ def test_what_is_printed_fits_a_terminal_and_owns_up():
         text = str(measured(target, repeats=2))
         assert max(map(len, text.splitlines())) <= 80
         flat = " ".join(text.split())
-        assert "sure and wrong" in flat
+        assert "by how steady the answers are: it can be wrong" in flat
         assert "proxy A-distance" in flat
     assert "shift: too far" in flat
     assert "enters at blocks." in flat
+
+
+def test_the_profile_in_words():
+    found = measured(pictures(LABELS) * 0.1 + 2.7, repeats=2)
+    first, last = next(iter(found.layers)), list(found.layers)[-1]
+    early = dataclasses.replace(found, layers={first: 2.0, last: 3.0})
+    assert f"enters at {first}, the first block: adapt every layer" in early.sentence()
+    late = dataclasses.replace(found, layers={first: 0.2, last: 3.0})
+    assert f"enters at {last}, what is before it hardly moved" in late.sentence()
+    assert dataclasses.replace(found, layers={}).entry is None
 
 
 def test_plain_values_go_into_json():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -9,8 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, SourceStatistics, disabled, inject
+from lora_lightning.batchnorm import reestimated
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
-from lora_lightning.source_statistics import HEAD, LayerStatistics, features_of
+from lora_lightning.features import HEAD, features_of
+from lora_lightning.second_opinion import second_opinion
+from lora_lightning.source_statistics import LayerStatistics
+from lora_lightning.transduction.task import SOURCE_ITEMS
 from tests.conftest import randomise, tiny_vit
 
 
@@ -23,9 +29,9 @@ def equal(a: SourceStatistics, b: SourceStatistics) -> bool:
     for name, layer in a.layers.items():
         for field, value in vars(layer).items():
             assert torch.equal(value, getattr(b.layers[name], field)), (name, field)
-    return torch.equal(a.confidence, b.confidence) and (a.accuracy, a.model) == (
-        b.accuracy,
-        b.model,
+    rest = ("accuracy", "agreement", "model")
+    return torch.equal(a.confidence, b.confidence) and all(
+        getattr(a, name) == getattr(b, name) for name in rest
     )
 
 
@@ -107,8 +113,11 @@ def test_accuracy_and_confidence_are_those_of_the_answers():
     assert SourceStatistics.of(model, x).accuracy is None
 
 
-def test_a_file_gives_the_same_back(tmp_path):
-    found = SourceStatistics.of(tiny_vit(), pictures(), torch.zeros(40, dtype=torch.int64))
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_file_gives_the_same_back(name, tmp_path):
+    model = tiny_vit() if name == "test_vit" else timm.create_model(name, num_classes=4)
+    found = SourceStatistics.of(model, pictures(), torch.zeros(40, dtype=torch.int64))
+    assert (found.agreement is None) == (name == "test_vit")  # it has no BatchNorm
     path = found.save(tmp_path / "new" / "source_statistics.safetensors")
     assert equal(SourceStatistics.load(path), found)
     assert equal(SourceStatistics.load(str(path)), found)
@@ -123,6 +132,32 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(AdapterFileError, match="damaged, or no safetensors"):
         SourceStatistics.load(tmp_path / "text")
+
+
+def test_a_second_opinion_is_by_the_items_own_statistics():
+    model = timm.create_model("test_resnet", num_classes=4)
+    x = 5 * pictures(70) + 1
+    found = second_opinion(model, [(p, 0) for p in x], model)
+    assert found.items.tolist() == list(range(70))
+    fresh = copy.deepcopy(model)
+    reestimated(fresh, fresh, x.split(70), SOURCE_ITEMS)
+    with torch.no_grad():
+        want = fresh.eval()(x).softmax(1)
+    # Two batches in place of one: the variance within them is a little smaller.
+    assert torch.allclose(found.probabilities, want, atol=0.05)
+    assert found.agreement(found.probabilities) == 1
+    assert second_opinion(tiny_vit(), x, model) is None
+
+
+def test_a_second_opinion_of_many_items_asks_some(monkeypatch):
+    monkeypatch.setattr("lora_lightning.second_opinion.MOST", 10)
+    model = timm.create_model("test_resnet", num_classes=4)
+    x = pictures(30)
+    found = second_opinion(model, x, model)
+    assert len(found.items) == len(found.probabilities) == 10
+    assert found.items.tolist() == sorted(set(found.items.tolist()))
+    again = second_opinion(model, x[found.items], model)
+    assert torch.allclose(again.probabilities, found.probabilities, atol=1e-5)
 
 
 def test_statistics_know_their_model():

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_lightning.runs.context import Context
 from lora_lightning.shifts import shift
 from lora_lightning.source_statistics import FEWEST, SourceStatistics
-from lora_lightning.verdicts import FALLIBLE, NAMES
+from lora_lightning.verdicts import NAMES, Shift
 
 REPEATS = 20  # of the bootstrap
 
@@ -38,15 +38,15 @@ def measure_shifts(context: Context) -> None:
         found[domain] = shift(model, source, target, batch_size=size, repeats=REPEATS)
         tick(done, len(data.target))
     context.run.shifts[context.seed] = {name: s.as_dict() for name, s in found.items()}
-    if far := [name for name, s in found.items() if s.verdict == NAMES[-1]]:
+    if far := {name: s for name, s in found.items() if s.verdict == NAMES[-1]}:
         _warn(context, far)
 
 
-def _warn(context: Context, far: list[str]) -> None:
+def _warn(context: Context, far: dict[str, Shift]) -> None:
     where = "" if context.first else f" (seed {context.seed})"
     text = (
         f"May be too far to adapt to without labels{where}: {', '.join(far)}. Label some items, or "
-        f"do not answer there. {FALLIBLE}"
+        f"do not answer there. {next(iter(far.values())).caveat}"
     )
     context.run.notes.append(text)
     context.stages.console.print(text, style="yellow", markup=False)
