@@ -38,7 +38,7 @@ from lora_lightning.tasks.backbones import PACKAGED, create_backbone
 
 JITTER = 0.4  # of the recipe's training without labels
 SEVERITIES = ("1", "3")
-BATCH = 50
+BATCH = 50  # pictures
 
 
 def look(model: nn.Module, data: Data, pictures: Tensor, labels: Tensor) -> dict[str, Any]:
