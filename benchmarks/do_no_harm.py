@@ -18,7 +18,7 @@ import copy
 import csv
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_lightning import LoRACallback, TransductiveTask
 from lora_lightning.data.images import ImageDomains
-from lora_lightning.data.lighting import LIGHTINGS
-from lora_lightning.data.rendered import render_domains
+from lora_lightning.data.rendered import render_domains, worlds_of
 from lora_lightning.data.spoken import spoken_set
 from lora_lightning.data.voices import source_voices
 from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning.structure import classifier_modules
 from lora_lightning.tasks.classification import Classifier
 
 SIZE = 64
@@ -62,29 +62,37 @@ class Pictures(Dataset[Tensor]):
 
 
 class Data:
-    """The rendered pictures, as bytes, and the spectrograms."""
+    """The rendered pictures of a kind of shift, as bytes, and the spectrograms.
 
-    def __init__(self, seed: int, cache: str | None):
-        counts = {name: {"train": 30, "test": 20} for name in LIGHTINGS}
-        counts["source"] = {"train": 230, "test": 20}
+    Of each class `learn` pictures of the source are to train on, `adapt` further ones of each
+    domain to adapt to, and `test` held out.
+    """
+
+    def __init__(
+        self, seed: int, cache: str | None, shift: str = "lighting",
+        wanted: Sequence[str] | None = None, learn: int = 200, adapt: int = 30, test: int = 20,
+    ):  # fmt: skip
+        counts = {name: {"train": adapt, "test": test} for name in wanted or worlds_of(shift)}
+        counts["source"] = {"train": learn + adapt, "test": test}
         side = ImageDomains(".", size=SIZE).stored_side
-        root = render_domains(cache, counts, size=side, seed=seed)
+        root = render_domains(cache, counts, shift=shift, size=side, seed=seed)
         self.domains = ImageDomains(root, size=SIZE)
         self.domains.setup()
         self.targets = ["source", *self.domains.target]
-        self.seed, self.side = seed, side
+        self.seed, self.side, self.learn = seed, side, learn
 
     def get(self, domain: str, split: str) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, S, S) as bytes, classes (N,); of the source, those it is trained on."""
-        return self._of(domain, split, slice(0, 200))
+        return self._of(domain, split, range(self.learn))
 
     def target(self, domain: str) -> tuple[Tensor, Tensor]:
         """The pictures to adapt to, and their classes."""
-        # The last thirty of each of the source's classes are the target that is no other domain.
-        return self._of(domain, "train", slice(200 if domain == "source" else 0, 230))
+        # The last of each of the source's classes are the target that is no other domain.
+        first = self.learn if domain == "source" else 0
+        return self._of(domain, "train", range(first, 10_000))
 
-    def _of(self, domain: str, split: str, numbers: slice) -> tuple[Tensor, Tensor]:
-        d, inside = self.domains, range(230)[numbers]
+    def _of(self, domain: str, split: str, inside: range) -> tuple[Tensor, Tensor]:
+        d = self.domains
         items = [i for i in d.items if (i.domain, i.split) == (domain, split)]
         items = [i for i in items if int(i.path.stem) in inside]
         pictures = torch.stack([d._pictures[i.path] for i in items])
@@ -164,19 +172,20 @@ def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Pat
     return evaluated(model), task.rounds_
 
 
-def fit(task: TransductiveTask, out: Path) -> None:
-    """Train the factors of `task` for four epochs, the head left alone."""
+def fit(task: TransductiveTask, out: Path, epochs: int = 4, verify: bool = True) -> None:
+    """Train the factors of `task`, the head left alone."""
     adapter = LoRACallback(
         rank=4,
         alpha=8.0,
         target_modules="all",
-        exclude_modules=["fc"],
+        exclude_modules=sorted(classifier_modules(task.model)),
         trainable=[],
+        verify=verify,
         output_dir=out,
         log_spectrum=False,
     )
     trainer = Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
     )  # fmt: skip
     with quiet_lightning():
@@ -276,9 +285,11 @@ def _centroids(model: Any, plain: Tensor) -> Tensor:
 METHODS = {"ours": ours, "TENT": tent, "SHOT": shot, "pseudo-labels": pseudo}
 
 
-def source_model(data: Data, path: Path, epochs: int = 16) -> Any:
-    """A small network trained on the source's light, kept beside the results."""
-    model = timm.create_model("test_resnet", num_classes=10)
+def source_model(
+    data: Data, path: Path, epochs: int = 16, model: Any = None, rate: float = 4e-3
+) -> Any:
+    """A small network (or `model`) trained on the source, kept beside the results."""
+    model = timm.create_model("test_resnet", num_classes=10) if model is None else model
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
@@ -295,7 +306,7 @@ def source_model(data: Data, path: Path, epochs: int = 16) -> Any:
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with quiet_lightning():
-        trainer.fit(Classifier(model, 4e-3, 0.01, 0.1), loader)
+        trainer.fit(Classifier(model, rate, 0.01, 0.1), loader)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model.eval()

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
     from lora_lightning.rank_choice import choose_ranks
+    from lora_lightning.shifts import shift
     from lora_lightning.shrinkage import shrink
+    from lora_lightning.source_statistics import SourceStatistics
     from lora_lightning.starting import start_from_data
     from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
     from lora_lightning.transduction.callback import PseudoLabelCallback
@@ -39,6 +41,7 @@ _HOME = {
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
     "PseudoLabelCallback": "transduction.callback",
+    "SourceStatistics": "source_statistics",
     "TransductiveTask": "transduction.task",
     "adapters": "switching",
     "choose_ranks": "rank_choice",
@@ -54,6 +57,7 @@ _HOME = {
     "remove": "switching",
     "save_adapter": "files",
     "set_active": "switching",
+    "shift": "shifts",
     "shrink": "shrinkage",
     "start_from_data": "starting",
     "unmerge": "switching",
@@ -66,6 +70,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALightningError",
     "PseudoLabelCallback",
+    "SourceStatistics",
     "TransductiveTask",
     "adapters",
     "choose_ranks",
@@ -81,6 +86,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_active",
+    "shift",
     "shrink",
     "start_from_data",
     "unmerge",

@@ -27,6 +27,12 @@ _SAID = {
     AZIMUTH_ERROR: " The mean angle between the azimuth predicted and the true one, 0 to 180; "
     "lower is better, 90 is chance on the whole circle.",
 }
+_SHIFTS = (
+    "Told from the target's training pictures, without labels and before anything was adapted: the "
+    "source model's expected accuracy in %, beside it what was measured on the held-out pictures. "
+    "The guess can be wrong. Proxy A-distance from 0 to 2; Fréchet distance in units of the "
+    "source's variance; the block where the shift enters. First seed."
+)
 
 
 def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
@@ -38,6 +44,7 @@ def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
         facts=escape(_facts(run, summary)),
         verdict=escape(verdict),
         table=_results(run, summary),
+        shifts=_shifts(run, summary) if run.shifts else "",
         listen=listen.section(run) if run.transcripts else "",
         figures="\n".join(_figure(plot) for plot in plots),
         notes=_list("Notes", run.notes),
@@ -101,6 +108,31 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
 def _cell(cell: Cell) -> str:
     mean, spread = cell.texts()
     return f"<td>{mean}" + (f' <span class="sd">{spread}</span>' if spread else "") + "</td>"
+
+
+def _shifts(run: Run, summary: Summary) -> str:
+    """The first seed's measures of each target, the source model's accuracy there beside them."""
+    seed, found = next(iter(run.shifts.items()))
+    before = summary.before()
+    measured = {r.domain: r.value for r in run.rows if (r.method, r.seed) == (before, seed)}
+    names = ("verdict", "expected", "measured", "proxy A", "Fréchet", "enters at")
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("target", *names))
+    rows = []
+    for domain, s in found.items():
+        accuracy = (s["expected_accuracy"], measured.get(domain))
+        cells = [
+            s["verdict"],
+            *("–" if a is None else f"{100 * a:.1f}" for a in accuracy),
+            *(f"{s[name]['value']:.2f}" for name in ("proxy_a", "frechet")),
+            str(s["entry"] or "–"),
+        ]
+        values = "".join(f"<td>{escape(c)}</td>" for c in cells)
+        rows.append(f'<tr><th scope="row">{escape(domain)}</th>{values}</tr>')
+    return (
+        f"<h2>How far are the targets?</h2>"
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f'</table></div><p class="note">{_SHIFTS}</p>'
+    )
 
 
 def _figure(plot: Plot) -> str:

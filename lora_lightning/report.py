@@ -148,7 +148,7 @@ def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
     A run of speech recognition has a transcripts.csv in place of predictions.csv, one of
-    translation a translations.csv.
+    translation a translations.csv; one that measured how far its targets are has a shift.json.
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
@@ -157,6 +157,8 @@ def write_report(run: Run, out: Path) -> None:
     results = [asdict(row) for row in run.rows]
     _write(out / "results.json", _json(results).encode())
     _write(out / "results.csv", _csv(Row, results))
+    if run.shifts:
+        _write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
     if run.transcripts:
         _write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:

@@ -114,6 +114,8 @@ class Run:
         spectra: layer → singular values of its delta.
         rounds: seed → the rounds of an adaptation without labels, see
             `lora_lightning.transduction.rounds.Round`.
+        shifts: seed → target domain → how far it is, as `lora_lightning.verdicts.Shift.as_dict`
+            gives it.
         config: the resolved configuration; `data.source` names the source domain where no
             domain is called "source".
         versions: name → version, hardware included.
@@ -138,6 +140,7 @@ class Run:
     transcripts: list[Transcript] = field(default_factory=list)
     rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     texts: str = "transcripts"
+    shifts: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def heard(self) -> list[Transcript]:
         """The first seed's held-out recordings, or sentences."""

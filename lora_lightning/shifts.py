@@ -1,108 +1,32 @@
-"""`shift`: how far a target lies from the source, at which depth, and what to make of it."""
+"""`shift`: how far a target lies from the source, as a model sees them.
+
+Legend of shapes: N source items, M target items, D features, K classes.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.distances import (
-    Interval,
-    bootstrap,
-    coral_distance,
-    frechet_distance,
-    mmd,
-)
-from lora_lightning.errors import DataError
-from lora_lightning.source_statistics import HEAD, SourceStatistics, features_of
-from lora_lightning.transduction.validators import nuclear_norm
+from lora_lightning import state as states
+from lora_lightning.distances import Interval, bootstrap, coral_distance, frechet_distance, mmd
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.features import HEAD, Forward, features_of
+from lora_lightning.second_opinion import Opinion, second_opinion
+from lora_lightning.source_statistics import SourceStatistics
+from lora_lightning.switching import adapters, disabled
+from lora_lightning.transduction import validators as score
+from lora_lightning.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-NEAR = 0.05  # points of accuracy that the source model loses at most, as expected
-FAR = 0.5  # and from which on a target is called too far
-PAIRS = 500  # items of a set that the slower distances look at in each repeat
+PAIRS = 200  # items of a set of which all pairs are looked at in each repeat
 FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What `shift` measured; intervals are of 95 %.
-
-    Attributes:
-        verdict: ``"near"``, ``"adaptable"`` or ``"too far"``, from `confidence_drop`; see `shift`.
-        confidence_drop: By how much the source model is less sure of the target than of the
-            source, in mean confidence.
-        expected_accuracy: Of the source model on the target, by average thresholded confidence;
-            None where the source's labels were not known.
-        source_accuracy: On the source's items, likewise.
-        nuclear_norm: Of the answers on the target, see `lora_lightning.transduction.validators`.
-        proxy_a: Proxy A-distance, 0 (no classifier tells the domains apart) to 2.
-        mmd: Squared maximum mean discrepancy.
-        coral: CORAL distance.
-        frechet: Fréchet distance; 1 is the source's whole variance.
-        layers: Fréchet distance of each layer's features: which depth moved.
-        items: Of the source's sample and of the target.
-    """
-
-    verdict: str
-    confidence_drop: float
-    expected_accuracy: float | None
-    source_accuracy: float | None
-    nuclear_norm: float
-    proxy_a: Interval
-    mmd: Interval
-    coral: Interval
-    frechet: Interval
-    layers: dict[str, float]
-    items: tuple[int, int]
-
-    def table(self) -> Table:
-        """A rich table."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"shift: {self.verdict}", caption=self.sentence(), caption_justify="left"
-        )
-        table.add_column("measure")
-        table.add_column("value", justify="right")
-        table.add_column("95 % interval", justify="right")
-        for name in ("proxy_a", "mmd", "coral", "frechet"):
-            value, low, high = getattr(self, name)
-            table.add_row(name, f"{value:.3g}", f"{low:.3g} … {high:.3g}")
-        for name, value in self.layers.items():
-            table.add_row(f"  Fréchet at {name}", f"{value:.3g}", "")
-        return table
-
-    def sentence(self) -> str:
-        """The verdict in words, with what it rests on and how fallible it is."""
-        what = {
-            "near": "The target is near: the source model should serve as it is.",
-            "adaptable": "The target has moved, and can be adapted to.",
-            "too far": "The target may be too far: adapt with labels, or not at all.",
-        }[self.verdict]
-        drop = f"Mean confidence is {100 * self.confidence_drop:.0f} points below the source's"
-        if self.expected_accuracy is None or self.source_accuracy is None:
-            return f"{what} {drop}."
-        return (
-            f"{what} {drop}; expected accuracy {100 * self.expected_accuracy:.0f} %, on the source "
-            f"{100 * self.source_accuracy:.0f} %. Both are guesses without labels: a model can be "
-            "sure and wrong."
-        )
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=80, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
+_LAYER_REPEATS = 10
 
 
 def shift(
@@ -111,22 +35,30 @@ def shift(
     target: Any,
     *,
     labels: Tensor | None = None,
+    forward: Forward | None = None,
     batch_size: int = 64,
     repeats: int = 100,
     seed: int = 0,
 ) -> Shift:
     r"""Measure how far a target lies from the source, as a model sees them; no target label needed.
 
-    Features are projected on the source's leading directions, and scaled by its deviation:
+        print(shift(model, "source_statistics.safetensors", target))
+
+    What the head is given, and each block's output, is projected on the source's leading
+    directions, and scaled by its deviation:
 
     - proxy A-distance :math:`2(1 - 2\epsilon)`, with ε the balanced error of a logistic regression
       that tells the domains apart, five-fold cross-validated (Ben-David et al. 2010, "A theory of
-      learning from different domains"); its interval by bootstrap over the held-out answers. It
-      saturates long before harm is done, so it informs and decides nothing;
+      learning from different domains"). It saturates long before harm is done, so it informs and
+      decides nothing;
     - MMD, CORAL and Fréchet distance, see `lora_lightning.distances`;
-    - expected accuracy: the part of the target's answers with a confidence above t, where t is
-      such that it would be right on the source (Garg et al. 2022, "Leveraging unlabeled data to
-      predict out-of-distribution performance", arXiv:2201.04234).
+    - expected accuracy, see `expected_accuracy`: by how far the model agrees with itself once
+      BatchNorm has the target's statistics; where it has no BatchNorm, by its confidence. The
+      verdict is its fall from source to target: "near" below 5 points, "too far" from 40, or from
+      a Fréchet distance of 1.
+
+    A model with an adapter is looked at without it; and once more with it, for `agreement` and
+    `expected_adapted`, the mean of what is expected of the answers before and after.
 
     Args:
         model: The source model, a classifier.
@@ -134,63 +66,104 @@ def shift(
             `SourceStatistics.of`).
         target: Data of the target: a dataset, a loader or a tensor.
         labels: Of `source`, where it is data.
+        forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
         batch_size: Items that the model is run on at once.
-        repeats: Of the bootstrap.
+        repeats: Of the bootstrap, at least 2.
         seed: Of what is drawn.
 
     Returns:
         The measures; ``print`` shows them.
 
     Raises:
-        DataError: too few items, NaN, or statistics of another model.
-        FileNotFoundError: there is no such file.
+        ConfigError: the statistics are of another model, or the model gives no logits (B, K).
+        DataError: too few items, or NaN.
+        DataNotFoundError: there is no such file.
         AdapterFileError: the file holds no statistics.
     """
-    if isinstance(source, (str, os.PathLike)):
-        source = SourceStatistics.load(source)
-    elif not isinstance(source, SourceStatistics):
-        source = SourceStatistics.of(model, source, labels, batch_size)
-    found, said = features_of(model, target, batch_size)
-    if len(said.probabilities) < 2:
-        raise DataError(f"a shift needs two items of the target or more, got {len(found[HEAD])}")
-    _check_same(source, found)
-    layers = {k: frechet_distance(s.sample, s.project(found[k])) for k, s in source.layers.items()}
-    s, t = source.layers[HEAD].sample, source.layers[HEAD].project(found[HEAD])
-    few = (_few(s), _few(t))
-    confidence = said.probabilities.max(dim=1).values
-    drop = float(source.confidence.mean() - confidence.mean())
+    has_adapter = bool(adapters(model)) and any(s.active for _, s in states.roots(model))
+    as_source: AbstractContextManager[Any] = disabled(model) if has_adapter else nullcontext()
+    with as_source:
+        if isinstance(source, (str, os.PathLike)):
+            source = SourceStatistics.load(source)
+        elif not isinstance(source, SourceStatistics):
+            source = SourceStatistics.of(
+                model, source, labels, forward=forward, batch_size=batch_size
+            )
+        source.check(model)
+        found, said = features_of(model, target, batch_size, forward)
+        second = None
+        if source.agreement is not None:
+            second = second_opinion(model, target, forward or model)
+    adapted = None
+    if has_adapter:
+        adapted = features_of(model, target, batch_size, forward)[1].probabilities
+    return compare(source, found, said.probabilities, second, adapted, repeats=repeats, seed=seed)
+
+
+def compare(
+    source: SourceStatistics,
+    features: dict[str, Tensor],
+    probabilities: Tensor,
+    second: Opinion | None = None,
+    adapted: Tensor | None = None,
+    *,
+    repeats: int = 100,
+    seed: int = 0,
+) -> Shift:
+    """`shift` from what the model said already.
+
+    Args:
+        source: Of the source.
+        features: Layer → (M, D) of the target.
+        probabilities: (M, K) of the target, by the source model.
+        second: Its second opinion of them; None without BatchNorm.
+        adapted: (M, K) of the target, by the adapted model.
+        repeats: Of the bootstrap.
+        seed: Of what is drawn.
+
+    Raises:
+        DataError: fewer than two items.
+        ConfigError: features of other layers, or other widths, than the source's.
+    """
+    if len(probabilities) < 2:
+        raise DataError(f"a shift needs two items of the target or more, got {len(probabilities)}")
+    pairs = {name: (s.sample, s.project(_of(features, name, len(s.mean))))
+             for name, s in source.layers.items()}  # fmt: skip
+    s, t = pairs.pop(HEAD)
+    again: Any = partial(bootstrap, repeats=repeats, seed=seed)
+    blocks = {
+        name: bootstrap(frechet_distance, *pair, repeats=_LAYER_REPEATS, seed=seed).value
+        for name, pair in pairs.items()
+    }
+    expect = partial(expected_accuracy, source, second=second)
+    expected = expect(probabilities)
+    drop = expected_drop(source, probabilities, second)
+    frechet = again(frechet_distance, s, t)
     return Shift(
-        verdict(drop),
+        verdict(drop, frechet.value),
         drop,
-        expected_accuracy(source, confidence),
+        expected,
         source.accuracy,
-        nuclear_norm(said.probabilities),
-        proxy_a_distance(*few, repeats=repeats, seed=seed),
-        bootstrap(mmd, *few, repeats=repeats, seed=seed),
-        bootstrap(coral_distance, s, t, repeats=repeats, seed=seed),
-        bootstrap(frechet_distance, s, t, repeats=repeats, seed=seed),
-        layers,
+        score.nuclear_norm(probabilities),
+        proxy_a_distance(s, t, repeats=repeats, seed=seed),
+        again(mmd, _few(s), _few(t), unbiased=True),
+        again(coral_distance, s, t),
+        frechet,
+        blocks,
         (len(s), len(t)),
+        None if adapted is None else score.agreement(probabilities, adapted),
+        None if adapted is None else _mean(expected, expect(adapted)),
+        CONFIDENCE if second is None else STEADINESS,
     )
-
-
-def verdict(drop: float) -> str:
-    """In a word, from how much less sure the model is of the target than of the source."""
-    return "near" if drop < NEAR else "adaptable" if drop < FAR else "too far"
-
-
-def expected_accuracy(source: SourceStatistics, confidence: Tensor) -> float | None:
-    """Average thresholded confidence, in [0, 1]."""
-    if source.accuracy is None:
-        return None
-    threshold = source.confidence.double().quantile(1 - source.accuracy)
-    return float((confidence.double() >= threshold).double().mean())
 
 
 def proxy_a_distance(
     source: Tensor, target: Tensor, *, repeats: int = 100, seed: int = 0
 ) -> Interval:
-    """2(1 − 2ε) of features (N, D) and (M, D), at least 0; see `shift`.
+    r"""Proxy A-distance :math:`2(1 - 2\epsilon)` of features (N, D) and (M, D), 0 to 2.
+
+    ε is the balanced error of a logistic regression, five-fold cross-validated; the interval comes
+    from drawing the held-out answers anew.
 
     Raises:
         DataError: fewer than two items of a domain.
@@ -203,7 +176,7 @@ def proxy_a_distance(
     n = min(len(source), len(target))
     if n < 2:
         raise DataError(f"the proxy A-distance needs two items of each domain, got {n}")
-    x = torch.cat([source, target]).double().numpy()
+    x = torch.cat([source, target]).double().cpu().numpy()
     y = np.repeat([0, 1], [len(source), len(target)])
     # Balanced: as many of one domain as of the other count, whatever their numbers.
     judge = make_pipeline(
@@ -222,15 +195,47 @@ def proxy_a_distance(
     return Interval(distance(*parts), float(low), float(high))
 
 
+def expected_accuracy(
+    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
+) -> float | None:
+    r"""Of a model's answers (M, K) to a target; None where the source's labels were not known.
+
+    With a second opinion :math:`acc_s\, a_t / a_s`, where :math:`a_t` is the agreement with it on
+    the target, :math:`a_s` that on the source and :math:`acc_s` the accuracy there. Without,
+    average thresholded confidence.
+    """
+    if source.accuracy is None:
+        return None
+    if second is None or not source.agreement:
+        confidence = probabilities.amax(dim=1)
+        return score.thresholded_confidence(confidence, source.confidence, source.accuracy)
+    return min(1.0, source.accuracy * second.agreement(probabilities) / source.agreement)
+
+
+def expected_drop(
+    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
+) -> float:
+    """Of accuracy; without the source's labels, of agreement or of confidence."""
+    expected = expected_accuracy(source, probabilities, second)
+    if expected is not None and source.accuracy is not None:
+        return source.accuracy - expected
+    if second is not None and source.agreement is not None:
+        return source.agreement - second.agreement(probabilities)
+    return float(source.confidence.mean() - probabilities.amax(dim=1).mean())
+
+
+def _mean(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else (before + after) / 2
+
+
 def _few(x: Tensor) -> Tensor:
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:PAIRS]]
 
 
-def _check_same(source: SourceStatistics, found: dict[str, Tensor]) -> None:
-    for name, layer in source.layers.items():
-        width = found[name].shape[1] if name in found else math.nan
-        if width != len(layer.mean):
-            raise DataError(
-                f"the statistics are of another model: at {name!r} they have {len(layer.mean)} "
-                f"features, this model {'none' if math.isnan(width) else width}"
-            )
+def _of(features: dict[str, Tensor], name: str, width: int) -> Tensor:
+    if name not in features or features[name].shape[1] != width:
+        raise ConfigError(
+            f"the source statistics are of another model: at {name!r} they have {width} features, "
+            f"this model {features[name].shape[1] if name in features else 'none'}"
+        )
+    return features[name]

@@ -55,6 +55,8 @@ LAYERS = (
     "tasks transcripts",
     "listen plots",
     "transduction",
+    "features verdicts",
+    "second_opinion",
     "source_statistics",
     "shifts",
     "html",

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import load_adapter
+from lora_lightning import load_adapter, shift
 from lora_lightning.data.worlds import WORLDS
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 from lora_lightning.recipe import (
@@ -360,3 +360,31 @@ def test_source_weights_are_plain(ran):
     out, _ = ran
     own = timm.create_model("test_efficientnet", num_classes=2)
     own.load_state_dict(load_file(out / "source.safetensors"))
+
+
+# ---- how far the targets are ------------------------------------------------------------------
+
+
+def test_a_run_says_how_far_each_target_is(tmp_path, capsys):
+    root = photos(tmp_path / "photos", ("day", "night", "noon"), count=16)
+    own = [f"data.root={root}", "data.source=day", "methods=[source_only]"]
+    result = run_recipe("lighting", [*TINY, *own], tmp_path / "out")
+    told = json.loads((tmp_path / "out/shift.json").read_text())["0"]
+    assert set(told) == {"night", "noon"} == set(result.shifts[0])
+    model = create_backbone("test_efficientnet", 2, tmp_path / "out/source.safetensors")
+    target = torch.zeros(8, 3, 32, 32)
+    found = shift(model, tmp_path / "out/source_statistics.safetensors", target, repeats=2)
+    assert found.source_accuracy == told["night"]["source_accuracy"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "How far are the targets?" in page
+    assert page.count(told["night"]["verdict"]) >= 1
+    far = [name for name, s in told.items() if s["verdict"] == "too far"]
+    warned = [n for n in result.notes if n.startswith("May be too far")]
+    assert len(warned) == bool(far)
+    assert all(name in warned[0] for name in far)
+
+
+def test_too_few_pictures_of_the_source_are_told(ran):
+    out, result = ran
+    assert any("held-out pictures: with fewer than 8" in note for note in result.notes)
+    assert not (out / "shift.json").exists()

@@ -28,6 +28,7 @@ from lora_lightning.runs.methods import METHODS
 from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runs.ranked import method_of
 from lora_lightning.runs.settings import Config, DataSettings
+from lora_lightning.runs.shifts import measure_shifts
 from lora_lightning.tasks.backbones import create_backbone
 
 # The adapted model that the predictions show: the last of these that was run.
@@ -43,15 +44,17 @@ class Kind:
         context: trains, measures, and says what a label is.
         methods: name → a function from the context to rows, in the order of the table.
         check: raises ConfigError for a value of `train.label_free` that cannot be.
+        shifts: measures how far the targets are; None where that needs classes.
     """
 
     data: type[ImageDomains]
     context: type[Context]
     methods: Mapping[str, Callable[[Any], list[Row]]]
     check: Callable[[Any], None]
+    shifts: Callable[[Any], None] | None = None
 
 
-CLASSIFICATION = Kind(ImageDomains, Context, METHODS, label_free.check)
+CLASSIFICATION = Kind(ImageDomains, Context, METHODS, label_free.check, measure_shifts)
 
 
 def run(given: DictConfig) -> Run:
@@ -100,6 +103,8 @@ def _one_seed(
     # The adapter is of use together with the model that it was made for only.
     weights = {k: v.detach().clone().contiguous() for k, v in source.state_dict().items()}
     save_file(weights, Path(config.out) / f"{context.named('source')}.safetensors")
+    if kind.shifts is not None:
+        kind.shifts(context)
     for name in config.methods:
         result.rows += method_of(name, kind.methods)(context)
     result.predictions += _predictions(context)

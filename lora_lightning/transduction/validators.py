@@ -117,6 +117,36 @@ def expected_accuracy(probabilities: Tensor, variants: Sequence[Tensor]) -> floa
     return 1 - min(1.0, disagreement / share) if share > 0 else 0.0
 
 
+def thresholded_confidence(
+    confidence: Tensor, source_confidence: Tensor, source_accuracy: float
+) -> float:
+    r"""Expected accuracy: the part of the items with a confidence of t or more.
+
+    t is such that this part, of the source's items that the model was not trained on, is its
+    accuracy there. Blind to a model that is sure and wrong. Average thresholded confidence (ATC),
+    Garg et al. 2022, "Leveraging unlabeled data to predict out-of-distribution performance",
+    arXiv:2201.04234.
+
+    Args:
+        confidence: (M,) of the target's items: the likeliest class's probability.
+        source_confidence: (N,), likewise of the source's.
+        source_accuracy: In [0, 1].
+
+    Raises:
+        DataError: there is no item, or an accuracy out of range.
+    """
+    if not len(confidence) or not len(source_confidence) or not 0 <= source_accuracy <= 1:
+        raise DataError(
+            f"expected accuracy needs items of both domains and an accuracy in [0, 1]; got "
+            f"{len(confidence)}, {len(source_confidence)} and {source_accuracy}"
+        )
+    wrong = round((1 - source_accuracy) * len(source_confidence))
+    if wrong == len(source_confidence):
+        return 0.0
+    threshold = source_confidence.sort().values[wrong]
+    return float((confidence >= threshold).double().mean())
+
+
 def cohesion(labels: Tensor, near: Tensor, classes: int) -> float:
     r"""How far neighbours carry the same label, beyond chance: Cohen's kappa, 1 at most.
 

@@ -1,0 +1,57 @@
+"""What a model says once BatchNorm has the statistics of the very items: a second opinion."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from lora_lightning.batchnorm import reestimated
+from lora_lightning.features import Forward
+from lora_lightning.probe import preserved
+from lora_lightning.transduction.target import Target, predicted
+from lora_lightning.transduction.task import SOURCE_ITEMS
+from lora_lightning.transduction.validators import agreement
+
+MOST = 500  # items that are asked; more are drawn from
+BATCH = 64
+
+
+class Opinion(NamedTuple):
+    """A second opinion.
+
+    Attributes:
+        items: (n,) which items were asked.
+        probabilities: (n, K) of them.
+    """
+
+    items: Tensor
+    probabilities: Tensor
+
+    def agreement(self, probabilities: Tensor) -> float:
+        """With answers (N, K) to all items: the part of those asked that both label alike."""
+        return agreement(probabilities[self.items], self.probabilities)
+
+
+@torch.no_grad()
+def second_opinion(model: nn.Module, data: Any, forward: Forward) -> Opinion | None:
+    """Ask the model again, with BatchNorm's statistics of these items; None without BatchNorm.
+
+    Two models that are equally good and differ by chance agree on as many items as they are right
+    about (Jiang et al. 2022, "Assessing generalization of SGD via disagreement",
+    arXiv:2106.13799). The model is left as it was.
+    """
+    target = Target(data)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Mixed: in batches of one class, as folders give them, the features vary too little.
+    chosen = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[:MOST]
+    some: Any = Subset(target, chosen.tolist())
+    loader: DataLoader[Any] = DataLoader(some, BATCH, **target.settings)
+    with preserved(model):
+        if not reestimated(model, forward, (x.to(device) for x, _ in loader), SOURCE_ITEMS):
+            return None
+        said = predicted(forward, model, loader, device)
+    # `predicted` puts them in the order of their indices.
+    return Opinion(chosen.sort().values, said.probabilities)
