@@ -23,6 +23,7 @@ from lora_lightning.report import write_report
 from lora_lightning.results import Run, Transcript
 from lora_lightning.runs.common import check_plan, make_trainer, threads, versions
 from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
+from lora_lightning.runs.ranked import method_of
 from lora_lightning.runs.translation_context import Context, Domain, translation
 from lora_lightning.runs.translation_methods import METHODS
 from lora_lightning.runs.translation_settings import Config, PairSettings
@@ -62,7 +63,7 @@ def _run(config: Config, given: DictConfig) -> Run:
             stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
             context = Context(config, everyday, targets, source, seed, stages, result)
             for name in config.methods:
-                result.rows += METHODS[name](context)
+                result.rows += method_of(name, METHODS)(context)
             result.transcripts += _translations(context)
             write_report(result, Path(config.out))
     return result

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -20,6 +21,7 @@ from lora_lightning.decompose import spectrum
 from lora_lightning.results import Row, Transcript
 from lora_lightning.runs.common import make_trainer
 from lora_lightning.runs.label_free import NAME, without_head
+from lora_lightning.runs.ranked import Rank, at_rank
 from lora_lightning.runs.translation_context import Adapted, Context, Domain
 from lora_lightning.state import named_factors
 from lora_lightning.tasks.translation import Translation
@@ -51,9 +53,10 @@ def label_free(context: Context) -> list[Row]:
     return _each(context, NAME, _label_free)
 
 
-def lora(context: Context) -> list[Row]:
-    """Low-rank factors and the head, trained on the labelled pairs."""
-    return _each(context, "LoRA, target labels", _lora)
+def lora(context: Context, rank: Rank | None = None) -> list[Row]:
+    """Low-rank factors and the head, trained on the labelled pairs; at another rank if given."""
+    name = "LoRA, target labels" if rank is None else f"LoRA, rank {rank}, target labels"
+    return _each(context, name, partial(_lora, rank=rank))
 
 
 def full(context: Context) -> list[Row]:
@@ -92,9 +95,9 @@ def _memory(context: Context, domain: Domain) -> Adapted:
     return Adapted(model, time.perf_counter() - start, 0, size, known)
 
 
-def _lora(context: Context, domain: Domain) -> Adapted:
+def _lora(context: Context, domain: Domain, rank: Rank | None) -> Adapted:
     model = context.fresh()
-    callback = _callback(context, domain, "")
+    callback = _callback(context, domain, "" if rank is None else f"-rank-{rank}", rank=rank)
     seconds = context.fit(model, context.config.train.lora, domain, [callback])
     if context.first and not context.run.spectra:
         for path, factors in named_factors(model, callback.name).items():
@@ -146,10 +149,14 @@ def _label_free(context: Context, domain: Domain) -> Adapted:
 
 
 def _callback(
-    context: Context, domain: Domain, what: str, without: Translator | None = None
+    context: Context,
+    domain: Domain,
+    what: str,
+    without: Translator | None = None,
+    rank: Rank | None = None,
 ) -> LoRACallback:
     config = context.config
-    lora = config.lora if without is None else without_head(config.lora, without)
+    lora = at_rank(config.lora if without is None else without_head(config.lora, without), rank)
     out = Path(config.out, "adapters")
     return LoRACallback(lora, name=context.named(domain, what), output_dir=out)
 
@@ -189,7 +196,7 @@ def _say(
 
 
 # In the order of the table.
-METHODS: dict[str, Callable[[Context], list[Row]]] = {
+METHODS: dict[str, Callable[..., list[Row]]] = {
     "source_only": source_only,
     "memory": memory,
     "label_free": label_free,
