@@ -28,15 +28,15 @@ Row = dict[str, Any]
 CHOSEN = "expected"  # what `shift` tells
 
 
-def rows_of(out: Path, seeds: Sequence[int]) -> list[Row]:
+def rows_of(out: Path, seeds: Sequence[int], kinds: Sequence[str]) -> list[Row]:
     """A row for each target that was seen."""
     found = []
     for seed in seeds:
-        for path in sorted(out.glob(f"*-{seed}/source.pt")):
-            source = torch.load(path, weights_only=False)["before"]
+        for kind in kinds:
+            folder = out / f"{kind}-{seed}"
+            source = torch.load(folder / "source.pt", weights_only=False)["before"]
             statistics = statistics_of(source)
-            kind = path.parent.name.rpartition("-")[0]
-            for other in sorted(path.parent.glob("*.pt")):
+            for other in sorted(folder.glob("*.pt")):
                 if other.stem != "source":
                     seen = torch.load(other, weights_only=False)
                     found.append({"kind": kind, "target": other.stem, "seed": seed}
@@ -60,7 +60,7 @@ def row_of(source: SourceStatistics, seen: dict[str, Any]) -> Row:
     features = {name: x.float() for name, x in before["features"].items()}
     shift = compare(source, features, p, second, q, repeats=20)
     row: Row = {"verdict": shift.verdict, "entry": shift.entry, "source": source.accuracy,
-                "kept_source": int(bool(torch.equal(p, q)))}  # fmt: skip
+                "kept_source": int(seen["accepted"] == 0)}  # fmt: skip
     for name, what in (("before", before), ("after", after)):
         items = float((what["probabilities"].argmax(1) == what["labels"]).double().mean())
         held = seen[f"accuracy_{name}"]
@@ -97,9 +97,11 @@ def correlations(rows: Sequence[Row], stage: str, truth: str = "accuracy") -> di
     return {n: float(spearmanr([r[n] for r in rows], real).statistic) for n in names}
 
 
-def report(out: Path, seeds: Sequence[int], csv_to: Path, pictures_to: Path) -> None:
+def report(
+    out: Path, seeds: Sequence[int], kinds: Sequence[str], csv_to: Path, pictures_to: Path
+) -> None:
     """Write the CSV and the figures, print the correlations and how often verdicts were right."""
-    rows = rows_of(out, seeds)
+    rows = rows_of(out, seeds, kinds)
     csv_to.parent.mkdir(parents=True, exist_ok=True)
     with csv_to.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -110,6 +112,7 @@ def report(out: Path, seeds: Sequence[int], csv_to: Path, pictures_to: Path) -> 
     print(f"{len(rows)} targets, seeds {', '.join(map(str, seeds))}")
     for stage in ("before", "after"):
         tell(rows, stage)
+    tell_adapted(rows)
     tell_verdicts(rows)
     for stage in ("before", "after"):
         draw(rows, stage, pictures_to / f"shift-{stage}.png")
@@ -128,6 +131,13 @@ def tell(rows: Sequence[Row], stage: str) -> None:
     for name in sorted(whole, key=whole.__getitem__, reverse=True):
         values = [whole[name], held[name], *(p[name] for p in parts)]
         print(f"{name:<28}" + "".join(f"{v:12.2f}" for v in values))
+
+
+def tell_adapted(rows: Sequence[Row]) -> None:
+    """Of the targets that were adapted to alone: what the guard let pass."""
+    of = [r for r in rows if not r["kept_source"]]
+    rank = correlations(of, "after")[f"after_{CHOSEN}"]
+    print(f"\nadapted, not kept as it was: {len(of)} targets, rank correlation {rank:.2f}")
 
 
 def tell_verdicts(rows: Sequence[Row]) -> None:

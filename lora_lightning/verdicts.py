@@ -18,7 +18,7 @@ _WORDS = {
     "adaptable": "The target has moved, and can be adapted to.",
     "too far": "The target may be too far to adapt to without labels: label some items, or refuse.",
 }
-CONFIDENCE = "how sure the model is"
+CONFIDENCE = "how sure the model is, a weak sign"
 STEADINESS = "how steady the answers are"
 
 
