@@ -15,8 +15,9 @@ from itertools import groupby
 from string import Template
 
 from lora_lightning import listen
+from lora_lightning.averages import Cell, Column, Summary
 from lora_lightning.plots import Plot
-from lora_lightning.results import Cell, Column, Run, Summary
+from lora_lightning.results import Run
 from lora_lightning.units import AZIMUTH_ERROR
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20

@@ -17,7 +17,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
+from lora_lightning.averages import Summary
+from lora_lightning.results import Prediction, Row, Run, Transcript
 from lora_lightning.transcripts import errors
 from lora_lightning.units import PERCENT
 from lora_lightning.wording import shorten

@@ -52,6 +52,7 @@ LAYERS = (
     "cross_fitting fit_guard",
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",
+    "averages",
     "tasks transcripts",
     "listen plots",
     "transduction",

@@ -15,6 +15,7 @@ from lightning import Trainer
 from torch import nn
 
 from lora_lightning import plots
+from lora_lightning.averages import Summary
 from lora_lightning.callback import LoRACallback
 from lora_lightning.data.fronts import FRONTS
 from lora_lightning.data.meshes import make_mesh
@@ -27,7 +28,7 @@ from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.html import page
 from lora_lightning.recipe import load_recipe, run_recipe
 from lora_lightning.report import verdict
-from lora_lightning.results import Prediction, Summary
+from lora_lightning.results import Prediction
 from lora_lightning.runs.pose import METHODS
 from lora_lightning.tasks.pose import PoseRegressor, angle, circular_error, direction, mirrored
 from lora_lightning.transduction.alignment import ALIGNMENTS, regressed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.results import Summary
+from lora_lightning.averages import Summary
 from lora_lightning.wording import shorten, si
 from tests.report_runs import LORA, make_run, row
 

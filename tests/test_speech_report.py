@@ -14,9 +14,10 @@ import soundfile
 from rich.console import Console
 
 from lora_lightning import listen, plots
+from lora_lightning.averages import Summary
 from lora_lightning.plots.style import STYLE
 from lora_lightning.report import print_table, verdict, write_report
-from lora_lightning.results import Prediction, Row, Run, Summary, Transcript
+from lora_lightning.results import Prediction, Row, Run, Transcript
 from lora_lightning.transcripts import Piece, compare, errors, telling
 
 SIZES = (5, 20, 100)

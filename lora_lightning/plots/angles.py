@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lightning.averages import Summary, severity
 from lora_lightning.plots.items import CLOSE, target_items
 from lora_lightning.plots.style import FAINT, QUIET, look
-from lora_lightning.results import Prediction, Run, Summary, severity
+from lora_lightning.results import Prediction, Run
 from lora_lightning.units import DEGREES, angle_between
 from lora_lightning.wording import shorten
 

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lightning.averages import RANKED, Cell, Summary, severity
 from lora_lightning.plots.style import COLOURS, QUIET, colour, look
-from lora_lightning.results import RANKED, Cell, Run, Summary, severity
+from lora_lightning.results import Run
 from lora_lightning.wording import shorten
 
 MOST_DOMAINS = 40

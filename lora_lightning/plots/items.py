@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image, ImageOps
 
+from lora_lightning.averages import Summary
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG
-from lora_lightning.results import HELD_OUT, Prediction, Run, Summary
+from lora_lightning.results import HELD_OUT, Prediction, Run
 from lora_lightning.units import DEGREES, angle_between
 from lora_lightning.wording import shorten
 

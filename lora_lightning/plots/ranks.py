@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lightning.averages import RANKED, Summary
 from lora_lightning.plots.style import INK, QUIET, colour, look
-from lora_lightning.results import RANKED, Run, Summary
+from lora_lightning.results import Run
 
 
 def rank_plot(run: Run) -> tuple[Figure, str] | None:

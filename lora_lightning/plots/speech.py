@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
+from lora_lightning.averages import Summary
 from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG, colour, look
-from lora_lightning.results import Run, Summary, Transcript
+from lora_lightning.results import Run, Transcript
 from lora_lightning.transcripts import SAMPLE_RATE, errors, sound, telling
 from lora_lightning.wording import shorten
 
