@@ -106,7 +106,7 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
     scores = {
         "agreement": float(torch.deg2rad(moved).cos().mean()),
         "mirror": now.concordance,
-        "spread": now.spread / max(source.spread, 1e-6),
+        "spread": min(now.spread / max(source.spread, 1e-6), 1.0),
     }
     alarms = []
     if now is not source and now.concordance <= best.concordance:
