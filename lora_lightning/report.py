@@ -87,7 +87,7 @@ def verdict(run: Run) -> str:
     rest = "" if full is None else _against(summary, after, full)
     change = _change(summary, before, after, run.metric)
     harm = _harm(summary, before, after) if summary.lower else ""
-    harm = _without_labels(summary, known, before, after, run.metric) + harm
+    harm += _without_labels(summary, known, before, after, run.metric)
     return f"On the target, {_spoken(after)} {change}{seeds}{rest}.{harm}"
 
 

@@ -358,7 +358,7 @@ def test_what_brings_nothing_leaves_the_source_model_bit_for_bit():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     task = adapted(model, pictures, learning_rate=0.05)
     assert task.accepted_ == 0
-    assert "no better than" in task.termination_condition_
+    assert "agree no better" in task.termination_condition_
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -381,6 +381,29 @@ def test_the_judge_sees_collapse_and_flight():
     assert "moved by 90.0 degrees" in " ".join(judge(good, good, far, limits).alarms)
     nan = Twice(good.plain * math.nan, good.mirror)
     assert "NaN" in judge(good, good, nan, limits).alarms[0]
+
+
+def test_concordance_is_not_raised_by_answers_that_shrink_or_by_a_preference():
+    g = torch.Generator().manual_seed(0)
+    degrees = 40 * torch.rand(200, generator=g) - 20
+    noise = 5 * torch.randn(2, 200, generator=g)
+
+    def of(scale, offset=0.0):
+        return Twice(
+            *(
+                direction(scale * (degrees + n) + s * offset)
+                for n, s in zip(noise, (1, -1), strict=True)
+            )
+        )
+
+    whole = of(1)
+    assert of(0.2).apart.mean() < 0.3 * whole.apart.mean()  # in degrees it looks like progress
+    assert of(0.2).concordance == pytest.approx(whole.concordance, abs=0.02)
+    assert of(1, offset=10).concordance < whole.concordance - 0.2
+    exact = Twice(direction(degrees), direction(degrees))
+    assert exact.concordance == pytest.approx(1)
+    assert judge(whole, whole, exact, PoseLimits()).accepted
+    assert "agree no better" in judge(whole, whole, of(0.99, 10), PoseLimits()).alarms[0]
 
 
 def test_one_picture_and_labels_that_are_not_looked_at():

@@ -17,7 +17,7 @@ SCORES = {
     "agreement": "agreement with the source",
     "nuclear_norm": "nuclear norm",
     "cohesion": "neighbours that agree",
-    "mirror": "agreement with the mirror image",
+    "mirror": "concordance with the mirror image",
     "spread": "spread of the answers, over the source's",
     "canary": "accuracy on the canary",
 }

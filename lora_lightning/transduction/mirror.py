@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.probe import preserved
-from lora_lightning.tasks.pose import angle, circular_error, mirrored
+from lora_lightning.tasks.pose import angle, circular_error, direction, mirrored
 from lora_lightning.transduction.guard import Verdict
 from lora_lightning.transduction.target import Target
 
@@ -54,6 +54,21 @@ class Twice:
         return circular_error(angle(self.plain), angle(self.mirror))
 
     @property
+    def concordance(self) -> float:
+        r"""How far both answers agree, beyond what answers that hardly differ would: 1 at most.
+
+        :math:`2\sum_i (p_i - \bar p)\cdot(m_i - \bar m) \,/\, (\sum_i \|p_i - \bar p\|^2 +
+        \sum_i \|m_i - \bar m\|^2 + N \|\bar p - \bar m\|^2)` of the unit vectors p and m of both.
+        Degrees alone would praise a network that says nearly 0 to everything. Lin 1989, "A
+        concordance correlation coefficient to evaluate reproducibility".
+        """
+        p, m = (direction(angle(v)).double() for v in (self.plain, self.mirror))
+        apart = len(p) * (p.mean(0) - m.mean(0)).square().sum()
+        p, m = p - p.mean(0), m - m.mean(0)
+        total = p.square().sum() + m.square().sum() + apart
+        return float(2 * (p * m).sum() / total.clamp_min(1e-12))
+
+    @property
     def spread(self) -> float:
         """The entropy in nats of the histogram of the answers, over 15 degrees each."""
         found = torch.histc(angle(self.plain).float(), BINS, -180, 180)
@@ -88,16 +103,16 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
     if not bool(torch.isfinite(now.plain).all() and torch.isfinite(now.mirror).all()):
         return Verdict({}, ["the answers are NaN: the learning rate is too high"])
     moved = circular_error(angle(now.plain), angle(source.plain))
-    apart, before = float(now.apart.mean()), float(best.apart.mean())
     scores = {
         "agreement": float(torch.deg2rad(moved).cos().mean()),
-        "mirror": float(torch.deg2rad(now.apart).cos().mean()),
-        "spread": now.spread / max(source.spread, 1e-6),
+        "mirror": now.concordance,
+        "spread": min(now.spread / max(source.spread, 1e-6), 1.0),
     }
     alarms = []
-    if now is not source and apart >= before:
+    if now is not source and now.concordance <= best.concordance:
         alarms.append(
-            f"mirror images are answered {apart:.1f} degrees apart, no better than {before:.1f}"
+            f"the answers to mirror images agree no better: concordance {now.concordance:.3f}, "
+            f"before {best.concordance:.3f}"
         )
     if scores["spread"] < limits.spread:
         alarms.append(
