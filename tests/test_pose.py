@@ -414,12 +414,14 @@ def test_one_picture_and_labels_that_are_not_looked_at():
     assert len(adapted(_Sides(0.3), pictures[:1]).answers_.plain) == 1
 
 
-def test_only_factors_are_trained_and_come_off():
+def test_only_factors_are_trained_and_come_off(tmp_path):
     pictures, _ = sides()
     model = _Sides(skew=0.3)
     before = model.fc.weight.detach().clone()
     task = TransductivePose(model, pictures, batch_size=8)
-    lora = LoRACallback(rank=1, target_modules=["fc"], trainable=[], verify=False)
+    lora = LoRACallback(
+        rank=1, target_modules=["fc"], trainable=[], verify=False, output_dir=tmp_path
+    )
     Trainer(max_epochs=1, callbacks=[lora], **QUIET).fit(task)
     assert torch.equal(model.fc._parameters["weight"], before)
 
