@@ -192,7 +192,7 @@ def test_the_same_seed_gives_the_same_table(ran, tmp_path):
         ("rank=3", "did you mean 'lora.rank'"),
         ("data.nothing.here=3", "unknown key 'data.nothing.here'"),
         ("lora.rank", "expected key=value, got 'lora.rank'"),
-        ("lora.rank=much", "lora.rank: Value 'much' of type 'str' could not be converted"),
+        ("lora.alpha=much", "lora.alpha: Value 'much' of type 'str' could not be converted"),
         ("data.target=[dim-1", "no valid YAML"),
         ("seeds=1", r"seeds must be a list, such as \[0\]"),
         ("data=3", "a group of settings"),
