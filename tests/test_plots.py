@@ -115,6 +115,7 @@ def test_ranks_are_drawn_by_size_and_the_chosen_one_apart(tmp_path: Path) -> Non
         [25e3],
     ]
     assert list(fixed[0].get_ydata()) == pytest.approx([91, 92, 93])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["10 k", "40 k", "160 k"]
     assert "higher is better" in caption
     assert plots.rank_plot(make_run(tmp_path, three_seeds())) is None
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from lora_lightning.averages import RANKED, Summary
 from lora_lightning.plots.style import INK, QUIET, colour, look
 from lora_lightning.results import Run
+from lora_lightning.wording import si
 
 
 def rank_plot(run: Run) -> tuple[Figure, str] | None:
@@ -31,6 +33,10 @@ def rank_plot(run: Run) -> tuple[Figure, str] | None:
             fontsize=8.5, color=QUIET,
         )  # fmt: skip
     axes.set_xscale("log")
+    # Not matplotlib's own: its powers of ten are mathematics, which the style does not parse.
+    sizes = sorted({summary.parameters(m) for m, match in found if match["rank"] != "auto"})
+    axes.set_xticks(sizes, [si(size) for size in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{run.metric} on the target ({summary.unit.name})")
     axes.grid(visible=True, axis="y")
