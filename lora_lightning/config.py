@@ -32,8 +32,9 @@ class LoRAConfig:
             every other rank (as in arXiv:2312.03732), so that the ranks found do not act as
             learning rates.
         rank_rule: With ``"auto"``: ``"explained-variance"`` (as many directions as hold
-            `rank_energy` of the layer's inputs), ``"effective-rank"`` or ``"hard-threshold"``.
-        rank_energy: Part of the inputs' energy that "explained-variance" asks for, in (0, 1].
+            `rank_energy` of the layer's inputs' variance), ``"effective-rank"`` or
+            ``"hard-threshold"``.
+        rank_energy: Part of the variance that "explained-variance" asks for, in (0, 1].
         max_rank: With ``"auto"``: the most that a layer gets.
         parameter_budget: With ``"auto"``: the most numbers that the factors may hold together,
             dealt out where they explain most. ``None``: no limit.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning import ranks
 from lora_lightning import state as states
@@ -17,21 +17,13 @@ from lora_lightning.errors import AdapterError, ConfigError, DataError
 from lora_lightning.factors import Factors
 from lora_lightning.patterns import Target
 from lora_lightning.probe import preserved
-from lora_lightning.ranks import RULES, Spectrum
-from lora_lightning.starting import (
-    Directions,
-    Forward,
-    Gatherer,
-    Sample,
-    call,
-    gather_inputs,
-    shown,
-)
+from lora_lightning.ranks import Spectrum
+from lora_lightning.starting import Forward, Sample, call, gather_inputs, shown
 from lora_lightning.state import ModelState
 from lora_lightning.summary import InjectionReport
 from lora_lightning.switching import disabled
 
-ROWS = 512  # of each layer's inputs, where a rule needs all singular values
+ROWS = 512  # of each layer's inputs, drawn from all that is seen
 
 
 def choose_ranks(
@@ -107,27 +99,17 @@ def _spectra(
 ) -> dict[str, Spectrum]:
     fixed = _fixed(root, config, factors)
     free = {p: f for p, f in factors.items() if p not in fixed}
-    make: Callable[[Factors], Gatherer] = (
-        (lambda f: Sample(f, ROWS)) if RULES[config.rank_rule].whole else Directions
-    )
     with preserved(root), disabled(root):
         root.eval()
-        found = gather_inputs(root, free, batches, forward or call, make)
+        found = gather_inputs(root, free, batches, forward or call, lambda f: Sample(f, ROWS))
     if not found and free:
         raise DataError(
             "no layer's inputs were seen on these batches: forward= must run the model itself"
         )
-    return {path: _spectrum(g, free[path]) for path, g in found.items()}
-
-
-def _spectrum(gatherer: Gatherer, factors: Factors) -> Spectrum:
-    limit, cost = factors.spec.rank, factors.cost
-    if isinstance(gatherer, Directions):
-        svd = gatherer.svd
-        shape = (svd.rows, factors.matrix[1])
-        return Spectrum(svd.singular_values, svd.energy, shape, limit, cost)
-    rows: Tensor = gatherer.result()
-    return ranks.exact_spectrum(rows, limit, cost)
+    return {
+        path: ranks.spectrum_of(g.result(), free[path].spec.rank, free[path].cost)
+        for path, g in found.items()
+    }
 
 
 def _fixed(root: nn.Module, config: LoRAConfig, factors: dict[str, Factors]) -> set[str]:

@@ -28,28 +28,26 @@ class Spectrum:
     """What is known of one layer.
 
     Attributes:
-        values: (k,), the largest singular values of its inputs (N, in), largest first.
-        energy: Sum of the squares of all of them, those left out too.
+        values: (min(N, in),), the singular values of its centred inputs (N, in), largest first.
         shape: (N, in) of the inputs.
         limit: The largest rank it may get.
         cost: Numbers that one more rank adds.
     """
 
     values: Tensor
-    energy: float
     shape: tuple[int, int]
     limit: int
     cost: int
 
     def parts(self) -> list[float]:
-        """Part of the energy along each direction, at most `limit` of them."""
-        found: list[float] = explained_variance(self.values, self.energy)[: self.limit].tolist()
+        """Part of the variance along each direction, at most `limit` of them."""
+        found: list[float] = explained_variance(self.values)[: self.limit].tolist()
         return found
 
 
 def by_explained_variance(s: Spectrum, energy: float) -> int:
-    """The fewest directions that hold this part of the inputs' energy."""
-    return energy_rank(s.values, energy, s.energy)
+    """The fewest directions that hold this part of the inputs' variance."""
+    return energy_rank(s.values, energy)
 
 
 def by_hard_threshold(s: Spectrum, energy: float) -> int:
@@ -62,23 +60,11 @@ def by_effective_rank(s: Spectrum, energy: float) -> int:
     return round(effective_rank(s.values))
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A way to propose a rank.
-
-    Attributes:
-        propose: From a `Spectrum` and a part of the energy to a number of directions.
-        whole: Whether it needs all singular values, not the largest alone.
-    """
-
-    propose: Callable[[Spectrum, float], int]
-    whole: bool = False
-
-
-RULES: dict[str, Rule] = {
-    "explained-variance": Rule(by_explained_variance),
-    "hard-threshold": Rule(by_hard_threshold, whole=True),
-    "effective-rank": Rule(by_effective_rank, whole=True),
+# From a `Spectrum` and a part of the variance to a number of directions.
+RULES: dict[str, Callable[[Spectrum, float], int]] = {
+    "explained-variance": by_explained_variance,
+    "hard-threshold": by_hard_threshold,
+    "effective-rank": by_effective_rank,
 }
 
 
@@ -92,7 +78,7 @@ def choose(
     r"""A rank for each layer, at least 1 and at most its `Spectrum.limit`.
 
     Without a budget it is the one that the rule proposes. With one, directions are dealt out to
-    all layers together, those first that explain the most of their own layer's inputs,
+    all layers together, those first that explain the most of their own layer's variance,
 
     .. math:: \xi_{l,i} = \sigma_{l,i}^2 / \sum_j \sigma_{l,j}^2
 
@@ -108,8 +94,7 @@ def choose(
     Raises:
         ConfigError: the budget does not pay for one direction in each layer.
     """
-    propose = RULES[rule].propose
-    wanted = {p: min(max(propose(s, energy), 1), s.limit) for p, s in spectra.items()}
+    wanted = {p: min(max(RULES[rule](s, energy), 1), s.limit) for p, s in spectra.items()}
     return wanted if budget is None else _dealt(spectra, wanted, budget)
 
 
@@ -136,8 +121,11 @@ def _dealt(spectra: Mapping[str, Spectrum], wanted: dict[str, int], budget: int)
     return ranks
 
 
-def exact_spectrum(rows: Tensor, limit: int, cost: int) -> Spectrum:
-    """Of a sample of inputs (N, in): all of its singular values."""
-    values = torch.linalg.svdvals(rows.double())
-    shape = (rows.shape[0], rows.shape[1])
-    return Spectrum(values, float(values.square().sum()), shape, limit, cost)
+def spectrum_of(rows: Tensor, limit: int, cost: int) -> Spectrum:
+    """Of a sample of a layer's inputs (N, in).
+
+    Centred: after a ReLU the mean alone may hold most of the energy, and it is no variation.
+    """
+    centred = rows.double() - rows.double().mean(dim=0)
+    values = torch.linalg.svdvals(centred)
+    return Spectrum(values, (rows.shape[0], rows.shape[1]), limit, cost)
