@@ -48,7 +48,10 @@ def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
     assert "rank 64" in out
     assert (tmp_path / "out/plots/ranks.png").is_file()
     rows = json.loads((tmp_path / "out/results.json").read_text())
-    size = {row["method"].split(",")[1].strip(): row["trainable_parameters"] for row in rows[1:]}
+    ranked = [
+        (r["method"].split(", ")[1], r["trainable_parameters"]) for r in rows if "," in r["method"]
+    ]
+    size = dict(ranked)
     assert size["rank 1"] < size["rank auto"] < size["rank 64"]
     targets = read_header(tmp_path / "out/adapter_rank_64.safetensors")["targets"]
     # First steps as large as the recipe's: its scaling is 4 (alpha 8) at rank 2.
