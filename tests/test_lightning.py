@@ -82,13 +82,15 @@ from tests.conftest import Module, loader, trainer
 seed_everything(0, verbose=False)
 out = sys.argv[1]
 module = Module()
-# Each process sees other batches, and must start from the same factors all the same.
-t = trainer(out, LoRACallback(rank=2, init="eva"), accelerator="cpu", devices=2, strategy="ddp",
-            max_epochs=2, logger=CSVLogger(out))
+# Each process sees other batches, and must have the same ranks and factors all the same.
+adapter = LoRACallback(rank="auto", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
+t = trainer(out, adapter, accelerator="cpu", devices=2, strategy="ddp", max_epochs=2,
+            logger=CSVLogger(out))
 t.fit(module, loader())
 t.save_checkpoint(f"{out}/last.ckpt")
 factors = named_factors(module.model, "default")
 parameters = [p for f in factors.values() for p in f.parameters()]
+assert sum(f.spec.rank for f in factors.values()) == 12  # eight tensors
 digest = sum(p.detach().double().abs().sum().item() for p in parameters)
 # A file for each process: two that print at once can end up on one line.
 open(f"{out}/rank{t.global_rank}.txt", "w").write(f"{digest:.12f}")
