@@ -44,9 +44,15 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, ho
 
 
 def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
-    """Whether it is a matrix product of rows that lie one after another."""
+    """Whether it is a matrix product of rows that lie one after another: pointwise, channels last.
+
+    Only where torch's own output would have that layout as well.
+    """
     plain = all(k == 1 for k in (*weight.shape[2:], *how[0])) and not any(how[1])
-    return plain and x.permute(0, *range(2, x.dim()), 1).is_contiguous()
+    return plain and any(
+        x.dim() == dims and x.is_contiguous(memory_format=last) and not x.is_contiguous()
+        for dims, last in ((4, torch.channels_last), (5, torch.channels_last_3d))
+    )
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:

@@ -72,7 +72,7 @@ def _of_input(function: Callable[..., Tensor], *settings: str) -> Callable[[Any,
     """A function of one kept input; `settings` are the node's names of its other arguments."""
 
     def rule(node: Any, depth: int) -> Recipe:
-        rest = [getattr(node, f"_saved_{s}") for s in settings]
+        rest = [_signed(getattr(node, f"_saved_{s}")) for s in settings]
         return Recipe((node._saved_self.detach(),), lambda kept: function(kept[0], *rest))
 
     return rule
@@ -131,13 +131,12 @@ def _reshaped(node: Any, depth: int) -> Recipe | None:
 
 
 def _transposed(node: Any, depth: int) -> Recipe | None:
-    # Kept as unsigned numbers.
-    a, b = (_signed(d) for d in (node._saved_dim0, node._saved_dim1))
+    a, b = (int(_signed(d)) for d in (node._saved_dim0, node._saved_dim1))
     return _then(_above(node, depth), lambda x: x.transpose(a, b))
 
 
 def _permuted(node: Any, depth: int) -> Recipe | None:
-    dims = [_signed(d) for d in node._saved_dims]
+    dims = [int(_signed(d)) for d in node._saved_dims]
     return _then(_above(node, depth), lambda x: x.permute(dims))
 
 
@@ -149,8 +148,9 @@ def _then(inner: Recipe | None, step: Callable[[Tensor], Tensor]) -> Recipe | No
     return inner and Recipe(inner.kept, lambda kept: step(inner.build(kept)))
 
 
-def _signed(dim: int) -> int:
-    return dim - 2**64 if dim >= 2**63 else dim
+def _signed(number: int | float) -> int | float:
+    """Nodes give negative dimensions as unsigned numbers."""
+    return int(number) - 2**64 if number >= 2**63 else number
 
 
 _RULES: dict[str, Callable[[Any, int], Recipe | None]] = {
