@@ -40,7 +40,7 @@ import lora_lightning
 from lora_lightning import inject, merge
 
 RESULTS = Path(__file__).parent / "results"
-VARIANTS = ("floor", "ours", "peft", "full")
+VARIANTS = ("floor", "ours", "ours, frozen A", "peft", "full")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,17 @@ def variant(name: str, case: Case, rank: int, dropout: float) -> nn.Module:
         model.get_submodule(layers[0]).register_forward_pre_hook(
             lambda _, args: (args[0].detach().requires_grad_(torch.is_grad_enabled()),)
         )
-    elif name == "ours":
-        inject(model, rank=rank, alpha=rank, target_modules=layers, trainable=[], dropout=dropout)
+    elif name.startswith("ours"):
+        frozen = name.endswith("frozen A")
+        inject(
+            model,
+            rank=rank,
+            alpha=rank,
+            target_modules=layers,
+            trainable=[],
+            dropout=dropout,
+            freeze_a=frozen,
+        )
     elif name == "peft":
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -224,17 +233,18 @@ def inference(case: Case, batch: Tensor, rank: int, rounds: int) -> dict[str, li
     models = {"base": base, "ours": variant("ours", case, rank, 0.0).eval()}
     models["ours merged"] = copy.deepcopy(models["ours"])
     merge(models["ours merged"])
-    if "peft" in _available():
+    if "peft" in available():
         models["peft"] = variant("peft", case, rank, 0.0).eval()
     with torch.no_grad():
         return in_turns({n: lambda m=m: m(batch) for n, m in models.items()}, rounds)
 
 
-def _available() -> tuple[str, ...]:
+def available() -> tuple[str, ...]:
+    """The variants that can be measured here."""
     try:
         importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
-        return ("floor", "ours", "full")
+        return tuple(v for v in VARIANTS if v != "peft")
     return VARIANTS
 
 
@@ -252,7 +262,7 @@ def measure(key: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one model."""
     case, rows = CASES[key], []
     batch = case.batch()
-    variants = [v for v in _available() if v in given.variants]
+    variants = [v for v in available() if v in given.variants]
     models = {v: variant(v, case, given.rank, given.dropout) for v in variants}
     times = in_turns({v: stepper(m, case, batch) for v, m in models.items()}, given.rounds)
 
@@ -318,7 +328,7 @@ def write(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
         "threads": given.threads,
         "rounds": given.rounds,
         "torch": torch.__version__.partition("+")[0],
-        "peft": importlib.metadata.version("peft") if "peft" in _available() else "",
+        "peft": importlib.metadata.version("peft") if "peft" in available() else "",
         "hardware": platform.processor() or platform.machine(),
         "load": f"{os.getloadavg()[0]:.1f}",
     }

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,9 @@ from lora_lightning.producers import Recipe, recipe_for
 # W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O: making it and the
 # in-place sums cost the same there (measured on a CPU; in training it is made twice).
 _TRAINING, _INFERENCE = 7.0, 3.5
+# Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
+# keep what they like, are faster then.
+_SMALL = 2**15
 
 
 @dataclass
@@ -43,30 +46,35 @@ class Switches:
     Attributes:
         enabled: Use the functions of this module, not the plain formula.
         recompute: Make a layer's input again where that is possible, instead of keeping it.
+        smallest: Numbers in x below which the plain formula is used.
     """
 
     enabled: bool = True
     recompute: bool = True
+    smallest: int = _SMALL
 
 
 switches = Switches()
 
 
 @contextmanager
-def fused(enabled: bool = True, *, recompute: bool = True) -> Iterator[None]:
+def fused(
+    enabled: bool = True, *, recompute: bool = True, smallest: int = _SMALL
+) -> Iterator[None]:
     """Choose for a ``with`` block, in all threads, how adapted layers compute.
 
     Args:
         enabled: False: by the plain formula and autograd, which can be differentiated twice.
         recompute: False: the layer's input is kept for the backward pass, which takes memory and
             saves the time of making it again.
+        smallest: The plain formula is used for inputs of fewer numbers, where it is faster.
     """
-    before = replace(switches)
-    switches.enabled, switches.recompute = enabled, recompute
+    before = dict(vars(switches))
+    vars(switches).update(enabled=enabled, recompute=recompute, smallest=smallest)
     try:
         yield
     finally:
-        switches.enabled, switches.recompute = before.enabled, before.recompute
+        vars(switches).update(before)
 
 
 class LowRank(NamedTuple):
@@ -93,7 +101,9 @@ class LowRank(NamedTuple):
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether this module can compute the layer; the plain formula can always."""
-    if not switches.enabled or weight.requires_grad or torch.compiler.is_compiling():
+    if not switches.enabled or x.numel() < switches.smallest or weight.requires_grad:
+        return False
+    if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
         (x, weight)
@@ -167,7 +177,7 @@ class Plan:
         """(N, ·) of what has the layout of x."""
         if self.channels:
             x = x.permute(0, *range(2, x.dim()), 1)
-        return x.reshape(-1, x.shape[-1])
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     def empty(self, x: Tensor, width: int) -> Tensor:
         """For an output: like x, but for the width. A tensor, not a view, so that an activation
@@ -188,7 +198,8 @@ class Plan:
         """Dropout's, the same whenever it is asked for."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
         keep = 1 - self.low.dropout
-        return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+        drawn = x.new_empty(x.shape)  # contiguous: strides would change which number goes where
+        return drawn.bernoulli_(keep, generator=generator).div_(keep)
 
     def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
         """Save `others`, and x or what it can be made of."""
@@ -256,15 +267,15 @@ class _Linear(torch.autograd.Function):
         refuse_second()
         plan, needs = ctx.plan, ctx.needs_input_grad
         weight, A, B, h_RxN, *kept = ctx.saved_tensors
-        low_A, low_B, g_NxO = plan.cast(A), plan.cast(B), plan.rows(g)
+        low_A, g_NxO = plan.cast(A), plan.rows(g)
+        back_RxN = (plan.cast(B) * plan.low.scaling).T @ g_NxO.T
         grads: list[Tensor | None] = [None] * 6
         if needs[2]:
             grads[2] = g_NxO.sum(0)
-        back_RxN = low_B.T @ g_NxO.T
         if needs[3]:
             x_NxI = plan.dropped(plan.rows(plan.cast(plan.made(kept))))
             h_RxN = low_A @ x_NxI.T if h_RxN is None else h_RxN
-            grads[3] = (back_RxN @ x_NxI).to(A.dtype).mul_(plan.low.scaling)
+            grads[3] = (back_RxN @ x_NxI).to(A.dtype)
             del x_NxI
         if needs[4]:
             grads[4] = (h_RxN @ g_NxO).T.to(B.dtype) * plan.low.scaling
@@ -275,14 +286,12 @@ class _Linear(torch.autograd.Function):
 
 def _input_gradient(g: Tensor, weight: Tensor, A: Tensor, back_RxN: Tensor, plan: Plan) -> Tensor:
     out, g_NxO = plan.empty(g, A.shape[1]), plan.rows(g)
-    out_NxI, scaling = plan.rows(out), plan.low.scaling
+    out_NxI = plan.rows(out)
     torch.mm(g_NxO, plan.low.added_to(weight) if plan.whole else weight, out=out_NxI)
-    if plan.whole:
-        return out
     if plan.low.dropout:
-        out_NxI.addcmul_(back_RxN.T @ A, plan.mask(out_NxI), value=scaling)
-    else:
-        out_NxI.addmm_(back_RxN.T, A, alpha=scaling)
+        out_NxI.addcmul_(back_RxN.T @ A, plan.mask(out_NxI))
+    elif not plan.whole:
+        out_NxI.addmm_(back_RxN.T, A)
     return out
 
 

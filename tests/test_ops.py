@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ from lora_lightning.producers import recipe_for
 LARGE = st.integers(1, 40)
 
 
+@pytest.fixture(autouse=True)
+def _small_inputs_too() -> Iterator[None]:
+    with fused(smallest=0):
+        yield
+
+
 def adapted(*layers: nn.Module, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = copy.deepcopy(nn.Sequential(*layers)).to(dtype)
@@ -34,7 +41,7 @@ def adapted(*layers: nn.Module, dtype: torch.dtype = torch.float64, **options: A
 def results(model: nn.Module, x: Tensor, **how: bool) -> list[Tensor]:
     """Output without gradients, output, and the gradients of input, bias and factors."""
     x = x.detach().requires_grad_()
-    with fused(**how):
+    with fused(**{"smallest": 0, **how}):
         torch.manual_seed(1)
         out = model(x)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -171,7 +178,7 @@ def test_inputs_are_made_again(kind):
     if kind not in ("ReLU", "sigmoid"):  # whose own backward keeps the output itself
         kept = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
         assert made.data_ptr() not in kept
-        with fused(recompute=False):
+        with fused(recompute=False, smallest=0):
             kept = {t.data_ptr() for t in model(x).grad_fn.saved_tensors if t is not None}
         assert model[0].made.data_ptr() in kept
 
@@ -252,7 +259,7 @@ def test_grad_scaler():
         model = copy.deepcopy(start)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        with fused(enabled):
+        with fused(enabled, smallest=0):
             torch.manual_seed(5)
             scaler.scale(model(torch.randn(200, 8)).square().mean()).backward()
             scaler.step(optimizer)
@@ -318,3 +325,19 @@ def test_empty_batches():
     assert out.shape == (0, 3)
     out.sum().backward()
     assert not model[0].lora["default"]["weight"].lora_B.grad.any()
+
+
+def test_small_inputs_take_torchs_own_functions():
+    """The interpreter's time would be more than is saved."""
+    model = adapted(nn.Linear(64, 8))
+    for rows, wanted in ((4, False), (1000, True)):
+        with fused():
+            out = model(torch.randn(rows, 64, dtype=torch.float64))
+        assert (type(out.grad_fn).__name__ == "_LinearBackward") == wanted
+
+
+def test_the_switch_is_put_back():
+    before = vars(ops.switches).copy()
+    with pytest.raises(KeyError), fused(False, recompute=False):
+        raise KeyError
+    assert vars(ops.switches) == before
