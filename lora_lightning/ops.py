@@ -19,21 +19,22 @@ Autocast, dropout (its mask is drawn again from its seed), and starts kept aside
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.producers import Recipe, recipe_for
 
-# W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O: making it and the
-# in-place sums cost the same there (measured on a CPU; in training it is made twice).
-_TRAINING, _INFERENCE = 7.0, 3.5
+# W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O. On a CPU the two cost
+# the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
+# the same output, bit for bit, whether gradients are wanted or not.
+_MANY = 5.0
 # Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
 # keep what they like, are faster then.
 _SMALL = 2**15
@@ -103,7 +104,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether this module can compute the layer; the plain formula can always."""
     if not switches.enabled or x.numel() < switches.smallest or weight.requires_grad:
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
         (x, weight)
@@ -159,7 +160,7 @@ class Plan:
         """For this input."""
         training, dtype = torch.is_grad_enabled(), lowered(x)
         ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
-        many = ratio > (_TRAINING if training else _INFERENCE) or low.start_A is not None
+        many = ratio > _MANY or low.start_A is not None
         whole = many and dtype is None and _exact(weight) and not low.dropout
         # From the global generator, so that seeds and checkpointing govern it.
         seed = int(torch.randint(2**62, ())) if low.dropout else 0
@@ -179,16 +180,20 @@ class Plan:
             x = x.permute(0, *range(2, x.dim()), 1)
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
-    def empty(self, x: Tensor, width: int) -> Tensor:
-        """For an output: like x, but for the width. A tensor, not a view, so that an activation
-        may work in place on it."""
-        dtype = self.dtype or x.dtype
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with this weight (O, I)."""
+        bias = None if bias is None else self.cast(bias)
         if not self.channels:
-            return x.new_empty(*x.shape[:-1], width, dtype=dtype)
-        shape = x.shape[0], width, *x.shape[2:]
-        strides = [math.prod(shape[i + 1 :]) * width for i in range(2, x.dim())]
-        strides = [math.prod(x.shape[2:]) * width, 1, *strides]
-        return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
+            return F.linear(x, weight, bias)
+        pointwise: Any = F.conv2d if x.dim() == 4 else F.conv3d
+        out: Tensor = pointwise(x, weight.view(*weight.shape, *[1] * (x.dim() - 2)), bias)
+        return out
+
+    def unrolled(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `rows`, for a tensor with the layout of `like`."""
+        if not self.channels:
+            return rows.view(*like.shape[:-1], -1)
+        return rows.view(len(like), *like.shape[2:], -1).movedim(-1, 1)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What of x goes to A."""
@@ -234,18 +239,14 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and h = A xᵀ (r, N) where it was made."""
-    low, x_NxI = plan.low, plan.rows(plan.cast(x))
-    out = plan.empty(x, len(weight))
-    out_NxO, used = plan.rows(out), low.added_to(weight) if plan.whole else weight
-    if bias is None:
-        torch.mm(x_NxI, used.T, out=out_NxO)
-    else:
-        torch.addmm(plan.cast(bias), x_NxI, used.T, out=out_NxO)
+    low, x = plan.low, plan.cast(x)
+    # The base's own function: while B is zero the output is the base's, bit for bit.
+    out = plan.base(x, low.added_to(weight) if plan.whole else weight, bias)
     h_RxN = None
     if plan.frozen_A or not plan.whole:
-        h_RxN = plan.cast(low.lora_A) @ plan.dropped(x_NxI).T
+        h_RxN = plan.cast(low.lora_A) @ plan.dropped(plan.rows(x)).T
     if h_RxN is not None and not plan.whole:
-        out_NxO.addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
+        plan.rows(out).addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
     return out, h_RxN
 
 
@@ -260,7 +261,8 @@ class _Linear(torch.autograd.Function):
         weight = plan.cast(weight)
         out, h_RxN = _linear(x, weight, bias, plan)
         plan.keep(ctx, x, weight, A, B, h_RxN)
-        return out
+        # For some shapes torch's own output is a view, in which no activation could work in place.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -285,14 +287,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _input_gradient(g: Tensor, weight: Tensor, A: Tensor, back_RxN: Tensor, plan: Plan) -> Tensor:
-    out, g_NxO = plan.empty(g, A.shape[1]), plan.rows(g)
-    out_NxI = plan.rows(out)
-    torch.mm(g_NxO, plan.low.added_to(weight) if plan.whole else weight, out=out_NxI)
+    out_NxI = plan.rows(g) @ (plan.low.added_to(weight) if plan.whole else weight)
     if plan.low.dropout:
         out_NxI.addcmul_(back_RxN.T @ A, plan.mask(out_NxI))
     elif not plan.whole:
         out_NxI.addmm_(back_RxN.T, A)
-    return out
+    return plan.unrolled(out_NxI, g)
 
 
 def refuse_second() -> None:

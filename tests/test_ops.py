@@ -341,3 +341,18 @@ def test_the_switch_is_put_back():
     with pytest.raises(KeyError), fused(False, recompute=False):
         raise KeyError
     assert vars(ops.switches) == before
+
+
+@pytest.mark.parametrize("rows", [3, 20, 60, 500])
+@pytest.mark.parametrize("options", [{}, {"freeze_a": True}, {"init": "pissa"}])
+def test_the_same_output_with_and_without_gradients(rows, options):
+    """Bit for bit; and the base's own at the start."""
+    x = torch.randn(rows, 30)
+    base = nn.Linear(30, 20)
+    expected = base(x)
+    inject(base, rank=2, target_modules="all", trainable=[], **options)
+    assert torch.equal(base(x), expected)
+    nn.init.normal_(base.lora["default"]["weight"].lora_B)
+    with torch.no_grad():
+        without = base(x)
+    assert torch.equal(base(x), without)
