@@ -1,7 +1,7 @@
 """Which layer takes which path.
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own
-output and never forms BA. *Effective weight*: the base class's own ``forward`` runs, and what
+output (see `lora_lightning.ops`). *Effective weight*: the base class's own ``forward`` runs, and what
 it reads as its weight is W + s·BA. A class takes the factorised path only where its forward is
 known to be torch's own, so that an overridden forward (weight standardisation, "same" padding,
 a functional read) is honoured by construction.
