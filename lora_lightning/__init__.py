@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_lightning.fit_guard import FitGuard
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
+    from lora_lightning.ops import fused
     from lora_lightning.optim import parameter_groups
     from lora_lightning.rank_choice import choose_ranks
     from lora_lightning.shifts import shift
@@ -49,6 +50,7 @@ _HOME = {
     "compress": "compression",
     "cross_fit": "cross_fitting",
     "disabled": "switching",
+    "fused": "ops",
     "inject": "injection",
     "load_adapter": "loading",
     "merge": "switching",
@@ -78,6 +80,7 @@ __all__ = [
     "compress",
     "cross_fit",
     "disabled",
+    "fused",
     "inject",
     "load_adapter",
     "merge",

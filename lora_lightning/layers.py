@@ -1,7 +1,7 @@
 """Which layer takes which path.
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own
-output and never forms BA. *Effective weight*: the base class's own ``forward`` runs, and what
+output (see `lora_lightning.ops`). *Effective weight*: the base class's own ``forward`` runs, and what
 it reads as its weight is W + s·BA. A class takes the factorised path only where its forward is
 known to be torch's own, so that an overridden forward (weight standardisation, "same" padding,
 a functional read) is honoured by construction.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_lightning import parametrized
+from lora_lightning import conv_ops, ops, parametrized
 from lora_lightning.factors import Factors, matrix_shape
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -131,8 +131,11 @@ def _choose(
 
 
 def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
-    out_BxO: Tensor = F.linear(x_BxI, self._parameters["weight"], self.bias)
-    factors: Factors | None = self.factors("weight")
+    weight, factors = self._parameters["weight"], self.factors("weight")
+    low = _low_rank(factors)
+    if low is not None and ops.applies(x_BxI, weight, low):
+        return ops.linear(x_BxI, weight, self.bias, low)
+    out_BxO: Tensor = F.linear(x_BxI, weight, self.bias)
     if factors is None:
         return out_BxO
     x_BxI = _drop(x_BxI, factors)
@@ -141,22 +144,44 @@ def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
 
 
 def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
-    weight = self._parameters["weight"]
+    weight, factors = self._parameters["weight"], self.factors("weight")
+    low = _low_rank(factors)
+    if low is not None and conv_ops.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
+        return _fused_conv(self, x_BIx, weight, low)
     out_BOx: Tensor = self._conv_forward(x_BIx, weight, self.bias)
-    factors: Factors | None = self.factors("weight")
     if factors is None:
         return out_BOx
     x_BIx = _drop(x_BIx, factors)
     ones = [1] * len(self.kernel_size)
     pointwise: Any = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
 
-    def low(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    def product(lora_B: Tensor, lora_A: Tensor) -> Tensor:
         mid_BRx = self._conv_forward(x_BIx, lora_A.view(-1, *weight.shape[1:]), None)
         out: Tensor = pointwise(mid_BRx, lora_B.view(*lora_B.shape, *ones))
         return out
 
-    low_BOx = _of_both(factors, low)
+    low_BOx = _of_both(factors, product)
     return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
+
+
+def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: ops.LowRank) -> Tensor:
+    """Padding that is not of zeros, or given in words, comes first."""
+    padding = self.padding
+    if self.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        around = self._reversed_padding_repeated_twice
+        x = F.pad(x, around, mode) if any(around) else x
+        padding = (0,) * len(self.kernel_size)
+    return conv_ops.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
+
+
+def _low_rank(factors: Factors | None) -> ops.LowRank | None:
+    """What the fused functions take; ``None`` for DoRA, which is not a sum."""
+    if factors is None or factors.magnitude is not None:
+        return None
+    dropout = factors.spec.dropout if factors.training else 0.0
+    pair = factors.lora_A, factors.lora_B
+    return ops.LowRank(*pair, factors.start_A, factors.start_B, factors.spec.scaling, dropout)
 
 
 def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:

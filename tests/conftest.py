@@ -11,12 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lora_lightning import fused
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fused_at_any_size():
+    """Tiny inputs take the path of real ones."""
+    with fused(smallest=0):
+        yield
 
 
 def tiny_vit(classes: int = 4) -> nn.Module:

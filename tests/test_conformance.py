@@ -32,6 +32,8 @@ from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.test_every_timm import wake
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
+
 
 def check(model: nn.Module, batch, **options) -> nn.Module:
     """Inject, verify (gradient, effect, merge within 1e-5), remove: the base bit for bit."""

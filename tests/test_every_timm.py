@@ -27,6 +27,7 @@ LEAST_SIZE = {"efficientvit_m0": 192}
 # The smallest entry is still 24 blocks of 412 million parameters; two blocks say the same.
 FEWER_BLOCKS = {"deepseek_vit_412m": {"depth": 2}}
 TABLE: list[str] = []
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 
 def test_the_list_holds_every_architecture_module():

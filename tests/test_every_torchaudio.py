@@ -41,6 +41,7 @@ from tests.audio_zoo import MODELS, RNNT, build, wav2vec2
 from tests.conftest import Module, randomise, trainer
 
 NAMES = sorted(MODELS)
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 BOTH = ("auto", "all")
 # Weights that "all" leaves alone: parameters outside any layer, adapted when they are named.
 BARE = {

@@ -23,7 +23,9 @@ PACKAGE = Path(lora_lightning.__file__).parent
 LAYERS = (
     # What an adapter is.
     "family_tables tree",
-    "errors parametrized summary units wording",
+    "errors parametrized producers summary units wording",
+    "ops",
+    "conv_ops",
     "decompose distances fitting",
     "nmf ranks streaming",
     "initialize",

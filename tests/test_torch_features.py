@@ -65,7 +65,8 @@ def test_compile_vit_and_switch_off():
     torch._dynamo.reset()
     model = adapted(target_modules=["auto", "pos_embed"])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert difference([compiled(X)], [model(X)]) < 1e-6
+    # A compiler is given the plain formula, which rounds otherwise than the fused one.
+    assert difference([compiled(X)], [model(X)]) < 1e-5
     with disabled(model):
         assert difference([compiled(X)], [model(X)]) < 1e-6
     torch._dynamo.reset()
@@ -74,7 +75,7 @@ def test_compile_vit_and_switch_off():
 def test_export():
     model = adapted(target_modules=["auto", "pos_embed"]).eval()
     program = torch.export.export(model, (X,))
-    assert difference([program.module()(X)], [model(X)]) < 1e-6
+    assert difference([program.module()(X)], [model(X)]) < 1e-5
 
 
 def test_torchscript_after_merging():

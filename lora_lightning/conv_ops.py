@@ -1,0 +1,125 @@
+r"""Convolutions with low-rank factors, by the rules of `lora_lightning.ops`.
+
+.. math:: y = (W + s\,BA) * x + b
+
+A (r, I·k) is a convolution to r channels, B (O, r) a pointwise one. The gradients of the factors
+come from the library's gradient G of the whole weight, :math:`\nabla A = s B^T G`,
+:math:`\nabla B = s\,G A^T`, where the weight is small; else from thin convolutions. x is kept, as
+torch keeps it for a frozen convolution.
+
+Legend of shapes: N pictures (or signals), I and O channels, r rank, P positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning import ops
+from lora_lightning.ops import LowRank
+
+# G rather than thin convolutions while it takes less than so many times their multiplications:
+# these are less efficient (measured on a CPU).
+_WHOLE_GRADIENT = 3.0
+How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
+
+
+def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
+    """Whether `convolution` can compute it; the plain formula can always."""
+    exact = weight.dtype in (torch.float32, torch.float64) and ops.lowered(x) is None
+    return exact and not low.dropout and ops.applies(x, weight, low)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How) -> Tensor:
+    """x (N, I, …) → (N, O, …) without groups; only where `applies` says so."""
+    if _is_matrix(x, weight, how):
+        return ops.linear(x, weight.flatten(1), bias, low, channels=True)
+    if not torch.is_grad_enabled():
+        return _run(x, low.added_to(weight.flatten(1)).view_as(weight), bias, how)
+    found: Tensor = _Convolution.apply(x, weight, bias, low.lora_A, low.lora_B, low, how)
+    return found
+
+
+def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
+    """Whether it is a matrix product of rows that lie one after another: pointwise, channels last.
+
+    Only where torch's own output would have that layout as well.
+    """
+    plain = all(k == 1 for k in (*weight.shape[2:], *how[0])) and not any(how[1])
+    return plain and any(
+        x.dim() == dims and x.is_contiguous(memory_format=last) and not x.is_contiguous()
+        for dims, last in ((4, torch.channels_last), (5, torch.channels_last_3d))
+    )
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
+    functions: Any = (F.conv1d, F.conv2d, F.conv3d)
+    out: Tensor = functions[weight.dim() - 3](x, weight, bias, *how)
+    return out
+
+
+def _gradients(
+    g: Tensor, x: Tensor, weight: Tensor, how: How, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of the weight, by the library."""
+    none = [0] * (x.dim() - 2)
+    wanted = [of_x, of_weight, False]
+    found = torch.ops.aten.convolution_backward(g, x, weight, None, *how, False, none, 1, wanted)
+    return found[0], found[1]
+
+
+class _Convolution(torch.autograd.Function):
+    """The gradients of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        low: LowRank,
+        how: How,
+    ) -> Tensor:
+        ctx.low, ctx.how = low, how
+        ctx.save_for_backward(x, weight, A, B)
+        return _run(x, low.added_to(weight.flatten(1)).view_as(weight), bias, how)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ops.refuse_second()
+        low, how, needs = ctx.low, ctx.how, ctx.needs_input_grad
+        x, weight, A, B = ctx.saved_tensors
+        small = _is_small(weight, len(A))
+        used = low.added_to(weight.flatten(1)).view_as(weight)
+        grad_x, whole = _gradients(g, x, used, how, needs[0], small)
+        if whole is not None:
+            grad_A, grad_B = B.T @ whole.flatten(1), whole.flatten(1) @ A.T
+        else:
+            grad_A, grad_B = _thin(g, x, A.view(-1, *weight.shape[1:]), B, how)
+        grad_bias = g.transpose(0, 1).flatten(1).sum(1) if needs[2] else None
+        scaled = [
+            grad * low.scaling if need else None
+            for grad, need in ((grad_A, needs[3]), (grad_B, needs[4]))
+        ]
+        return grad_x, None, grad_bias, *scaled, None, None
+
+
+def _is_small(weight: Tensor, rank: int) -> bool:
+    """Whether G of the whole weight is cheaper than the thin convolutions."""
+    thin = 2 * rank * (len(weight) + weight[0].numel())
+    return weight.numel() < _WHOLE_GRADIENT * thin
+
+
+def _thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B without G, not scaled yet."""
+    h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
+    grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
+    back = (B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
+    grad_A = _gradients(back, x, kernel, how, False, True)[1]
+    assert grad_A is not None
+    return grad_A.flatten(1), grad_B

@@ -1,0 +1,308 @@
+r"""Low-rank products at the cost of the frozen layer and little more.
+
+.. math:: y = x (W + s\,BA)^T + b, \qquad
+          \nabla A = s\,(g B)^T x, \quad \nabla B = s\,g^T (x A^T), \quad \nabla x = g (W + s\,BA)
+
+with g the gradient of y. The plain formula, left to autograd, makes several tensors of the size of
+x and y and keeps x. Here
+
+- nothing of that size is made: the product of the factors is added to W where there are many rows
+  (an O × I matrix is small beside N × O), or to y in place where there are few;
+- x is not kept where the graph keeps what made it (`lora_lightning.producers`), nor where A is
+  frozen;
+- the thin products are written so that the long dimension is the last one, (r, N): ten times as
+  fast on a CPU as the other way round.
+
+Autocast, dropout (its mask is drawn again from its seed), and starts kept aside are covered.
+`fused` switches it off. Legend of shapes: N rows, I in, O out, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.producers import Recipe, recipe_for
+
+# W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O. On a CPU the two cost
+# the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
+# the same output, bit for bit, whether gradients are wanted or not.
+_MANY = 5.0
+# Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
+# keep what they like, are faster then.
+_SMALL = 2**15
+
+
+@dataclass
+class Switches:
+    """What `fused` sets.
+
+    Attributes:
+        enabled: Use the functions of this module, not the plain formula.
+        recompute: Make a layer's input again where that is possible, instead of keeping it.
+        smallest: Numbers in x below which the plain formula is used.
+    """
+
+    enabled: bool = True
+    recompute: bool = True
+    smallest: int = _SMALL
+
+
+switches = Switches()
+
+
+@contextmanager
+def fused(
+    enabled: bool = True, *, recompute: bool = True, smallest: int = _SMALL
+) -> Iterator[None]:
+    """Choose for a ``with`` block, in all threads, how adapted layers compute.
+
+    Args:
+        enabled: False: by the plain formula and autograd, which can be differentiated twice.
+        recompute: False: the layer's input is kept for the backward pass, which takes memory and
+            saves the time of making it again.
+        smallest: The plain formula is used for inputs of fewer numbers, where it is faster.
+    """
+    before = dict(vars(switches))
+    vars(switches).update(enabled=enabled, recompute=recompute, smallest=smallest)
+    try:
+        yield
+    finally:
+        vars(switches).update(before)
+
+
+class LowRank(NamedTuple):
+    """s·(BA − B₀A₀) of one layer: B (O, r), A (r, I); the start B₀A₀ only where one is kept.
+
+    `dropout` is the part of x's numbers that are zero on their way to A, now.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
+    scaling: float
+    dropout: float = 0.0
+
+    def added_to(self, weight_OxI: Tensor) -> Tensor:
+        """W + s·BA, exactly W at the start."""
+        if self.start_A is None or self.start_B is None:
+            return torch.addmm(weight_OxI, self.lora_B, self.lora_A, alpha=self.scaling)
+        product = self.lora_B @ self.lora_A
+        product -= self.start_B @ self.start_A
+        return torch.add(weight_OxI, product, alpha=self.scaling)
+
+
+def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
+    """Whether this module can compute the layer; the plain formula can always."""
+    if not switches.enabled or x.numel() < switches.smallest or weight.requires_grad:
+        return False
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
+        (x, weight)
+    ):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    wanted = lowered(x)
+    if low.start_A is not None and (wanted is not None or not _exact(weight) or low.dropout):
+        return False  # the two products must cancel at the start: see `LowRank.added_to`
+    if wanted is not None:
+        return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
+    return x.dtype == weight.dtype == low.lora_A.dtype
+
+
+def lowered(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants here; ``None`` where it is off."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _exact(weight: Tensor) -> bool:
+    """Whether a small product survives in a sum with the weight."""
+    return weight.dtype in (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer computes this time.
+
+    Attributes:
+        low: The factors.
+        whole: Whether W + s·BA is made.
+        dtype: What autocast wants, if it is on.
+        seed: Of dropout's mask.
+        recipe: How to make x again, where it is not kept.
+        frozen_A: A does not train, and x is not needed: h is kept instead.
+        channels: x is (B, I, …), in memory (B, …, I): pictures for a pointwise convolution.
+    """
+
+    low: LowRank
+    whole: bool
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    recipe: Recipe | None = None
+    frozen_A: bool = False
+    channels: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, low: LowRank, channels: bool) -> Plan:
+        """For this input."""
+        training, dtype = torch.is_grad_enabled(), lowered(x)
+        ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
+        many = ratio > _MANY or low.start_A is not None
+        whole = many and dtype is None and _exact(weight) and not low.dropout
+        # From the global generator, so that seeds and checkpointing govern it.
+        seed = int(torch.randint(2**62, ())) if low.dropout else 0
+        frozen_A = training and not low.lora_A.requires_grad
+        # A frozen convolution's input is kept by torch too.
+        again = training and not frozen_A and not channels and switches.recompute
+        recipe = recipe_for(x) if again else None
+        return cls(low, whole, dtype, seed, recipe, frozen_A, channels)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """To autocast's dtype."""
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(N, ·) of what has the layout of x."""
+        if self.channels:
+            x = x.permute(0, *range(2, x.dim()), 1)
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with this weight (O, I)."""
+        bias = None if bias is None else self.cast(bias)
+        if not self.channels:
+            return F.linear(x, weight, bias)
+        pointwise: Any = F.conv2d if x.dim() == 4 else F.conv3d
+        out: Tensor = pointwise(x, weight.view(*weight.shape, *[1] * (x.dim() - 2)), bias)
+        return out
+
+    def unrolled(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `rows`, for a tensor with the layout of `like`."""
+        if not self.channels:
+            return rows.view(*like.shape[:-1], -1)
+        return rows.view(len(like), *like.shape[2:], -1).movedim(-1, 1)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What of x goes to A."""
+        return x * self.mask(x) if self.low.dropout else x
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Dropout's, the same whenever it is asked for."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        keep = 1 - self.low.dropout
+        drawn = x.new_empty(x.shape)  # contiguous: strides would change which number goes where
+        return drawn.bernoulli_(keep, generator=generator).div_(keep)
+
+    def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
+        """Save `others`, and x or what it can be made of."""
+        made_of = (x,) if self.recipe is None else self.recipe.kept
+        ctx.save_for_backward(*others, *(made_of if ctx.needs_input_grad[3] else ()))
+
+    def made(self, kept: Sequence[Tensor]) -> Tensor:
+        """The x of `keep`."""
+        return kept[0] if self.recipe is None else self.recipe.build(kept)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, channels: bool = False
+) -> Tensor:
+    """x (…, I) → (…, O) by W + s·BA and b; only where `applies` says so.
+
+    Args:
+        x: The input.
+        weight: W, (O, I).
+        bias: b, (O,).
+        low: The factors.
+        channels: x is (B, I, …) and the output (B, O, …), with the channels last in memory.
+    """
+    plan = Plan.of(x, weight, low, channels)
+    if not torch.is_grad_enabled():
+        return _linear(x, plan.cast(weight), bias, plan)[0]
+    out: Tensor = _Linear.apply(x, weight, bias, low.lora_A, low.lora_B, plan)
+    return out
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and h = A xᵀ (r, N) where it was made."""
+    low, x = plan.low, plan.cast(x)
+    # The base's own function: while B is zero the output is the base's, bit for bit.
+    out = plan.base(x, low.added_to(weight) if plan.whole else weight, bias)
+    h_RxN = None
+    if plan.frozen_A or not plan.whole:
+        h_RxN = plan.cast(low.lora_A) @ plan.dropped(plan.rows(x)).T
+    if h_RxN is not None and not plan.whole:
+        plan.rows(out).addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
+    return out, h_RxN
+
+
+class _Linear(torch.autograd.Function):
+    """The gradients of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
+    ) -> Tensor:
+        ctx.plan, ctx.dtype = plan, x.dtype
+        weight = plan.cast(weight)
+        out, h_RxN = _linear(x, weight, bias, plan)
+        plan.keep(ctx, x, weight, A, B, h_RxN)
+        # For some shapes torch's own output is a view, in which no activation could work in place.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        refuse_second()
+        plan, needs = ctx.plan, ctx.needs_input_grad
+        weight, A, B, h_RxN, *kept = ctx.saved_tensors
+        low_A, g_NxO = plan.cast(A), plan.rows(g)
+        back_RxN = (plan.cast(B) * plan.low.scaling).T @ g_NxO.T
+        grads: list[Tensor | None] = [None] * 6
+        if needs[2]:
+            grads[2] = g_NxO.sum(0)
+        if needs[3]:
+            x_NxI = plan.dropped(plan.rows(plan.cast(plan.made(kept))))
+            h_RxN = low_A @ x_NxI.T if h_RxN is None else h_RxN
+            grads[3] = (back_RxN @ x_NxI).to(A.dtype)
+            del x_NxI
+        if needs[4]:
+            grads[4] = (h_RxN @ g_NxO).T.to(B.dtype) * plan.low.scaling
+        if needs[0]:
+            grads[0] = _input_gradient(g, weight, low_A, back_RxN, plan).to(ctx.dtype)
+        return tuple(grads)
+
+
+def _input_gradient(g: Tensor, weight: Tensor, A: Tensor, back_RxN: Tensor, plan: Plan) -> Tensor:
+    out_NxI = plan.rows(g) @ (plan.low.added_to(weight) if plan.whole else weight)
+    if plan.low.dropout:
+        out_NxI.addcmul_(back_RxN.T @ A, plan.mask(out_NxI))
+    elif not plan.whole:
+        out_NxI.addmm_(back_RxN.T, A)
+    return plan.unrolled(out_NxI, g)
+
+
+def refuse_second() -> None:
+    """Called by a backward pass, which cannot be differentiated itself.
+
+    Raises:
+        AdapterError: it is to be (``create_graph=True``).
+    """
+    if torch.is_grad_enabled():
+        raise AdapterError(
+            "create_graph=True asks for gradients of gradients, which the fused path of adapted "
+            "layers does not have: run the forward pass inside `with lora_lightning.fused(False):`"
+        )
