@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_lightning import state as states
 from lora_lightning.bank_batch import ATTRIBUTE, Batch
+from lora_lightning.bank_mix import Room
 from lora_lightning.bank_probe import Places, explain
 from lora_lightning.bank_store import Source, Store
 from lora_lightning.bank_watch import Call, Watch, four_calls, item_dim, run
@@ -79,6 +80,7 @@ class AdapterBank:
         self.dim = dim
         self._store = Store(model, capacity, capacity_bytes, check)
         self._places = Places()
+        self._room = Room()
         self._store.add(source)
         if example is not None:
             self.probe(example)
@@ -188,7 +190,7 @@ class AdapterBank:
         if _check(self.model):
             stack.enter_context(disabled(self.model))
         taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
-        batch = Batch(self.model, names, {None: {}, **taken}, self._places)
+        batch = Batch(self.model, names, {None: {}, **taken}, self._places, self._room)
         stack.enter_context(batch.in_force())
         return batch
 

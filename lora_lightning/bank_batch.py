@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lora_lightning import parametrized
 from lora_lightning import state as states
 from lora_lightning.adapter import located, raw_tensor
-from lora_lightning.bank_mix import Mix, Part
+from lora_lightning.bank_mix import Mix, Part, Room
 from lora_lightning.bank_probe import Places, signature
 from lora_lightning.bank_tensor import BankTensor
 from lora_lightning.bank_watch import Watch
@@ -43,6 +43,7 @@ class Batch:
     names: Sequence[str | None]
     adapters: Mapping[str | None, Mapping[str, Part]]
     places: Places
+    room: Room
     n: int = field(init=False)
     now: dict[str, dict[str, Any]] = field(init=False)
     looking: bool = field(init=False, default=False)
@@ -51,6 +52,7 @@ class Batch:
         self._parts = _with_ties(self.model, self.adapters)
         self.paths = sorted({path for parts in self._parts.values() for path in parts})
         self._raw = {path: _source(self.model, path) for path in self.paths}
+        self.grouped: set[str] = set()  # paths of the modules that run in groups
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self.n = len(self.names) if len(set(self.names)) > 1 else 1
         self.now = self._read(self.names[: self.n])
@@ -62,7 +64,7 @@ class Batch:
             parts, raw = [self._parts[name].get(path) for name in names], self._raw[path]
             layouts = self.places.layouts.setdefault(path, {})
             alone = all(part is None for part in parts)
-            value = raw if alone else BankTensor.of(Mix.of(path, raw, parts, layouts))
+            value = raw if alone else BankTensor.of(Mix.of(path, raw, parts, layouts, self.room))
             found.setdefault(module, {})[tensor] = value
         return found
 
@@ -78,13 +80,15 @@ class Batch:
     def swap(self) -> None:
         """Give each module concerned its class for this batch; again after `places` has grown."""
         self._swap_back()
-        inside = {self.places.around[p] for p in self.paths if p in self.places.around}
-        for path in sorted({*self.now, *inside}):
+        self.grouped = {self.places.around[p] for p in self.paths if p in self.places.around}
+        # The model itself always: it may turn out while it is called that it has to run in groups.
+        for path in sorted({"", *self.now, *self.grouped}):
             module = self.model.get_submodule(path)
             self._classes.append((module, type(module)))
             module.__dict__[ATTRIBUTE] = (self, path)
             tensors = tuple(sorted(self.now.get(path, ())))
-            module.__class__ = _mixed_class(type(module), tensors, path in inside)
+            grouped = not path or path in self.grouped
+            module.__class__ = _mixed_class(type(module), tensors, grouped)
 
     def _swap_back(self) -> None:
         while self._classes:
@@ -215,7 +219,7 @@ def _property(tensor: str) -> property:
 def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
     def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch, path = self.__dict__[ATTRIBUTE]
-        if batch.n == 1:
+        if batch.n == 1 or path not in batch.grouped:
             return forward(self, *args, **kwargs)
         return batch.in_groups(path, forward.__get__(self), args, kwargs)
 

@@ -113,7 +113,7 @@ class Seen:
 
 def _prints(x: Tensor, dim: int) -> Tensor:
     values = torch.view_as_real(x) if x.is_complex() else x
-    rows = values.movedim(dim, 0).flatten(1).double()
+    rows = values.movedim(dim, 0).reshape(values.shape[dim], -1).double()
     rows = torch.nan_to_num(rows, nan=1.5, posinf=2.5, neginf=-2.5)
     steps = torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device)
     return rows @ (steps + 1).square().cos()

@@ -43,6 +43,28 @@ class Part:
         return (summed if self.scale is None else self.scale[:, None] * summed).view(raw.shape)
 
 
+class Room:
+    """Memory in which the factors of a batch are stacked, the same for every batch of its size.
+
+    Fresh memory costs more than copying into it does.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+
+    def stack(self, key: tuple[str, str], tensors: list[Tensor]) -> Tensor:
+        """The tensors as one, in the place of what was stacked under this key before."""
+        if len(tensors) == 1:
+            return tensors[0][None]
+        first, known = tensors[0], self._tensors.get(key)
+        shape = (len(tensors), *first.shape)
+        same = known is not None and known.shape == shape and known.dtype == first.dtype
+        if known is None or not same or known.device != first.device:
+            known = self._tensors[key] = first.new_empty(shape)
+        with torch.no_grad():
+            return torch.stack(tensors, out=known)
+
+
 @dataclass
 class Mix:
     """One tensor for n items, each with its own adapter; n = 1: all items have the same.
@@ -69,19 +91,21 @@ class Mix:
         raw: Tensor,
         parts: Sequence[Part | None],
         layouts: Mapping[int, Layout],
+        room: Room,
     ) -> Mix:
         """Stack the parts of the items; ``None``: the source's own tensor."""
         mix = cls(path, raw, len(parts), layouts)
-        given = [p for p in parts if p is not None]
-        if any(p.full is not None for p in given):
-            mix.full = torch.stack([raw.detach() if p is None else p.value(raw) for p in parts])
+        given = [part for part in parts if part is not None]
+        if any(part.full is not None for part in given):
+            whole = [raw.detach() if part is None else part.value(raw) for part in parts]
+            mix.full = room.stack((path, "full"), whole)
             return mix
-        mix.lora_A = _stack([p and p.lora_A for p in parts], raw)
-        mix.lora_B = _stack([p and p.lora_B for p in parts], raw)
-        if any(p.scale is not None for p in given):
-            assert mix.lora_B is not None
-            ones = mix.lora_B.new_ones(mix.lora_B.shape[1])
-            mix.scale = torch.stack([ones if p is None or p.scale is None else p.scale for p in parts])
+        mix.lora_A = room.stack((path, "lora_A"), _of_one_rank(parts, given, "lora_A"))
+        mix.lora_B = room.stack((path, "lora_B"), _of_one_rank(parts, given, "lora_B"))
+        if any(part.scale is not None for part in given):
+            ones = raw.new_ones(mix.lora_B.shape[1])
+            scales = [part.scale if part is not None else None for part in parts]
+            mix.scale = torch.stack([ones if scale is None else scale for scale in scales])
         return mix
 
     @property
@@ -131,16 +155,14 @@ class Mix:
         return replace(self, **{k: None if v is None else change(v) for k, v in values.items()})
 
 
-def _stack(tensors: Sequence[Tensor | None], raw: Tensor) -> Tensor:
-    """Matrices (r, in) or (out, r) of any rank as one (n, …), filled up with zeros."""
-    given = [t for t in tensors if t is not None]
-    rows, columns = (max(t.shape[d] for t in given) for d in (0, 1))
-    zeros = given[0].new_zeros(rows, columns)
-    if len(given) < len(tensors):
-        tensors = [zeros if t is None else t for t in tensors]
-    same = all(t.shape == zeros.shape for t in given)
-    full = tensors if same else [
-        t if t.shape == zeros.shape else F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
-        for t in tensors if t is not None
-    ]  # fmt: skip
-    return torch.stack([t for t in full if t is not None]).to(raw)
+def _of_one_rank(
+    parts: Sequence[Part | None], given: Sequence[Part], key: str
+) -> list[Tensor]:
+    """Each item's factor in the largest shape of them, filled up with zeros."""
+    shapes = {getattr(part, key).shape for part in given}
+    shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    zeros = getattr(given[0], key).new_zeros(shape)
+    found = [zeros if part is None else getattr(part, key) for part in parts]
+    if len(shapes) == 1:
+        return found
+    return [F.pad(t, (0, shape[1] - t.shape[1], 0, shape[0] - t.shape[0])) for t in found]

@@ -92,11 +92,11 @@ def item_dim(x: Any, n: int, dim: int) -> int | None:
 
 
 def four_calls(call: Call, n: int, dim: int) -> list[tuple[Call, int]]:
-    """The call as it is, with its first item once more, with the first and the last changed."""
+    """The call as it is, with its last item once more, with the first and the last changed."""
 
     def more(x: Any) -> Any:
         d = item_dim(x, n, dim)
-        return x if d is None else torch.cat([x, x.narrow(d, 0, 1)], d)
+        return x if d is None else torch.cat([x, x.narrow(d, n - 1, 1)], d)
 
     return [
         (call, n),
