@@ -90,9 +90,7 @@ def peft_model(base: nn.Module, layers: list[str], number: int) -> Any:
     """The base in PEFT's hands, with this many adapters of random factors."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=layers, init_lora_weights=False
-    )
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), config, adapter_name="0000")
     for i in range(1, number):
         model.add_adapter(f"{i:04d}", config)
@@ -167,7 +165,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def show(model: str, found: dict[tuple[str, int], list[float]], batch: int) -> None:
     """Medians, quartiles and ratios to the base, then the goals."""
-    print(f"\n{model}: {'':18s} {'ms':>9s} {'quartiles':>19s} {'over base':>10s} {'quartiles':>15s}")
+    print(
+        f"\n{model}: {'':18s} {'ms':>9s} {'quartiles':>19s} {'over base':>10s} {'quartiles':>15s}"
+    )
     for (what, number), values in found.items():
         low, median, high = quartiles(values)
         a, b, c = quartiles(ratios(found, (what, number)))

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lora_lightning import state as states
-from lora_lightning.bank_batch import ATTRIBUTE, Batch
-from lora_lightning.bank_mix import Room
+from lora_lightning.bank_batch import Batch
+from lora_lightning.bank_classes import ATTRIBUTE
+from lora_lightning.bank_look import look
+from lora_lightning.bank_mix import Part, Room
 from lora_lightning.bank_probe import Places, explain
 from lora_lightning.bank_store import Source, Store
-from lora_lightning.bank_watch import Call, Watch, four_calls, item_dim, run
+from lora_lightning.bank_watch import Call, items_of
 from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.merging import is_merged
 from lora_lightning.switching import disabled
@@ -35,7 +36,7 @@ class AdapterBank:
             y = model(batch)  # the third item is the source model's
 
     Item i is computed with :math:`W + s_i B_i A_i` in each layer that its adapter adapts, and with
-    the heads, norms and statistics that its adapter owns: what `set_active` and a batch of one give.
+    the heads, norms and statistics that it owns: what `set_active` and a batch of one give.
     Outside the block the model is what it was; nothing is injected or renamed. Ranks, scalings,
     targets and kinds of factors (DoRA, LoRA-XS, moved starts) may differ between adapters. For
     inference: the model must be in eval mode; gradients reach inputs, not the bank. (The products
@@ -94,7 +95,7 @@ class AdapterBank:
         return self._store.add(source, overwrite)
 
     def __getitem__(
-        self, names: str | None | Sequence[str | None]
+        self, names: str | Sequence[str | None] | None
     ) -> AbstractContextManager[nn.Module]:
         """A ``with`` block in which item i of the batch has the adapter ``names[i]``.
 
@@ -133,12 +134,14 @@ class AdapterBank:
         elif isinstance(batch, (tuple, list)):
             call = (tuple(batch), {})
         chosen = list(names or self._store.representatives())
-        n = _items(call, self.dim)
+        n = items_of(call, self.dim)
         if n < 2:
-            raise AdapterError(f"a batch of two items or more is needed to tell them apart, got {n}")
+            raise AdapterError(
+                f"a batch of two items or more is needed to tell them apart, got {n}"
+            )
         with ExitStack() as stack:
-            batch_ = self._prepared((*chosen, None), stack)
-            self._look(batch_, call, n, batch_.paths)
+            prepared = self._prepared((*chosen, None), stack)
+            look(prepared, call, self.dim, prepared.paths)
         return self.places
 
     @property
@@ -190,7 +193,9 @@ class AdapterBank:
         if _check(self.model):
             stack.enter_context(disabled(self.model))
         taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
-        batch = Batch(self.model, names, {None: {}, **taken}, self._places, self._room)
+        adapters: dict[str | None, dict[str, Part]] = {None: {}}
+        adapters.update(taken)
+        batch = Batch(self.model, names, adapters, self._places, self._room)
         stack.enter_context(batch.in_force())
         return batch
 
@@ -198,7 +203,7 @@ class AdapterBank:
         """Before the model is called: is it the batch that was announced, and is it known?"""
         if expected is None or batch.looking:
             return
-        found = _items(call, self.dim)
+        found = items_of(call, self.dim)
         if found != expected:
             raise AdapterError(
                 f"{expected} names for a batch of {found} items (dimension {self.dim} of the first "
@@ -208,40 +213,11 @@ class AdapterBank:
             return
         new = [path for path in batch.paths if path not in self._places.known]
         if new:
-            self._look(batch, call, expected, new)
+            look(batch, call, self.dim, new)
             batch.swap()
         problems = {p: why for p, why in self._places.problems.items() if p in batch.paths}
         if problems:
             raise explain(problems)
-
-    def _look(self, batch: Batch, call: Call, n: int, paths: list[str]) -> None:
-        failed = self._places.learn(self._runs(batch, call, n, {}), paths)
-        if failed:
-            around = {}
-            for path in failed:
-                parts = path.split(".")[:-1]
-                for i in range(len(parts) + 1):
-                    name = ".".join(parts[:i])
-                    around[name] = self.model.get_submodule(name)
-            self._places.group(self._runs(batch, call, n, around), failed)
-
-    def _runs(
-        self, batch: Batch, call: Call, n: int, around: Mapping[str, nn.Module]
-    ) -> list[Watch]:
-        watches = []
-        for each, items in four_calls(call, n, self.dim):
-            watch = Watch(items)
-            with batch.watched(watch), watch.crossings(around):
-                try:
-                    run(self.model, each)
-                except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                    raise AdapterError(
-                        f"the model does not run with {items} items while the bank looks where "
-                        f"items lie ({error}). Is an input with {n} entries not one for each item? "
-                        "Pass example= (or bank.probe) a batch with another number of items"
-                    ) from error
-            watches.append(watch)
-        return watches
 
 
 def _check(model: nn.Module) -> bool:
@@ -258,11 +234,3 @@ def _check(model: nn.Module) -> bool:
         state = states.state_of(module)
         active |= state is not None and state.active is not None
     return active
-
-
-def _items(call: Call, dim: int) -> int:
-    """How many items a call of the model has, by its first input."""
-    for leaf in tree_leaves(call):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[dim if leaf.dim() > dim else 0]
-    raise AdapterError("the model is called with no tensor that could hold a batch of items")

@@ -1,8 +1,7 @@
 """One batch of many adapters: what each layer reads, and modules that run in groups of items.
 
-While the batch is in force, the class of every module that holds a tensor of an adapter is a
-subclass of its own class in which that tensor is a property; afterwards it is what it was. So
-nothing is injected, renamed or left behind, and another batch is nothing but other tensors.
+While it is in force, modules have the classes of `lora_lightning.bank_classes`, afterwards their
+own. So nothing is injected, renamed or left behind: another batch is nothing but other tensors.
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning import parametrized
 from lora_lightning import state as states
-from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.adapter import raw_tensor
+from lora_lightning.bank_classes import ATTRIBUTE, mixed_class
 from lora_lightning.bank_mix import Mix, Part, Room
 from lora_lightning.bank_probe import Places, signature
-from lora_lightning.bank_tensor import BankTensor
 from lora_lightning.bank_watch import Watch
 from lora_lightning.errors import AdapterError
-
-ATTRIBUTE = "_lora_batch"  # on a module: (the batch in force, the module's path)
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
 
 
 @dataclass
@@ -35,7 +31,7 @@ class Batch:
 
     Attributes:
         n: number of items, or 1 where all have the same adapter.
-        now: module's path → tensor's name → what the module reads.
+        now: module's path → tensor's name → its `Mix`, or the source's own tensor.
         looking: whether the model runs only to be looked at.
     """
 
@@ -51,7 +47,9 @@ class Batch:
     def __post_init__(self) -> None:
         self._parts = _with_ties(self.model, self.adapters)
         self.paths = sorted({path for parts in self._parts.values() for path in parts})
-        self._raw = {path: _source(self.model, path) for path in self.paths}
+        owners = {path.rpartition(".")[0] for path in self.paths}
+        self._modules = {path: self.model.get_submodule(path) for path in owners}
+        self._raw = {path: self._source(path) for path in self.paths}
         self.grouped: set[str] = set()  # paths of the modules that run in groups
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self.n = len(self.names) if len(set(self.names)) > 1 else 1
@@ -64,9 +62,17 @@ class Batch:
             parts, raw = [self._parts[name].get(path) for name in names], self._raw[path]
             layouts = self.places.layouts.setdefault(path, {})
             alone = all(part is None for part in parts)
-            value = raw if alone else BankTensor.of(Mix.of(path, raw, parts, layouts, self.room))
+            value = raw if alone else Mix.of(path, raw, parts, layouts, self.room)
             found.setdefault(module, {})[tensor] = value
         return found
+
+    def _source(self, path: str) -> Any:
+        owner, _, tensor = path.rpartition(".")
+        module = self._modules[owner]
+        if tensor in module._buffers:
+            return module._buffers[tensor]
+        parametrized.recompute(module, tensor)
+        return raw_tensor(module, tensor)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -83,12 +89,12 @@ class Batch:
         self.grouped = {self.places.around[p] for p in self.paths if p in self.places.around}
         # The model itself always: it may turn out while it is called that it has to run in groups.
         for path in sorted({"", *self.now, *self.grouped}):
-            module = self.model.get_submodule(path)
+            module = self._modules.get(path) or self.model.get_submodule(path)
             self._classes.append((module, type(module)))
             module.__dict__[ATTRIBUTE] = (self, path)
             tensors = tuple(sorted(self.now.get(path, ())))
             grouped = not path or path in self.grouped
-            module.__class__ = _mixed_class(type(module), tensors, grouped)
+            module.__class__ = mixed_class(type(module), tensors, grouped)
 
     def _swap_back(self) -> None:
         while self._classes:
@@ -102,8 +108,7 @@ class Batch:
         kept = self.n, self.now
         self.looking, self.n, self.now = True, 1, {
             module: {
-                tensor: BankTensor.of(replace(value.mix, watch=watch.use))
-                for tensor, value in tensors.items()
+                tensor: replace(mix, watch=watch.use) for tensor, mix in tensors.items()
             }
             for module, tensors in kept[1].items()
         }  # fmt: skip
@@ -157,9 +162,8 @@ class Batch:
         flat = [(chosen, *tree_flatten(output)) for chosen, output in outputs]
         whole = []
         for i, layout in enumerate(layouts):
-            first = flat[0][1][i]
-            parts = [(chosen.to(first.device), leaves[i]) for chosen, leaves, _ in flat if layout]
-            whole.append(layout.gather(parts, self.n) if layout else first)
+            parts = [(chosen, leaves[i]) for chosen, leaves, _ in flat]
+            whole.append(layout.gather(parts, self.n) if layout else parts[0][1])
         return tree_unflatten(whole, flat[0][2])
 
 
@@ -170,7 +174,8 @@ def _with_ties(
     found = {name: dict(parts) for name, parts in adapters.items()}
     if not any(part.full is not None for parts in found.values() for part in parts.values()):
         return found
-    live, names = states.base_tensors(model), {}
+    live = states.base_tensors(model)
+    names: dict[int, list[str]] = {}
     for path, tensor in live.items():
         names.setdefault(id(tensor), []).append(path)
     for parts in found.values():
@@ -178,53 +183,3 @@ def _with_ties(
             if part.full is not None:
                 parts.update(dict.fromkeys(names[id(live[path])], part))
     return found
-
-
-def _source(model: nn.Module, path: str) -> Any:
-    module, tensor = located(model, path)
-    if tensor in module._buffers:
-        return module._buffers[tensor]
-    parametrized.recompute(module, tensor)
-    return raw_tensor(module, tensor)
-
-
-# ---- classes ---------------------------------------------------------------------------------
-
-
-def _mixed_class(cls: type[nn.Module], tensors: tuple[str, ...], grouped: bool) -> type[nn.Module]:
-    """The subclass of `cls` that reads these tensors from the batch in force; made once each."""
-    if (cls, tensors, grouped) not in _CLASSES:
-        # An adapted class has a forward that passes the property by: the base's own reads it.
-        base: Any = getattr(cls, "_adapted_base", cls)
-        body: dict[str, Any] = {tensor: _property(tensor) for tensor in tensors}
-        body |= {"_adapted_base": base, "__module__": __name__}
-        body["forward"] = _grouped(base.forward) if grouped else base.forward
-        if issubclass(base, nn.RNNBase):
-            body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
-        _CLASSES[cls, tensors, grouped] = type(f"Bank{base.__name__}", (cls,), body)
-    return _CLASSES[cls, tensors, grouped]
-
-
-def _property(tensor: str) -> property:
-    def read(module: Any) -> Any:
-        batch, path = module.__dict__[ATTRIBUTE]
-        return batch.now[path][tensor]
-
-    def write(module: Any, value: Any) -> None:
-        module.__dict__[tensor] = value  # what the old weight_norm hook computes
-
-    return property(read, write)
-
-
-def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch, path = self.__dict__[ATTRIBUTE]
-        if batch.n == 1 or path not in batch.grouped:
-            return forward(self, *args, **kwargs)
-        return batch.in_groups(path, forward.__get__(self), args, kwargs)
-
-    return in_groups
-
-
-def _flat_weights(self: Any) -> list[Any]:
-    return [getattr(self, name) for name in self._flat_weights_names]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_lightning.errors import AdapterError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -38,7 +40,9 @@ class Layout:
     def split(self, x: Tensor, n: int) -> Tensor:
         """A view of `x` in which the items have a dimension to themselves."""
         k = x.shape[self.dim] // n
-        return x.unflatten(self.dim, (k, n) if self.minor else (n, k))
+        sizes = (k, n) if self.minor else (n, k)
+        split: Tensor = x.unflatten(self.dim, sizes)  # type: ignore[no-untyped-call]
+        return split
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
@@ -79,13 +83,24 @@ class Layout:
         return self.join(self.split(x, n).index_select(self.place, chosen))
 
     def gather(self, parts: list[tuple[Tensor, Tensor]], n: int) -> Tensor:
-        """Undo `select`: one tensor from (chosen items, their part) for all n items."""
-        first = self.split(parts[0][1], len(parts[0][0]))
-        shape = list(first.shape)
+        """Undo `select`: one tensor from (chosen items, their part) for all n items.
+
+        Raises:
+            AdapterError: the parts differ in another dimension than that of the items.
+        """
+        split = [(chosen, self.split(part, len(chosen))) for chosen, part in parts]
+        shapes = {s.movedim(self.place, 0).shape[1:] for _, s in split}
+        if len(shapes) > 1:
+            raise AdapterError(
+                "a module that runs once for every adapter of the batch gives results of different "
+                f"sizes, {' and '.join(str(tuple(s)) for s in sorted(shapes)[:2])} an item, which "
+                "cannot be put together: give such items batches of their own"
+            )
+        shape = list(split[0][1].shape)
         shape[self.place] = n
-        whole = first.new_empty(shape)
-        for chosen, part in parts:
-            whole.index_copy_(self.place, chosen, self.split(part, len(chosen)))
+        whole = split[0][1].new_empty(shape)
+        for chosen, part in split:
+            whole.index_copy_(self.place, chosen.to(whole.device), part)
         return self.join(whole)
 
 

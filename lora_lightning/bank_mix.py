@@ -38,7 +38,8 @@ class Part:
         """W' in full."""
         if self.full is not None:
             return self.full
-        assert self.lora_A is not None and self.lora_B is not None
+        assert self.lora_A is not None
+        assert self.lora_B is not None
         summed = raw.reshape(len(self.lora_B), -1) + self.lora_B @ self.lora_A
         return (summed if self.scale is None else self.scale[:, None] * summed).view(raw.shape)
 
@@ -130,19 +131,25 @@ class Mix:
             )
         return layout
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (n, r, in·kernel) and B (n, out, r) of a mix that has them."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return self.lora_A, self.lora_B
+
     def value(self) -> Tensor:
         """The adapted tensor of every item, (n, …)."""
         if self.full is not None:
             return self.full
-        assert self.lora_A is not None and self.lora_B is not None
-        summed = self.raw.reshape(1, self.lora_B.shape[1], -1) + self.lora_B @ self.lora_A
+        lora_A, lora_B = self.factors()
+        summed = self.raw.reshape(1, lora_B.shape[1], -1) + lora_B @ lora_A
         if self.scale is not None:
             summed = summed * self.scale[..., None]
         return summed.view(self.n, *self.raw.shape)
 
     def rows(self, rows: slice) -> Mix:
         """The mix of these rows of the tensor alone."""
-        cut = {
+        cut: dict[str, Any] = {
             key: None if (value := getattr(self, key)) is None else value[:, rows]
             for key in ("lora_B", "scale", "full")
         }
@@ -151,13 +158,12 @@ class Mix:
     def map(self, change: Callable[[Tensor], Tensor]) -> Mix:
         """The mix of another representation: device, precision."""
         keys = ("raw", "lora_A", "lora_B", "scale", "full")
-        values = {key: getattr(self, key) for key in keys}
-        return replace(self, **{k: None if v is None else change(v) for k, v in values.items()})
+        given = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        changed: dict[str, Any] = {key: change(value) for key, value in given.items()}
+        return replace(self, **changed)
 
 
-def _of_one_rank(
-    parts: Sequence[Part | None], given: Sequence[Part], key: str
-) -> list[Tensor]:
+def _of_one_rank(parts: Sequence[Part | None], given: Sequence[Part], key: str) -> list[Tensor]:
     """Each item's factor in the largest shape of them, filled up with zeros."""
     shapes = {getattr(part, key).shape for part in given}
     shape = [max(sizes) for sizes in zip(*shapes, strict=True)]

@@ -11,7 +11,7 @@ inputs and outputs can be told apart is called once for every adapter of the bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,9 @@ class Places:
             for dims, layout in found.items():
                 agreed = agree(own.get(dims), layout)
                 if agreed is None:
-                    failed[path] = f"its input lies as {layout} in one batch, {own[dims]} in another"
+                    failed[path] = (
+                        f"its input lies as {layout} in one batch, {own[dims]} in another"
+                    )
                 else:
                     own[dims] = agreed
         self.known.update(paths)
@@ -90,22 +92,24 @@ def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
     if len({len(u) for u in uses}) > 1:
         return "how often it is used depends on what is in the items"
     found: dict[int, Layout] = {}
-    for base, more, *moved in zip(*uses, strict=True):
-        if base.seen is None or any(u.seen is None for u in (more, *moved)):
-            return base.problem or more.problem
-        layout = _located([base.seen, more.seen, *(u.seen for u in moved)], runs[0].n)
+    for same in zip(*uses, strict=True):
+        seen = [use.seen for use in same if use.seen is not None]
+        if len(seen) < len(same):
+            return next(use.problem for use in same if use.seen is None)
+        layout = _located(seen, runs[0].n)
         if layout is None:
             return "its input is the same for all items"
         if isinstance(layout, str):
             return layout
-        agreed = agree(found.get(len(base.seen.shape)), layout)
+        dims = len(seen[0].shape)
+        agreed = agree(found.get(dims), layout)
         if agreed is None:
             return "its inputs lie in more than one way"
-        found[len(base.seen.shape)] = agreed
+        found[dims] = agreed
     return found
 
 
-def _located(seen: list[Any], n: int) -> Layout | str | None:
+def _located(seen: Sequence[Seen], n: int) -> Layout | str | None:
     base, more, first, last = seen
     return locate(base, more, {0: first, n - 1: last}, n)
 
@@ -150,7 +154,8 @@ def _leaves(same: list[list[Seen | None]], n: int) -> tuple[Layout | None, ...] 
         return None
     found: list[Layout | None] = []
     for leaf in zip(*same, strict=True):
-        layout = None if leaf[0] is None else _located(list(leaf), n)
+        seen = [each for each in leaf if each is not None]
+        layout = _located(seen, n) if seen else None
         if isinstance(layout, str):
             return None
         found.append(layout)

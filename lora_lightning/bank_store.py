@@ -27,7 +27,9 @@ from lora_lightning.tree import join
 from lora_lightning.wording import si
 from lora_lightning.xs import Basis
 
-Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]]
+Source = (
+    str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]]
+)
 
 
 class Store:
@@ -40,9 +42,7 @@ class Store:
         check: As in `lora_lightning.load_adapter`.
     """
 
-    def __init__(
-        self, model: nn.Module, capacity: int, capacity_bytes: int | None, check: str
-    ):
+    def __init__(self, model: nn.Module, capacity: int, capacity_bytes: int | None, check: str):
         for key, value in (("capacity", capacity), ("capacity_bytes", capacity_bytes or 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{key} must be a whole number above 0, got {value!r}")
@@ -52,6 +52,7 @@ class Store:
         self.held: OrderedDict[str, dict[str, Part]] = OrderedDict()  # used last: last
         self._model, self._check = model, check
         self._capacity, self._capacity_bytes = capacity, capacity_bytes
+        self._kind: tuple[torch.device, torch.dtype] | None = None
         self._bases: dict[tuple[str, int], Basis] = {}
 
     def add(self, source: Source, overwrite: bool = False) -> list[str]:
@@ -84,6 +85,7 @@ class Store:
                 f"the batch has {len(names)} different adapters and capacity is {self._capacity}: "
                 "raise it to the largest batch at least"
             )
+        self._follow()
         for name in names:
             if name not in self.held:
                 self.held[name] = self._read(self.files[name])
@@ -91,6 +93,15 @@ class Store:
         found = {name: self.held[name] for name in names}
         self._drop(names)
         return found
+
+    def _follow(self) -> None:
+        """Forget what was read for a model in another precision or on another device."""
+        first = next(self._model.parameters(), None)
+        now = None if first is None else (first.device, first.dtype)
+        if now != self._kind:
+            self.held.clear()
+            self._bases.clear()
+        self._kind = now
 
     def check(self, names: Iterable[str]) -> None:
         """Raise `AdapterNotFoundError` for a name that the bank does not have."""

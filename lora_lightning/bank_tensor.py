@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.bank_mix import Mix
-from lora_lightning.bank_ops import OPS, mix_of
+from lora_lightning.bank_ops import OPS
+from lora_lightning.bank_products import mix_of
 from lora_lightning.errors import AdapterError
 
 
@@ -126,7 +127,7 @@ def _without_dispatch(function: Any) -> Any:
     return made
 
 
-# Its projections are calls of F.linear, on the packed weight or on rows of it, which come back here.
+# Its projections are F.linear on the packed weight, or on rows of it, and so come back here.
 _attention = _without_dispatch(F.multi_head_attention_forward)
 
 # What does not depend on the values.

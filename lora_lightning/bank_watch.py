@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lora_lightning.bank_layout import Seen
 from lora_lightning.bank_mix import Mix
 from lora_lightning.bank_tensor import name_of
+from lora_lightning.errors import AdapterError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -84,7 +85,7 @@ class Watch:
 
 
 def item_dim(x: Any, n: int, dim: int) -> int | None:
-    """Along which dimension an input of the model holds the items: `dim`, else the first that can."""
+    """Along which dimension an input of the model holds items: `dim`, else the first that can."""
     if not isinstance(x, Tensor):
         return None
     dims = [dim, *range(x.dim())]
@@ -132,3 +133,11 @@ def run(model: nn.Module, call: Call) -> None:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(0)
         model(*args, **kwargs)
+
+
+def items_of(call: Call, dim: int) -> int:
+    """How many items a call of the model has, by its first input."""
+    for leaf in tree_leaves(call):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[dim if leaf.dim() > dim else 0]
+    raise AdapterError("the model is called with no tensor that could hold a batch of items")
