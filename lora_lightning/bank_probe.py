@@ -97,10 +97,8 @@ def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
         if len(seen) < len(same):
             return next(use.problem for use in same if use.seen is None)
         layout = _located(seen, runs[0].n)
-        if layout is None:
-            return "its input is the same for all items"
-        if isinstance(layout, str):
-            return layout
+        if not isinstance(layout, Layout):
+            return layout or "its input is the same for all items"
         dims = len(seen[0].shape)
         agreed = agree(found.get(dims), layout)
         if agreed is None:
