@@ -95,7 +95,7 @@ def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
     for same in zip(*uses, strict=True):
         seen = [use.seen for use in same if use.seen is not None]
         if len(seen) < len(same):
-            return next(use.problem for use in same if use.seen is None)
+            return str(next(use.problem for use in same if use.seen is None))
         layout = _located(seen, runs[0].n)
         if not isinstance(layout, Layout):
             return layout or "its input is the same for all items"
