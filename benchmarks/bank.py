@@ -135,7 +135,9 @@ def variants(
 
 
 @torch.no_grad()
-def measure(works: dict[tuple[str, int], Work], runs: int) -> dict[tuple[str, int], list[float]]:
+def measure(
+    works: dict[tuple[str, int], Work], runs: int, device: str = "cpu"
+) -> dict[tuple[str, int], list[float]]:
     """Milliseconds of each, one for each turn; a first turn, which reads files, is left out."""
     found: dict[tuple[str, int], list[float]] = {key: [] for key in works}
     keys = list(works)
@@ -143,6 +145,8 @@ def measure(works: dict[tuple[str, int], Work], runs: int) -> dict[tuple[str, in
         for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
             start = time.perf_counter()
             works[key]()
+            if device != "cpu":
+                torch.cuda.synchronize()
             if turn:
                 found[key].append(1e3 * (time.perf_counter() - start))
         print(f"\r{turn}/{runs} turns", end="", file=sys.stderr)
@@ -224,9 +228,10 @@ def plot(path: Path, results: dict[str, dict[tuple[str, int], list[float]]], bat
         one = statistics.median(ratios(found, ("one adapter", 1)))
         axis.axhline(one, color="C2", ls="--", label="one adapter for all")
         axis.axhline(1, color="0.4", ls=":", label="base")
-        axis.set(
-            xscale="log", title=model, xlabel=f"adapters (batch of {batch})", ylabel="time / base"
-        )
+        drawn = sorted({n for _, n in found if n})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(drawn, [str(n) for n in drawn])
+        axis.set(title=model, xlabel=f"adapters (batch of {batch})", ylabel="time / base")
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -293,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
             works = variants(
                 base, x, sorted(set(options.numbers)), Path(folder), not options.no_peers
             )
-            found = results[name] = measure(works, options.runs)
+            found = results[name] = measure(works, options.runs, options.device)
         show(name, found, options.batch)
         rows += [
             [name, options.batch, what, number, run, f"{value:.3f}"]
