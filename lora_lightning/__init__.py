@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_lightning.bank.adapter_bank import AdapterBank
     from lora_lightning.callback import LoRACallback
     from lora_lightning.combination import combine
     from lora_lightning.compression import compress
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdapterBank": "bank.adapter_bank",
     "FitGuard": "fit_guard",
     "LoRACallback": "callback",
     "LoRAConfig": "config",
@@ -67,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterBank",
     "FitGuard",
     "LoRACallback",
     "LoRAConfig",

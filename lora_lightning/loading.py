@@ -60,14 +60,33 @@ def load_adapter(
     header, tensors = read(Path(path))
     name = name or str(header["name"])
     state = _place_for(model, name, overwrite)
-    config = _config(header, Path(path))
-    check_base(model, header, check, Path(path))
-    _check_targets(model, header, Path(path))
-    _check_tensors(model, header, tensors, Path(path))
-    bases = _bases(model, header, check, Path(path))
+    config, bases = checked(model, header, tensors, check, Path(path))
     if state is not None and name in state.configs:
         switching.remove(model, name)
     return _install(model, name, header, tensors, config, bases)
+
+
+def checked(
+    model: nn.Module,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    check: str,
+    path: Path,
+    known: dict[tuple[str, int], Basis] | None = None,
+) -> tuple[LoRAConfig, dict[str, Basis]]:
+    """The configuration, and LoRA-XS's frozen factors, of a file that fits this model.
+
+    `known` keeps those factors by (tensor's path, rank) for a caller with many files.
+
+    Raises:
+        AdapterFileError: it does not fit.
+        BaseMismatchError: it was made for another base.
+    """
+    config = _config(header, path)
+    check_base(model, header, check, path)
+    _check_targets(model, header, path)
+    _check_tensors(model, header, tensors, path)
+    return config, _bases(model, header, check, path, {} if known is None else known)
 
 
 def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | None:
@@ -177,7 +196,13 @@ def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None
             )
 
 
-def _bases(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> dict[str, Basis]:
+def _bases(
+    model: nn.Module,
+    header: dict[str, Any],
+    check: str,
+    path: Path,
+    known: dict[tuple[str, int], Basis],
+) -> dict[str, Basis]:
     """LoRA-XS's frozen factors from this base: those that the cores were trained between."""
     found, other = {}, []
     for t in header["targets"]:
@@ -185,7 +210,10 @@ def _bases(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> 
             continue
         module, key = model.get_submodule(t["module"]), join(t["module"], t["tensor"])
         bare = t["matrix"][0] != t["shape"][0]
-        found[key] = basis_of(module, t["tensor"], raw_tensor(module, t["tensor"]), t["rank"], bare)
+        if (key, t["rank"]) not in known:
+            raw = raw_tensor(module, t["tensor"])
+            known[key, t["rank"]] = basis_of(module, t["tensor"], raw, t["rank"], bare)
+        found[key] = known[key, t["rank"]]
         if not found[key].is_as(t.get("basis")):
             other.append(key)
     if other and check == "weights":

@@ -47,6 +47,7 @@ LAYERS = (
     "combination shrinkage",
     "fileformat",
     "files loading",
+    "bank",
     # Lightning.
     "batchnorm first_batch trainer_checks trainer_pruning trainer_start",
     "save_hook",

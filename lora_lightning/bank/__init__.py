@@ -1,0 +1,1 @@
+"""`AdapterBank`: another adapter for every item of a batch."""

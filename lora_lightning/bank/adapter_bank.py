@@ -1,0 +1,236 @@
+"""`AdapterBank`: hundreds of adapters for one base, another one for every item of a batch.
+
+Reading order: this file; `batch` (what is put on the model, and how it comes off),
+`tensor` (what a layer reads as its weight) and `ops` (what is computed with it);
+`layout` and `probe` (where the items lie); `store` (files).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from lora_lightning import state as states
+from lora_lightning.bank.batch import Batch
+from lora_lightning.bank.classes import ATTRIBUTE
+from lora_lightning.bank.look import look
+from lora_lightning.bank.mix import Part, Room
+from lora_lightning.bank.probe import Places, explain
+from lora_lightning.bank.store import Source, Store
+from lora_lightning.bank.watch import Call, items_of
+from lora_lightning.errors import AdapterError, ConfigError
+from lora_lightning.merging import is_merged
+from lora_lightning.switching import disabled
+
+
+class AdapterBank:
+    r"""Adapter files for one model, of which every item of a batch may have its own.
+
+    .. code-block:: python
+
+        bank = AdapterBank(model.eval(), "speakers/")
+        with bank[["alice", "bob", None, "alice"]]:
+            y = model(batch)  # the third item is the source model's
+
+    Item i is computed with :math:`W + s_i B_i A_i` in each layer that its adapter adapts, and with
+    the heads, norms and statistics that it owns: what `set_active` and a batch of one give.
+    Outside the block the model is what it was; nothing is injected or renamed. Ranks, scalings,
+    targets and kinds of factors (DoRA, LoRA-XS, moved starts) may differ between adapters. For
+    inference: the model must be in eval mode; gradients reach inputs, not the bank. (The products
+    per item follow Wen & Chaudhuri 2023, "Batched low-rank adaptation of foundation models",
+    arXiv:2312.05677.)
+
+    Where the items lie in the input of each layer is found out from four runs of the first mixed
+    batch (or of `example`), see `lora_lightning.bank.probe`, and kept: other batch sizes, lengths
+    and picture sizes are fine. What cannot be done per item in place runs once for every adapter of
+    the batch (`places` tells); what cannot be done at all is an error that names the tensors.
+
+    Args:
+        model: The base of all adapters. One bank at a time can be in force on it. Its weights must
+            stay as they are.
+        source: A folder of ``.safetensors`` files, each named after its file; or a mapping from
+            name to path; or paths. A file is read when it is first needed.
+        capacity: How many adapters are kept in memory; those used last stay.
+        capacity_bytes: How many bytes they may take. ``None``: no limit.
+        example: A batch to look at at once: a tensor, a tuple of arguments or a mapping of keyword
+            arguments, of two items or more. ``None``: the first mixed batch is looked at.
+        dim: Dimension of the model's inputs that holds the items. An input whose size is another
+            there has them in the first dimension that fits, or is shared by all items.
+        check: ``"weights"`` or ``"structure"``, as in `lora_lightning.load_adapter`.
+
+    Raises:
+        ConfigError: a bad value or name.
+        AdapterFileError: a file or the folder does not exist.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        *,
+        capacity: int = 256,
+        capacity_bytes: int | None = None,
+        example: Any = None,
+        dim: int = 0,
+        check: str = "weights",
+    ):
+        self.model = model
+        self.dim = dim
+        self._store = Store(model, capacity, capacity_bytes, check)
+        self._places = Places()
+        self._room = Room()
+        self._store.add(source)
+        if example is not None:
+            self.probe(example)
+
+    def add(self, source: Source, *, overwrite: bool = False) -> list[str]:
+        """Enter more files, named as in the constructor; returns their names.
+
+        Raises:
+            AdapterExistsError: a name is taken and `overwrite` is off.
+        """
+        return self._store.add(source, overwrite)
+
+    def __getitem__(
+        self, names: str | Sequence[str | None] | None
+    ) -> AbstractContextManager[nn.Module]:
+        """A ``with`` block in which item i of the batch has the adapter ``names[i]``.
+
+        ``None`` stands for the source model. One name instead of a list is that of every item.
+
+        Raises:
+            AdapterNotFoundError: the bank has no adapter of that name.
+            ConfigError: something that is no name.
+
+        Within the block, calling the model raises `AdapterError` where the batch has another number
+        of items, where items interact, or where an adapter's tensor cannot be had per item.
+        """
+        alone = names is None or isinstance(names, str)
+        listed: tuple[Any, ...] = (names,) if alone else tuple(names)  # type: ignore[arg-type]
+        if not listed:
+            raise ConfigError("no names: give one for each item of the batch")
+        wrong = [n for n in listed if n is not None and not isinstance(n, str)]
+        if wrong:
+            raise ConfigError(f"an adapter's name is a text, or None for the source: {wrong[0]!r}")
+        self._store.check(n for n in listed if n is not None)
+        return self._in_force(listed, None if alone else len(listed))
+
+    def probe(self, batch: Any, names: Sequence[str] | None = None) -> dict[str, str]:
+        """Look at where the items lie in this batch, and return `places`.
+
+        Args:
+            batch: As `example`.
+            names: Whose tensors to look at; default: the adapters in memory, else the first.
+
+        Raises:
+            AdapterError: the batch has less than two items, or the model fails to run.
+        """
+        call: Call = ((batch,), {})
+        if isinstance(batch, Mapping):
+            call = ((), dict(batch))
+        elif isinstance(batch, (tuple, list)):
+            call = (tuple(batch), {})
+        chosen = list(names or self._store.representatives())
+        n = items_of(call, self.dim)
+        if n < 2:
+            raise AdapterError(
+                f"a batch of two items or more is needed to tell them apart, got {n}"
+            )
+        with ExitStack() as stack:
+            prepared = self._prepared((*chosen, None), stack)
+            look(prepared, call, self.dim, prepared.paths)
+        return self.places
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Tensor's path → where its items lie, as far as it has been looked at; for people."""
+        return self._places.describe()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, in the order in which they came."""
+        return list(self._store.files)
+
+    @property
+    def held(self) -> list[str]:
+        """Names of the adapters in memory, the one used last at the end."""
+        return list(self._store.held)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self._store.nbytes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._store.files
+
+    def __len__(self) -> int:
+        return len(self._store.files)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {len(self)} adapters, "
+            f"{len(self.held)} in memory)"
+        )
+
+    @contextmanager
+    def _in_force(self, names: tuple[str | None, ...], expected: int | None) -> Iterator[nn.Module]:
+        with ExitStack() as stack:
+            batch = self._prepared(names, stack)
+
+            def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+                self._before(batch, (args, kwargs), expected)
+
+            hook = self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
+            yield self.model
+
+    def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
+        """The batch, put on the model until `stack` closes."""
+        if _check(self.model):
+            stack.enter_context(disabled(self.model))
+        taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
+        adapters: dict[str | None, dict[str, Part]] = {None: {}}
+        adapters.update(taken)
+        batch = Batch(self.model, names, adapters, self._places, self._room)
+        stack.enter_context(batch.in_force())
+        return batch
+
+    def _before(self, batch: Batch, call: Call, expected: int | None) -> None:
+        """Before the model is called: is it the batch that was announced, and is it known?"""
+        if expected is None or batch.looking:
+            return
+        found = items_of(call, self.dim)
+        if found != expected:
+            raise AdapterError(
+                f"{expected} names for a batch of {found} items (dimension {self.dim} of the first "
+                "input): give one name for each item, None for the source model"
+            )
+        if batch.n == 1:
+            return
+        new = [path for path in batch.paths if path not in self._places.known]
+        if new:
+            look(batch, call, self.dim, new)
+            batch.swap()
+        problems = {p: why for p, why in self._places.problems.items() if p in batch.paths}
+        if problems:
+            raise explain(problems)
+
+
+def _check(model: nn.Module) -> bool:
+    """Raise where a bank cannot be in force; whether an adapter of the model's own is active."""
+    active = False
+    for path, module in states.base_modules(model):
+        where = path or type(model).__name__
+        if module.training:
+            raise AdapterError(f"{where} is in training mode, a bank is for eval: model.eval()")
+        if ATTRIBUTE in module.__dict__:
+            raise AdapterError("a bank is in force on this model already: leave its block first")
+        if is_merged(module):
+            raise AdapterError(f"{where} is merged: unmerge(model) before using a bank")
+        state = states.state_of(module)
+        active |= state is not None and state.active is not None
+    return active

@@ -1,0 +1,185 @@
+"""One batch of many adapters: what each layer reads, and modules that run in groups of items.
+
+While it is in force, modules have the classes of `lora_lightning.bank.classes`, afterwards their
+own. So nothing is injected, renamed or left behind: another batch is nothing but other tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lora_lightning import parametrized
+from lora_lightning import state as states
+from lora_lightning.adapter import raw_tensor
+from lora_lightning.bank.classes import ATTRIBUTE, mixed_class
+from lora_lightning.bank.mix import Mix, Part, Room
+from lora_lightning.bank.probe import Places, signature
+from lora_lightning.bank.watch import Watch
+from lora_lightning.errors import AdapterError
+
+
+@dataclass
+class Batch:
+    """The adapters of one batch, ready to be read; one name alone stands for any number of items.
+
+    Attributes:
+        n: number of items, or 1 where all have the same adapter.
+        now: module's path → tensor's name → its `Mix`, or the source's own tensor.
+        looking: whether the model runs only to be looked at.
+    """
+
+    model: nn.Module
+    names: Sequence[str | None]
+    adapters: Mapping[str | None, Mapping[str, Part]]
+    places: Places
+    room: Room
+    n: int = field(init=False)
+    now: dict[str, dict[str, Any]] = field(init=False)
+    looking: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._parts = _with_ties(self.model, self.adapters)
+        self.paths = sorted({path for parts in self._parts.values() for path in parts})
+        owners = {path.rpartition(".")[0] for path in self.paths}
+        self._modules = {path: self.model.get_submodule(path) for path in owners}
+        self._raw = {path: self._source(path) for path in self.paths}
+        self.grouped: set[str] = set()  # paths of the modules that run in groups
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.n = len(self.names) if len(set(self.names)) > 1 else 1
+        self.now = self._read(self.names[: self.n])
+
+    def _read(self, names: Sequence[str | None]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path in self.paths:
+            module, _, tensor = path.rpartition(".")
+            parts, raw = [self._parts[name].get(path) for name in names], self._raw[path]
+            layouts = self.places.layouts.setdefault(path, {})
+            alone = all(part is None for part in parts)
+            value = raw if alone else Mix.of(path, raw, parts, layouts, self.room)
+            found.setdefault(module, {})[tensor] = value
+        return found
+
+    def _source(self, path: str) -> Any:
+        owner, _, tensor = path.rpartition(".")
+        module = self._modules[owner]
+        if tensor in module._buffers:
+            return module._buffers[tensor]
+        parametrized.recompute(module, tensor)
+        return raw_tensor(module, tensor)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Within the block the model's layers read this batch's tensors."""
+        try:
+            self.swap()
+            yield
+        finally:
+            self._swap_back()
+
+    def swap(self) -> None:
+        """Give each module concerned its class for this batch; again after `places` has grown."""
+        self._swap_back()
+        self.grouped = {self.places.around[p] for p in self.paths if p in self.places.around}
+        # The model itself always: it may turn out while it is called that it has to run in groups.
+        for path in sorted({"", *self.now, *self.grouped}):
+            module = self._modules.get(path) or self.model.get_submodule(path)
+            self._classes.append((module, type(module)))
+            module.__dict__[ATTRIBUTE] = (self, path)
+            tensors = tuple(sorted(self.now.get(path, ())))
+            grouped = not path or path in self.grouped
+            module.__class__ = mixed_class(type(module), tensors, grouped)
+
+    def _swap_back(self) -> None:
+        while self._classes:
+            module, cls = self._classes.pop()
+            module.__class__ = cls
+            del module.__dict__[ATTRIBUTE]
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Within the block the model is the source, and `watch` is told what is used."""
+        kept = self.n, self.now
+        self.looking, self.n, self.now = True, 1, {
+            module: {
+                tensor: replace(mix, watch=watch.use) for tensor, mix in tensors.items()
+            }
+            for module, tensors in kept[1].items()
+        }  # fmt: skip
+        try:
+            yield
+        finally:
+            self.looking, (self.n, self.now) = False, kept
+
+    def in_groups(
+        self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a module once for every adapter of the batch, each time with that one's items."""
+        leaves, spec = tree_flatten((args, kwargs))
+        crossing = self.places.crossings[path].get(signature(leaves))
+        if crossing is None or not all(
+            layout is None or layout.fits(leaf, self.n)
+            for leaf, layout in zip(leaves, crossing.inputs, strict=True)
+        ):
+            raise AdapterError(
+                f"{path or type(self.model).__name__} runs once for every adapter of the batch, "
+                "and is called with other inputs than the bank has seen. Call bank.probe(batch) "
+                "with a batch of this kind"
+            )
+        n, outputs = self.n, []
+        for name, chosen in self._groups():
+            own = [
+                leaf if layout is None else layout.select(leaf, chosen.to(leaf.device), n)
+                for leaf, layout in zip(leaves, crossing.inputs, strict=True)
+            ]
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            with self._alone(name):
+                outputs.append((chosen, forward(*own_args, **own_kwargs)))
+        return self._gathered(outputs, crossing.outputs)
+
+    def _groups(self) -> list[tuple[str | None, Tensor]]:
+        own: dict[str | None, list[int]] = {}
+        for i, name in enumerate(self.names):
+            own.setdefault(name, []).append(i)
+        return [(name, torch.tensor(items)) for name, items in own.items()]
+
+    @contextmanager
+    def _alone(self, name: str | None) -> Iterator[None]:
+        kept = self.n, self.now
+        self.n, self.now = 1, self._read([name])
+        try:
+            yield
+        finally:
+            self.n, self.now = kept
+
+    def _gathered(self, outputs: list[tuple[Tensor, Any]], layouts: Sequence[Any]) -> Any:
+        flat = [(chosen, *tree_flatten(output)) for chosen, output in outputs]
+        whole = []
+        for i, layout in enumerate(layouts):
+            parts = [(chosen, leaves[i]) for chosen, leaves, _ in flat]
+            whole.append(layout.gather(parts, self.n) if layout else parts[0][1])
+        return tree_unflatten(whole, flat[0][2])
+
+
+def _with_ties(
+    model: nn.Module, adapters: Mapping[str | None, Mapping[str, Part]]
+) -> dict[str | None, dict[str, Part]]:
+    """The adapters' parts; a tensor replaced in full is so under each of its names."""
+    found = {name: dict(parts) for name, parts in adapters.items()}
+    if not any(part.full is not None for parts in found.values() for part in parts.values()):
+        return found
+    live = states.base_tensors(model)
+    names: dict[int, list[str]] = {}
+    for path, tensor in live.items():
+        names.setdefault(id(tensor), []).append(path)
+    for parts in found.values():
+        for path, part in list(parts.items()):
+            if part.full is not None:
+                parts.update(dict.fromkeys(names[id(live[path])], part))
+    return found

@@ -1,0 +1,185 @@
+"""Finding out where a model puts the items of a batch: by running it, not by guessing.
+
+Four runs of the same batch are compared: as it is, with one item twice, and with the first and the
+last item changed. The dimension that grows in the second run holds the items; what changes in the
+others tells the order, and whether items interact. So a square input (T = n) is no riddle.
+
+Where a tensor is used in a way that the items cannot share (a recurrent layer, a standardised
+convolution), or by something that all items have in common, the nearest module around it whose
+inputs and outputs can be told apart is called once for every adapter of the batch, with its items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_lightning.bank.layout import Layout, Seen, locate
+from lora_lightning.bank.watch import Watch
+from lora_lightning.errors import AdapterError
+
+Signature = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Crossable:
+    """How a module's inputs and outputs lie, leaf by leaf; ``None``: not by items."""
+
+    inputs: tuple[Layout | None, ...]
+    outputs: tuple[Layout | None, ...]
+
+
+@dataclass
+class Places:
+    """What is known of a model: where each tensor meets the items of a batch.
+
+    Attributes:
+        layouts: tensor's path → number of dimensions of the input → its layout.
+        around: tensor's path → the module that runs in groups for its sake.
+        crossings: that module → how its inputs and outputs lie.
+        problems: tensor's path → why neither can be.
+    """
+
+    layouts: dict[str, dict[int, Layout]] = field(default_factory=dict)
+    around: dict[str, str] = field(default_factory=dict)
+    crossings: dict[str, dict[Signature, Crossable]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+
+    def learn(self, runs: list[Watch], paths: list[str]) -> dict[str, str]:
+        """Take in four runs; tensor's path → why the items cannot each have theirs there."""
+        failed = {}
+        for path in paths:
+            found = of_uses(runs, path)
+            if isinstance(found, str):
+                failed[path] = found
+                continue
+            own = self.layouts.setdefault(path, {})
+            for dims, layout in found.items():
+                agreed = agree(own.get(dims), layout)
+                if agreed is None:
+                    failed[path] = (
+                        f"its input lies as {layout} in one batch, {own[dims]} in another"
+                    )
+                else:
+                    own[dims] = agreed
+        self.known.update(paths)
+        return failed
+
+    def group(self, runs: list[Watch], failed: Mapping[str, str]) -> None:
+        """Find a module to run in groups for each tensor in `failed`, from four runs."""
+        for path, why in failed.items():
+            found = around(path, runs)
+            if found is None:
+                self.problems[path] = why
+            else:
+                module, crossings = found
+                self.around[path] = module
+                self.crossings.setdefault(module, {}).update(crossings)
+                self.problems.pop(path, None)
+
+    def describe(self) -> dict[str, str]:
+        """Tensor's path → how the items of a batch get their own, in words."""
+        words = {p: "; ".join(map(str, d.values())) for p, d in self.layouts.items() if d}
+        words |= {p: f"in groups, by {m or 'the whole model'}" for p, m in self.around.items()}
+        return words | {path: f"not at all: {why}" for path, why in self.problems.items()}
+
+
+def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
+    """Number of dimensions of the input → where the items lie in it; in words why not."""
+    uses = [watch.uses[path] for watch in runs]
+    if len({len(u) for u in uses}) > 1:
+        return "how often it is used depends on what is in the items"
+    found: dict[int, Layout] = {}
+    for same in zip(*uses, strict=True):
+        seen = [use.seen for use in same if use.seen is not None]
+        if len(seen) < len(same):
+            return str(next(use.problem for use in same if use.seen is None))
+        layout = _located(seen, runs[0].n)
+        if not isinstance(layout, Layout):
+            return layout or "its input is the same for all items"
+        dims = len(seen[0].shape)
+        agreed = agree(found.get(dims), layout)
+        if agreed is None:
+            return "its inputs lie in more than one way"
+        found[dims] = agreed
+    return found
+
+
+def _located(seen: Sequence[Seen], n: int) -> Layout | str | None:
+    base, more, first, last = seen
+    return locate(base, more, {0: first, n - 1: last}, n)
+
+
+def agree(one: Layout | None, other: Layout) -> Layout | None:
+    """What both layouts say; ``None`` where they contradict each other."""
+    if one is None or one == other:
+        return other
+    if one.dim != other.dim or None not in (one.minor, other.minor):
+        return None
+    return other if one.minor is None else one
+
+
+def of_calls(runs: list[Watch], path: str) -> dict[Signature, Crossable] | None:
+    """How a module's inputs and outputs lie, by their numbers of dimensions; ``None``: unknown."""
+    calls = [watch.calls[path] for watch in runs]
+    found: dict[Signature, Crossable] = {}
+    if len({len(c) for c in calls}) > 1:
+        return None
+    for same in zip(*calls, strict=True):
+        inputs = _leaves([c.inputs for c in same], runs[0].n)
+        outputs = _leaves([c.outputs for c in same], runs[0].n)
+        tensors = [seen is not None for seen in same[0].outputs]
+        if inputs is None or outputs is None or not any(tensors):
+            return None
+        if any(t and layout is None for t, layout in zip(tensors, outputs, strict=True)):
+            return None
+        key = signature(same[0].inputs)
+        if found.setdefault(key, Crossable(inputs, outputs)) != Crossable(inputs, outputs):
+            return None
+    return found
+
+
+def signature(leaves: list[Any]) -> Signature:
+    """By which calls of a module are told apart: the number of dimensions of each leaf."""
+    shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+    return tuple(None if shape is None else len(shape) for shape in shapes)
+
+
+def _leaves(same: list[list[Seen | None]], n: int) -> tuple[Layout | None, ...] | None:
+    if len({signature(leaves) for leaves in same}) > 1:
+        return None
+    found: list[Layout | None] = []
+    for leaf in zip(*same, strict=True):
+        seen = [each for each in leaf if each is not None]
+        layout = _located(seen, n) if seen else None
+        if isinstance(layout, str):
+            return None
+        found.append(layout)
+    return tuple(found)
+
+
+def around(path: str, runs: list[Watch]) -> tuple[str, dict[Signature, Crossable]] | None:
+    """The nearest module around every use of a tensor that can be called in groups of items."""
+    uses = [use for watch in runs for use in watch.uses[path]]
+    module = path.rpartition(".")[0]
+    inside = frozenset.intersection(*(use.inside for use in uses)) if uses else frozenset()
+    while True:
+        if module in inside and (found := of_calls(runs, module)):
+            return module, found
+        if not module:
+            return None
+        module = module.rpartition(".")[0]
+
+
+def explain(problems: Mapping[str, str]) -> AdapterError:
+    """The error for tensors of which the items of a batch cannot have one each."""
+    lines = [f"  {path}: {why}" for path, why in list(problems.items())[:10]]
+    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return AdapterError(
+        "these tensors are the adapters' own, and the items of one batch cannot each have theirs:\n"
+        + "\n".join(lines)
+        + more
+        + "\nRun one adapter at a time (bank[name]), or leave these layers out of the adapters"
+    )

@@ -1,0 +1,156 @@
+"""Products with another weight for every item of the batch: Linear and convolutions.
+
+Each function below takes the arguments of the torch function that it stands for, in which weights
+and biases may be tensors with a `Mix`. The item's own part is added to the base's output in place,
+by batched products on views: activations are not copied where the layout allows it.
+
+Shapes: n items, N entries along the items' dimension, r rank, C channels in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.bank.layout import Layout
+from lora_lightning.bank.mix import Mix
+
+
+def mix_of(tensor: Any) -> Mix | None:
+    """The mix behind a tensor; ``None`` where it is one for all items."""
+    if isinstance(tensor, Mix):
+        return tensor
+    found: Mix | None = getattr(tensor, "mix", None) if isinstance(tensor, Tensor) else None
+    return found
+
+
+def where(x: Tensor, *tensors: Tensor | None) -> tuple[int, Layout]:
+    """Number of items, and where they lie in the input of these tensors."""
+    mix = next(m for t in tensors if (m := mix_of(t)) is not None)
+    return mix.n, mix.where(x)
+
+
+def values(tensor: Tensor | None) -> Tensor | None:
+    """One value an item, (n, …), or (1, …) for all."""
+    if tensor is None:
+        return None
+    mix = mix_of(tensor)
+    return tensor[None] if mix is None else mix.value()
+
+
+def affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, layout: Layout, at: int
+) -> Tensor:
+    """x·w + b of every item, whose values begin at dimension `at`, counted from the end."""
+    out = layout.split(x, n)
+    if weight is not None:
+        out = out * layout.spread(weight, x, at)
+    if bias is not None:
+        out = out + layout.spread(bias, x, at)
+    return layout.join(out)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`."""
+    n, layout = where(input, weight, bias)
+    mix = mix_of(weight)
+    if mix is None:
+        return affine(F.linear(input, weight), None, values(bias), n, layout, -1)
+    late = mix_of(bias) is not None or mix.scale is not None or mix.full is not None
+    if mix.full is not None:
+        items = layout.items(input, n)
+        rows = torch.bmm(items.flatten(1, -2), mix.full.mT)
+        out = layout.back(rows.view(*items.shape[:-1], -1))
+    else:
+        out = F.linear(input, mix.raw, None if late else bias)
+        _add_linear(out, input, mix, layout)
+    return affine(out, mix.scale, values(bias), n, layout, -1) if late else out
+
+
+def _add_linear(out: Tensor, x: Tensor, mix: Mix, layout: Layout) -> None:
+    lora_A, lora_B = mix.factors()
+    low = torch.bmm(layout.items(x, mix.n).flatten(1, -2), lora_A.mT)
+    low, lora_B = low.to(out.dtype), lora_B.mT.to(out.dtype)  # under autocast they differ
+    items = layout.items(out, mix.n)
+    if _flattens(items):
+        items.flatten(1, -2).baddbmm_(low, lora_B)
+    else:  # no three dimensions can express this layout
+        items += torch.bmm(low, lora_B).view(items.shape)
+
+
+def _flattens(items: Tensor) -> bool:
+    """Whether all dimensions but the first and the last can be seen as one, without a copy."""
+    kept = [
+        (size, step)
+        for size, step in zip(items.shape[1:-1], items.stride()[1:-1], strict=True)
+        if size != 1
+    ]
+    return all(a[1] == b[0] * b[1] for a, b in pairwise(kept))
+
+
+def conv(
+    op: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, `conv2d` or `conv3d`, which is `op`."""
+    n, layout = where(input, weight, bias)
+    options = (stride, padding, dilation)
+    mix = mix_of(weight)
+    if mix is None:
+        out = op(input, weight, None, *options, groups)
+        return affine(out, None, values(bias), n, layout, 1 - out.dim())
+    # No factors of rank r make a product per group: there each entry gets its whole weight.
+    whole = mix.full is not None or groups > 1
+    late = whole or mix.scale is not None or mix_of(bias) is not None
+    if whole:
+        out = _own_conv(op, input, layout.each(mix.value(), len(input)), options, groups)
+    else:
+        out = op(input, mix.raw, None if late else bias, *options, groups)
+        _add_conv(op, out, input, mix, layout, options)
+    scale = None if whole else mix.scale
+    return affine(out, scale, values(bias), n, layout, 1 - out.dim()) if late else out
+
+
+def _own_conv(
+    op: Callable[..., Tensor], x: Tensor, weights: Tensor, options: tuple[Any, ...], groups: int
+) -> Tensor:
+    """Entry e convolved with weights[e]: each entry is a group of channels of its own."""
+    N, out = weights.shape[:2]
+    if N == 1 or weights.stride(0) == 0:
+        return op(x, weights[0], None, *options, groups)
+    if groups == 1 and _is_pointwise(weights, options):
+        rows = torch.bmm(weights.reshape(N, out, -1), x.flatten(2))
+        return rows.view(N, out, *x.shape[2:])
+    folded = x.reshape(1, N * x.shape[1], *x.shape[2:])
+    y = op(folded, weights.flatten(0, 1), None, *options, N * groups)
+    return y.view(N, out, *y.shape[2:])
+
+
+def _is_pointwise(weights: Tensor, options: tuple[Any, ...]) -> bool:
+    stride, padding = (set(o) if isinstance(o, (tuple, list)) else {o} for o in options[:2])
+    return set(weights.shape[3:]) == {1} and stride == {1} and padding <= {0, "same", "valid"}
+
+
+def _add_conv(
+    op: Callable[..., Tensor],
+    out: Tensor,
+    x: Tensor,
+    mix: Mix,
+    layout: Layout,
+    options: tuple[Any, ...],
+) -> None:
+    lora_A, lora_B = (layout.each(factor, len(x)) for factor in mix.factors())
+    lora_A = lora_A.view(*lora_A.shape[:2], *mix.raw.shape[1:])
+    low = _own_conv(op, x, lora_A, options, groups=1).flatten(2).to(out.dtype)
+    out.flatten(2).baddbmm_(lora_B.to(out.dtype), low)
