@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.prefix_cache import PrefixCache
     from lora_lightning.rank_choice import choose_ranks
     from lora_lightning.shifts import shift
     from lora_lightning.shrinkage import shrink
@@ -40,6 +41,7 @@ _HOME = {
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
+    "PrefixCache": "prefix_cache",
     "PseudoLabelCallback": "transduction.callback",
     "SourceStatistics": "source_statistics",
     "TransductiveTask": "transduction.task",
@@ -69,6 +71,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALightningError",
+    "PrefixCache",
     "PseudoLabelCallback",
     "SourceStatistics",
     "TransductiveTask",

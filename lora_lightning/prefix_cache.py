@@ -126,7 +126,7 @@ class PrefixCache(Callback):
     def end_epoch(self) -> None:
         """Note how long the epoch took; switch off where inputs are others each time."""
         forward = self._forward
-        if forward is None or forward.prefix is None:
+        if forward is None or forward.found is None:
             return
         seconds = time.perf_counter() - self._start
         self._epochs += 1
@@ -223,5 +223,3 @@ class PrefixCache(Callback):
     ) -> None:
         """A fit that failed leaves nothing behind."""
         self.detach()
-
-

@@ -104,4 +104,6 @@ def _bytes(tensor: Tensor) -> Any:
 def autocast() -> tuple[Any, ...]:
     """The precision of autocast on each kind of device; None where it is off."""
     kinds = ("cpu", "cuda")
-    return tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in kinds)
+    return tuple(
+        torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in kinds
+    )

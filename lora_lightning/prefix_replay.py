@@ -1,7 +1,4 @@
-"""`Prefix`: the frozen beginning of a model, computed alone, taken apart into items, replayed.
-
-Suffixes: B items of a batch; a value of a call has B·k along one dimension, k for each item.
-"""
+"""`Prefix`: the frozen beginning of a model, computed alone, taken apart into items, replayed."""
 
 from __future__ import annotations
 
@@ -17,7 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lora_lightning.errors import ConfigError
 from lora_lightning.prefix_calls import Call, InOrder, Leaf, Stop, intercepted
 from lora_lightning.prefix_inputs import Inputs
-from lora_lightning.probe import difference
+from lora_lightning.prefix_items import (
+    aside,
+    first,
+    held,
+    join,
+    locate,
+    outline,
+    part,
+    same,
+    varies,
+)
 from lora_lightning.tree import walk
 
 Outputs = list[list[Any]]  # of each call, the values that it gave
@@ -55,7 +62,7 @@ class Prefix:
     @property
     def kept(self) -> list[Leaf]:
         """The values that are stored."""
-        return [leaf for call in self.calls for leaf in call.leaves if leaf.kept and _varies(leaf)]
+        return [leaf for call in self.calls for leaf in call.leaves if leaf.kept and varies(leaf)]
 
     # ---- computing -------------------------------------------------------------------------
 
@@ -72,7 +79,7 @@ class Prefix:
         """The record of each item; `shared` is the hash of what a batch of this shape shares."""
         outputs, specs = self._run(inputs, None)
         outlines = [
-            [_outline(leaf, value) for leaf, value in zip(call.leaves, row, strict=True)]
+            [outline(leaf, value) for leaf, value in zip(call.leaves, row, strict=True)]
             for call, row in zip(self.calls, outputs, strict=True)
         ]
         self._note(shared, Layout(specs, outlines))
@@ -85,7 +92,7 @@ class Prefix:
         def handle(call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             values, spec = tree_flatten(out)
-            found.append([_held(leaf, v) for leaf, v in zip(call.leaves, values, strict=True)])
+            found.append([held(leaf, v) for leaf, v in zip(call.leaves, values, strict=True)])
             specs.append(spec)
             if len(found) == len(self.calls):
                 raise Stop
@@ -121,7 +128,7 @@ class Prefix:
         """The kept values of each of `size` items, contiguous."""
         values = self.values(outputs)
         return [
-            [_part(leaf, value, item) for leaf, value in zip(self.kept, values, strict=True)]
+            [part(leaf, value, item) for leaf, value in zip(self.kept, values, strict=True)]
             for item in range(size)
         ]
 
@@ -131,14 +138,12 @@ class Prefix:
             value
             for call, row in zip(self.calls, outputs, strict=True)
             for leaf, value in zip(call.leaves, row, strict=True)
-            if leaf.kept and _varies(leaf)
+            if leaf.kept and varies(leaf)
         ]
 
     def joined(self, records: Sequence[Record]) -> list[Tensor]:
         """The kept values of a batch of these items."""
-        return [
-            _join(leaf, [record[i] for record in records]) for i, leaf in enumerate(self.kept)
-        ]
+        return [join(leaf, [record[i] for record in records]) for i, leaf in enumerate(self.kept)]
 
     # ---- replaying -------------------------------------------------------------------------
 
@@ -190,16 +195,16 @@ class Prefix:
         """
         size = inputs.size
         once, again = self.outputs(inputs, seed=1), self.outputs(inputs, seed=2)
-        more = self.outputs(inputs.rows([*range(size), 0]), seed=1)
+        more = self.outputs(inputs.rows([*range(size), size - 1]), seed=1)
         for call, a, b, c in zip(self.calls, once, again, more, strict=True):
             for leaf, x, y, z in zip(call.leaves, a, b, c, strict=True):
-                _locate(call, leaf, x, z, size)
+                locate(call, leaf, x, z, size)
                 if not same(x, y):
                     raise ConfigError(
                         f"PrefixCache: {call.path} gives other features each time for the same "
                         "batch, so that they cannot be stored. Switch off what is random in it"
                     )
-                if not same(_first(leaf, z, size), x):
+                if not same(first(leaf, z, size), x):
                     raise ConfigError(
                         f"PrefixCache: what {call.path} gives for an item depends on the other "
                         "items of its batch (batch statistics, or a batch dimension that is not "
@@ -211,83 +216,3 @@ def _above(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _varies(leaf: Leaf) -> bool:
-    return leaf.dim is not None
-
-
-def _held(leaf: Leaf, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    # A copy of what is kept: what comes next may write into it. Of the rest, no more than a shape.
-    return value.clone() if leaf.kept or leaf.dim is None else _outline(leaf, value)
-
-
-def _outline(leaf: Leaf, value: Any) -> Any:
-    return value if leaf.dim is None else value.new_empty(()).expand(value.shape)
-
-
-def _part(leaf: Leaf, value: Tensor, item: int) -> Tensor:
-    assert leaf.dim is not None
-    rows = value.narrow(leaf.dim, item * leaf.per_item, leaf.per_item)
-    return rows.permute(leaf.order).contiguous()
-
-
-def _join(leaf: Leaf, parts: list[Tensor]) -> Tensor:
-    """Parts of items to a batch, in the order of memory that the call itself gave."""
-    assert leaf.dim is not None
-    if len({part.device for part in parts}) > 1:
-        parts = [part.cpu() for part in parts]
-    whole = torch.cat(parts, leaf.order.index(leaf.dim))
-    return whole.permute(sorted(range(whole.ndim), key=leaf.order.__getitem__))
-
-
-def _locate(call: Call, leaf: Leaf, one: Any, more: Any, size: int) -> None:
-    """Which dimension of a value grows with the batch, from batches of `size` and one more."""
-    if not isinstance(one, Tensor):
-        if type(one) is not type(more) or one != more:
-            raise ConfigError(
-                f"PrefixCache: {call.path} gives {type(one).__name__} beside tensors, which "
-                "changes with the size of the batch and cannot be stored by item"
-            )
-        return
-    growing = [i for i, (a, b) in enumerate(zip(one.shape, more.shape, strict=True)) if a != b]
-    if not growing:
-        return
-    dim = growing[0]
-    per_item, rest = divmod(one.shape[dim], size)
-    if len(growing) > 1 or rest or more.shape[dim] != per_item * (size + 1):
-        raise ConfigError(
-            f"PrefixCache: {call.path} gives a tensor of shape {tuple(one.shape)} for {size} items "
-            f"and {tuple(more.shape)} for {size + 1}: there is no telling which part is whose"
-        )
-    leaf.dim, leaf.per_item = dim, per_item
-    leaf.order = tuple(sorted(range(one.ndim), key=lambda i: (-one.stride(i), i)))
-
-
-def _first(leaf: Leaf, value: Any, size: int) -> Any:
-    return value if leaf.dim is None else value.narrow(leaf.dim, 0, size * leaf.per_item)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are the same, but for rounding: half the digits must agree."""
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if torch.equal(a, b):
-        return True
-    if not a.is_floating_point():
-        return False
-    return difference([a.double()], [b.double()]) <= float(torch.finfo(a.dtype).eps) ** 0.5
-
-
-@contextmanager
-def aside(inputs: Inputs, seed: int | None) -> Iterator[None]:
-    """Random numbers drawn within the block leave the generators as they are."""
-    devices = {x.device for x in inputs.leaves if isinstance(x, Tensor) and x.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield

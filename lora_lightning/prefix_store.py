@@ -48,6 +48,9 @@ class Store:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._records
+
     def get(self, key: bytes) -> list[Tensor] | None:
         """The tensors stored under this key: views, not to be written to."""
         return self._records.get(key)

@@ -36,6 +36,7 @@ def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def floats(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in what a model gave, complex ones as pairs of reals."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
