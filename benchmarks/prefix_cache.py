@@ -219,7 +219,7 @@ def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
 def prefix_seconds(name: str, x: Tensor, given: argparse.Namespace) -> dict[str, float]:
     """What the prefix's forward passes of an epoch take, the least of three times."""
     make, _, targets = MODELS[name]
-    model = make().train()
+    model = make().eval()  # no dropout, and BatchNorm as LoRACallback keeps it
     inject(model, rank=8, **targets)
     with PrefixCache(given.budget).attach(model) as cache:
         model(x[: given.batch])

@@ -8,6 +8,7 @@ is used afterwards, `lora_lightning.prefix_flow` finds out.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,15 +158,16 @@ class _Touch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
-    """The outermost calls that are over before anything trained has a say."""
+    """The outermost calls that are over before anything trained, or a hook, has a say."""
     touch = _Touch(_trained(root))
     modules = {m: path for path, m in walk(root) if path}
+    observed = {m for m in modules if _observed(m)}
     done: list[Call] = []
     running = [type(root).__name__]
 
     def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         running.append(modules[module])
-        if _observed(module):
+        if module in observed:
             raise Stop
         before = len(done)
         out = forward(*args, **kwargs)
@@ -174,7 +176,7 @@ def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
 
     args, kwargs = inputs.call()
     try:
-        with torch.no_grad(), intercepted(modules, around), touch:
+        with torch.no_grad(), silenced(modules), intercepted(modules, around), touch:
             root.forward(*args, **kwargs)
         running[-1] = ""
     except Stop:
@@ -202,12 +204,28 @@ def _raw(layer: Any, name: str) -> list[Tensor]:
 
 
 def _observed(module: nn.Module) -> bool:
-    """Whether someone looks at what the module gives; torch's own weight norm does not."""
-    own = all(
-        type(hook).__module__.startswith("torch.nn.utils")
-        for hook in module._forward_pre_hooks.values()
-    )
-    return bool(module._forward_hooks) or not own
+    """Whether someone looks at what the module is given or gives."""
+    return bool(module._forward_hooks) or len(_own_hooks(module)) < len(module._forward_pre_hooks)
+
+
+def _own_hooks(module: nn.Module) -> dict[int, Any]:
+    """Hooks by which torch computes weights: they are part of the module."""
+    hooks = module._forward_pre_hooks
+    return {i: h for i, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
+
+
+@contextmanager
+def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block nobody looks at these modules: a trial forward is none of their business."""
+    kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in modules if _observed(m)]
+    for module, _, _ in kept:
+        module._forward_pre_hooks = OrderedDict(_own_hooks(module))
+        module._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, after, before in kept:
+            module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 def storages(values: Any) -> set[int]:

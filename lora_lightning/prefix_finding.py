@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix_calls import Beginning, first_calls
+from lora_lightning.prefix_calls import Beginning, first_calls, silenced
 from lora_lightning.prefix_flow import mark_used
 from lora_lightning.prefix_inputs import Inputs
 from lora_lightning.prefix_items import aside, same
@@ -48,10 +48,11 @@ def find(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Found:
     with _looking(root, inputs):
         beginning = first_calls(root, batch)
         _refuse_nothing(root, beginning)
-        prefix = Prefix(root, mark_used(root, batch, beginning.calls))
-        settle(prefix, eval_prefix)
-        _refuse_noise(prefix, beginning.end)
-        prefix.learn(batch)
+        with silenced(root.modules()):
+            prefix = Prefix(root, mark_used(root, batch, beginning.calls))
+            settle(prefix, eval_prefix)
+            _refuse_noise(prefix, beginning.end)
+            prefix.learn(batch)
         found = Found(prefix, Watch(prefix, beginning.touched), beginning.end, modes(prefix))
     settle(prefix, eval_prefix)
     if why := refusal(found, inputs):
@@ -71,7 +72,7 @@ def refusal(found: Found, inputs: Inputs) -> str:
     prefix, batch = found.prefix, few(inputs)
     if why := noise(prefix):
         return why
-    with _looking(prefix.root, inputs):
+    with _looking(prefix.root, inputs), silenced(prefix.root.modules()):
         shared = batch.shared()
         records = prefix.compute(batch, shared)
         real = _output(prefix.root, batch)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix_calls import Call, InOrder, Leaf, Stop, intercepted
+from lora_lightning.prefix_calls import Call, InOrder, Leaf, Stop, intercepted, silenced
 from lora_lightning.prefix_inputs import Inputs
 from lora_lightning.prefix_items import (
     aside,
@@ -56,6 +56,7 @@ class Prefix:
         }
         above = {path for call in calls for path in _above(call.path)}
         self.ancestors = {path: root.get_submodule(path) for path in sorted(above)}
+        self._replaced = {call.module for call in calls}
         self._layouts: dict[bytes, Layout] = {}
         self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -102,7 +103,7 @@ class Prefix:
         args, kwargs = inputs.call()
         with torch.inference_mode(False), torch.no_grad(), aside(inputs, seed):
             try:
-                with intercepted({c.module for c in self.calls}, order):
+                with silenced(self.ancestors.values()), intercepted(self._replaced, order):
                     self.root.forward(*args, **kwargs)
             except Stop:
                 return found, specs
@@ -163,7 +164,7 @@ class Prefix:
             return tree_unflatten(row, layout.specs[at])
 
         order = InOrder(self.calls, handle)
-        with intercepted({c.module for c in self.calls}, order):
+        with intercepted(self._replaced, order):
             yield order
 
     def _given(self, leaf: Leaf, outline: Any, values: Iterator[Tensor], size: int) -> Any:

@@ -50,6 +50,7 @@ class CachedForward:
         self.seconds = 0.0
         self._refusals: dict[Hashable, str] = {}  # kind of forward → why not; "": it is served
         self._checked = False
+        self._company: dict[bytes, int] = {}  # key → the batch that it was computed in
         self._renewals = 0
         self._replay: Any = None
         self._order: Any = None
@@ -119,12 +120,14 @@ class CachedForward:
                 if keys[i] not in self.store:
                     self.store.put(keys[i], record)
                 found.setdefault(i, record)
-        elif not self._checked:
+                if not self._checked:
+                    self._company[keys[i]] = self.lookups
+        elif not self._checked and len({self._company[key] for key in keys}) > 1:
             self._check(prefix, inputs, found)
         return [found[i] for i in range(inputs.size)]
 
     def _check(self, prefix: Prefix, inputs: Inputs, found: dict[int, Record]) -> None:
-        """The first batch that is all looked up, most likely in other company than before."""
+        """The first batch of items that were computed in different batches."""
         batch = few(inputs)
         with self._timed():
             now = prefix.values(prefix.outputs(batch))
@@ -136,6 +139,7 @@ class CachedForward:
                 "out"
             )
         self._checked = True
+        self._company.clear()
 
     # ---- is this forward one that can be served? -------------------------------------------
 
@@ -171,6 +175,7 @@ class CachedForward:
         self._refusals.clear()
         self.store.clear()
         self._checked = False
+        self._company.clear()
         self._renewals += 1
         if self._renewals > _RENEWALS:
             self.off = "the weights before the first trained layer change all the time"
