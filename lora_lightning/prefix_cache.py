@@ -76,10 +76,10 @@ class PrefixCache(Callback):
         self.megabytes_ = self.hit_rate_ = 0.0
         self.seconds_before_ = self.seconds_after_ = float("nan")
         self._forward: CachedForward | None = None
-        self._start = self._checks = 0.0
+        self._start = 0.0
         self._later: list[float] = []  # seconds of each epoch but the first
         self._epochs = 0
-        self._first = (0, 0)  # lookups and hits before the second epoch
+        self._first = (0, 0, 0)  # lookups, hits and those in training before the second epoch
         self._told_full = False
 
     @property
@@ -107,7 +107,7 @@ class PrefixCache(Callback):
         store = Store(round(self.budget_mb * 1e6), self.folder)
         self._forward = CachedForward(model, store, self.eval_prefix)
         self._later, self._epochs, self._told_full = [], 0, False
-        self._start, self._checks = time.perf_counter(), 0.0
+        self._start, self._first = time.perf_counter(), (0, 0, 0)
         return self
 
     def detach(self) -> None:
@@ -132,12 +132,13 @@ class PrefixCache(Callback):
         self._epochs += 1
         if self._epochs == 1:
             self.seconds_before_ = seconds - forward.seconds
-            self._first = forward.lookups, forward.hits
+            self._first = forward.lookups, forward.hits, forward.training_hits
         else:
             self._later.append(seconds)
         self._measure(forward)
         self._say_full(forward)
-        if self._epochs == 2 and not forward.off and self.hit_rate_ == 0 and forward.store.used:
+        useless = forward.training_hits == self._first[2] and not forward.renewals
+        if self._epochs == 2 and useless and forward.store.used and not forward.off:
             self._switch_off(forward)
         self._start = time.perf_counter()
 

@@ -37,7 +37,8 @@ class CachedForward:
     Attributes:
         found: the prefix; None before the first forward with gradients.
         end: the module that the prefix ends before.
-        lookups, hits: items.
+        lookups, hits: items; `training_hits` those of forwards with gradients.
+        renewals: how often the weights were others, since the last hit.
         seconds: spent on finding and checking the prefix.
         off: why nothing is cached any more; "" while it is.
     """
@@ -46,12 +47,12 @@ class CachedForward:
         self.root, self.store, self.eval_prefix = root, store, eval_prefix
         self.found: Found | None = None
         self.end = self.off = ""
-        self.lookups = self.hits = 0
+        self.lookups = self.hits = self.training_hits = 0
         self.seconds = 0.0
         self._refusals: dict[Hashable, str] = {}  # kind of forward → why not; "": it is served
         self._checked = False
         self._company: dict[bytes, int] = {}  # key → the batch that it was computed in
-        self._renewals = 0
+        self.renewals = 0
         self._replay: Any = None
         self._order: Any = None
         self._handles = [
@@ -110,8 +111,9 @@ class CachedForward:
         missing = [i for i in range(inputs.size) if i not in found]
         self.lookups += inputs.size
         self.hits += len(found)
+        self.training_hits += len(found) if torch.is_grad_enabled() else 0
         if found:
-            self._renewals = 0
+            self.renewals = 0
         if missing:
             # Items alone, or the whole batch where another argument may tell their lengths.
             index = missing if inputs.separable else list(range(inputs.size))
@@ -176,8 +178,8 @@ class CachedForward:
         self.store.clear()
         self._checked = False
         self._company.clear()
-        self._renewals += 1
-        if self._renewals > _RENEWALS:
+        self.renewals += 1
+        if self.renewals > _RENEWALS:
             self.off = "the weights before the first trained layer change all the time"
             rank_zero_warn(f"PrefixCache is off: {self.off}")
 

@@ -208,10 +208,11 @@ def test_inputs_that_change_are_noticed(tmp_path):
         def __getitem__(self, index):
             return torch.randn(3, 32, 32), index % 4
 
-    plain = fit(tmp_path, data=Noisy())
+    val = DataLoader(items(4), batch_size=4)  # which stays the same, and does not count
+    plain = fit(tmp_path, data=Noisy(), val=val)
     cache = PrefixCache(10)
     with pytest.warns(UserWarning, match="PrefixCache is off: .* inputs change in every epoch"):
-        cached = fit(tmp_path, cache, data=Noisy())
+        cached = fit(tmp_path, cache, data=Noisy(), val=val)
     assert close(plain.losses, cached.losses)
     assert "inputs change" in cache.termination_condition_
     assert cache.summary().startswith("off, no item")
