@@ -36,6 +36,14 @@ def outline(leaf: Leaf, value: Any) -> Any:
     return value if leaf.dim is None else value.new_empty(()).expand(value.shape)
 
 
+def alike(leaf: Leaf, one: Any, other: Any) -> bool:
+    """Whether outlines from two batches agree."""
+    if leaf.dim is None:
+        return same(one, other)
+    shapes = [(*x.shape[: leaf.dim], *x.shape[leaf.dim + 1 :]) for x in (one, other)]
+    return shapes[0] == shapes[1] and one.dtype == other.dtype
+
+
 def part(leaf: Leaf, value: Tensor, item: int) -> Tensor:
     """What belongs to one item, contiguous in the order of memory that the value has."""
     assert leaf.dim is not None

@@ -15,6 +15,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.prefix_calls import Call, InOrder, Leaf, Stop, intercepted, silenced
 from lora_lightning.prefix_inputs import Inputs
 from lora_lightning.prefix_items import (
+    alike,
     aside,
     first,
     held,
@@ -116,11 +117,11 @@ class Prefix:
             return
         for call, now, before in zip(self.calls, layout.outlines, known.outlines, strict=True):
             for leaf, a, b in zip(call.leaves, now, before, strict=True):
-                if leaf.dim is None and not same(a, b):
+                if not alike(leaf, a, b):
                     raise ConfigError(
-                        f"PrefixCache: {call.path} gives a value that belongs to no item and yet "
-                        "changes from batch to batch: nothing can be stored by item. Leave "
-                        "PrefixCache out"
+                        f"PrefixCache: what {call.path} gives differs, in shape or in a value that "
+                        "belongs to no item, between batches of one shape, so that it cannot be "
+                        "stored by item. Leave PrefixCache out"
                     )
 
     # ---- items -----------------------------------------------------------------------------

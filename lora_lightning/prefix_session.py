@@ -41,9 +41,16 @@ class CachedForward:
         renewals: how often the weights were others, since the last hit.
         seconds: spent on finding and checking the prefix.
         off: why nothing is cached any more; "" while it is.
+
+    Raises:
+        ConfigError: the model has such a cache already.
     """
 
     def __init__(self, root: nn.Module, store: Store, eval_prefix: bool):
+        if any(
+            isinstance(h, Hook) and h.call is not None for h in root._forward_pre_hooks.values()
+        ):
+            raise ConfigError("this model has a PrefixCache already: use one")
         self.root, self.store, self.eval_prefix = root, store, eval_prefix
         self.found: Found | None = None
         self.end = self.off = ""
@@ -153,11 +160,11 @@ class CachedForward:
                 return None  # a look with other weights for a while
             if found is not None:
                 self._forget()
-            found = None if self.off else self._find(inputs)
-        if found is None:
-            return None
+            if self.off:
+                return None
+            found = self._find(inputs)
         settle(found.prefix, self.eval_prefix)
-        kind = inputs.kind(), modes(found.prefix), autocast()
+        kind = _kind(found, inputs)
         if kind not in self._refusals:
             with self._timed():
                 self._refusals[kind] = why = refusal(found, inputs)
@@ -168,6 +175,7 @@ class CachedForward:
     def _find(self, inputs: Inputs) -> Found:
         with self._timed():
             self.found = find(self.root, inputs, self.eval_prefix)
+        self._refusals[_kind(self.found, inputs)] = ""
         self.end = self.found.end
         return self.found
 
@@ -209,6 +217,10 @@ class Hook:
 
     def __reduce__(self) -> Any:
         return Hook, (None, None)
+
+
+def _kind(found: Found, inputs: Inputs) -> Hashable:
+    return inputs.kind(), modes(found.prefix), autocast()
 
 
 def _trains(root: nn.Module) -> bool:

@@ -218,6 +218,43 @@ def test_the_batch_may_be_centred_behind_the_prefix():
         torch.testing.assert_close(a, b)
 
 
+def test_a_length_that_comes_from_the_batch_is_refused():
+    class Cut(nn.Module):
+        def forward(self, x, lengths):
+            return x[:, : int(lengths.max())]
+
+    class Cuts(Centred):
+        def __init__(self):
+            super().__init__()
+            self.cut = Cut()
+
+        def forward(self, x, lengths):
+            return self.head(self.stem(self.cut(x, lengths)))
+
+    model = Cuts()
+    inject(model, rank=1, target_modules="head")
+    x = noise(2, 5, 4)
+    with PrefixCache(1).attach(model):
+        model(x, torch.tensor([4, 3]))
+        with pytest.raises(ConfigError, match="differs, in shape"):
+            model(x, torch.tensor([3, 2]))
+
+
+def test_a_batch_of_one_does_not_write_into_the_store():
+    class Writes(Centred):
+        def forward(self, x):
+            return self.head(self.stem(x).mul_(2.0))
+
+    model = Writes()
+    inject(model, rank=1, target_modules="head")
+    x = noise(1, 4)
+    with PrefixCache(1).attach(model) as cache:
+        first = model(x)
+        assert torch.equal(model(x), first)
+        assert torch.equal(model(x), first)
+        assert cache._forward.hits == 2
+
+
 def test_another_path_is_an_error_and_no_wrong_number():
     class Loops(Centred):
         times = 1
@@ -406,6 +443,8 @@ def test_attaching_twice_and_compiled_models(vit):
     cache = PrefixCache(1).attach(vit)
     with pytest.raises(ConfigError, match="attached already"):
         cache.attach(vit)
+    with pytest.raises(ConfigError, match="has a PrefixCache already"):
+        PrefixCache(1).attach(vit)
     cache.detach()
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
         cache.attach(torch.compile(vit))
