@@ -106,6 +106,7 @@ class PrefixCache(Callback):
             )
         store = Store(round(self.budget_mb * 1e6), self.folder)
         self._forward = CachedForward(model, store, self.eval_prefix)
+        self.seconds_before_ = self.seconds_after_ = float("nan")
         self._later, self._epochs, self._told_full = [], 0, False
         self._start, self._first = time.perf_counter(), (0, 0, 0)
         return self
