@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_lightning.loading import load_adapter
     from lora_lightning.ops import fused
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.prefix.cache import PrefixCache
     from lora_lightning.rank_choice import choose_ranks
     from lora_lightning.shifts import shift
     from lora_lightning.shrinkage import shrink
@@ -43,6 +44,7 @@ _HOME = {
     "LoRACallback": "callback",
     "LoRAConfig": "config",
     "LoRALightningError": "errors",
+    "PrefixCache": "prefix.cache",
     "PseudoLabelCallback": "transduction.callback",
     "SourceStatistics": "source_statistics",
     "TransductiveTask": "transduction.task",
@@ -74,6 +76,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALightningError",
+    "PrefixCache",
     "PseudoLabelCallback",
     "SourceStatistics",
     "TransductiveTask",

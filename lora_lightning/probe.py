@@ -26,7 +26,7 @@ def run(model: nn.Module, batch: Any, seed: int = 0) -> list[Tensor]:
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return list(_tensors(model(*args, **kwargs)))
+        return list(floats(model(*args, **kwargs)))
 
 
 def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -35,7 +35,8 @@ def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def floats(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in what a model gave, complex ones as pairs of reals."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -43,13 +44,13 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield torch.view_as_real(output)
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from floats(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _tensors(value)
+            yield from floats(value)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for f in dataclasses.fields(output):
-            yield from _tensors(getattr(output, f.name))
+            yield from floats(getattr(output, f.name))
 
 
 @contextmanager

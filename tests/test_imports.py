@@ -51,7 +51,7 @@ LAYERS = (
     # Lightning.
     "batchnorm first_batch trainer_checks trainer_pruning trainer_start",
     "save_hook",
-    "callback held_out",
+    "callback held_out prefix",
     "cross_fitting fit_guard",
     # Recipes: data, tasks and reports, what runs them, the command.
     "data results",

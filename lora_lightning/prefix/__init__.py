@@ -1,0 +1,1 @@
+"""`PrefixCache`: what lies before the first trained layer is computed once."""

@@ -1,0 +1,238 @@
+"""Which calls of a model come before all that is trained.
+
+A model's forward is arbitrary code and is not cut. What can be replaced are the *calls* of its
+modules: `first_calls` watches one forward, operator by operator, up to the first that touches a
+trained tensor, and gives the outermost modules that had finished by then. What of their results
+is used afterwards, `lora_lightning.prefix.flow` finds out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.prefix.inputs import Inputs
+from lora_lightning.state import adapted_layers
+from lora_lightning.tree import walk
+
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Stop(BaseException):
+    """The part of a forward that was wanted is done; no ``except Exception`` may catch it."""
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One value in what a call returns.
+
+    Attributes:
+        kept: Whether it is stored; else a stand-in takes its place.
+        label: The bit that stands for it where its uses are followed.
+        nbytes: Its size in the batch that was watched.
+        dim: The dimension that grows with the batch; None: there is none.
+        per_item: Its size there for each item: 1, or the heads, windows, … of an item.
+        order: Dimensions from the outermost to the innermost in memory.
+    """
+
+    kept: bool
+    label: int
+    nbytes: int
+    dim: int | None = None
+    per_item: int = 0
+    order: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module, and what came back."""
+
+    path: str
+    module: nn.Module
+    leaves: list[Leaf] = field(default_factory=list)
+    uses: int = 0  # labels of what it was given
+
+    @property
+    def cheap(self) -> bool:
+        """Without a matrix product or convolution: a norm, an activation, a pooling."""
+        return all(p.ndim < 2 for p in self.module.parameters())
+
+
+@dataclass(eq=False)
+class Beginning:
+    """What `first_calls` found: the calls, what they touched, and what ended them."""
+
+    calls: list[Call]
+    touched: set[int]
+    end: str
+
+
+@contextmanager
+def intercepted(modules: Iterable[nn.Module], around: Around) -> Iterator[None]:
+    """Within the block each call of these modules' forward goes through `around`."""
+    chosen = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    kept = [(m, m.__dict__.get("forward")) for m in chosen]
+    for module, _ in kept:
+        module.__dict__["forward"] = _through(around, module)
+    try:
+        yield
+    finally:
+        for module, own in kept:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
+
+
+def _through(around: Around, module: nn.Module) -> Callable[..., Any]:
+    forward = module.forward
+    return lambda *args, **kwargs: around(module, forward, args, kwargs)
+
+
+class InOrder:
+    """Hands the calls of a prefix to `handle`, one after the other, within one forward.
+
+    Modules that such a call runs inside itself, and calls after the last one, are left alone.
+
+    Raises:
+        ConfigError: the forward takes another path than the one that was watched.
+    """
+
+    def __init__(self, calls: list[Call], handle: Callable[..., Any]):
+        self.calls, self.handle = calls, handle
+        self.at, self.inside = 0, False
+
+    def __call__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Stands in for the module's forward."""
+        if self.inside or self.at == len(self.calls):
+            return forward(*args, **kwargs)
+        call = self.calls[self.at]
+        if call.module is not module:
+            raise self.astray(f"{type(module).__name__} was called")
+        self.at, self.inside = self.at + 1, True
+        try:
+            return self.handle(call, forward, args, kwargs)
+        finally:
+            self.inside = False
+
+    def astray(self, what: str) -> ConfigError:
+        """The error for a forward that goes another way."""
+        return ConfigError(
+            f"PrefixCache: {self.calls[self.at].path} was to be called, and {what}: the model "
+            "takes another path than in its first batch (layers dropped at random, or a path that "
+            "depends on the data). Switch that off, or leave PrefixCache out"
+        )
+
+
+class _Touch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops at the first operator that is given a trained tensor; notes what came before."""
+
+    def __init__(self, trained: set[int]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trained = trained
+        self.touched: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = storages((args, kwargs))
+        if not given.isdisjoint(self.trained):
+            raise Stop
+        self.touched |= given
+        return func(*args, **(kwargs or {}))
+
+
+def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
+    """The outermost calls that are over before anything trained, or a hook, has a say."""
+    touch = _Touch(_trained(root))
+    modules = {m: path for path, m in walk(root) if path}
+    observed = {m for m in modules if _observed(m)}
+    done: list[Call] = []
+    running = [type(root).__name__]
+
+    def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        running.append(modules[module])
+        if module in observed:
+            raise Stop
+        before = len(done)
+        out = forward(*args, **kwargs)
+        done[before:] = [Call(running.pop(), module)]
+        return out
+
+    args, kwargs = inputs.call()
+    try:
+        with torch.no_grad(), silenced(modules), intercepted(modules, around), touch:
+            root.forward(*args, **kwargs)
+        running[-1] = ""
+    except Stop:
+        pass
+    return Beginning(done, touch.touched, running[-1])
+
+
+def _trained(root: nn.Module) -> set[int]:
+    """Storages of all that is trained: adapted weights too, for their factors are."""
+    tensors: list[Any] = [p for p in root.parameters() if p.requires_grad]
+    for layer in adapted_layers(root).values():
+        for per_tensor in layer.lora.values():
+            for name, factors in per_tensor.items():
+                if any(p.requires_grad for p in factors.parameters()):
+                    tensors += [*factors.parameters(), *factors.buffers()]
+                    tensors += _raw(layer, name)
+    return storages(tensors)
+
+
+def _raw(layer: Any, name: str) -> list[Tensor]:
+    if name in layer._parameters:
+        return [layer._parameters[name]]
+    parametrizations = getattr(layer, "parametrizations", {})
+    return list(parametrizations[name].parameters()) if name in parametrizations else []
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether someone looks at what the module is given or gives."""
+    return bool(module._forward_hooks) or len(_own_hooks(module)) < len(module._forward_pre_hooks)
+
+
+def _own_hooks(module: nn.Module) -> dict[int, Any]:
+    """Hooks by which torch computes weights: they are part of the module."""
+    hooks = module._forward_pre_hooks
+    return {i: h for i, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
+
+
+@contextmanager
+def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block nobody looks at these modules: a trial forward is none of their business."""
+    kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in modules if _observed(m)]
+    for module, _, _ in kept:
+        module._forward_pre_hooks = OrderedDict(_own_hooks(module))
+        module._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, after, before in kept:
+            module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+def storages(values: Any) -> set[int]:
+    """Names of the memory behind these tensors."""
+    return {storage(x) for x in tree_leaves(values) if isinstance(x, Tensor)}
+
+
+def storage(tensor: Tensor) -> int:
+    """A name of the memory behind a tensor, views and all."""
+    return int(tensor.untyped_storage()._cdata)
