@@ -2,9 +2,9 @@
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own output,
 by `lora_lightning.ops` where that can. *Effective weight*: the base class's own ``forward`` runs,
-and what it reads as its weight is W + s·BA. A class takes the factorised path only where its forward
-is known to be torch's own, so that an overridden forward (weight standardisation, "same" padding,
-a functional read) is honoured by construction.
+and what it reads as its weight is W + s·BA. A class takes the factorised path only where its
+forward is known to be torch's own, so that an overridden forward (weight standardisation, "same"
+padding, a functional read) is honoured by construction.
 
 Shapes below: x_BxI (any leading dimensions, in), lora_A (r, in·kernel), lora_B (out, r).
 """
