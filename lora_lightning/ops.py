@@ -19,7 +19,7 @@ Autocast, dropout (its mask is drawn again from its seed), and starts kept aside
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,6 +38,9 @@ _MANY = 5.0
 # Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
 # keep what they like, are faster then.
 _SMALL = 2**15
+# Numbers of x and g that are worked on together in the backward pass, and the fewest rows that keep
+# matrix products efficient.
+_PIECE, _FEWEST = 2**18, 256
 
 
 @dataclass
@@ -197,13 +200,14 @@ class Plan:
 
     def dropped(self, x: Tensor) -> Tensor:
         """What of x goes to A."""
-        return x * self.mask(x) if self.low.dropout else x
+        return x * self.mask(x, x.shape) if self.low.dropout else x
 
-    def mask(self, x: Tensor) -> Tensor:
-        """Dropout's, the same whenever it is asked for."""
-        generator = torch.Generator(x.device).manual_seed(self.seed)
+    def mask(self, like: Tensor, shape: torch.Size) -> Tensor:
+        """Dropout's for x of this shape, as rows; the same whenever it is asked for."""
+        generator = torch.Generator(like.device).manual_seed(self.seed)
         keep = 1 - self.low.dropout
-        drawn = x.new_empty(x.shape)  # contiguous: strides would change which number goes where
+        width = shape[1 if self.channels else -1]
+        drawn = like.new_empty(shape.numel() // max(width, 1), width)
         return drawn.bernoulli_(keep, generator=generator).div_(keep)
 
     def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
@@ -211,9 +215,22 @@ class Plan:
         made_of = (x,) if self.recipe is None else self.recipe.kept
         ctx.save_for_backward(*others, *(made_of if ctx.needs_input_grad[3] else ()))
 
-    def made(self, kept: Sequence[Tensor]) -> Tensor:
-        """The x of `keep`."""
-        return kept[0] if self.recipe is None else self.recipe.build(kept)
+    def reader(self, kept: Sequence[Tensor], shape: torch.Size) -> Callable[[slice], Tensor]:
+        """From a slice to these rows of x, of what `keep` saved."""
+        recipe = self.recipe
+        if recipe is None or not recipe.by_rows:
+            rows = self.rows(kept[0] if recipe is None else recipe.build(kept))
+            return lambda at: self.cast(rows[at])
+        # Piece by piece what is made again stays in the processor's cache.
+        lead = shape[:-1]
+        folded = [t.reshape(-1, t.shape[-1]) if t.shape[:-1] == lead else t for t in kept]
+
+        def read(at: slice) -> Tensor:
+            pieces = zip(folded, kept, strict=True)
+            own = [f[at] if t.shape[:-1] == lead else t for f, t in pieces]
+            return self.cast(recipe.build(own))
+
+        return read
 
 
 def linear(
@@ -257,7 +274,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
     ) -> Tensor:
-        ctx.plan, ctx.dtype = plan, x.dtype
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         weight = plan.cast(weight)
         out, h_RxN = _linear(x, weight, bias, plan)
         plan.keep(ctx, x, weight, A, B, h_RxN)
@@ -267,32 +284,49 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         refuse_second()
-        plan, needs = ctx.plan, ctx.needs_input_grad
+        plan, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.plan, ctx.needs_input_grad
         weight, A, B, h_RxN, *kept = ctx.saved_tensors
         low_A, g_NxO = plan.cast(A), plan.rows(g)
-        back_RxN = (plan.cast(B) * plan.low.scaling).T @ g_NxO.T
-        grads: list[Tensor | None] = [None] * 6
-        if needs[2]:
-            grads[2] = g_NxO.sum(0)
-        if needs[3]:
-            x_NxI = plan.dropped(plan.rows(plan.cast(plan.made(kept))))
-            h_RxN = low_A @ x_NxI.T if h_RxN is None else h_RxN
-            grads[3] = (back_RxN @ x_NxI).to(A.dtype)
-            del x_NxI
-        if needs[4]:
-            grads[4] = (h_RxN @ g_NxO).T.to(B.dtype) * plan.low.scaling
-        if needs[0]:
-            grads[0] = _input_gradient(g, weight, low_A, back_RxN, plan).to(ctx.dtype)
-        return tuple(grads)
+        back_RxO = (plan.cast(B) * plan.low.scaling).T
+        used = plan.low.added_to(weight) if plan.whole and needs_x else weight
+        grad_A, grad_Bt = torch.zeros_like(low_A), g.new_zeros(len(A), len(B))
+        grad_x = g.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
+        read = plan.reader(kept, ctx.shape) if needs_A else None
+        mask = plan.mask(g, ctx.shape) if plan.low.dropout else None
+        for at in _pieces(g_NxO, A.shape[1]):
+            g_i = g_NxO[at]
+            back_i = back_RxO @ g_i.T
+            if read is not None:
+                x_i = read(at) if mask is None else read(at) * mask[at]
+                grad_A.addmm_(back_i, x_i)
+            if needs_B:
+                grad_Bt.addmm_(low_A @ x_i.T if h_RxN is None else h_RxN[:, at], g_i)
+            if grad_x is not None:
+                out_i = torch.mm(g_i, used, out=grad_x[at])
+                if mask is not None:
+                    out_i.addcmul_(back_i.T @ low_A, mask[at])
+                elif not plan.whole:
+                    out_i.addmm_(back_i.T, low_A)
+        return (
+            None if grad_x is None else plan.unrolled(grad_x, g).to(ctx.dtype),
+            None,
+            g_NxO.sum(0) if needs_bias else None,
+            grad_A.to(A.dtype) if needs_A else None,
+            grad_Bt.T.to(B.dtype) * plan.low.scaling if needs_B else None,
+            None,
+        )
 
 
-def _input_gradient(g: Tensor, weight: Tensor, A: Tensor, back_RxN: Tensor, plan: Plan) -> Tensor:
-    out_NxI = plan.rows(g) @ (plan.low.added_to(weight) if plan.whole else weight)
-    if plan.low.dropout:
-        out_NxI.addcmul_(back_RxN.T @ A, plan.mask(out_NxI))
-    elif not plan.whole:
-        out_NxI.addmm_(back_RxN.T, A)
-    return plan.unrolled(out_NxI, g)
+def _pieces(rows: Tensor, width: int) -> list[slice]:
+    """Slices of rows that a processor's cache holds together with those of x: g is read once.
+
+    In one piece on other devices, and in half precision, whose sums would be rounded each time.
+    """
+    count = len(rows)
+    step = max(_PIECE // (rows.shape[1] + width), _FEWEST)
+    if rows.device.type != "cpu" or not _exact(rows):
+        step = max(count, 1)
+    return [slice(i, i + step) for i in range(0, count, step)]
 
 
 def refuse_second() -> None:

@@ -30,10 +30,13 @@ class Recipe:
     Attributes:
         kept: What the graph holds in any case.
         build: The tensor, from these.
+        by_rows: Whether some of its rows (x seen as a matrix) can be made of the same rows of the
+            kept tensors that have as many, and the others as they are.
     """
 
     kept: tuple[Tensor, ...]
     build: Callable[[Sequence[Tensor]], Tensor]
+    by_rows: bool = True
 
 
 def recipe_for(x: Tensor) -> Recipe | None:
@@ -65,7 +68,7 @@ def _above(node: Any, depth: int, side: int = 0) -> Recipe | None:
 
 def _result(node: Any, depth: int, name: str = "_saved_result") -> Recipe:
     """The graph keeps the tensor itself."""
-    return Recipe((getattr(node, name).detach(),), lambda kept: kept[0])
+    return Recipe((getattr(node, name).detach(),), _first, by_rows=False)
 
 
 def _of_input(function: Callable[..., Tensor], *settings: str) -> Callable[[Any, int], Recipe]:
@@ -73,7 +76,8 @@ def _of_input(function: Callable[..., Tensor], *settings: str) -> Callable[[Any,
 
     def rule(node: Any, depth: int) -> Recipe:
         rest = [_signed(getattr(node, f"_saved_{s}")) for s in settings]
-        return Recipe((node._saved_self.detach(),), lambda kept: function(kept[0], *rest))
+        rows = function is not F.glu or node._saved_dim in (2**64 - 1, node._saved_self.dim() - 1)
+        return Recipe((node._saved_self.detach(),), lambda kept: function(kept[0], *rest), rows)
 
     return rule
 
@@ -104,7 +108,7 @@ def _product(node: Any, depth: int) -> Recipe | None:
     """Both sides are kept, or one is and the other can be made: dropout, gates, RMSNorm."""
     sides = [node._saved_self, node._saved_other]
     recipes = [
-        _above(node, depth, i) if side is None else Recipe((side.detach(),), lambda kept: kept[0])
+        _above(node, depth, i) if side is None else Recipe((side.detach(),), _first)
         for i, side in enumerate(sides)
     ]
     left, right = recipes
@@ -114,7 +118,12 @@ def _product(node: Any, depth: int) -> Recipe | None:
     return Recipe(
         left.kept + right.kept,
         lambda kept: left.build(kept[:count]) * right.build(kept[count:]),
+        left.by_rows and right.by_rows,
     )
+
+
+def _first(kept: Sequence[Tensor]) -> Tensor:
+    return kept[0]
 
 
 def _native_dropout(node: Any, depth: int) -> Recipe | None:
@@ -122,7 +131,11 @@ def _native_dropout(node: Any, depth: int) -> Recipe | None:
     if inner is None or mask is None:
         return None
     scale = 1 / (1 - node._saved_p)
-    return Recipe((*inner.kept, mask), lambda kept: inner.build(kept[:-1]) * kept[-1] * scale)
+    return Recipe(
+        (*inner.kept, mask),
+        lambda kept: inner.build(kept[:-1]) * kept[-1] * scale,
+        inner.by_rows,
+    )
 
 
 def _reshaped(node: Any, depth: int) -> Recipe | None:
@@ -145,7 +158,7 @@ def _copied(node: Any, depth: int) -> Recipe | None:
 
 
 def _then(inner: Recipe | None, step: Callable[[Tensor], Tensor]) -> Recipe | None:
-    return inner and Recipe(inner.kept, lambda kept: step(inner.build(kept)))
+    return inner and Recipe(inner.kept, lambda kept: step(inner.build(kept)), by_rows=False)
 
 
 def _signed(number: int | float) -> int | float:
