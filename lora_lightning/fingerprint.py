@@ -45,7 +45,7 @@ def architecture(model: nn.Module) -> str:
 
 def _sample(parameter: Tensor) -> Tensor:
     step = max(parameter.numel() // _SAMPLES, 1)
-    return parameter.detach().reshape(-1)[::step][:_SAMPLES].float()
+    return parameter.reshape(-1)[: _SAMPLES * step : step].float()
 
 
 def _digest(data: bytes) -> str:

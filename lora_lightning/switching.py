@@ -40,16 +40,21 @@ def set_active(model: nn.Module, name: str | None) -> None:
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
-        before, live = state.active, states.base_tensors(root)
-        activate(root, state, name, live)
-        if state.frozen:  # the others' factors are frozen already
-            freeze(root, state, live=live, among={before, name})
+        switch(root, state, name, states.base_tensors(root))
+
+
+def switch(root: nn.Module, state: ModelState, name: str | None, live: dict[str, Tensor]) -> None:
+    """`set_active` for one injected module, without its checks."""
+    before = state.active
+    activate(root, state, name, live)
+    if state.frozen:  # the others' factors are frozen already
+        freeze(root, state, live=live, among={before, name})
 
 
 def activate(
     root: nn.Module, state: ModelState, name: str | None, live: dict[str, Tensor] | None = None
 ) -> None:
-    """`set_active` for one injected module, without its checks."""
+    """Let the adapter's own values act; what requires a gradient is left as it is."""
     live = states.base_tensors(root) if live is None else live
     if name != state.active:
         if state.active is not None:
@@ -121,12 +126,14 @@ def _set_factor_grad(factors: Factors, on: bool) -> None:
 
 
 @contextmanager
-def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
+def source_values(
+    model: nn.Module, state: ModelState, live: dict[str, Tensor] | None = None
+) -> Iterator[None]:
     """The source's own tensors for the length of a ``with`` block."""
     if state.active is None:
         yield
         return
-    live = states.base_tensors(model)
+    live = states.base_tensors(model) if live is None else live
     states.snapshot(model, state, live=live)
     owned = states.owned_names(model, state, state.active, live)
     kept = {n: live[n].data for n in owned if n in state.source}
