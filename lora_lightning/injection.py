@@ -103,7 +103,9 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
             "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
         )
-    state = check_free(model, name)
+    # The base's modules and tensors are the same objects before and after: looked up once.
+    modules = states.base_modules(model)
+    state = check_free(model, name, modules)
     if name in state.configs:
         if state.configs[name] == config:
             return state.reports[name]
@@ -111,29 +113,32 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             f"adapter {name!r} exists with another configuration; remove(model, {name!r}) first "
             "or choose another name"
         )
-    # The base's tensors are the same objects before and after: looked up once.
-    live = states.base_tensors(model)
+    live = states.base_tensors(model, modules)
     targets = select(model, config)
     specs = _specs(targets, config)
     whole = trainable_names(model, config.trainable, targets, live)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(name, targets, specs)
     register(model, state, name, config, report, freeze, live)
-    switching.activate(model, state, name, live)
+    adapted = states.adapted_layers(model, modules).values()
+    switching.activate(model, state, name, live, adapted)
     if freeze:
-        switching.freeze(model, state, set(whole), live)
+        switching.freeze(model, state, set(whole), live, adapted=adapted)
     return report
 
 
-def check_free(model: nn.Module, name: str) -> ModelState:
-    """The state to enter an adapter of this name in; raises where the model cannot take one."""
+def check_free(model: nn.Module, name: str, modules: states.Modules | None = None) -> ModelState:
+    """The state to enter an adapter of this name in; raises where the model cannot take one.
+
+    `modules` is `base_modules`, for a caller who has them already.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
             "method of torch modules"
         )
     state = states.state_of(model)
-    modules = states.base_modules(model)
+    modules = states.base_modules(model) if modules is None else modules
     if state is None:
         inner = [n for n, m in modules if states.state_of(m)]
         if inner:

@@ -57,9 +57,13 @@ def load_adapter(
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
     header, tensors = read(Path(path))
     name = name or str(header["name"])
-    state = _place_for(model, name, overwrite)
-    config = _config(header, Path(path))
-    live = states.base_tensors(model)  # the same objects until the end: looked up once
+    modules = states.base_modules(model)  # the same objects until the end, as the tensors are
+    state = injection.check_free(model, name, modules)
+    if name in state.configs and not overwrite:
+        raise AdapterExistsError(
+            f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
+        )
+    config, live = _config(header, Path(path)), states.base_tensors(model, modules)
     base = check_base(model, header, check, Path(path), live)
     _check_targets(model, header, Path(path))
     _check_tensors(live, header, tensors, Path(path))
@@ -72,17 +76,8 @@ def load_adapter(
     state = states.state_of(model) or ModelState()
     injection.register(model, state, name, config, report, state.frozen, live, base)
     state.parked[name] = {n: tensors[n].clone() for n in [*extras, *header["buffers"]]}
-    switching.switch(model, state, name, live)
+    switching.switch(model, state, name, live, states.adapted_layers(model, modules).values())
     return report
-
-
-def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState:
-    state = injection.check_free(model, name)
-    if name in state.configs and not overwrite:
-        raise AdapterExistsError(
-            f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
-        )
-    return state
 
 
 def check_base(

@@ -26,6 +26,7 @@ from lora_lightning.targets import trainable_names
 from lora_lightning.tree import Children, join, walk
 
 _ATTRIBUTE = "_lora_state"
+Modules = list[tuple[str, nn.Module]]
 Kind = tuple[tuple[str, ...], frozenset[str]]
 
 
@@ -122,7 +123,7 @@ def holder(model: nn.Module, name: str | None, purpose: str) -> tuple[nn.Module,
     raise AdapterNotFoundError(f"no adapter {name or '(active)'!r} {purpose}; there are {have}")
 
 
-def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Modules:
     """`walk`, but not down into factors: its cost does not grow with the number of adapters."""
     return walk(model, _base_children)
 
@@ -133,14 +134,18 @@ def _base_children(module: nn.Module) -> Children:
     return module._modules
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`live_tensors` of a model with any number of adapters, at the price of the base's alone."""
-    return live_tensors(model, base_modules(model))
+def base_tensors(model: nn.Module, modules: Modules | None = None) -> dict[str, Tensor]:
+    """`live_tensors` of a model with any number of adapters, at the price of the base's alone.
+
+    `modules` is `base_modules`, here and below, for a caller who has them already.
+    """
+    return live_tensors(model, base_modules(model) if modules is None else modules)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module, modules: Modules | None = None) -> dict[str, Any]:
     """Path → module of every layer with factors (none while merged)."""
-    return {n: m for n, m in base_modules(model) if isinstance(m, AdaptedModule)}
+    modules = base_modules(model) if modules is None else modules
+    return {n: m for n, m in modules if isinstance(m, AdaptedModule)}
 
 
 def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
