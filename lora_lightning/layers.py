@@ -74,10 +74,16 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
 
 def has_foreign_lora(module: nn.Module) -> bool:
     """Whether the module has an attribute ``lora`` that is not ours."""
-    # Not by `hasattr`, which takes a module long to deny.
-    known = (module._modules, module._parameters, module._buffers, module.__dict__)
-    there = any("lora" in names for names in known) or hasattr(type(module), "lora")
-    return there and "lora_active" not in module.__dict__
+    if "lora_active" in module.__dict__:
+        return False
+    # Not by `hasattr(module, …)`, which takes a module long to deny.
+    return (
+        "lora" in module._modules
+        or "lora" in module._parameters
+        or "lora" in module._buffers
+        or "lora" in module.__dict__
+        or hasattr(type(module), "lora")
+    )
 
 
 def largest_rank(weight: Tensor, bare: bool) -> int:
