@@ -87,22 +87,23 @@ def injections(runs: int, name: str, rank: int) -> dict[str, list[float]]:
     for run in range(runs + 1):
         model = copy.deepcopy(base)
         gc.collect()  # the copy before this one, which is no cost of ours
-        wall, cpu = _timed(lambda model=model: inject(model, rank=rank))
+        wall, cpu = timed(lambda model=model: inject(model, rank=rank))
         for clock, value in (("wall", wall), ("cpu", cpu)):
             which = "first" if run == 0 else "later"
             found.setdefault(f"inject {name} rank {rank}, {which} [{clock}]", []).append(value)
     return found
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, float]:
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of wall and of processor time."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
-def setting() -> dict[str, str]:
-    """Versions, hardware and how busy the machine was."""
-    packages = ("lora-lightning", "torch", "lightning", "timm")
+def setting(*others: str) -> dict[str, str]:
+    """Versions (of `others` as well), hardware and how busy the machine was."""
+    packages = ("lora-lightning", "torch", "lightning", "timm", *others)
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "date": datetime.date.today().isoformat(),
@@ -125,6 +126,15 @@ def _processor() -> str:
 
 def show(found: dict[str, list[float]]) -> None:
     """Median and quartiles of each measure, then the goals."""
+    table(found)
+    for name, values in found.items():
+        goal = GOAL_MS["import" if name.startswith("import: ") else "inject"]
+        if name.startswith("import: ") or ", later" in name:
+            print(f"goal, under {goal:.0f} ms: {verdict(values, goal)} by {name}")
+
+
+def table(found: dict[str, list[float]]) -> None:
+    """Median and quartiles of each measure, its least value, how often it was taken."""
     print(f"{'milliseconds':62s} {'median':>8s} {'quartiles':>17s} {'least':>8s} {'runs':>5s}")
     for name, values in found.items():
         low, high = _quartiles(values)
@@ -132,13 +142,9 @@ def show(found: dict[str, list[float]]) -> None:
             f"{name:62s} {statistics.median(values):8.1f} {low:8.1f} {high:8.1f} "
             f"{min(values):8.1f} {len(values):5d}"
         )
-    for name, values in found.items():
-        goal = GOAL_MS["import" if name.startswith("import: ") else "inject"]
-        if name.startswith("import: ") or ", later" in name:
-            print(f"goal, under {goal:.0f} ms: {_verdict(values, goal)} by {name}")
 
 
-def _verdict(values: list[float], goal: float) -> str:
+def verdict(values: list[float], goal: float) -> str:
     """A difference of two long measurements may be too noisy to tell."""
     low, high = _quartiles(values)
     if high - low > goal:
@@ -153,10 +159,10 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def save(found: dict[str, list[float]], where: dict[str, str]) -> Path:
+def save(found: dict[str, list[float]], where: dict[str, str], title: str = "startup") -> Path:
     """A dated CSV, one row a run; a second file of the same day gets a number."""
     RESULTS.mkdir(exist_ok=True)
-    stem, number = f"{where['date']}-startup", 1
+    stem, number = f"{where['date']}-{title}", 1
     path = RESULTS / f"{stem}.csv"
     while path.exists():
         number += 1

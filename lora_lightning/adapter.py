@@ -26,7 +26,8 @@ from lora_lightning import parametrized
 from lora_lightning.errors import AdapterError
 from lora_lightning.factors import Factors, FactorSpec, matrix_shape
 from lora_lightning.guard import EffectiveWeight
-from lora_lightning.layers import overrides
+from lora_lightning.layers import base_class, has_foreign_lora, overrides
+from lora_lightning.tree import find
 from lora_lightning.xs import Basis, XSFactors, basis_of
 
 
@@ -123,8 +124,7 @@ def raw_tensor(module: nn.Module, tensor: str) -> Any:
     """The base's own value of an adapted tensor, whatever is active."""
     if tensor in module._parameters:
         return module._parameters[tensor]
-    base = getattr(module, "_adapted_base", type(module))
-    inherited = getattr(base, tensor, None)
+    inherited = getattr(base_class(module), tensor, None)
     if isinstance(inherited, property):
         return inherited.fget(module)  # type: ignore[misc]
     return module.__dict__[tensor]
@@ -133,7 +133,7 @@ def raw_tensor(module: nn.Module, tensor: str) -> Any:
 def located(model: nn.Module, path: str) -> tuple[Any, str]:
     """(module, tensor's name) of a full tensor path such as ``blocks.0.attn.qkv.weight``."""
     owner, _, tensor = path.rpartition(".")
-    return model.get_submodule(owner), tensor
+    return find(model, owner), tensor
 
 
 def adapt(
@@ -142,31 +142,36 @@ def adapt(
     specs: dict[str, FactorSpec],
     bare: bool = False,
     bases: Mapping[str, Basis | None] | None = None,
+    values: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Put factors called `name` on these tensors of a live module, in place.
 
-    `bases` are LoRA-XS's, by tensor, for a caller who has them already.
+    `bases` are LoRA-XS's and `values` the factors' own (copied), both by tensor, for a caller who
+    has them already.
     """
     if not isinstance(module, AdaptedModule):
-        if hasattr(module, "lora"):
+        if has_foreign_lora(module):
             raise AdapterError(f"{type(module).__name__} already has an attribute 'lora'")
-        module.add_module("lora", nn.ModuleDict())
+        module._modules["lora"] = nn.ModuleDict()
         module.__dict__["lora_active"] = None
     live: Any = module
-    base = getattr(module, "_adapted_base", type(module))
-    tensors = tuple(sorted({*getattr(module, "_adapted_tensors", ()), *specs}))
+    base = base_class(module)
+    tensors = tuple(sorted({*getattr(type(module), "_adapted_tensors", ()), *specs}))
     # A recurrent layer has many tensors, which an adapter's file brings one at a time.
-    factors = live.lora[name] if name in live.lora else nn.ModuleDict()
+    adapters = live.lora._modules  # into it, since `ModuleDict` is slow to find a name free
+    factors = adapters[name] if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
         parametrized.recompute(module, tensor)
         weight = raw_tensor(module, tensor)
         made = XSFactors if spec.xs else Factors
-        factors[tensor] = made(weight, matrix_shape(tuple(weight.shape), bare), spec)
+        shape, given = matrix_shape(tuple(weight.shape), bare), (values or {}).get(tensor)
+        new = made(weight, shape, spec, given)
         if spec.xs:
             known = (bases or {}).get(tensor)
-            factors[tensor].basis = known or basis_of(module, tensor, weight, spec.rank, bare)
-    factors.train(module.training)
-    live.lora[name] = factors
+            new.basis = known or basis_of(module, tensor, weight, spec.rank, bare)
+        factors._modules[tensor] = new.train(module.training)
+    factors.training = module.training
+    adapters[name] = factors
     live.__class__ = adapted_class(base, tensors)
     refresh(module)
 

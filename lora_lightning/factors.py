@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,30 +64,50 @@ class Factors(nn.Module):
 
     Shapes: ``lora_A``, ``start_A`` (r, in·kernel), ``lora_B``, ``start_B`` (out, r),
     ``magnitude`` (out,).
+
+    They start as the spec's `init` says, or from `values`: those of all `tensors`, by name.
     """
 
-    def __init__(self, weight: Tensor, matrix: tuple[int, int], spec: FactorSpec):
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        weight: Tensor,
+        matrix: tuple[int, int],
+        spec: FactorSpec,
+        values: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__()
         self.spec = spec
         self.matrix = matrix
         self.start_A: Tensor | None
         self.start_B: Tensor | None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        # Into the tables, since registering by name first looks, slowly, whether the name is free.
+        self._buffers.update(start_A=None, start_B=None)
         self._allocate(weight)
         self.magnitude: nn.Parameter | None
-        self.register_parameter("magnitude", None)
+        self._parameters["magnitude"] = None
         if spec.dora:
-            self.magnitude = nn.Parameter(self.row_norm(weight.detach()))
-        self.reset(weight)
+            given = _empty_like(weight, matrix[0]) if values else self.row_norm(weight.detach())
+            self.magnitude = nn.Parameter(given)
+        if values is None:
+            self.reset(weight)
+        else:
+            self._take(values)
 
     def _allocate(self, weight: Tensor) -> None:
         (rows, columns), spec = self.matrix, self.spec
-        self.lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
-        self.lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
+        lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        self._parameters.update(lora_A=lora_A, lora_B=lora_B)
         if spec.offset:
             self.start_A = torch.zeros_like(self.lora_A, requires_grad=False)
             self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
+
+    def _take(self, values: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            tensor.detach().copy_(values[name])
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The parameters whose product ΔW is, whether they train or not."""

@@ -33,8 +33,9 @@ def by_table(model: nn.Module, layers: list[Target]) -> list[Target]:
     found: list[Target] = []
     done: list[str] = []
     for prefix, module in walk(model):
-        patterns = _table(module)
-        if patterns and not any(_within(prefix, d) for d in done):
+        if any(_within(prefix, d) for d in done):
+            continue
+        if patterns := _table(module):
             done.append(prefix)
             own = [t for t in layers if _within(t.name, prefix)]
             cut = len(prefix) + 1 if prefix else 0

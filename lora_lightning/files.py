@@ -25,7 +25,7 @@ from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.summary import Row
-from lora_lightning.tree import join
+from lora_lightning.tree import find, join
 from lora_lightning.xs import XSFactors
 
 
@@ -105,7 +105,7 @@ def _target(root: nn.Module, row: Row, factors: dict[str, Factors]) -> dict[str,
         )
     found = factors[path]
     spec = found.spec
-    shape = list(raw_tensor(root.get_submodule(row.module), row.tensor).shape)
+    shape = list(raw_tensor(find(root, row.module), row.tensor).shape)
     return {
         "module": row.module,
         "tensor": row.tensor,

@@ -44,8 +44,10 @@ def architecture(model: nn.Module) -> str:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    step = max(parameter.numel() // _SAMPLES, 1)
-    return parameter.detach().reshape(-1)[::step][:_SAMPLES].float()
+    number = parameter.numel()
+    step = max(number // _SAMPLES, 1)
+    flat = parameter if parameter.is_contiguous() else parameter.reshape(-1)
+    return flat.as_strided((min(number, _SAMPLES),), (step,)).float()
 
 
 def _digest(data: bytes) -> str:

@@ -22,6 +22,7 @@ from lora_lightning.errors import (
 from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.initialize import METHODS
+from lora_lightning.merging import is_merged
 from lora_lightning.patterns import Target
 from lora_lightning.rank_choice import choose_ranks
 from lora_lightning.starting import Forward, start_from_data
@@ -29,7 +30,6 @@ from lora_lightning.state import ModelState, state_of
 from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.targets import select, trainable_names
-from lora_lightning.tree import walk
 from lora_lightning.xs import check_weights
 
 
@@ -103,7 +103,9 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
             "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
         )
-    state = check_free(model, name)
+    # The base's modules and tensors are the same objects before and after: looked up once.
+    modules = states.base_modules(model)
+    state = check_free(model, name, modules)
     if name in state.configs:
         if state.configs[name] == config:
             return state.reports[name]
@@ -111,36 +113,40 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             f"adapter {name!r} exists with another configuration; remove(model, {name!r}) first "
             "or choose another name"
         )
-    # The base's tensors are the same objects before and after: looked up once.
-    live = states.base_tensors(model)
+    live = states.base_tensors(model, modules)
     targets = select(model, config)
     specs = _specs(targets, config)
     whole = trainable_names(model, config.trainable, targets, live)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
-    _put(model, name, targets, specs)
+    _put(name, targets, specs)
     register(model, state, name, config, report, freeze, live)
-    switching.activate(model, state, name, live)
+    adapted = states.adapted_layers(model, modules).values()
+    switching.activate(model, state, name, live, adapted)
     if freeze:
-        switching.freeze(model, state, set(whole), live)
+        switching.freeze(model, state, set(whole), live, adapted=adapted)
     return report
 
 
-def check_free(model: nn.Module, name: str) -> ModelState:
-    """The state to enter an adapter of this name in; raises where the model cannot take one."""
+def check_free(model: nn.Module, name: str, modules: states.Modules | None = None) -> ModelState:
+    """The state to enter an adapter of this name in; raises where the model cannot take one.
+
+    `modules` is `base_modules`, for a caller who has them already.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
             "method of torch modules"
         )
     state = states.state_of(model)
+    modules = states.base_modules(model) if modules is None else modules
     if state is None:
-        inner = [n for n, m in walk(model) if states.state_of(m)]
+        inner = [n for n, m in modules if states.state_of(m)]
         if inner:
             raise AdapterError(
                 f"{inner[0]!r} inside this model has adapters; inject into that module"
             )
         return ModelState()
-    if states.merged_layers(model):
+    if any(is_merged(m) for _, m in modules):
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
     return state
 
@@ -187,12 +193,13 @@ def _all_used(config: LoRAConfig, targets: list[Target]) -> None:
                 raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
 
 
-def _put(model: nn.Module, name: str, targets: list[Target], specs: dict[str, FactorSpec]) -> None:
-    per_module: dict[tuple[str, bool], dict[str, FactorSpec]] = {}
+def _put(name: str, targets: list[Target], specs: dict[str, FactorSpec]) -> None:
+    per_module: dict[tuple[int, bool], tuple[nn.Module, dict[str, FactorSpec]]] = {}
     for t in targets:
-        per_module.setdefault((t.name, t.bare), {})[t.tensor] = specs[t.path]
-    for (path, bare), tensors in per_module.items():
-        adapt(model.get_submodule(path), name, tensors, bare)
+        _, tensors = per_module.setdefault((id(t.module), t.bare), (t.module, {}))
+        tensors[t.tensor] = specs[t.path]
+    for (_, bare), (module, tensors) in per_module.items():
+        adapt(module, name, tensors, bare)
 
 
 def register(
@@ -203,8 +210,12 @@ def register(
     report: InjectionReport,
     freeze: bool,
     live: dict[str, Tensor] | None = None,
+    base: dict[str, str] | None = None,
 ) -> None:
-    """Enter a new adapter in the model's state."""
+    """Enter a new adapter in the model's state.
+
+    `base` is the base's fingerprint without the report's extras, for a caller who has it already.
+    """
     live = states.base_tensors(model) if live is None else live
     first = not state.configs
     if first:
@@ -215,7 +226,9 @@ def register(
     state.frozen = freeze
     owned = set(report.extras) if first else states.all_extras(model, state, live)
     states.snapshot(model, state, owned, live)
-    state.fingerprint = fingerprint(model, owned, live)
+    if base is None or owned != set(report.extras):
+        base = fingerprint(model, owned, live)
+    state.fingerprint = base
 
 
 def _report(
@@ -229,7 +242,7 @@ def _report(
     for t in targets:
         spec = specs[t.path]
         out, columns = matrix_shape(tuple(raw_tensor(t.module, t.tensor).shape), t.bare)
-        base = getattr(t.module, "_adapted_base", type(t.module))
+        base = layers.base_class(t.module)
         path = "effective" if t.bare else layers.path_of(t.module)
         rows.append(
             Row(

@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> tuple[str, ...]:
 
 def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
     """Why this tensor cannot carry an adapter, in words for the user; ``None`` where it can."""
-    if hasattr(module, "lora") and not hasattr(module, "lora_active"):
+    if has_foreign_lora(module):
         return "it has an attribute 'lora' of its own, where the factors would go"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript, whose code cannot change; adapt before scripting"
@@ -72,14 +72,35 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
     return parametrized.refusal(module, tensor)
 
 
+def has_foreign_lora(module: nn.Module) -> bool:
+    """Whether the module has an attribute ``lora`` that is not ours."""
+    if "lora_active" in module.__dict__:
+        return False
+    # Not by `hasattr(module, …)`, which takes a module long to deny.
+    return (
+        "lora" in module._modules
+        or "lora" in module._parameters
+        or "lora" in module._buffers
+        or "lora" in module.__dict__
+        or hasattr(type(module), "lora")
+    )
+
+
 def largest_rank(weight: Tensor, bare: bool) -> int:
     """The full rank of the weight's matrix: a larger one would only waste parameters."""
     return min(matrix_shape(tuple(weight.shape), bare))
 
 
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before an adapter was put on it."""
+    cls = type(module)  # asked of the class, since a module is slow to say that it lacks something
+    found: type[nn.Module] = getattr(cls, "_adapted_base", cls)
+    return found
+
+
 def path_of(module: nn.Module) -> str:
     """``"factorised"`` or ``"effective"``: the path that an adapter on this module takes."""
-    forward = _factorised_forward(getattr(module, "_adapted_base", type(module)))
+    forward = _factorised_forward(base_class(module))
     return "factorised" if forward is not None and _factorises(module, forward) else "effective"
 
 

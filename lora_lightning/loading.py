@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning import injection, switching
@@ -15,18 +14,17 @@ from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
 from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import (
-    AdapterError,
     AdapterExistsError,
     AdapterFileError,
     BaseMismatchError,
     ConfigError,
 )
-from lora_lightning.factors import Factors, FactorSpec, matrix_shape
+from lora_lightning.factors import FactorSpec, matrix_shape
 from lora_lightning.fileformat import read
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.tree import join
+from lora_lightning.tree import find, join
 from lora_lightning.xs import Basis, basis_of
 
 
@@ -59,11 +57,24 @@ def load_adapter(
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
     header, tensors = read(Path(path))
     name = name or str(header["name"])
-    state = _place_for(model, name, overwrite)
-    config, bases = checked(model, header, tensors, check, Path(path))
-    if state is not None and name in state.configs:
+    modules = states.base_modules(model)  # the same objects until the end, as the tensors are
+    state = injection.check_free(model, name, modules)
+    if name in state.configs and not overwrite:
+        raise AdapterExistsError(
+            f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
+        )
+    live = states.base_tensors(model, modules)
+    config, bases, base = checked(model, header, tensors, check, Path(path), live)
+    if name in state.configs:
         switching.remove(model, name)
-    return _install(model, name, header, tensors, config, bases)
+    rows = _put(model, name, header, tensors, config, bases)
+    extras = {n: live[n].numel() for n in header["extras"]}
+    report = InjectionReport(name, rows, extras, injection.count_parameters(live))
+    state = states.state_of(model) or ModelState()
+    injection.register(model, state, name, config, report, state.frozen, live, base)
+    state.parked[name] = {n: tensors[n].clone() for n in [*extras, *header["buffers"]]}
+    switching.switch(model, state, name, live, states.adapted_layers(model, modules).values())
+    return report
 
 
 def checked(
@@ -72,41 +83,41 @@ def checked(
     tensors: dict[str, Tensor],
     check: str,
     path: Path,
+    live: dict[str, Tensor],
     known: dict[tuple[str, int], Basis] | None = None,
-) -> tuple[LoRAConfig, dict[str, Basis]]:
-    """The configuration, and LoRA-XS's frozen factors, of a file that fits this model.
+) -> tuple[LoRAConfig, dict[str, Basis], dict[str, str]]:
+    """Of a file that fits this model: configuration, LoRA-XS's frozen factors, the base's print.
 
-    `known` keeps those factors by (tensor's path, rank) for a caller with many files.
+    `live` is `base_tensors`; `known` keeps those factors by (tensor's path, rank) for a caller with
+    many files.
 
     Raises:
         AdapterFileError: it does not fit.
         BaseMismatchError: it was made for another base.
     """
     config = _config(header, path)
-    check_base(model, header, check, path)
+    base = check_base(model, header, check, path, live)
     _check_targets(model, header, path)
-    _check_tensors(model, header, tensors, path)
-    return config, _bases(model, header, check, path, {} if known is None else known)
+    _check_tensors(live, header, tensors, path)
+    return config, _bases(model, header, check, path, {} if known is None else known), base
 
 
-def _place_for(model: nn.Module, name: str, overwrite: bool) -> ModelState | None:
-    state = states.state_of(model)
-    if state is None:
-        injection.check_free(model, name)
-    if states.merged_layers(model):
-        raise AdapterError("the model is merged; call unmerge(model) before loading an adapter")
-    if state is not None and name in state.configs and not overwrite:
-        raise AdapterExistsError(
-            f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
-        )
-    return state
+def check_base(
+    model: nn.Module,
+    header: dict[str, Any],
+    check: str,
+    path: Path,
+    live: dict[str, Tensor] | None = None,
+) -> dict[str, str]:
+    """The base's fingerprint; `live` is `base_tensors`, for a caller who has them already.
 
-
-def check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path) -> None:
-    """Raise BaseMismatchError unless the adapter of this header was made for this base."""
+    Raises:
+        BaseMismatchError: the adapter of this header was made for another base.
+    """
     made_for, state = header["base"], states.state_of(model)
-    with switching.source_values(model, state) if state else nullcontext():
-        own = fingerprint(model, header["extras"], states.base_tensors(model))
+    live = states.base_tensors(model) if live is None else live
+    with switching.source_values(model, state, live) if state else nullcontext():
+        own = fingerprint(model, header["extras"], live)
     if own["structure"] != made_for["structure"]:
         raise BaseMismatchError(
             f"{path} was made for {made_for['architecture']}, and this model is "
@@ -119,13 +130,14 @@ def check_base(model: nn.Module, header: dict[str, Any], check: str, path: Path)
             f"{made_for.get('weights')}, this model {own.get('weights')}): load the same base "
             "checkpoint first, or pass check='structure' if you mean it"
         )
+    return own
 
 
 def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
     for target in header["targets"]:
         place = join(target["module"], target["tensor"])
         try:
-            raw = raw_tensor(model.get_submodule(target["module"]), target["tensor"])
+            raw = raw_tensor(find(model, target["module"]), target["tensor"])
         except (AttributeError, KeyError):
             return f" (here is no {place})"
         if list(raw.shape) != target["shape"]:
@@ -134,11 +146,10 @@ def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
 
 
 def _check_tensors(
-    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
+    live: dict[str, Tensor], header: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> None:
     """Exactly the tensors that the header promises, in shapes that fit the model."""
     expected = _factor_shapes(header)
-    live = states.base_tensors(model)
     for key in [*header["extras"], *header["buffers"]]:
         if key not in live:
             raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
@@ -184,7 +195,7 @@ def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None
     """Each target must be a tensor of this model, seen as the header says."""
     for t in header["targets"]:
         try:
-            raw = raw_tensor(model.get_submodule(t["module"]), t["tensor"])
+            raw = raw_tensor(find(model, t["module"]), t["tensor"])
             shape = tuple(raw.shape)
         except (AttributeError, KeyError):
             shape = ()
@@ -208,7 +219,7 @@ def _bases(
     for t in header["targets"]:
         if not t.get("xs"):
             continue
-        module, key = model.get_submodule(t["module"]), join(t["module"], t["tensor"])
+        module, key = find(model, t["module"]), join(t["module"], t["tensor"])
         bare = t["matrix"][0] != t["shape"][0]
         if (key, t["rank"]) not in known:
             raw = raw_tensor(module, t["tensor"])
@@ -226,24 +237,19 @@ def _bases(
     return found
 
 
-@torch.no_grad()
-def _install(
+def _put(
     model: nn.Module,
     name: str,
     header: dict[str, Any],
     tensors: dict[str, Tensor],
     config: LoRAConfig,
     bases: dict[str, Basis],
-) -> InjectionReport:
-    rows = tuple(_place(model, name, t, config, tensors, bases) for t in header["targets"])
-    live = states.base_tensors(model)
-    extras = {n: live[n].numel() for n in header["extras"]}
-    report = InjectionReport(name, rows, extras, injection.count_parameters(live))
-    state = states.state_of(model) or ModelState()
-    injection.register(model, state, name, config, report, state.frozen, live)
-    state.parked[name] = {n: tensors[n] for n in [*header["extras"], *header["buffers"]]}
-    switching.set_active(model, name)
-    return report
+) -> tuple[Row, ...]:
+    values: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        key, _, part = full.rpartition(".")
+        values.setdefault(key, {})[part] = tensor
+    return tuple(_place(model, name, t, config, values, bases) for t in header["targets"])
 
 
 def _place(
@@ -251,21 +257,19 @@ def _place(
     name: str,
     t: dict[str, Any],
     config: LoRAConfig,
-    tensors: dict[str, Tensor],
+    values: dict[str, dict[str, Tensor]],
     bases: dict[str, Basis],
 ) -> Row:
-    module = model.get_submodule(t["module"])
-    key = join(t["module"], t["tensor"])
+    tensor, key = t["tensor"], join(t["module"], t["tensor"])
     spec = FactorSpec(
         t["rank"], t["alpha"], t["scaling"], t["dropout"], t["dora"], t["freeze_a"],
         "zero", config.seed or 0, key, bool(t.get("offset")), bool(t.get("xs")),
     )  # fmt: skip
     bare = t["matrix"][0] != t["shape"][0]
-    adapt(module, name, {t["tensor"]: spec}, bare, {t["tensor"]: bases.get(key)})
-    live: Any = module
-    factors: Factors = live.lora[name][t["tensor"]]
-    for part, value in factors.tensors().items():
-        value.copy_(tensors[f"{key}.{part}"])
-    size = sum(p.numel() for p in factors.parameters() if p.requires_grad)
-    row, matrix = (t["module"], t["tensor"], t["kind"], t["path"]), tuple(t["matrix"])
-    return Row(*row, t["rank"], t["alpha"], size, (matrix[0], matrix[1]))
+    adapt(
+        find(model, t["module"]), name, {tensor: spec}, bare,
+        {tensor: bases.get(key)}, {tensor: values[key]},
+    )  # fmt: skip
+    rows, columns = t["matrix"]
+    where = (t["module"], tensor, t["kind"], t["path"])
+    return Row(*where, spec.rank, spec.alpha, spec.trained(rows, columns), (rows, columns))

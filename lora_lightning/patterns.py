@@ -46,11 +46,10 @@ def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
         return _compiled(pattern).fullmatch(name) is not None
     if pattern.startswith("type:"):
         return module is not None and _is_type(module, pattern[5:])
+    if not _is_glob(pattern):
+        return name == pattern or name.endswith(f".{pattern}")
     parts = name.split(".")
-    tails = (".".join(parts[i:]) for i in range(len(parts)))
-    if _is_glob(pattern):
-        return any(fnmatch.fnmatchcase(tail, pattern) for tail in tails)
-    return pattern in tails
+    return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
 def _is_type(module: nn.Module, name: str) -> bool:

@@ -20,11 +20,13 @@ from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.merging import is_merged
+from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names
-from lora_lightning.tree import join
+from lora_lightning.tree import Children, join, walk
 
 _ATTRIBUTE = "_lora_state"
+Modules = list[tuple[str, nn.Module]]
 Kind = tuple[tuple[str, ...], frozenset[str]]
 
 
@@ -121,41 +123,29 @@ def holder(model: nn.Module, name: str | None, purpose: str) -> tuple[nn.Module,
     raise AdapterNotFoundError(f"no adapter {name or '(active)'!r} {purpose}; there are {have}")
 
 
-def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Modules:
     """`walk`, but not down into factors: its cost does not grow with the number of adapters."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append((path, module))
-        prefix = f"{path}." if path else ""
-        factors = "lora" if isinstance(module, AdaptedModule) else None
-        for name, child in reversed(module._modules.items()):
-            if child is not None and name != factors:
-                stack.append((prefix + name, child))
-    return found
+    return walk(model, _base_children)
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`live_tensors` of a model with any number of adapters, at the price of the base's alone."""
-    found: dict[str, Tensor] = {}
-    for path, module in base_modules(model):
-        prefix = f"{path}." if path else ""
-        transient = module._non_persistent_buffers_set
-        kept = [(n, b) for n, b in module._buffers.items() if n not in transient]
-        for name, tensor in [*module._parameters.items(), *kept]:
-            if tensor is not None:
-                found[prefix + name] = tensor
-    return found
+def _base_children(module: nn.Module) -> Children:
+    if isinstance(module, AdaptedModule):
+        return {name: child for name, child in module._modules.items() if name != "lora"}
+    return module._modules
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
+def base_tensors(model: nn.Module, modules: Modules | None = None) -> dict[str, Tensor]:
+    """`live_tensors` of a model with any number of adapters, at the price of the base's alone.
+
+    `modules` is `base_modules`, here and below, for a caller who has them already.
+    """
+    return live_tensors(model, base_modules(model) if modules is None else modules)
+
+
+def adapted_layers(model: nn.Module, modules: Modules | None = None) -> dict[str, Any]:
     """Path → module of every layer with factors (none while merged)."""
-    return {n: m for n, m in base_modules(model) if isinstance(m, AdaptedModule)}
+    modules = base_modules(model) if modules is None else modules
+    return {n: m for n, m in modules if isinstance(m, AdaptedModule)}
 
 
 def merged_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -28,18 +28,20 @@ def classifier_modules(model: nn.Module) -> set[str]:
     (``head``, ``fc``, ``classifier`` …) or, failing that, at the very end and outside every list
     of blocks.
     """
-    for prefix, module in walk(model):
+    modules = walk(model)
+    for prefix, module in modules:
         if callable(getattr(module, "get_classifier", None)):
-            return {join(prefix, name) for name in _timm_classifier(module)}
+            inside = modules if module is model else walk(module)
+            return {join(prefix, name) for name in _timm_classifier(module, inside)}
         found = {join(prefix, name) for name in _torchaudio_head(module)}
         if found or (not prefix and below(module, "torchaudio.models")):
             return found  # an encoder on its own has no head; inside a model, that may have one
-    ordered = [n for n, m in walk(model) if layers.tensors_of(m)]
+    ordered = [n for n, m in modules if layers.tensors_of(m)]
     for name, _ in model.named_children():
         under = [n for n in ordered if n == name or n.startswith(f"{name}.")]
         if name in _HEAD_NAMES and under:
             return {under[-1]}
-    inside = tuple(f"{block}." for block in block_list(model))
+    blocks = tuple(f"{block}." for block in block_list(model))
     last = ordered[-1:]
     return {
         n
@@ -47,11 +49,11 @@ def classifier_modules(model: nn.Module) -> set[str]:
         if n  # a model that is one layer has no head
         and isinstance(model.get_submodule(n), nn.Linear)
         and n.count(".") < 2
-        and not n.startswith(inside or ("\0",))
+        and not n.startswith(blocks or ("\0",))
     }
 
 
-def _timm_classifier(model: Any) -> Iterable[str]:
+def _timm_classifier(model: Any, modules: list[tuple[str, nn.Module]]) -> Iterable[str]:
     try:
         found = model.get_classifier()
     except (AttributeError, NotImplementedError):
@@ -60,11 +62,10 @@ def _timm_classifier(model: Any) -> Iterable[str]:
         found = list(found.values())
     found = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     heads = {id(m) for f in found if isinstance(f, nn.Module) for m in f.modules()}
-    names = {n for n, m in walk(model) if id(m) in heads and m._parameters}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     declared = cfg.get("classifier") or ()
     declared = (declared,) if isinstance(declared, str) else tuple(declared)
-    return names | {n for n, m in walk(model) if n in declared and m._parameters}
+    return {n for n, m in modules if m._parameters and (id(m) in heads or n in declared)}
 
 
 def _torchaudio_head(module: nn.Module) -> Iterable[str]:
@@ -76,7 +77,7 @@ def _torchaudio_head(module: nn.Module) -> Iterable[str]:
 
 def below(module: nn.Module, package: str) -> str:
     """Where in `package` the module's class is defined; empty where it is not from there."""
-    where = getattr(module, "_adapted_base", type(module)).__module__
+    where = layers.base_class(module).__module__
     return where.removeprefix(f"{package}.") if where.startswith(f"{package}.") else ""
 
 
@@ -113,19 +114,24 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
             yield members
 
 
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name → every parameter and persistent buffer of the base, factors left out."""
+def live_tensors(
+    model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None
+) -> dict[str, Tensor]:
+    """Name → every parameter and persistent buffer of the base, factors left out.
+
+    `modules` is `walk`, for a caller who has it already.
+    """
     found: dict[str, Tensor] = {}
-    for path, module in walk(model):
-        if isinstance(module, Factors):
+    for path, module in walk(model) if modules is None else modules:
+        parameters, buffers = module._parameters, module._buffers
+        if isinstance(module, Factors) or not (parameters or buffers):
             continue
         prefix = f"{path}." if path else ""
-        transient = module._non_persistent_buffers_set
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters.items():
             if parameter is not None:
                 found[prefix + name] = parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in transient:
+        for name, buffer in buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[prefix + name] = buffer
     return found
 

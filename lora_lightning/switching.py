@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,24 +41,45 @@ def set_active(model: nn.Module, name: str | None) -> None:
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
-        before, live = state.active, states.base_tensors(root)
-        activate(root, state, name, live)
-        if state.frozen:  # the others' factors are frozen already
-            freeze(root, state, live=live, among={before, name})
+        modules = states.base_modules(root)
+        live = states.base_tensors(root, modules)
+        switch(root, state, name, live, states.adapted_layers(root, modules).values())
+
+
+def switch(
+    root: nn.Module,
+    state: ModelState,
+    name: str | None,
+    live: dict[str, Tensor],
+    adapted: Collection[Any],
+) -> None:
+    """`set_active` for one injected module, without its checks.
+
+    `live` are its `base_tensors`, `adapted` its `adapted_layers`.
+    """
+    before = state.active
+    activate(root, state, name, live, adapted)
+    if state.frozen:  # the others' factors are frozen already
+        freeze(root, state, live=live, among={before, name}, adapted=adapted)
 
 
 def activate(
-    root: nn.Module, state: ModelState, name: str | None, live: dict[str, Tensor] | None = None
+    root: nn.Module,
+    state: ModelState,
+    name: str | None,
+    live: dict[str, Tensor] | None = None,
+    adapted: Iterable[Any] | None = None,
 ) -> None:
-    """`set_active` for one injected module, without its checks."""
+    """Let the adapter's own values act; what requires a gradient is left as it is."""
     live = states.base_tensors(root) if live is None else live
+    adapted = states.adapted_layers(root).values() if adapted is None else adapted
     if name != state.active:
         if state.active is not None:
             _park(root, state, live)
         state.active = name
         if name is not None:
             _unpark(state, name, live)
-    for layer in states.adapted_layers(root).values():
+    for layer in adapted:
         layer.lora_active = name if name in layer.lora else None
 
 
@@ -96,19 +118,22 @@ def freeze(
     whole: set[str] | None = None,
     live: dict[str, Tensor] | None = None,
     among: Collection[str | None] | None = None,
+    adapted: Iterable[Any] | None = None,
 ) -> None:
     """Let exactly the active adapter's factors and extras (`whole`) require a gradient.
 
     `among` names the adapters whose factors may have to change; default: all that there are.
+    `adapted` are the adapted layers, for a caller who has them already.
     """
     live = states.base_tensors(model) if live is None else live
+    adapted = states.adapted_layers(model).values() if adapted is None else adapted
     if whole is None:
         whole = set(states.extras(model, state, state.active, live)) if state.active else set()
     own = base_parameters(model, live)
     trained = {id(own[name]) for name in whole}  # a tied parameter has several names
     for parameter in own.values():
         parameter.requires_grad_(id(parameter) in trained)
-    for layer in states.adapted_layers(model).values():
+    for layer in adapted:
         for name in layer.lora if among is None else [n for n in among if n in layer.lora]:
             for factors in layer.lora[name].values():
                 _set_factor_grad(factors, name == state.active)
@@ -121,12 +146,14 @@ def _set_factor_grad(factors: Factors, on: bool) -> None:
 
 
 @contextmanager
-def source_values(model: nn.Module, state: ModelState) -> Iterator[None]:
+def source_values(
+    model: nn.Module, state: ModelState, live: dict[str, Tensor] | None = None
+) -> Iterator[None]:
     """The source's own tensors for the length of a ``with`` block."""
     if state.active is None:
         yield
         return
-    live = states.base_tensors(model)
+    live = states.base_tensors(model) if live is None else live
     states.snapshot(model, state, live=live)
     owned = states.owned_names(model, state, state.active, live)
     kept = {n: live[n].data for n in owned if n in state.source}

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from torch import nn
 
+Children = Mapping[str, nn.Module | None]
 
-def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(dotted path, module) of every module once, in the order of ``named_modules``."""
+
+def walk(
+    model: nn.Module, children: Callable[[nn.Module], Children] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """(dotted path, module) of every module once, in the order of ``named_modules``.
+
+    `children` says which of a module's children are walked; default: all.
+    """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        path, module = stack.pop()
+
+    def visit(path: str, module: nn.Module) -> None:
         if id(module) in seen:
-            continue
+            return
         seen.add(id(module))
         found.append((path, module))
-        prefix = f"{path}." if path else ""
-        children = [(prefix + n, m) for n, m in module._modules.items() if m is not None]
-        stack.extend(reversed(children))
+        below = module._modules if children is None else children(module)
+        if below:
+            prefix = f"{path}." if path else ""
+            for name, child in below.items():
+                if child is not None:
+                    visit(prefix + name, child)
+
+    visit("", model)
     return found
+
+
+def find(model: nn.Module, path: str) -> nn.Module:
+    """``get_submodule``, which is slow because it looks for attributes, by way of the children.
+
+    Raises:
+        AttributeError: there is no such module.
+    """
+    module = model
+    for name in path.split(".") if path else ():
+        children = module._modules  # TorchScript's has no `get`
+        child = children[name] if name in children else None  # noqa: SIM401
+        if child is None:
+            return model.get_submodule(path)  # an attribute, or its error
+        module = child
+    return module
 
 
 def join(path: str, name: str) -> str:

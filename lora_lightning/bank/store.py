@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning import state as states
 from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.bank.mix import Part
 from lora_lightning.errors import (
@@ -146,7 +147,8 @@ class Store:
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
-        _, bases = checked(self._model, header, tensors, self._check, path, self._bases)
+        live = states.base_tensors(self._model)
+        _, bases, _ = checked(self._model, header, tensors, self._check, path, live, self._bases)
         parts = {}
         for target in header["targets"]:
             key = join(target["module"], target["tensor"])
