@@ -21,9 +21,6 @@ from torch import Tensor
 from lora_lightning import ops
 from lora_lightning.ops import LowRank
 
-# G rather than thin convolutions while it takes less than so many times their multiplications:
-# these are less efficient (measured on a CPU).
-_WHOLE_GRADIENT = 3.0
 How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
@@ -94,7 +91,7 @@ class _Convolution(torch.autograd.Function):
         ops.refuse_second()
         low, how, needs = ctx.low, ctx.how, ctx.needs_input_grad
         x, weight, A, B = ctx.saved_tensors
-        small = _is_small(weight, len(A))
+        small = ops.is_small(weight, len(A))
         used = low.added_to(weight.flatten(1)).view_as(weight)
         grad_x, whole = _gradients(g, x, used, how, needs[0], small)
         if whole is not None:
@@ -107,12 +104,6 @@ class _Convolution(torch.autograd.Function):
             for grad, need in ((grad_A, needs[3]), (grad_B, needs[4]))
         ]
         return grad_x, None, grad_bias, *scaled, None, None
-
-
-def _is_small(weight: Tensor, rank: int) -> bool:
-    """Whether G of the whole weight is cheaper than the thin convolutions."""
-    thin = 2 * rank * (len(weight) + weight[0].numel())
-    return weight.numel() < _WHOLE_GRADIENT * thin
 
 
 def _thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:

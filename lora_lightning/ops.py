@@ -38,6 +38,8 @@ _MANY = 5.0
 # Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
 # keep what they like, are faster then.
 _SMALL = 2**15
+# Thin products take so many times as long as their multiplications should (measured on a CPU).
+_THIN = 3.0
 # Numbers of x and g that are worked on together in the backward pass, and the fewest rows that keep
 # matrix products efficient.
 _PIECE, _FEWEST = 2**18, 256
@@ -293,20 +295,28 @@ class _Linear(torch.autograd.Function):
         grad_x = g.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
         read = plan.reader(kept, ctx.shape) if needs_A else None
         mask = plan.mask(g, ctx.shape) if plan.low.dropout else None
+        small = plan.whole and needs_A and is_small(weight, len(A))
+        grad_W = torch.zeros_like(weight) if small else None
         for at in _pieces(g_NxO, A.shape[1]):
             g_i = g_NxO[at]
-            back_i = back_RxO @ g_i.T
             if read is not None:
                 x_i = read(at) if mask is None else read(at) * mask[at]
+            if grad_x is not None:
+                torch.mm(g_i, used, out=grad_x[at])
+            if grad_W is not None:
+                grad_W.addmm_(g_i.T, x_i)
+                continue
+            back_i = back_RxO @ g_i.T
+            if needs_A:
                 grad_A.addmm_(back_i, x_i)
             if needs_B:
                 grad_Bt.addmm_(low_A @ x_i.T if h_RxN is None else h_RxN[:, at], g_i)
-            if grad_x is not None:
-                out_i = torch.mm(g_i, used, out=grad_x[at])
-                if mask is not None:
-                    out_i.addcmul_(back_i.T @ low_A, mask[at])
-                elif not plan.whole:
-                    out_i.addmm_(back_i.T, low_A)
+            if grad_x is not None and mask is not None:
+                grad_x[at].addcmul_(back_i.T @ low_A, mask[at])
+            elif grad_x is not None and not plan.whole:
+                grad_x[at].addmm_(back_i.T, low_A)
+        if grad_W is not None:
+            grad_A, grad_Bt = back_RxO @ grad_W, low_A @ grad_W.T
         return (
             None if grad_x is None else plan.unrolled(grad_x, g).to(ctx.dtype),
             None,
@@ -317,13 +327,19 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def is_small(weight: Tensor, rank: int) -> bool:
+    """Whether the gradient of the whole weight takes less time than the thin products do."""
+    thin = 2 * rank * (len(weight) + weight[0].numel())
+    return weight.numel() < _THIN * thin
+
+
 def _pieces(rows: Tensor, width: int) -> list[slice]:
     """Slices of rows that a processor's cache holds together with those of x: g is read once.
 
     In one piece on other devices, and in half precision, whose sums would be rounded each time.
     """
     count = len(rows)
-    step = max(_PIECE // (rows.shape[1] + width), _FEWEST)
+    step = torch.get_num_threads() * max(_PIECE // (rows.shape[1] + width), _FEWEST)
     if rows.device.type != "cpu" or not _exact(rows):
         step = max(count, 1)
     return [slice(i, i + step) for i in range(0, count, step)]
