@@ -147,6 +147,8 @@ def table(found: dict[str, list[float]]) -> None:
 def verdict(values: list[float], goal: float) -> str:
     """A difference of two long measurements may be too noisy to tell."""
     low, high = _quartiles(values)
+    if low > goal:
+        return "MISSED"
     if high - low > goal:
         return "not decided (the quartiles lie further apart than the goal)"
     return "met" if statistics.median(values) < goal else "MISSED"
