@@ -148,9 +148,10 @@ def variant(name: str, case: Case, rank: int, dropout: float) -> nn.Module:
 
 def freeze_statistics(model: nn.Module) -> nn.Module:
     """BatchNorm in eval mode and dropout off, in every variant."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if "BatchNorm" in kind or (isinstance(module, nn.Dropout) and "lora" not in kind.lower()):
+    for path, module in model.named_modules():
+        if "BatchNorm" in type(module).__name__ or (
+            isinstance(module, nn.Dropout) and "lora" not in path  # PEFT's own
+        ):
             module.eval()
     return model
 
