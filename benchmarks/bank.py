@@ -23,10 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import datetime
-import importlib.metadata
-import os
-import platform
 import random
 import statistics
 import sys
@@ -38,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from startup import setting
 from torch import Tensor, nn
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter
@@ -240,34 +237,6 @@ def plot(path: Path, results: dict[str, dict[tuple[str, int], list[float]]], bat
     figure.savefig(path, dpi=120)
 
 
-def setting(threads: int) -> dict[str, str]:
-    """Versions, hardware and how busy the machine was."""
-    packages = ("lora-lightning", "torch", "timm", "torchaudio", "peft")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "date": datetime.date.today().isoformat(),
-        **versions,
-        "python": platform.python_version(),
-        "precision": "float32",
-        "hardware": f"{_processor()}, {os.cpu_count()} cores, {threads} threads",
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit", "wav2vec2"])
@@ -288,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, show, save, draw."""
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
-    where = setting(options.threads)
+    where = setting("torchaudio", "peft") | {"threads": str(options.threads)}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     warnings.filterwarnings("ignore", module="peft")
     results, rows = {}, []

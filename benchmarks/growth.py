@@ -12,18 +12,13 @@ over rounds of each round's ratio, with the quartiles. One quantity changes at a
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
-from training_step import RESULTS, VIT, Case, available, in_turns, ratios, stepper, variant
+from training_step import VIT, Case, available, in_turns, ratios, stepper, variant, write
 
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 USUAL = {"rank": 8, "batch": 8, "tokens": 197, "depth": 12}
@@ -95,20 +90,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """A dated CSV with versions and hardware."""
-    setting = {
-        "threads": given.threads,
-        "rounds": given.rounds,
-        "torch": torch.__version__.partition("+")[0],
-        "peft": importlib.metadata.version("peft") if "peft" in available() else "",
-        "hardware": platform.processor() or platform.machine(),
-        "load": f"{os.getloadavg()[0]:.1f}",
-    }
-    path = RESULTS / f"{datetime.date.today().isoformat()}-growth.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *setting])
-        writer.writeheader()
-        writer.writerows([{**row, **setting} for row in rows])
-    print(path)
+    write("growth", rows, {"threads": given.threads, "rounds": given.rounds})
 
 
 def main() -> None:

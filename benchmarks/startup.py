@@ -104,7 +104,12 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 def setting(*others: str) -> dict[str, str]:
     """Versions (of `others` as well), hardware and how busy the machine was."""
     packages = ("lora-lightning", "torch", "lightning", "timm", *others)
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return {
         "date": datetime.date.today().isoformat(),
         **versions,

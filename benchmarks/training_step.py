@@ -19,11 +19,9 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import datetime
 import importlib.metadata
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import time
@@ -33,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from startup import setting
 from torch import Tensor, nn
 
 import lora_lightning
@@ -318,27 +317,18 @@ def main() -> None:
         for key in given.models:
             rows += measure(key, given)
     if given.out:
-        write(rows, given)
+        options = ("rank", "dropout", "threads", "rounds")
+        write("training-step", rows, {name: getattr(given, name) for name in options})
 
 
-def write(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """A CSV whose columns tell versions and hardware."""
-    today = datetime.date.today().isoformat()
-    setting = {
-        "rank": given.rank,
-        "dropout": given.dropout,
-        "threads": given.threads,
-        "rounds": given.rounds,
-        "torch": torch.__version__.partition("+")[0],
-        "peft": importlib.metadata.version("peft") if "peft" in available() else "",
-        "hardware": platform.processor() or platform.machine(),
-        "load": f"{os.getloadavg()[0]:.1f}",
-    }
-    path = RESULTS / f"{today}-training-step.csv"
+def write(name: str, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """A dated CSV whose columns tell options, versions and hardware."""
+    where = {**options, **setting("torchaudio", "peft")}
+    path = RESULTS / f"{where['date']}-{name}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *setting])
+        writer = csv.DictWriter(file, [*rows[0], *where])
         writer.writeheader()
-        writer.writerows([{**row, **setting} for row in rows])
+        writer.writerows([{**row, **where} for row in rows])
     print(path)
 
 

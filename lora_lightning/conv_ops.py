@@ -26,8 +26,7 @@ How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether `convolution` can compute it; the plain formula can always."""
-    exact = weight.dtype in (torch.float32, torch.float64) and ops.lowered(x) is None
-    return exact and not low.dropout and ops.applies(x, weight, low)
+    return ops.adds_exactly(x, weight) and not low.dropout and ops.applies(x, weight, low)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How) -> Tensor:

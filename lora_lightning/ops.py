@@ -118,7 +118,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return False
     wanted = lowered(x)
-    if low.start_A is not None and (wanted is not None or not _exact(weight) or low.dropout):
+    if low.start_A is not None and (low.dropout or not adds_exactly(x, weight)):
         return False  # the two products must cancel at the start: see `LowRank.added_to`
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
@@ -131,6 +131,11 @@ def lowered(x: Tensor) -> torch.dtype | None:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def adds_exactly(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product can be added to the weight with which x is computed, nothing lost."""
+    return lowered(x) is None and _exact(weight)
 
 
 def _exact(weight: Tensor) -> bool:
@@ -166,7 +171,7 @@ class Plan:
         training, dtype = torch.is_grad_enabled(), lowered(x)
         ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
         many = ratio > _MANY or low.start_A is not None
-        whole = many and dtype is None and _exact(weight) and not low.dropout
+        whole = many and adds_exactly(x, weight) and not low.dropout
         # From the global generator, so that seeds and checkpointing govern it.
         seed = int(torch.randint(2**62, ())) if low.dropout else 0
         frozen_A = training and not low.lora_A.requires_grad

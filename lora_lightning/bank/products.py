@@ -68,22 +68,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = torch.bmm(items.flatten(1, -2), mix.full.mT)
         out = layout.back(rows.view(*items.shape[:-1], -1))
     else:
-        out = F.linear(input, _shared(mix, input), None if late else bias)
-        if not _is_shared(mix, input):
+        shared = _shared(mix, input)
+        out = F.linear(input, mix.raw if shared is None else shared, None if late else bias)
+        if shared is None:
             _add_linear(out, input, mix, layout)
     return affine(out, mix.scale, values(bias), n, layout, -1) if late else out
 
 
-def _is_shared(mix: Mix, x: Tensor) -> bool:
-    """Whether one adapter serves all items, and its product can be added to the weight."""
-    exact = mix.raw.dtype in (torch.float32, torch.float64) and ops.lowered(x) is None
-    return mix.n == 1 and exact
-
-
-def _shared(mix: Mix, x: Tensor) -> Tensor:
-    """The weight that all items have in common: the base's, or that of their one adapter."""
-    if not _is_shared(mix, x):
-        return mix.raw
+def _shared(mix: Mix, x: Tensor) -> Tensor | None:
+    """The weight of the one adapter that serves all items, where it can be had."""
+    if mix.n > 1 or not ops.adds_exactly(x, mix.raw):
+        return None
     lora_A, lora_B = mix.factors()
     return torch.addmm(mix.raw.flatten(1), lora_B[0], lora_A[0]).view_as(mix.raw)
 
@@ -132,8 +127,10 @@ def conv(
     if whole:
         out = _own_conv(op, input, layout.each(mix.value(), len(input)), options, groups)
     else:
-        out = op(input, _shared(mix, input), None if late else bias, *options, groups)
-        if not _is_shared(mix, input):
+        shared = _shared(mix, input)
+        weight = mix.raw if shared is None else shared
+        out = op(input, weight, None if late else bias, *options, groups)
+        if shared is None:
             _add_conv(op, out, input, mix, layout, options)
     scale = None if whole else mix.scale
     return affine(out, scale, values(bias), n, layout, 1 - out.dim()) if late else out
