@@ -21,6 +21,9 @@ from lora_lightning import ops
 from lora_lightning.bank.layout import Layout
 from lora_lightning.bank.mix import Mix
 
+# Multiplications that a call must have for each thread: some 50 µs of work, a call costs 5 µs.
+_WORTH_A_CALL = 2_000_000
+
 
 def mix_of(tensor: Any) -> Mix | None:
     """The mix behind a tensor; ``None`` where it is one for all items."""
@@ -68,11 +71,33 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = torch.bmm(items.flatten(1, -2), mix.full.mT)
         out = layout.back(rows.view(*items.shape[:-1], -1))
     else:
-        shared = _shared(mix, input)
-        out = F.linear(input, mix.raw if shared is None else shared, None if late else bias)
-        if shared is None:
-            _add_linear(out, input, mix, layout)
+        out = _own_linear(input, mix, None if late else bias, layout)
     return affine(out, mix.scale, values(bias), n, layout, -1) if late else out
+
+
+def _own_linear(x: Tensor, mix: Mix, bias: Tensor | None, layout: Layout) -> Tensor:
+    """x (W + B A)ᵀ + b, with the factors of each item, or of the one adapter for all."""
+    shared = _shared(mix, x)
+    if shared is not None:
+        return F.linear(x, shared, bias)
+    if _worth_joining(x, mix):
+        out = x.new_empty(*x.shape[:-1], len(mix.raw))
+        items = layout.items(out, mix.n)
+        if _flattens(items):
+            _item_by_item(items.flatten(1, -2), layout.items(x, mix.n).flatten(1, -2), mix, bias)
+            return out
+    if layout.place == 0:
+        return _items_first(x.contiguous(), mix, bias)
+    out = F.linear(x, mix.raw, bias)
+    lora_A, lora_B = mix.factors()
+    low = torch.bmm(layout.items(x, mix.n).flatten(1, -2), lora_A.mT)
+    low, lora_B = low.to(out.dtype), lora_B.mT.to(out.dtype)  # under autocast they differ
+    items = layout.items(out, mix.n)
+    if _flattens(items):
+        items.flatten(1, -2).baddbmm_(low, lora_B)
+    else:  # no three dimensions can express this layout
+        items += torch.bmm(low, lora_B).view(items.shape)
+    return out
 
 
 def _shared(mix: Mix, x: Tensor) -> Tensor | None:
@@ -83,15 +108,46 @@ def _shared(mix: Mix, x: Tensor) -> Tensor | None:
     return torch.addmm(mix.raw.flatten(1), lora_B[0], lora_A[0]).view_as(mix.raw)
 
 
-def _add_linear(out: Tensor, x: Tensor, mix: Mix, layout: Layout) -> None:
+def _worth_joining(x: Tensor, mix: Mix) -> bool:
+    """Whether to make the weight of every item, and to multiply item by item.
+
+    Adding B A to W takes r·in·out multiplications, the factors' own way rows·r·(in + out). On a CPU
+    what one item needs stays in a core's cache then, where the whole batch does not fit. Each call
+    must be worth making, and no graph can be recorded of it.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    out, into = mix.raw.shape
+    rows = x.numel() // into // mix.n
+    large = rows * into * out >= _WORTH_A_CALL * torch.get_num_threads()
+    return large and rows * (into + out) >= into * out and ops.adds_exactly(x, mix.raw)
+
+
+def _item_by_item(out: Tensor, x: Tensor, mix: Mix, bias: Tensor | None) -> None:
+    """x (W + B A)ᵀ + b of one item after the other, into `out`, in the memory of one weight."""
+    weight = torch.empty_like(mix.raw)
+    for y, item, A, B in zip(out, x, *mix.factors(), strict=True):
+        torch.addmm(mix.raw, B, A, out=weight)
+        if bias is None:
+            torch.mm(item, weight.t(), out=y)
+        else:
+            torch.addmm(bias, item, weight.t(), out=y)
+
+
+def _items_first(x: Tensor, mix: Mix, bias: Tensor | None) -> Tensor:
+    """The items' part and the bias are written first, as one product, and x Wᵀ is added to it.
+
+    ``F.linear`` would write the bias, add its product to it, and the items' part would be a third
+    pass through an output that is larger than any cache.
+    """
     lora_A, lora_B = mix.factors()
-    low = torch.bmm(layout.items(x, mix.n).flatten(1, -2), lora_A.mT)
-    low, lora_B = low.to(out.dtype), lora_B.mT.to(out.dtype)  # under autocast they differ
-    items = layout.items(out, mix.n)
-    if _flattens(items):
-        items.flatten(1, -2).baddbmm_(low, lora_B)
-    else:  # no three dimensions can express this layout
-        items += torch.bmm(low, lora_B).view(items.shape)
+    low = torch.bmm(x.view(mix.n, -1, x.shape[-1]), lora_A.mT)
+    if bias is not None:
+        low = F.pad(low, (0, 1), value=1.0)
+        lora_B = torch.cat([lora_B, bias.expand(mix.n, -1)[..., None]], 2)
+    out = torch.bmm(low, lora_B.mT).flatten(0, 1)
+    out.addmm_(x.flatten(0, -2).to(out.dtype), mix.raw.t().to(out.dtype))  # autocast: they differ
+    return out.view(*x.shape[:-1], -1)
 
 
 def _flattens(items: Tensor) -> bool:
