@@ -108,7 +108,7 @@ def variants(
     paths, layers = write_files(base, folder, max(numbers))
     one = copy.deepcopy(base)
     load_adapter(one, paths[0], "one")
-    bank = AdapterBank(copy.deepcopy(base), paths, capacity=max(numbers))
+    bank = AdapterBank(copy.deepcopy(base), paths, capacity=max(numbers), example=x[:2])
     for path in paths:  # read before the clock starts: what is measured is a bank that holds them
         with bank[path.stem]:
             pass

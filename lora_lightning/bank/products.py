@@ -87,7 +87,8 @@ def _own_linear(x: Tensor, mix: Mix, bias: Tensor | None, layout: Layout) -> Ten
             _item_by_item(items.flatten(1, -2), layout.items(x, mix.n).flatten(1, -2), mix, bias)
             return out
     if layout.place == 0:
-        return _items_first(x.contiguous(), mix, bias)
+        rows = layout.items(x, mix.n).flatten(1, -2)
+        return _items_first(rows, mix, bias).view(*x.shape[:-1], len(mix.raw))
     out = F.linear(x, mix.raw, bias)
     lora_A, lora_B = mix.factors()
     low = torch.bmm(layout.items(x, mix.n).flatten(1, -2), lora_A.mT)
@@ -141,13 +142,13 @@ def _items_first(x: Tensor, mix: Mix, bias: Tensor | None) -> Tensor:
     pass through an output that is larger than any cache.
     """
     lora_A, lora_B = mix.factors()
-    low = torch.bmm(x.view(mix.n, -1, x.shape[-1]), lora_A.mT)
+    low = torch.bmm(x, lora_A.mT)
     if bias is not None:
         low = F.pad(low, (0, 1), value=1.0)
         lora_B = torch.cat([lora_B, bias.expand(mix.n, -1)[..., None]], 2)
     out = torch.bmm(low, lora_B.mT).flatten(0, 1)
-    out.addmm_(x.flatten(0, -2).to(out.dtype), mix.raw.t().to(out.dtype))  # autocast: they differ
-    return out.view(*x.shape[:-1], -1)
+    out.addmm_(x.flatten(0, 1).to(out.dtype), mix.raw.t().to(out.dtype))  # autocast: they differ
+    return out
 
 
 def _flattens(items: Tensor) -> bool:
