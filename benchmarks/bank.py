@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -34,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bank_report import RESULTS, Times, plot, save, show
 from startup import setting
 from torch import Tensor, nn
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter
 
-RESULTS = Path(__file__).parent / "results"
 RANK = 8
 Work = Callable[[], Any]
 
@@ -135,11 +133,9 @@ def variants(
 
 
 @torch.no_grad()
-def measure(
-    works: dict[tuple[str, int], Work], runs: int, device: str = "cpu"
-) -> dict[tuple[str, int], list[float]]:
+def measure(works: dict[tuple[str, int], Work], runs: int, device: str = "cpu") -> Times:
     """Milliseconds of each, one for each turn; a first turn, which reads files, is left out."""
-    found: dict[tuple[str, int], list[float]] = {key: [] for key in works}
+    found: Times = {key: [] for key in works}
     keys = list(works)
     for turn in range(runs + 1):
         for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
@@ -152,89 +148,6 @@ def measure(
         print(f"\r{turn}/{runs} turns", end="", file=sys.stderr)
     print("\r", end="", file=sys.stderr)
     return found
-
-
-def ratios(found: dict[tuple[str, int], list[float]], key: tuple[str, int]) -> list[float]:
-    """Each run's time over that of the base in the same turn."""
-    return [a / b for a, b in zip(found[key], found["base", 0], strict=True)]
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4)
-    return low, median, high
-
-
-def show(model: str, found: dict[tuple[str, int], list[float]], batch: int) -> None:
-    """Medians, quartiles and ratios to the base, then the goals."""
-    print(
-        f"\n{model}: {'':18s} {'ms':>9s} {'quartiles':>19s} {'over base':>10s} {'quartiles':>15s}"
-    )
-    for (what, number), values in found.items():
-        low, median, high = quartiles(values)
-        a, b, c = quartiles(ratios(found, (what, number)))
-        print(
-            f"{what:14s} {number or '':>6} {median:14.1f} {low:9.1f} {high:9.1f} {b:10.3f} "
-            f"{a:7.3f} {c:7.3f}"
-        )
-    mixed = [key for key in found if key[0] == "bank" and key[1] >= batch]
-    if not mixed:
-        return
-    one = statistics.median(ratios(found, ("one adapter", 1)))
-    for key in mixed:
-        own = statistics.median(ratios(found, key))
-        print(f"goal, {key[1]} adapters at most 1.10 × one for all: {own / one:.3f}")
-    if ("PEFT", batch) in found:
-        peer = statistics.median(ratios(found, ("PEFT", batch))) - 1
-        own = statistics.median(ratios(found, ("bank", batch))) - 1
-        print(f"goal, overhead at most a third of PEFT's: {own / peer:.3f} ({own:.3f}, {peer:.3f})")
-
-
-def save(path: Path, rows: list[list[Any]], where: dict[str, str]) -> Path:
-    """A dated CSV, one row a run; a second file of the same day gets a number."""
-    path.mkdir(parents=True, exist_ok=True)
-    file, number = path / f"{where['date']}-bank.csv", 1
-    while file.exists():
-        number += 1
-        file = path / f"{where['date']}-bank-{number}.csv"
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["model", "batch", "what", "adapters", "run", "milliseconds", *where])
-        writer.writerows([*row, *where.values()] for row in rows)
-    return file
-
-
-def plot(path: Path, results: dict[str, dict[tuple[str, int], list[float]]], batch: int) -> None:
-    """Cost over the base against the number of adapters, quartiles as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(5 * len(results), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (model, found) in zip(axes[0], results.items(), strict=True):
-        for what, colour in (("bank", "C0"), ("PEFT", "C1")):
-            numbers = [n for w, n in found if w == what]
-            if numbers:
-                low, mid, high = zip(
-                    *(quartiles(ratios(found, (what, n))) for n in numbers), strict=True
-                )
-                axis.plot(numbers, mid, "o-", color=colour, label=f"{what}, mixed batch")
-                axis.fill_between(numbers, low, high, color=colour, alpha=0.2, lw=0)
-        one = statistics.median(ratios(found, ("one adapter", 1)))
-        axis.axhline(one, color="C2", ls="--", label="one adapter for all")
-        axis.axhline(1, color="0.4", ls=":", label="base")
-        drawn = sorted({n for _, n in found if n})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(drawn, [str(n) for n in drawn])
-        axis.set(title=model, xlabel=f"adapters (batch of {batch})", ylabel="time / base")
-        axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -260,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     where = setting("torchaudio", "peft") | {"threads": str(options.threads)}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     warnings.filterwarnings("ignore", module="peft")
-    results, rows = {}, []
+    results: dict[str, Times] = {}
     for name in options.models:
         torch.manual_seed(0)
         base, shape = MODELS[name]()
@@ -272,12 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             found = results[name] = measure(works, options.runs, options.device)
         show(name, found, options.batch)
-        rows += [
-            [name, options.batch, what, number, run, f"{value:.3f}"]
-            for (what, number), values in found.items()
-            for run, value in enumerate(values, start=1)
-        ]
-    print(f"saved {save(options.out, rows, where)}")
+    print(f"saved {save(options.out, results, options.batch, where)}")
     if options.plot:
         plot(options.plot, results, options.batch)
 
