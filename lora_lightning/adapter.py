@@ -66,6 +66,15 @@ class AdaptedModule:
         found: Factors | None = per_tensor._modules.get(tensor)
         return found
 
+    def factors_of(self, name: str | None) -> dict[str, Factors]:
+        """Tensor name → factors of the adapter `name`; empty where it has none here."""
+        per_tensor: Any = self.lora._modules.get(name)  # type: ignore[arg-type]
+        return {} if per_tensor is None else per_tensor._modules
+
+    def put_in_force(self, name: str | None) -> None:
+        """Let the adapter `name` act; where it is ``None`` or has no factors here, the base."""
+        self.__dict__["lora_active"] = name if self.factors_of(name) else None
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle what it is made of.
         reduced = super().__reduce_ex__(protocol)
@@ -147,7 +156,7 @@ def adapt(
     """Put factors called `name` on these tensors of a live module, in place.
 
     `bases` are LoRA-XS's and `values` the factors' own (copied), both by tensor, for a caller who
-    has them already.
+    has them already. Factors of that name and of the same sizes take the values as they are.
     """
     if not isinstance(module, AdaptedModule):
         if has_foreign_lora(module):
@@ -155,25 +164,42 @@ def adapt(
         module._modules["lora"] = nn.ModuleDict()
         module.__dict__["lora_active"] = None
     live: Any = module
-    base = base_class(module)
     tensors = tuple(sorted({*getattr(type(module), "_adapted_tensors", ()), *specs}))
     # A recurrent layer has many tensors, which an adapter's file brings one at a time.
     adapters = live.lora._modules  # into it, since `ModuleDict` is slow to find a name free
-    factors = adapters[name] if name in adapters else nn.ModuleDict()
+    factors = adapters.pop(name) if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
         parametrized.recompute(module, tensor)
         weight = raw_tensor(module, tensor)
-        made = XSFactors if spec.xs else Factors
-        shape, given = matrix_shape(tuple(weight.shape), bare), (values or {}).get(tensor)
-        new = made(weight, shape, spec, given)
+        matrix, given = matrix_shape(tuple(weight.shape), bare), (values or {}).get(tensor)
+        new = _placed(factors._modules.pop(tensor, None), weight, matrix, spec, given)
         if spec.xs:
             known = (bases or {}).get(tensor)
             new.basis = known or basis_of(module, tensor, weight, spec.rank, bare)
-        factors._modules[tensor] = new.train(module.training)
-    factors.training = module.training
+        factors._modules[tensor] = new
+        if new.training is not module.training:
+            new.train(module.training)
+    factors.__dict__["training"] = module.training
     adapters[name] = factors
-    live.__class__ = adapted_class(base, tensors)
+    cls = adapted_class(base_class(module), tensors)
+    if type(module) is not cls:
+        live.__class__ = cls
     refresh(module)
+
+
+def _placed(
+    old: Any,
+    weight: Tensor,
+    matrix: tuple[int, int],
+    spec: FactorSpec,
+    values: Mapping[str, Tensor] | None,
+) -> Any:
+    """Factors of this spec: those in that place before, where they can take the values."""
+    made = XSFactors if spec.xs else Factors
+    if type(old) is made and values is not None and old.takes(weight, matrix, values):
+        old.take(spec, values)
+        return old
+    return made(weight, matrix, spec, values)
 
 
 def release(module: nn.Module, name: str) -> None:

@@ -79,22 +79,22 @@ class Factors(nn.Module):
         values: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
-        self.spec = spec
-        self.matrix = matrix
+        self.spec: FactorSpec
+        self.matrix: tuple[int, int]
         self.start_A: Tensor | None
         self.start_B: Tensor | None
-        # Into the tables, since registering by name first looks, slowly, whether the name is free.
-        self._buffers.update(start_A=None, start_B=None)
-        self._allocate(weight)
         self.magnitude: nn.Parameter | None
+        # Into the tables, since assigning by name first looks, slowly, whether the name is free.
+        self.__dict__.update(spec=spec, matrix=matrix)
+        self._buffers.update(start_A=None, start_B=None)
+        if values is not None:
+            self._adopt(weight, values)
+            return
+        self._allocate(weight)
         self._parameters["magnitude"] = None
         if spec.dora:
-            given = _empty_like(weight, matrix[0]) if values else self.row_norm(weight.detach())
-            self.magnitude = nn.Parameter(given)
-        if values is None:
-            self.reset(weight)
-        else:
-            self._take(values)
+            self.magnitude = nn.Parameter(self.row_norm(weight.detach()))
+        self.reset(weight)
 
     def _allocate(self, weight: Tensor) -> None:
         (rows, columns), spec = self.matrix, self.spec
@@ -105,9 +105,44 @@ class Factors(nn.Module):
             self.start_A = torch.zeros_like(self.lora_A, requires_grad=False)
             self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
 
-    def _take(self, values: Mapping[str, Tensor]) -> None:
+    def _adopt(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Hold copies of these, of the weight's kind; DoRA's magnitude last, as when allocated."""
+        device, dtype, parameters = weight.device, weight.dtype, self._parameters
+        for name in TENSORS:
+            if name not in values:
+                continue
+            own = values[name].to(device, dtype, copy=True)
+            if name.startswith("start"):
+                self._buffers[name] = own
+            else:
+                parameters[name] = nn.Parameter(own, self.trains(name))
+        parameters.setdefault("magnitude", None)
+
+    def takes(self, weight: Tensor, matrix: tuple[int, int], values: Mapping[str, Tensor]) -> bool:
+        """Whether `take` can bring these in, so that all is as if they were made of them anew."""
+        own = self.tensors()
+        return (
+            self.matrix == matrix
+            and own.keys() == values.keys()
+            and all(
+                type(tensor) in (Tensor, nn.Parameter)  # no DTensor, nor the like
+                and not tensor.is_inference()
+                and tensor.shape == values[name].shape
+                and tensor.dtype == weight.dtype
+                and tensor.device == weight.device
+                for name, tensor in own.items()
+            )
+        )
+
+    @torch.no_grad()
+    def take(self, spec: FactorSpec, values: Mapping[str, Tensor]) -> None:
+        """Become what these make. Parameters stay the objects they were; gradients are void."""
+        self.spec = spec
         for name, tensor in self.tensors().items():
-            tensor.detach().copy_(values[name])
+            tensor.copy_(values[name])
+            if name in self._parameters:
+                tensor.grad = None
+                tensor.requires_grad_(self.trains(name))
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The parameters whose product ΔW is, whether they train or not."""

@@ -50,7 +50,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterFileError: the file is missing, damaged, or no adapter.
     """
-    return read(Path(path), header_only=True)[0]
+    return read(Path(path))[0]
 
 
 def _contents(

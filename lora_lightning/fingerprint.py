@@ -47,7 +47,8 @@ def _sample(parameter: Tensor) -> Tensor:
     number = parameter.numel()
     step = max(number // _SAMPLES, 1)
     flat = parameter if parameter.is_contiguous() else parameter.reshape(-1)
-    return flat.as_strided((min(number, _SAMPLES),), (step,)).float()
+    values = flat.as_strided((min(number, _SAMPLES),), (step,))
+    return values if values.dtype is torch.float32 else values.float()
 
 
 def _digest(data: bytes) -> str:

@@ -44,7 +44,8 @@ def load_adapter(
         name: Name to give it; default: the one in the file.
         check: ``"weights"``: the base must have the weights that the adapter was trained on
             (a sample of each tensor is compared); ``"structure"``: names and shapes only.
-        overwrite: Replace an adapter of that name.
+        overwrite: Replace an adapter of that name. Factors of the same sizes on the same layers
+            take the file's values and stay the parameters that they are.
 
     Raises:
         AdapterFileError: the file is missing, damaged, no adapter, or does not fit.
@@ -66,7 +67,7 @@ def load_adapter(
     live = states.base_tensors(model, modules)
     config, bases, base = checked(model, header, tensors, check, Path(path), live)
     if name in state.configs:
-        switching.remove(model, name)
+        _make_way(model, state, name, header, modules, live)
     rows = _put(model, name, header, tensors, config, bases)
     extras = {n: live[n].numel() for n in header["extras"]}
     report = InjectionReport(name, rows, extras, injection.count_parameters(live))
@@ -75,6 +76,25 @@ def load_adapter(
     state.parked[name] = {n: tensors[n].clone() for n in [*extras, *header["buffers"]]}
     switching.switch(model, state, name, live, states.adapted_layers(model, modules).values())
     return report
+
+
+def _make_way(
+    model: nn.Module,
+    state: ModelState,
+    name: str,
+    header: dict[str, Any],
+    modules: states.Modules,
+    live: dict[str, Tensor],
+) -> None:
+    """Take the adapter off that is to be replaced; where the file's has the same tensors, its
+    factors stay on to take the values (see `adapt`), so that no module is made or removed."""
+    adapted = states.adapted_layers(model, modules)
+    there = {join(path, t) for path, layer in adapted.items() for t in layer.factors_of(name)}
+    within = [m for _, m in modules if states.state_of(m) is not None]
+    if within == [model] and there == {join(t["module"], t["tensor"]) for t in header["targets"]}:
+        switching.vacate(model, state, name, live, adapted.values())
+    else:
+        switching.remove(model, name)
 
 
 def checked(

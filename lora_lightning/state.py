@@ -91,13 +91,16 @@ def detach(model: nn.Module) -> None:
     model.__dict__.pop(_ATTRIBUTE, None)
 
 
-def roots(model: nn.Module) -> list[tuple[nn.Module, ModelState]]:
+def roots(model: nn.Module, modules: Modules | None = None) -> list[tuple[nn.Module, ModelState]]:
     """Every injected module within `model`, itself included.
+
+    `modules` is `base_modules`, here and below, for a caller who has them already.
 
     Raises:
         AdapterNotFoundError: there is none.
     """
-    found = [(m, s) for _, m in base_modules(model) if (s := state_of(m)) is not None]
+    modules = base_modules(model) if modules is None else modules
+    found = [(m, s) for _, m in modules if (s := state_of(m)) is not None]
     if not found:
         raise AdapterNotFoundError(
             f"{type(model).__name__} has no adapter: call inject(model, LoRAConfig(...)) or "
@@ -135,10 +138,7 @@ def _base_children(module: nn.Module) -> Children:
 
 
 def base_tensors(model: nn.Module, modules: Modules | None = None) -> dict[str, Tensor]:
-    """`live_tensors` of a model with any number of adapters, at the price of the base's alone.
-
-    `modules` is `base_modules`, here and below, for a caller who has them already.
-    """
+    """`live_tensors` of a model with any number of adapters, at the price of the base's alone."""
     return live_tensors(model, base_modules(model) if modules is None else modules)
 
 
@@ -148,18 +148,18 @@ def adapted_layers(model: nn.Module, modules: Modules | None = None) -> dict[str
     return {n: m for n, m in modules if isinstance(m, AdaptedModule)}
 
 
-def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
+def merged_layers(model: nn.Module, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Path → module of every layer that holds merged weights."""
-    return {n: m for n, m in base_modules(model) if is_merged(m)}
+    modules = base_modules(model) if modules is None else modules
+    return {n: m for n, m in modules if is_merged(m)}
 
 
 def named_factors(model: nn.Module, name: str | None) -> dict[str, Factors]:
     """Full tensor path → factors of the adapter `name` (not while merged)."""
     found: dict[str, Factors] = {}
     for path, layer in adapted_layers(model).items():
-        if name is not None and name in layer.lora:
-            for tensor, factors in layer.lora[name].items():
-                found[join(path, tensor)] = factors
+        for tensor, factors in layer.factors_of(name).items():
+            found[join(path, tensor)] = factors
     return found
 
 

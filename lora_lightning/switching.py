@@ -33,17 +33,18 @@ def set_active(model: nn.Module, name: str | None) -> None:
         AdapterNotFoundError: no adapter of that name (the message lists those there are).
         AdapterError: the model is merged.
     """
-    holders = states.roots(model)
+    modules = states.base_modules(model)
+    holders = states.roots(model, modules)
     if name is not None and all(name not in state.configs for _, state in holders):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
-    if states.merged_layers(model):
+    if states.merged_layers(model, modules):
         raise AdapterError("the model is merged; call unmerge(model) before switching")
     for root, state in holders:
         if name is not None and name not in state.configs:
             continue
-        modules = states.base_modules(root)
-        live = states.base_tensors(root, modules)
-        switch(root, state, name, live, states.adapted_layers(root, modules).values())
+        within = modules if root is model else states.base_modules(root)
+        live = states.base_tensors(root, within)
+        switch(root, state, name, live, states.adapted_layers(root, within).values())
 
 
 def switch(
@@ -80,7 +81,7 @@ def activate(
         if name is not None:
             _unpark(state, name, live)
     for layer in adapted:
-        layer.lora_active = name if name in layer.lora else None
+        layer.put_in_force(name)
 
 
 def _park(model: nn.Module, state: ModelState, live: dict[str, Tensor]) -> None:
@@ -134,8 +135,8 @@ def freeze(
     for parameter in own.values():
         parameter.requires_grad_(id(parameter) in trained)
     for layer in adapted:
-        for name in layer.lora if among is None else [n for n in among if n in layer.lora]:
-            for factors in layer.lora[name].values():
+        for name in layer.lora if among is None else among:
+            for factors in layer.factors_of(name).values():
                 _set_factor_grad(factors, name == state.active)
 
 
@@ -257,12 +258,31 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 def _remove_one(root: nn.Module, state: ModelState, name: str) -> None:
     if state.active == name:
         set_active(root, None)
-    state.leave(name)
-    for layer in states.adapted_layers(root).values():
+    modules = states.base_modules(root)
+    adapted = states.adapted_layers(root, modules).values()
+    for layer in adapted:
         release(layer, name)
+    vacate(root, state, name, states.base_tensors(root, modules), adapted)
+
+
+def vacate(
+    root: nn.Module,
+    state: ModelState,
+    name: str,
+    live: dict[str, Tensor],
+    adapted: Iterable[Any],
+) -> None:
+    """`remove` for one injected module, without its checks, and with the factors left in place.
+
+    For a caller who takes them off, or puts others in their place at once; arguments as in
+    `switch`.
+    """
+    if state.active == name:
+        activate(root, state, None, live, adapted)
+    state.leave(name)
     if state.configs:
         return
     checkpoints.unregister(root)
     states.detach(root)
-    for key, parameter in base_parameters(root).items():
+    for key, parameter in base_parameters(root, live).items():
         parameter.requires_grad_(state.required_grad.get(key, parameter.requires_grad))

@@ -16,20 +16,19 @@ def walk(
 
     `children` says which of a module's children are walked; default: all.
     """
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    seen = {id(model)}
 
-    def visit(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found.append((path, module))
+    def visit(prefix: str, module: nn.Module) -> None:
         below = module._modules if children is None else children(module)
-        if below:
-            prefix = f"{path}." if path else ""
-            for name, child in below.items():
-                if child is not None:
-                    visit(prefix + name, child)
+        for name, child in below.items():
+            if child is None or id(child) in seen:
+                continue
+            seen.add(id(child))
+            path = prefix + name
+            found.append((path, child))
+            if child._modules:  # most have none
+                visit(f"{path}.", child)
 
     visit("", model)
     return found
