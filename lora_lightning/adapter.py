@@ -54,6 +54,7 @@ class AdaptedModule:
 
     lora: nn.ModuleDict
     lora_active: str | None
+    _modules: dict[str, Any]
     _adapted_base: type[nn.Module]
     _adapted_tensors: tuple[str, ...]
     __jit_ignored_attributes__ = _Uncompilable()
@@ -68,7 +69,7 @@ class AdaptedModule:
 
     def factors_of(self, name: str | None) -> dict[str, Factors]:
         """Tensor name → factors of the adapter `name`; empty where it has none here."""
-        per_tensor: Any = self.lora._modules.get(name)  # type: ignore[arg-type]
+        per_tensor = self._modules["lora"]._modules.get(name)  # an attribute takes longer
         return {} if per_tensor is None else per_tensor._modules
 
     def put_in_force(self, name: str | None) -> None:
@@ -163,10 +164,10 @@ def adapt(
             raise AdapterError(f"{type(module).__name__} already has an attribute 'lora'")
         module._modules["lora"] = nn.ModuleDict()
         module.__dict__["lora_active"] = None
-    live: Any = module
     tensors = tuple(sorted({*getattr(type(module), "_adapted_tensors", ()), *specs}))
     # A recurrent layer has many tensors, which an adapter's file brings one at a time.
-    adapters = live.lora._modules  # into it, since `ModuleDict` is slow to find a name free
+    # Into the tables, since `ModuleDict` is slow to find a name free.
+    adapters: Any = module._modules["lora"]._modules  # type: ignore[union-attr]
     factors = adapters.pop(name) if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
         parametrized.recompute(module, tensor)
@@ -183,7 +184,7 @@ def adapt(
     adapters[name] = factors
     cls = adapted_class(base_class(module), tensors)
     if type(module) is not cls:
-        live.__class__ = cls
+        object.__setattr__(module, "__class__", cls)  # the module's own would look for parameters
     refresh(module)
 
 
@@ -196,8 +197,7 @@ def _placed(
 ) -> Any:
     """Factors of this spec: those in that place before, where they can take the values."""
     made = XSFactors if spec.xs else Factors
-    if type(old) is made and values is not None and old.takes(weight, matrix, values):
-        old.take(spec, values)
+    if type(old) is made and values is not None and old.take(weight, matrix, spec, values):
         return old
     return made(weight, matrix, spec, values)
 

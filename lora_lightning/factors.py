@@ -118,31 +118,33 @@ class Factors(nn.Module):
                 parameters[name] = nn.Parameter(own, self.trains(name))
         parameters.setdefault("magnitude", None)
 
-    def takes(self, weight: Tensor, matrix: tuple[int, int], values: Mapping[str, Tensor]) -> bool:
-        """Whether `take` can bring these in, so that all is as if they were made of them anew."""
-        own = self.tensors()
-        return (
-            self.matrix == matrix
-            and own.keys() == values.keys()
-            and all(
-                type(tensor) in (Tensor, nn.Parameter)  # no DTensor, nor the like
-                and not tensor.is_inference()
-                and tensor.shape == values[name].shape
-                and tensor.dtype == weight.dtype
-                and tensor.device == weight.device
-                for name, tensor in own.items()
-            )
-        )
+    def take(
+        self,
+        weight: Tensor,
+        matrix: tuple[int, int],
+        spec: FactorSpec,
+        values: Mapping[str, Tensor],
+    ) -> bool:
+        """Become what these would make anew, under ``no_grad``, if that is a matter of copying.
 
-    @torch.no_grad()
-    def take(self, spec: FactorSpec, values: Mapping[str, Tensor]) -> None:
-        """Become what these make. Parameters stay the objects they were; gradients are void."""
-        self.spec = spec
-        for name, tensor in self.tensors().items():
+        Parameters stay the objects that they were; their gradients are void. Otherwise (other
+        sizes, precision, device, a tensor that is not plain) nothing changes.
+        """
+        own, device, dtype = self.tensors(), weight.device, weight.dtype
+        if self.matrix != matrix or own.keys() != values.keys():
+            return False
+        for name, tensor in own.items():
+            alike = tensor.shape == values[name].shape and tensor.dtype is dtype
+            plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+            if not (alike and plain and tensor.device == device):
+                return False
+        self.__dict__["spec"] = spec
+        for name, tensor in own.items():
             tensor.copy_(values[name])
             if name in self._parameters:
                 tensor.grad = None
                 tensor.requires_grad_(self.trains(name))
+        return True
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The parameters whose product ΔW is, whether they train or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -26,13 +27,21 @@ def fingerprint(
     `exclude` names what an adapter trains in full: it is no part of the base.
     """
     whole = set(exclude)
-    base = [(n, p) for n, p in base_parameters(model, live).items() if n not in whole]
-    names = "\n".join(f"{n} {tuple(p.shape)}" for n, p in base)
-    found = {"structure": _digest(names.encode()), "architecture": architecture(model)}
-    samples = [_sample(p) for _, p in base if p.numel() and not p.is_meta]
+    names, samples = [], []
+    for name, parameter in base_parameters(model, live).items():
+        if name in whole:
+            continue
+        shape, number, step = _seen(parameter.shape)
+        names.append(f"{name} {shape}")
+        if number and not parameter.is_meta:
+            flat = parameter if parameter.is_contiguous() else parameter.reshape(-1)
+            values = flat.as_strided((number,), (step,))
+            samples.append(values if values.dtype is torch.float32 else values.float())
+    structure = _digest("\n".join(names).encode())
+    found = {"structure": structure, "architecture": architecture(model)}
     if samples:
-        values = torch.cat(samples).bfloat16().float().cpu().numpy().tobytes()
-        found["weights"] = _digest(values)
+        rounded = torch.cat(samples).bfloat16().float().cpu()
+        found["weights"] = _digest(rounded.numpy().tobytes())
     return found
 
 
@@ -43,12 +52,11 @@ def architecture(model: nn.Module) -> str:
     return str(name or f"{type(model).__module__}.{type(model).__qualname__}")
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    number = parameter.numel()
-    step = max(number // _SAMPLES, 1)
-    flat = parameter if parameter.is_contiguous() else parameter.reshape(-1)
-    values = flat.as_strided((min(number, _SAMPLES),), (step,))
-    return values if values.dtype is torch.float32 else values.float()
+@functools.lru_cache(4096)
+def _seen(shape: torch.Size) -> tuple[str, int, int]:
+    """The shape as text, how many of its values are looked at, and how far apart they are."""
+    number = shape.numel()
+    return str(tuple(shape)), min(number, _SAMPLES), max(number // _SAMPLES, 1)
 
 
 def _digest(data: bytes) -> str:

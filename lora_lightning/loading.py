@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning import injection, switching
@@ -257,6 +258,7 @@ def _bases(
     return found
 
 
+@torch.no_grad()
 def _put(
     model: nn.Module,
     name: str,
