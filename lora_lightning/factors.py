@@ -174,7 +174,8 @@ class Factors(nn.Module):
             data: What was gathered for the method; without it one that needs some starts as
                 "zero" does, until it is given.
         """
-        if self.lora_A.is_meta:
+        own = self.lora_A.detach()
+        if own.is_meta:
             return
         method = METHODS[self.spec.init]
         if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
@@ -182,12 +183,17 @@ class Factors(nn.Module):
         name_hash = zlib.crc32(self.spec.key.encode())
         generator = torch.Generator().manual_seed((self.spec.seed * 0x9E3779B1 + name_hash) % 2**63)
         matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
-        matrix = matrix.reshape(self.matrix)
-        setting = Setting(matrix, self.spec.rank, self.spec.scaling, generator, data)
+        matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
+        # Drawn in float32 on the CPU wherever the factors are, so that a seed means one start.
+        fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
+        room = own if fits else None
+        setting = Setting(matrix, self.spec.rank, self.spec.scaling, generator, data, room)
         lora_A, lora_B = method.start(setting)
-        self.lora_A.copy_(lora_A)
-        self.lora_B.zero_()
-        if lora_B is not None:
+        if lora_A is not room:
+            own.copy_(lora_A)
+        if lora_B is None:
+            self.lora_B.zero_()
+        else:
             self.lora_B.copy_(lora_B)
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(self.lora_A)

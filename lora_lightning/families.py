@@ -13,26 +13,31 @@ from torch import nn
 from lora_lightning.family_tables import TIMM, TORCH, TORCHAUDIO
 from lora_lightning.patterns import Target, matches
 from lora_lightning.structure import below, block_list
-from lora_lightning.tree import walk
+from lora_lightning.tree import Modules, walk
 
 # Gates and squeeze-excitation: tiny, and they scale channels rather than mix features.
 _GATES = {"se", "se_module", "attn_last", "gate_fn"}
 
 
-def auto(model: nn.Module, layers: list[Target]) -> list[Target]:
-    """The layers of `layers` that ``"auto"`` adapts (the caller leaves out the classifier)."""
-    found = by_table(model, layers)
+def auto(model: nn.Module, layers: list[Target], modules: Modules | None = None) -> list[Target]:
+    """The layers of `layers` that ``"auto"`` adapts (the caller leaves out the classifier).
+
+    `modules` is `walk`, here and below, for a caller who has it already.
+    """
+    found = by_table(model, layers, modules)
     return found or by_structure(model, layers)
 
 
-def by_table(model: nn.Module, layers: list[Target]) -> list[Target]:
+def by_table(
+    model: nn.Module, layers: list[Target], modules: Modules | None = None
+) -> list[Target]:
     """Layers that the patterns of their family match; empty where there is no table.
 
     The outermost family decides; of several side by side, each for its own layers.
     """
     found: list[Target] = []
     done: list[str] = []
-    for prefix, module in walk(model):
+    for prefix, module in walk(model) if modules is None else modules:
         if any(_within(prefix, d) for d in done):
             continue
         if patterns := _table(module):
@@ -40,6 +45,8 @@ def by_table(model: nn.Module, layers: list[Target]) -> list[Target]:
             own = [t for t in layers if _within(t.name, prefix)]
             cut = len(prefix) + 1 if prefix else 0
             found += [t for t in own if any(matches(p, t.name[cut:]) for p in patterns)]
+            if not prefix:
+                break  # the whole model is of this family
     return found
 
 

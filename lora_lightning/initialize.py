@@ -40,6 +40,7 @@ class Setting:
         scaling: s.
         generator: For what is drawn; on the CPU, so that every device starts alike.
         data: What was gathered for the method from target batches; None for the others.
+        room: Where A may be drawn (r, in); None: in memory of its own.
     """
 
     matrix: Tensor
@@ -47,6 +48,7 @@ class Setting:
     scaling: float
     generator: torch.Generator
     data: Any = None
+    room: Tensor | None = None
 
 
 Start = tuple[Tensor, Tensor | None]  # A, and B where it is not zero
@@ -76,7 +78,7 @@ def uniform(s: Setting) -> Start:
     """
     columns = s.matrix.shape[1]
     bound = 1 / math.sqrt(columns)
-    drawn = torch.empty(s.rank, columns, dtype=torch.float32)
+    drawn = torch.empty(s.rank, columns, dtype=torch.float32) if s.room is None else s.room
     return drawn.uniform_(-bound, bound, generator=s.generator), None
 
 

@@ -30,6 +30,7 @@ from lora_lightning.state import ModelState, state_of
 from lora_lightning.structure import base_parameters
 from lora_lightning.summary import InjectionReport, Row
 from lora_lightning.targets import select, trainable_names
+from lora_lightning.tree import Modules
 from lora_lightning.xs import check_weights
 
 
@@ -114,9 +115,9 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "or choose another name"
         )
     live = states.base_tensors(model, modules)
-    targets = select(model, config)
+    targets = select(model, config, modules)
     specs = _specs(targets, config)
-    whole = trainable_names(model, config.trainable, targets, live)
+    whole = trainable_names(model, config.trainable, targets, live, modules)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(name, targets, specs)
     register(model, state, name, config, report, freeze, live)
@@ -127,7 +128,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     return report
 
 
-def check_free(model: nn.Module, name: str, modules: states.Modules | None = None) -> ModelState:
+def check_free(model: nn.Module, name: str, modules: Modules | None = None) -> ModelState:
     """The state to enter an adapter of this name in; raises where the model cannot take one.
 
     `modules` is `base_modules`, for a caller who has them already.

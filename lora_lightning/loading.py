@@ -25,7 +25,7 @@ from lora_lightning.fileformat import read
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.state import ModelState
 from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.tree import find, join
+from lora_lightning.tree import Modules, find, join
 from lora_lightning.xs import Basis, basis_of
 
 
@@ -84,7 +84,7 @@ def _make_way(
     state: ModelState,
     name: str,
     header: dict[str, Any],
-    modules: states.Modules,
+    modules: Modules,
     live: dict[str, Tensor],
 ) -> None:
     """Take the adapter off that is to be replaced; where the file's has the same tensors, its

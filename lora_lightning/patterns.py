@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
 import re
 from dataclasses import dataclass
@@ -46,10 +47,7 @@ def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
         return _compiled(pattern).fullmatch(name) is not None
     if pattern.startswith("type:"):
         return module is not None and _is_type(module, pattern[5:])
-    if not _is_glob(pattern):
-        return name == pattern or name.endswith(f".{pattern}")
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
+    return _glob(pattern).match(name) is not None
 
 
 def _is_type(module: nn.Module, name: str) -> bool:
@@ -63,8 +61,10 @@ def _is_type(module: nn.Module, name: str) -> bool:
     return isinstance(module, cls)
 
 
-def _is_glob(pattern: str) -> bool:
-    return any(c in pattern for c in "*?[")
+@functools.lru_cache(1024)
+def _glob(pattern: str) -> re.Pattern[str]:
+    """For a whole name, or its last components from a dot on."""
+    return re.compile(rf"(?s:.*\.)?{fnmatch.translate(pattern)}")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -23,10 +23,9 @@ from lora_lightning.merging import is_merged
 from lora_lightning.structure import live_tensors
 from lora_lightning.summary import InjectionReport
 from lora_lightning.targets import trainable_names
-from lora_lightning.tree import Children, join, walk
+from lora_lightning.tree import Children, Modules, join, walk
 
 _ATTRIBUTE = "_lora_state"
-Modules = list[tuple[str, nn.Module]]
 Kind = tuple[tuple[str, ...], frozenset[str]]
 
 

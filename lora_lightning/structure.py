@@ -13,22 +13,22 @@ from lora_lightning import layers
 from lora_lightning.factors import Factors
 from lora_lightning.family_tables import TORCHAUDIO_HEADS
 from lora_lightning.patterns import matches
-from lora_lightning.tree import join, walk
+from lora_lightning.tree import Modules, join, walk
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")
 )
 
 
-def classifier_modules(model: nn.Module) -> set[str]:
+def classifier_modules(model: nn.Module, modules: Modules | None = None) -> set[str]:
     """Paths of the final classifier's layers; empty where the model ends without one.
 
     Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``) or
     looked up for a family of torchaudio, else the last adaptable layer under a customary name
     (``head``, ``fc``, ``classifier`` …) or, failing that, at the very end and outside every list
-    of blocks.
+    of blocks. `modules` is `walk`, for a caller who has it already.
     """
-    modules = walk(model)
+    modules = walk(model) if modules is None else modules
     for prefix, module in modules:
         if callable(getattr(module, "get_classifier", None)):
             inside = modules if module is model else walk(module)
@@ -53,7 +53,7 @@ def classifier_modules(model: nn.Module) -> set[str]:
     }
 
 
-def _timm_classifier(model: Any, modules: list[tuple[str, nn.Module]]) -> Iterable[str]:
+def _timm_classifier(model: Any, modules: Modules) -> Iterable[str]:
     try:
         found = model.get_classifier()
     except (AttributeError, NotImplementedError):
@@ -114,9 +114,7 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
             yield members
 
 
-def live_tensors(
-    model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None
-) -> dict[str, Tensor]:
+def live_tensors(model: nn.Module, modules: Modules | None = None) -> dict[str, Tensor]:
     """Name → every parameter and persistent buffer of the base, factors left out.
 
     `modules` is `walk`, for a caller who has it already.

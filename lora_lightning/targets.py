@@ -20,21 +20,25 @@ from lora_lightning.errors import TargetError
 from lora_lightning.factors import Factors
 from lora_lightning.patterns import Target, matches
 from lora_lightning.structure import base_parameters, block_list, classifier_modules
-from lora_lightning.tree import walk
+from lora_lightning.tree import Modules, walk
 
 KEYWORDS = ("auto", "all")
 
 
-def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
+def select(model: nn.Module, config: LoRAConfig, modules: Modules | None = None) -> list[Target]:
     """The tensors of `model` that `config` adapts, in the model's own order.
+
+    `modules` is `walk`, here and below, for a caller who has it already.
 
     Raises:
         TargetError: a pattern matches nothing, a block index does not exist, nothing is left
             after the exclusions, or something named cannot be adapted (with the reason).
     """
+    modules = walk(model) if modules is None else modules
     chosen: dict[str, Target] = {}
     for pattern in config.target_modules:
-        found = _keyword(model, pattern, config) if pattern in KEYWORDS else _named(model, pattern)
+        keyword = pattern in KEYWORDS
+        found = _keyword(model, pattern, config, modules) if keyword else _named(model, pattern)
         chosen |= {target.path: target for target in found}
     _check_exclusions(model, config.exclude_modules)
     chosen = {path: t for path, t in chosen.items() if not _excluded(t, config.exclude_modules)}
@@ -46,7 +50,7 @@ def select(model: nn.Module, config: LoRAConfig) -> list[Target]:
             f"no layer is left to adapt: target_modules={config.target_modules}, "
             f"exclude_modules={config.exclude_modules}, blocks={config.blocks}"
         )
-    order = {name: i for i, name in enumerate(n for n, _ in walk(model))}
+    order = {name: i for i, (name, _) in enumerate(modules)}
     targets = sorted(chosen.values(), key=lambda t: (order[t.name], t.tensor))
     _refuse(targets)
     return targets
@@ -57,6 +61,7 @@ def trainable_names(
     patterns: Iterable[str],
     targets: list[Target],
     live: dict[str, Tensor] | None = None,
+    modules: Modules | None = None,
 ) -> list[str]:
     """Names of the parameters that `trainable` selects, less those that are adapted.
 
@@ -67,7 +72,7 @@ def trainable_names(
     adapted = {t.path for t in targets}
     chosen: set[str] = set()
     for pattern in patterns:
-        found = set(_trainable(model, pattern, parameters))
+        found = set(_trainable(model, pattern, parameters, modules))
         if not found and pattern not in ("head", "norms", "biases"):
             raise TargetError(
                 f"trainable: {pattern!r} matches no module and no parameter{_near(pattern, model)}"
@@ -76,27 +81,30 @@ def trainable_names(
     return [n for n in parameters if n in chosen and n not in adapted]
 
 
-def _trainable(model: nn.Module, pattern: str, parameters: list[str]) -> Iterable[str]:
+def _trainable(
+    model: nn.Module, pattern: str, parameters: list[str], modules: Modules | None
+) -> Iterable[str]:
     if pattern == "head":
-        heads = classifier_modules(model)
+        heads = classifier_modules(model, modules)
         return [p for p in parameters if any(p.startswith(f"{h}.") or not h for h in heads)]
     if pattern == "biases":
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
-        modules = [n for n, m in walk(model) if _is_norm(m)]
+        hit = [n for n, m in modules or walk(model) if _is_norm(m)]
     else:
-        modules = [n for n, m in walk(model) if n and matches(pattern, n, m)]
-    prefixes = tuple(f"{n}." for n in modules)
+        hit = [n for n, m in modules or walk(model) if n and matches(pattern, n, m)]
+    prefixes = tuple(f"{n}." for n in hit)
     return [p for p in parameters if p.startswith(prefixes) or matches(pattern, p)]
 
 
-def _keyword(model: nn.Module, keyword: str, config: LoRAConfig) -> list[Target]:
-    heads = classifier_modules(model)
+def _keyword(model: nn.Module, keyword: str, config: LoRAConfig, modules: Modules) -> list[Target]:
+    every = list(_layers(model, modules))
     if keyword == "all":
-        whole = set(trainable_names(model, config.trainable, []))
-        found = [t for t in _layers(model) if t.path not in whole]
+        whole = set(trainable_names(model, config.trainable, [], None, modules))
+        found = [t for t in every if t.path not in whole]
     else:
-        found = [t for t in families.auto(model, list(_layers(model))) if t.name not in heads]
+        heads = classifier_modules(model, modules)
+        found = [t for t in families.auto(model, every, modules) if t.name not in heads]
     if not found:
         raise TargetError(
             f'target_modules="{keyword}" finds no adaptable layer in {type(model).__name__}; '
@@ -121,8 +129,8 @@ def _named(model: nn.Module, pattern: str) -> list[Target]:
     raise TargetError(f"target_modules: {pattern!r} matches nothing{_near(pattern, model)}")
 
 
-def _layers(model: nn.Module) -> Iterable[Target]:
-    for name, module in walk(model):
+def _layers(model: nn.Module, modules: Modules | None = None) -> Iterable[Target]:
+    for name, module in walk(model) if modules is None else modules:
         for tensor in layers.tensors_of(module):
             yield Target(name, module, tensor)
 

@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 Children = Mapping[str, nn.Module | None]
+Modules = list[tuple[str, nn.Module]]
 
 
-def walk(
-    model: nn.Module, children: Callable[[nn.Module], Children] | None = None
-) -> list[tuple[str, nn.Module]]:
+def walk(model: nn.Module, children: Callable[[nn.Module], Children] | None = None) -> Modules:
     """(dotted path, module) of every module once, in the order of ``named_modules``.
 
     `children` says which of a module's children are walked; default: all.
     """
-    found: list[tuple[str, nn.Module]] = [("", model)]
+    found: Modules = [("", model)]
     seen = {id(model)}
 
     def visit(prefix: str, module: nn.Module) -> None:
