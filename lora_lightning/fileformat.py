@@ -119,7 +119,9 @@ def _views(data: mmap.mmap, begin: int, entries: dict[str, Any]) -> dict[str, Te
     for name, entry in entries.items():
         kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         size = _RAW[kind][1]
-        if start != place or end - start != size * math.prod(shape) or end <= start or start % size:
+        whole_numbers = {type(number) for number in (*shape, start, end)} == {int}
+        fits = start == place < end and end - start == size * math.prod(shape)
+        if not (whole_numbers and fits and start % size == 0):
             raise ValueError(f"{name} does not follow on the tensor before it")
         found[name] = whole[kind].as_strided(shape, _row_major(shape), start // size)
         place = end
