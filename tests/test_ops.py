@@ -24,10 +24,11 @@ LARGE = st.integers(1, 40)
 
 @pytest.fixture(autouse=True)
 def _as_if_inputs_were_large() -> Iterator[None]:
-    """No input is too small, and backward passes go in pieces of seven rows."""
+    """No input is too small; backward passes go in pieces of few rows, on two threads."""
     with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
-        patch.setattr(ops, "_PIECE", 1)
-        patch.setattr(ops, "_FEWEST", 7)
+        patch.setattr(ops, "_PIECE", 32)
+        patch.setattr(ops, "_FEWEST", 2)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
 
 
