@@ -367,7 +367,7 @@ def _split(rows: Tensor) -> Tensor:
     time on two.
     """
     parts = math.gcd(len(rows), _threads(rows)) if len(rows) and _threads(rows) else 1
-    return rows.unflatten(0, (parts, len(rows) // parts))
+    return rows.view(parts, len(rows) // parts, rows.shape[1])
 
 
 def _across(factor_RxI: Tensor, rows_NxI: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ def _add_along(total_RxO: Tensor, thin_RxN: Tensor, rows_NxO: Tensor) -> None:
     if len(parts) < 2:
         total_RxO.addmm_(thin_RxN, rows_NxO)
     else:
-        thin = thin_RxN.unflatten(1, (len(parts), -1)).transpose(0, 1)
+        thin = thin_RxN.view(len(thin_RxN), len(parts), -1).transpose(0, 1)
         total_RxO += torch.bmm(thin, parts).sum(0)
 
 
