@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import sys
 from collections.abc import Callable
@@ -145,18 +146,21 @@ def test_a_replaced_head_is_found(files):
 
 
 def calls(work: Callable[[], object]) -> int:
-    """Python and C functions called by `work`."""
+    """Python and C functions called by `work`; not by the collector of other tests' garbage."""
     count = 0
 
     def profile(frame, event, argument):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()
     sys.setprofile(profile)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
