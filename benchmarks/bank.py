@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bank_report import RESULTS, Times, plot, save, show
-from startup import setting
+from bank_report import Times, plot, save, show
+from machine import RESULTS, setting
 from torch import Tensor, nn
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+import machine
+
 Times = dict[tuple[str, int], list[float]]  # (what, number of adapters) → milliseconds of each turn
 
 
@@ -48,24 +48,16 @@ def show(model: str, found: Times, batch: int) -> None:
         print(f"goal, overhead at most a third of PEFT's: {own / peer:.3f} ({own:.3f}, {peer:.3f})")
 
 
-def save(path: Path, results: dict[str, Times], batch: int, where: dict[str, str]) -> Path:
-    """A dated CSV, one row a run; a second file of the same day gets a number."""
-    rows = [
-        [model, batch, what, number, run, f"{value:.3f}"]
+def save(folder: Path, results: dict[str, Times], batch: int, where: dict[str, str]) -> Path:
+    """A dated CSV, one row a run."""
+    rows = (
+        {"model": model, "batch": batch, "what": what, "adapters": number, "run": run,
+         "milliseconds": f"{value:.3f}"}
         for model, found in results.items()
         for (what, number), values in found.items()
         for run, value in enumerate(values, start=1)
-    ]
-    path.mkdir(parents=True, exist_ok=True)
-    file, number = path / f"{where['date']}-bank.csv", 1
-    while file.exists():
-        number += 1
-        file = path / f"{where['date']}-bank-{number}.csv"
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["model", "batch", "what", "adapters", "run", "milliseconds", *where])
-        writer.writerows([*row, *where.values()] for row in rows)
-    return file
+    )  # fmt: skip
+    return machine.save("bank", rows, where, folder)
 
 
 def plot(path: Path, results: dict[str, Times], batch: int) -> None:

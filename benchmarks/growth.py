@@ -17,8 +17,10 @@ from typing import Any
 
 import timm
 import torch
+from cases import VIT, Case, available, stepper, variant
+from machine import save, setting
 from torch import nn
-from training_step import VIT, Case, available, in_turns, ratios, stepper, variant, write
+from training_step import in_turns, ratios
 
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 USUAL = {"rank": 8, "batch": 8, "tokens": 197, "depth": 12}
@@ -88,11 +90,6 @@ def draw(rows: list[dict[str, Any]]) -> None:
     print(PLOT)
 
 
-def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """A dated CSV with versions and hardware."""
-    write("growth", rows, {"threads": given.threads, "rounds": given.rounds})
-
-
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(
@@ -105,7 +102,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     rows = measure(given.rounds)
     if given.save:
-        save(rows, given)
+        where = {"threads": given.threads, "rounds": given.rounds}
+        print(save("growth", rows, where | setting("peft")))
         draw(rows)
 
 

@@ -31,7 +31,8 @@ from typing import Any
 
 import timm
 import torch
-from startup import save, setting, table, timed, verdict
+from machine import setting
+from startup import save, table, timed, verdict
 from torch import nn
 
 from lora_lightning import inject, load_adapter, save_adapter

@@ -14,19 +14,14 @@ passes, which are timed on their own: no cache of features can do more.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import machine
 import timm
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,7 +33,6 @@ from lora_lightning.prefix.inputs import Inputs
 from lora_lightning.probe import floats
 from lora_lightning.runs.progress import quiet_lightning
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
 GOAL = 3.0
 
@@ -238,22 +232,9 @@ def prefix_seconds(name: str, x: Tensor, given: argparse.Namespace) -> dict[str,
 
 
 def setting(given: argparse.Namespace) -> dict[str, Any]:
-    """Versions, hardware, sizes."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "date": datetime.date.today().isoformat(),
-        **{package: version(package) for package in ("torch", "lightning", "timm", "torchaudio")},
-        "python": platform.python_version(),
-        "precision": "float32",
-        "hardware": next(names, platform.machine()),
-        "threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-        "batch": given.batch,
-        "epochs": given.epochs,
-        "repeats": given.repeats,
-        "look": given.look,
-    }
+    """Sizes, versions, hardware."""
+    sizes = {name: getattr(given, name) for name in ("batch", "epochs", "repeats", "look")}
+    return sizes | {"threads": torch.get_num_threads()} | machine.setting("torchaudio")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -292,17 +273,11 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []
     for name in given.models:
-        rows.append(compare(name, given) | where)
+        rows.append(compare(name, given))
         show(rows[-1])
     if given.out:
-        RESULTS.mkdir(exist_ok=True)
-        looks = "-look" if given.look else ""
-        path = RESULTS / f"{where['date']}-prefix-cache{looks}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"saved {path}")
+        title = "prefix-cache-look" if given.look else "prefix-cache"
+        print(f"saved {machine.save(title, rows, where)}")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import soundfile
 import torch
@@ -37,7 +35,6 @@ from lora_lightning.data.audio import checked
 from lora_lightning.data.speech import SpeechData
 from lora_lightning.data.utterances import AudioBatch, Utterance
 
-RESULTS = Path(__file__).parent / "results"
 RATE = 16000
 GOAL_MB = 30.0
 STEP = 5  # percent between two readings
@@ -156,18 +153,8 @@ def epoch(data: SpeechData, memory: Memory, options: argparse.Namespace) -> None
 
 def setting(options: argparse.Namespace) -> dict[str, Any]:
     """Versions, hardware and what was asked for."""
-    packages = ("lora-lightning", "torch", "lightning", "soundfile")
-    return {
-        "date": datetime.date.today().isoformat(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "workers": options.workers,
-        "cache_mb": options.cache_mb,
-        "trainer": options.trainer,
-    }
+    own = ("workers", "cache_mb", "trainer")
+    return machine.setting("soundfile") | {name: getattr(options, name) for name in own}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -187,18 +174,6 @@ def show(found: dict[str, Any]) -> None:
         print(f"goal, {text}: {'met' if met else 'MISSED'} ({value})")
 
 
-def save(found: dict[str, Any]) -> Path:
-    """A dated JSON; a second file of the same day gets a number."""
-    RESULTS.mkdir(exist_ok=True)
-    stem, number = f"{found['date']}-speech-memory", 1
-    path = RESULTS / f"{stem}.json"
-    while path.exists():
-        number += 1
-        path = RESULTS / f"{stem}-{number}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
 def main() -> None:
     """Measure, show, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,7 +186,9 @@ def main() -> None:
     found = {**setting(options), **measure(options)}
     show(found)
     if options.out:
-        print(f"saved {save(found)}")
+        path = machine.dated(found["date"], "speech-memory", ".json")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import machine
+
 GOAL_MS = {"import": 50.0, "inject": 20.0}
 
 _CLOCK = "import json, time; now = lambda: (time.perf_counter(), time.process_time()); t = [now()]"
@@ -101,34 +97,6 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
-def setting(*others: str) -> dict[str, str]:
-    """Versions (of `others` as well), hardware and how busy the machine was."""
-    packages = ("lora-lightning", "torch", "lightning", "timm", *others)
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "date": datetime.date.today().isoformat(),
-        **versions,
-        "python": platform.python_version(),
-        "precision": "float32",
-        "hardware": f"{_processor()}, {os.cpu_count()} cores",
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 def show(found: dict[str, list[float]]) -> None:
     """Median and quartiles of each measure, then the goals."""
     table(found)
@@ -167,20 +135,13 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def save(found: dict[str, list[float]], where: dict[str, str], title: str = "startup") -> Path:
-    """A dated CSV, one row a run; a second file of the same day gets a number."""
-    RESULTS.mkdir(exist_ok=True)
-    stem, number = f"{where['date']}-{title}", 1
-    path = RESULTS / f"{stem}.csv"
-    while path.exists():
-        number += 1
-        path = RESULTS / f"{stem}-{number}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["measure", "run", "milliseconds", *where])
-        for name, values in found.items():
-            for run, value in enumerate(values, start=1):
-                writer.writerow([name, run, f"{value:.3f}", *where.values()])
-    return path
+    """A dated CSV, one row a run."""
+    rows = (
+        {"measure": name, "run": run, "milliseconds": f"{value:.3f}"}
+        for name, values in found.items()
+        for run, value in enumerate(values, start=1)
+    )
+    return machine.save(title, rows, where)
 
 
 def main() -> None:
@@ -192,7 +153,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--no-save", action="store_true", help="write no CSV")
     options = parser.parse_args()
-    where = setting()
+    where = machine.setting()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     found = imports(options.pairs) if options.pairs > 0 else {}
     found |= injections(options.runs, options.model, options.rank) if options.runs > 0 else {}

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -30,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import dated, setting
 from torch import Tensor, nn
 
 from lora_lightning import inject, load_adapter, save_adapter, set_active
 
-RESULTS = Path(__file__).parent / "results"
 GOAL_PER_SECOND = 200.0
 GOAL_BYTES = 300_000
 
@@ -178,28 +175,6 @@ def _met(fulfilled: bool) -> str:
     return "met" if fulfilled else "MISSED"
 
 
-def setting() -> dict[str, str]:
-    """Versions, hardware and how busy the machine was."""
-    packages = ("lora-lightning", "torch", "torchaudio")
-    return {
-        "date": datetime.date.today().isoformat(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "precision": "float32",
-        "hardware": f"{_processor()}, one thread",
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 def main() -> None:
     """Measure, show, save where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -212,13 +187,12 @@ def main() -> None:
     if options.adapters < 5:
         parser.error("--adapters must be at least 5, to tell the first from the last")
     torch.set_num_threads(1)
-    where = setting()
+    where = setting("torchaudio") | {"threads": "1"}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     found = measure(options.adapters, options.switches, options.rank, options.width)
     show(found)
     if options.out:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{where['date']}-switching.json"
+        path = dated(where["date"], "switching", ".json")
         path.write_text(json.dumps({"setting": where | vars(options), **found}, indent=1) + "\n")
         print(f"saved {path}")
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lora_lightning.fit_guard import FitGuard
     from lora_lightning.injection import inject
     from lora_lightning.loading import load_adapter
-    from lora_lightning.ops import fused
     from lora_lightning.optim import parameter_groups
+    from lora_lightning.plan import fused
     from lora_lightning.prefix.cache import PrefixCache
     from lora_lightning.rank_choice import choose_ranks
     from lora_lightning.shifts import shift
@@ -54,7 +54,7 @@ _HOME = {
     "compress": "compression",
     "cross_fit": "cross_fitting",
     "disabled": "switching",
-    "fused": "ops",
+    "fused": "plan",
     "inject": "injection",
     "load_adapter": "loading",
     "merge": "switching",

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning import ops
-from lora_lightning.ops import LowRank
+from lora_lightning.plan import LowRank, adds_exactly
 
 How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether `convolution` can compute it; the plain formula can always."""
-    return ops.adds_exactly(x, weight) and not low.dropout and ops.applies(x, weight, low)
+    return adds_exactly(x, weight) and not low.dropout and ops.applies(x, weight, low)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How) -> Tensor:

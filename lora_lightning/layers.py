@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_lightning import conv_ops, ops, parametrized
 from lora_lightning.factors import Factors, matrix_shape
+from lora_lightning.plan import LowRank
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_METHODS = ("forward", "_conv_forward")
@@ -185,7 +186,7 @@ def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
 
 
-def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: ops.LowRank) -> Tensor:
+def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
     """Padding that is not of zeros, or given in words, comes first."""
     padding = self.padding
     if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -196,13 +197,13 @@ def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: ops.LowRank) -> Tenso
     return conv_ops.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
 
 
-def _low_rank(factors: Factors | None) -> ops.LowRank | None:
+def _low_rank(factors: Factors | None) -> LowRank | None:
     """What the fused functions take; ``None`` for DoRA, which is not a sum."""
     if factors is None or factors.magnitude is not None:
         return None
     dropout = factors.spec.dropout if factors.training else 0.0
     pair = factors.lora_A, factors.lora_B
-    return ops.LowRank(*pair, factors.start_A, factors.start_B, factors.spec.scaling, dropout)
+    return LowRank(*pair, factors.start_A, factors.start_B, factors.spec.scaling, dropout)
 
 
 def _embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import fused, inject, ops
+from lora_lightning import fused, inject, ops, thin
 from lora_lightning.errors import AdapterError
+from lora_lightning.plan import LowRank, switches
 from lora_lightning.probe import difference
 from lora_lightning.producers import recipe_for
 
@@ -26,8 +27,8 @@ LARGE = st.integers(1, 40)
 def _as_if_inputs_were_large() -> Iterator[None]:
     """No input is too small; backward passes go in pieces of few rows, on two threads."""
     with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
-        patch.setattr(ops, "_PIECE", 32)
-        patch.setattr(ops, "_FEWEST", 2)
+        patch.setattr(thin, "_PIECE", 32)
+        patch.setattr(thin, "_FEWEST", 2)
         patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
 
@@ -112,7 +113,7 @@ def test_gradcheck(rows, dropout):
 
     def run(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
         torch.manual_seed(7)
-        low = ops.LowRank(A, B, None, None, 0.5, dropout)
+        low = LowRank(A, B, None, None, 0.5, dropout)
         weight = model[0]._parameters["weight"]
         assert ops.applies(x, weight, low)
         return ops.linear(x, weight, bias, low)
@@ -341,10 +342,10 @@ def test_small_inputs_take_torchs_own_functions():
 
 
 def test_the_switch_is_put_back():
-    before = vars(ops.switches).copy()
+    before = vars(switches).copy()
     with pytest.raises(KeyError), fused(False, recompute=False):
         raise KeyError
-    assert vars(ops.switches) == before
+    assert vars(switches) == before
 
 
 @pytest.mark.parametrize("rows", [3, 20, 60, 500])

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning import ops
 from lora_lightning.bank.layout import Layout
 from lora_lightning.bank.mix import Mix
+from lora_lightning.plan import adds_exactly
 
 # Multiplications that a call must have for each thread: some 50 µs of work, a call costs 5 µs.
 _WORTH_A_CALL = 2_000_000
@@ -103,7 +103,7 @@ def _own_linear(x: Tensor, mix: Mix, bias: Tensor | None, layout: Layout) -> Ten
 
 def _shared(mix: Mix, x: Tensor) -> Tensor | None:
     """The weight of the one adapter that serves all items, where it can be had."""
-    if mix.n > 1 or not ops.adds_exactly(x, mix.raw):
+    if mix.n > 1 or not adds_exactly(x, mix.raw):
         return None
     lora_A, lora_B = mix.factors()
     return torch.addmm(mix.raw.flatten(1), lora_B[0], lora_A[0]).view_as(mix.raw)
@@ -121,7 +121,7 @@ def _worth_joining(x: Tensor, mix: Mix) -> bool:
     out, into = mix.raw.shape
     rows = x.numel() // into // mix.n
     large = rows * into * out >= _WORTH_A_CALL * torch.get_num_threads()
-    return large and rows * (into + out) >= into * out and ops.adds_exactly(x, mix.raw)
+    return large and rows * (into + out) >= into * out and adds_exactly(x, mix.raw)
 
 
 def _item_by_item(out: Tensor, x: Tensor, mix: Mix, bias: Tensor | None) -> None:

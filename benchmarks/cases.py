@@ -1,0 +1,171 @@
+"""The models that `training_step.py` and `growth.py` measure, and who trains them: the variants."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import inject
+
+VARIANTS = ("floor", "ours", "ours, frozen A", "peft", "loralib", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, and the layers that are adapted, as a regular expression."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Tensor]
+    layers: str
+    out: Callable[[Any], Tensor] = lambda y: y
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=10)
+
+    return build
+
+
+def _wav2vec2() -> nn.Module:
+    from torchaudio.models import wav2vec2_base
+
+    return wav2vec2_base(
+        encoder_projection_dropout=0.0,
+        encoder_attention_dropout=0.0,
+        encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.0,
+        encoder_layer_drop=0.0,
+    )
+
+
+class _Conformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from torchaudio.models import Conformer
+
+        self.body = Conformer(256, 4, 1024, 8, 31)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x, torch.full((len(x),), x.shape[1], device=x.device))[0]
+        return out
+
+
+def _pictures(count: int, size: int = 224) -> Callable[[], Tensor]:
+    return lambda: torch.rand(count, 3, size, size)
+
+
+VIT = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+CASES = {
+    "vit_tiny": Case(_timm("vit_tiny_patch16_224"), _pictures(16), VIT),
+    "vit_small": Case(_timm("vit_small_patch16_224"), _pictures(8), VIT),
+    "convnext_atto": Case(_timm("convnext_atto"), _pictures(16), r".*\.mlp\.fc[12]"),
+    "efficientnet_lite0": Case(
+        _timm("tf_efficientnet_lite0"),
+        _pictures(16),
+        r"blocks\..*\.(conv_pw|conv_pwl)",
+    ),
+    "wav2vec2_base": Case(
+        _wav2vec2,
+        lambda: torch.randn(4, 32000),
+        r".*layers\.\d+\.(attention\.\w+_proj|feed_forward\.\w+_dense)",
+        lambda y: y[0],
+    ),
+    "conformer": Case(
+        _Conformer, lambda: torch.randn(8, 400, 256), r".*\.ffn[12]\.sequential\.[14]"
+    ),
+}
+
+
+def names(model: nn.Module, case: Case) -> list[str]:
+    """The layers that are adapted."""
+    return [n for n, _ in model.named_modules() if re.fullmatch(case.layers, n)]
+
+
+def variant(name: str, case: Case, rank: int, dropout: float) -> nn.Module:
+    """The model as this variant trains it; the same weights for all."""
+    torch.manual_seed(0)
+    model = case.build()
+    layers = names(model, case)
+    if name == "floor":
+        model.requires_grad_(False)
+        model.get_submodule(layers[0]).register_forward_pre_hook(
+            lambda _, args: (args[0].detach().requires_grad_(torch.is_grad_enabled()),)
+        )
+    elif name.startswith("ours"):
+        frozen = name.endswith("frozen A")
+        inject(
+            model,
+            rank=rank,
+            alpha=rank,
+            target_modules=layers,
+            trainable=[],
+            dropout=dropout,
+            freeze_a=frozen,
+        )
+    elif name == "peft":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, lora_dropout=dropout)
+        inject_adapter_in_model(config, model)
+    elif name == "loralib":
+        _with_loralib(model, layers, rank, dropout)
+    return freeze_statistics(model.train())
+
+
+def _with_loralib(model: nn.Module, layers: list[str], rank: int, dropout: float) -> None:
+    """Its own layers, with the same weights, in the places of these."""
+    import loralib
+
+    for path in layers:
+        old: Any = model.get_submodule(path)
+        new: Any
+        own = {"r": rank, "lora_alpha": rank, "bias": old.bias is not None}
+        if isinstance(old, nn.Linear):
+            sizes = (old.in_features, old.out_features)
+            new = loralib.Linear(*sizes, lora_dropout=dropout, **own)
+            new.load_state_dict(old.state_dict(), strict=False)
+        else:  # it drops nothing there
+            sizes = (old.in_channels, old.out_channels, old.kernel_size[0])
+            new = loralib.Conv2d(*sizes, stride=old.stride, padding=old.padding, **own)
+            new.conv.load_state_dict(old.state_dict())
+        model.set_submodule(path, new)
+    loralib.mark_only_lora_as_trainable(model)
+
+
+def freeze_statistics(model: nn.Module) -> nn.Module:
+    """BatchNorm in eval mode and dropout off, in every variant."""
+    for path, module in model.named_modules():
+        if "BatchNorm" in type(module).__name__ or (
+            isinstance(module, nn.Dropout) and "lora" not in path  # PEFT's own
+        ):
+            module.eval()
+    return model
+
+
+def stepper(model: nn.Module, case: Case, batch: Tensor) -> Callable[[], None]:
+    """One training step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def step() -> None:
+        case.out(model(batch)).square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def available() -> tuple[str, ...]:
+    """The variants that can be measured here."""
+    missing = [p for p in ("peft", "loralib") if importlib.util.find_spec(p) is None]
+    return tuple(v for v in VARIANTS if v not in missing)
