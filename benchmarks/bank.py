@@ -3,6 +3,7 @@
     python benchmarks/bank.py                        # ViT-Tiny and wav2vec2-base, an hour
     python benchmarks/bank.py --models vit --runs 5 --numbers 1 16 64 --batch 16
     python benchmarks/bank.py --plot docs/images/bank.png
+    python benchmarks/bank.py --read benchmarks/results/*-bank*.csv --plot docs/images/bank.png
 
 Every model gets files of adapters with random factors, the model's own choice of layers
 (``"auto"``), rank 8. Then, in one process and in turns, each run starting with another of them:
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bank_report import Times, plot, save, show
+from bank_report import Times, plot, read, save, show
 from machine import RESULTS, setting
 from torch import Tensor, nn
 
@@ -162,6 +163,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--no-peers", action="store_true", help="without PEFT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--read", type=Path, nargs="+", help="show and draw these, measure nothing")
     parser.add_argument("--plot", type=Path, help="draw cost against number of adapters here")
     return parser.parse_args(arguments)
 
@@ -169,11 +171,18 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, show, save, draw."""
     options = options_of(arguments)
+    if options.read:
+        results, batch = read(options.read)
+        for name, found in results.items():
+            show(name, found, batch)
+        if options.plot:
+            plot(options.plot, results, batch)
+        return
     torch.set_num_threads(options.threads)
     where = setting("torchaudio", "peft") | {"threads": str(options.threads)}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     warnings.filterwarnings("ignore", module="peft")
-    results: dict[str, Times] = {}
+    results = {}
     for name in options.models:
         torch.manual_seed(0)
         base, shape = MODELS[name]()
@@ -183,8 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
             works = variants(
                 base, x, sorted(set(options.numbers)), Path(folder), not options.no_peers
             )
-            found = results[name] = measure(works, options.runs, options.device)
-        show(name, found, options.batch)
+            results[name] = measure(works, options.runs, options.device)
+        show(name, results[name], options.batch)
     print(f"saved {save(options.out, results, options.batch, where)}")
     if options.plot:
         plot(options.plot, results, options.batch)

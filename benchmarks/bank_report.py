@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from pathlib import Path
 
@@ -58,6 +59,22 @@ def save(folder: Path, results: dict[str, Times], batch: int, where: dict[str, s
         for run, value in enumerate(values, start=1)
     )  # fmt: skip
     return machine.save("bank", rows, where, folder)
+
+
+def read(files: list[Path]) -> tuple[dict[str, Times], int]:
+    """What `save` wrote, and the batch; of a model in several files the last counts."""
+    results: dict[str, Times] = {}
+    batch = 0
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for model in {row["model"]: None for row in rows}:
+            found = results[model] = {}
+            for row in (r for r in rows if r["model"] == model):
+                key = row["what"], int(row["adapters"])
+                found.setdefault(key, []).append(float(row["milliseconds"]))
+                batch = int(row["batch"])
+    return results, batch
 
 
 def plot(path: Path, results: dict[str, Times], batch: int) -> None:
