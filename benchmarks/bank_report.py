@@ -9,6 +9,7 @@ from pathlib import Path
 import machine
 
 Times = dict[tuple[str, int], list[float]]  # (what, number of adapters) → milliseconds of each turn
+TITLES = {"vit": "ViT-Tiny", "wav2vec2": "wav2vec2-base"}
 
 
 def ratios(found: Times, key: tuple[str, int]) -> list[float]:
@@ -102,7 +103,11 @@ def plot(path: Path, results: dict[str, Times], batch: int) -> None:
         drawn = sorted({n for _, n in found if n})
         axis.set_xscale("log", base=2)
         axis.set_xticks(drawn, [str(n) for n in drawn])
-        axis.set(title=model, xlabel=f"adapters (batch of {batch})", ylabel="time / base")
+        axis.set(
+            title=TITLES.get(model, model),
+            xlabel=f"adapters (batch of {batch})",
+            ylabel="time / base",
+        )
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
