@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.producers import Recipe, recipe_for
+from lora_lightning.thin import cut, exact
 
 # W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O. On a CPU the two cost
 # the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
@@ -22,7 +23,7 @@ from lora_lightning.producers import Recipe, recipe_for
 _MANY = 5.0
 # Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
 # keep what they like, are faster then.
-_SMALL = 2**15
+_SMALL = 2**16
 
 
 @dataclass
@@ -98,13 +99,7 @@ def adds_exactly(x: Tensor, weight: Tensor) -> bool:
     return lowered(x) is None and exact(weight)
 
 
-def exact(weight: Tensor) -> bool:
-    """Whether a small product survives in a sum with the weight."""
-    return weight.dtype in (torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a layer computes this time.
 
     Attributes:
@@ -187,14 +182,17 @@ class Plan:
         recipe = self.recipe
         if recipe is None or not recipe.by_rows:
             rows = self.rows(kept[0] if recipe is None else recipe.build(kept))
-            return lambda at: self.cast(rows[at])
+            return lambda at: self.cast(cut(rows, at))
         # Piece by piece what is made again stays in the processor's cache.
         lead = shape[:-1]
-        folded = [t.reshape(-1, t.shape[-1]) if t.shape[:-1] == lead else t for t in kept]
+        by_rows = [t.shape[:-1] == lead for t in kept]
+        folded = [
+            t.reshape(-1, t.shape[-1]) if by_row else t
+            for t, by_row in zip(kept, by_rows, strict=True)
+        ]
 
         def read(at: slice) -> Tensor:
-            pieces = zip(folded, kept, strict=True)
-            own = [f[at] if t.shape[:-1] == lead else t for f, t in pieces]
+            own = [cut(t, at) if by_row else t for t, by_row in zip(folded, by_rows, strict=True)]
             return self.cast(recipe.build(own))
 
         return read

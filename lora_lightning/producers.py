@@ -98,7 +98,7 @@ def _layer_norm(node: Any, depth: int) -> Recipe | None:
 def _normalised(kept: Sequence[Tensor]) -> Tensor:
     x, mean, rstd, *affine = kept
     out = torch.sub(x, mean).mul_(rstd)
-    return out.mul_(affine[0]).add_(affine[1]) if affine else out
+    return torch.addcmul(affine[1], out, affine[0], out=out) if affine else out
 
 
 # ---- steps from there to x -----------------------------------------------------------------------

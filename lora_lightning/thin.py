@@ -11,11 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from lora_lightning.plan import exact
-
 # Numbers of x and g that one thread works on at a time in the backward pass, and the fewest rows
 # that keep matrix products efficient.
 _PIECE, _FEWEST = 2**19, 256
+# Multiplications below which dividing a thin product takes longer than it saves.
+_WORTH = 2**20
+ALL = slice(None)  # the rows of a single piece
+
+
+def exact(weight: Tensor) -> bool:
+    """Whether a small product survives in a sum with the weight."""
+    return weight.dtype in (torch.float32, torch.float64)
 
 
 def _threads(rows: Tensor) -> int:
@@ -31,37 +37,47 @@ def pieces(rows: Tensor, width: int) -> list[slice]:
     """Even slices of rows that a processor's cache holds with those of x: g is read once."""
     count, workers = len(rows), _threads(rows)
     if not workers:
-        return [slice(0, count)]
+        return [ALL]
     number = round(count * (rows.shape[1] + width) / (_PIECE * workers))
-    number = max(min(number, count // (_FEWEST * workers)), 1)
-    step = max(math.ceil(count / number / workers), 1) * workers
+    number = min(number, count // (_FEWEST * workers))
+    if number < 2:
+        return [ALL]
+    step = math.ceil(count / number / workers) * workers
     return [slice(i, i + step) for i in range(0, count, step)]
 
 
-def _split(rows: Tensor) -> Tensor:
-    """(N, ·) → (parts, N / parts, ·), for as many threads as divide N.
+def cut(rows: Tensor, at: slice) -> Tensor:
+    """These rows; a view takes its time even where it is of all."""
+    return rows if at is ALL else rows[at]
+
+
+def _parts(rows: Tensor, rank: int) -> int:
+    """Into how many the rows of a thin product are divided: as many threads as divide them.
 
     BLAS gives a product whose result has r rows to one thread: in parts it takes two thirds of the
     time on two.
     """
-    parts = math.gcd(len(rows), _threads(rows)) if len(rows) and _threads(rows) else 1
-    return rows.view(parts, len(rows) // parts, rows.shape[1])
+    workers = _threads(rows)
+    if workers < 2 or rows.numel() * rank < _WORTH:
+        return 1
+    return math.gcd(len(rows), workers)
 
 
 def across(factor_RxI: Tensor, rows_NxI: Tensor) -> Tensor:
     """The factor times rowsᵀ, (r, N)."""
-    parts = _split(rows_NxI)
-    if len(parts) < 2:
+    parts = _parts(rows_NxI, len(factor_RxI))
+    if parts < 2:
         return factor_RxI @ rows_NxI.T
-    thin = torch.bmm(factor_RxI.expand(len(parts), *factor_RxI.shape), parts.transpose(1, 2))
+    divided = rows_NxI.view(parts, -1, rows_NxI.shape[1])
+    thin = torch.bmm(factor_RxI.expand(parts, *factor_RxI.shape), divided.transpose(1, 2))
     return thin.transpose(0, 1).flatten(1)
 
 
-def add_along(total_RxO: Tensor, thin_RxN: Tensor, rows_NxO: Tensor) -> None:
-    """Add the sum over rows."""
-    parts = _split(rows_NxO)
-    if len(parts) < 2:
-        total_RxO.addmm_(thin_RxN, rows_NxO)
-    else:
-        thin = thin_RxN.view(len(thin_RxN), len(parts), -1).transpose(0, 1)
-        total_RxO += torch.bmm(thin, parts).sum(0)
+def along(thin_RxN: Tensor, rows_NxO: Tensor, total_RxO: Tensor | None = None) -> Tensor:
+    """The sum over rows, (r, O), in the place of `total` and added to it where there is one."""
+    parts = _parts(rows_NxO, len(thin_RxN))
+    if parts < 2:
+        return thin_RxN @ rows_NxO if total_RxO is None else total_RxO.addmm_(thin_RxN, rows_NxO)
+    thin = thin_RxN.view(len(thin_RxN), parts, -1).transpose(0, 1)
+    found = torch.bmm(thin, rows_NxO.view(parts, -1, rows_NxO.shape[1])).sum(0)
+    return found if total_RxO is None else total_RxO.add_(found)

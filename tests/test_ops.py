@@ -29,6 +29,7 @@ def _as_if_inputs_were_large() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
         patch.setattr(thin, "_PIECE", 32)
         patch.setattr(thin, "_FEWEST", 2)
+        patch.setattr(thin, "_WORTH", 0)
         patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
 
