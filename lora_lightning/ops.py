@@ -35,7 +35,10 @@ _READING = 12
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether this module can compute the layer; the plain formula can always."""
-    if not switches.enabled or x.numel() < switches.smallest or weight.requires_grad:
+    if not switches.enabled or weight.requires_grad:
+        return False
+    out, into = weight.shape[:2]
+    if x.numel() * (into + out) < switches.smallest * into:
         return False
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False

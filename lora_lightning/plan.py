@@ -21,9 +21,9 @@ from lora_lightning.thin import cut, exact
 # the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
 # the same output, bit for bit, whether gradients are wanted or not.
 _MANY = 5.0
-# Below so many numbers in x the interpreter's time is what counts: torch's own functions, which
+# Below so many numbers in x and y the interpreter's time is what counts: torch's own functions, which
 # keep what they like, are faster then.
-_SMALL = 2**16
+_SMALL = 400_000
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Switches:
     Attributes:
         enabled: Use the functions of this module, not the plain formula.
         recompute: Make a layer's input again where that is possible, instead of keeping it.
-        smallest: Numbers in x below which the plain formula is used.
+        smallest: Numbers in a layer's input and output below which the plain formula is used.
     """
 
     enabled: bool = True
@@ -54,7 +54,8 @@ def fused(
         enabled: False: by the plain formula and autograd, which can be differentiated twice.
         recompute: False: the layer's input is kept for the backward pass, which takes memory and
             saves the time of making it again.
-        smallest: The plain formula is used for inputs of fewer numbers, where it is faster.
+        smallest: The plain formula is used where a layer's input and output have fewer numbers: it
+            is faster there.
     """
     before = dict(vars(switches))
     vars(switches).update(enabled=enabled, recompute=recompute, smallest=smallest)
