@@ -21,8 +21,8 @@ from lora_lightning.thin import cut, exact
 # the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
 # the same output, bit for bit, whether gradients are wanted or not.
 _MANY = 5.0
-# Below so many numbers in x and y the interpreter's time is what counts: torch's own functions, which
-# keep what they like, are faster then.
+# Below so many numbers in x and y the interpreter's time is what counts: torch's own functions,
+# which keep what they like, are faster then.
 _SMALL = 400_000
 
 
