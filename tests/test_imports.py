@@ -23,7 +23,8 @@ PACKAGE = Path(lora_lightning.__file__).parent
 LAYERS = (
     # What an adapter is.
     "family_tables tree",
-    "errors parametrized producers summary units wording",
+    "errors parametrized producers summary thin units wording",
+    "plan",
     "ops",
     "conv_ops",
     "decompose distances fitting",
