@@ -186,14 +186,12 @@ class Plan(NamedTuple):
             return lambda at: self.cast(cut(rows, at))
         # Piece by piece what is made again stays in the processor's cache.
         lead = shape[:-1]
-        by_rows = [t.shape[:-1] == lead for t in kept]
-        folded = [
-            t.reshape(-1, t.shape[-1]) if by_row else t
-            for t, by_row in zip(kept, by_rows, strict=True)
+        parts = [
+            (t.reshape(-1, t.shape[-1]), True) if t.shape[:-1] == lead else (t, False) for t in kept
         ]
 
         def read(at: slice) -> Tensor:
-            own = [cut(t, at) if by_row else t for t, by_row in zip(folded, by_rows, strict=True)]
+            own = [cut(t, at) if by_rows else t for t, by_rows in parts]
             return self.cast(recipe.build(own))
 
         return read
