@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import machine
+from machine import quartiles
 
 Times = dict[tuple[str, int], list[float]]  # (what, number of adapters) → milliseconds of each turn
 TITLES = {"vit": "ViT-Tiny", "wav2vec2": "wav2vec2-base"}
@@ -15,14 +16,6 @@ TITLES = {"vit": "ViT-Tiny", "wav2vec2": "wav2vec2-base"}
 def ratios(found: Times, key: tuple[str, int]) -> list[float]:
     """Each run's time over that of the base in the same turn."""
     return [a / b for a, b in zip(found[key], found["base", 0], strict=True)]
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4)
-    return low, median, high
 
 
 def show(model: str, found: Times, batch: int) -> None:

@@ -35,7 +35,8 @@ def _timm(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _wav2vec2() -> nn.Module:
+def wav2vec2(classes: int | None = None) -> nn.Module:
+    """Of the base model's size, without dropout."""
     from torchaudio.models import wav2vec2_base
 
     return wav2vec2_base(
@@ -44,6 +45,7 @@ def _wav2vec2() -> nn.Module:
         encoder_ff_interm_dropout=0.0,
         encoder_dropout=0.0,
         encoder_layer_drop=0.0,
+        aux_num_out=classes,
     )
 
 
@@ -74,7 +76,7 @@ CASES = {
         r"blocks\..*\.(conv_pw|conv_pwl)",
     ),
     "wav2vec2_base": Case(
-        _wav2vec2,
+        wav2vec2,
         lambda: torch.randn(4, 32000),
         r".*layers\.\d+\.(attention\.\w+_proj|feed_forward\.\w+_dense)",
         lambda y: y[0],

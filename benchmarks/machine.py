@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,15 @@ def setting(*others: str) -> dict[str, str]:
         "python": platform.python_version(),
         "precision": "float32",
         "hardware": f"{_processor()}, {os.cpu_count()} cores",
+        **_gpu(),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
     }
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _processor() -> str:
@@ -40,6 +48,14 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4)
+    return low, median, high
 
 
 def dated(date: str, title: str, suffix: str = ".csv", folder: Path = RESULTS) -> Path:

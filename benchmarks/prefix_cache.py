@@ -24,6 +24,7 @@ from typing import Any
 import machine
 import timm
 import torch
+from cases import wav2vec2
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,15 +48,6 @@ def recordings(items: int) -> Tensor:
 
 def vision(name: str) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=CLASSES)
-
-
-def wav2vec2() -> nn.Module:
-    """Of the base model's size, without dropout: with it the prefix would differ each time."""
-    from torchaudio.models import wav2vec2_base
-
-    none = ("projection", "attention", "ff_interm")
-    rates = {f"encoder_{part}_dropout": 0.0 for part in none}
-    return wav2vec2_base(**rates, encoder_dropout=0.0, encoder_layer_drop=0.0, aux_num_out=CLASSES)
 
 
 class Conformer(nn.Module):
@@ -99,7 +91,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[s
         {"target_modules": ["blocks.[56].*conv_pw*"]},
     ),
     "resnet18": (vision("resnet18"), images, {"target_modules": ["layer4.*.conv?"]}),
-    "wav2vec2_base": (wav2vec2, recordings, {"blocks": [8, 9, 10, 11]}),
+    "wav2vec2_base": (lambda: wav2vec2(CLASSES), recordings, {"blocks": [8, 9, 10, 11]}),
     "conformer": (
         Conformer,
         frames,

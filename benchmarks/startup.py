@@ -18,7 +18,6 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -110,28 +109,20 @@ def table(found: dict[str, list[float]]) -> None:
     """Median and quartiles of each measure, its least value, how often it was taken."""
     print(f"{'milliseconds':62s} {'median':>8s} {'quartiles':>17s} {'least':>8s} {'runs':>5s}")
     for name, values in found.items():
-        low, high = _quartiles(values)
+        low, median, high = machine.quartiles(values)
         print(
-            f"{name:62s} {statistics.median(values):8.1f} {low:8.1f} {high:8.1f} "
-            f"{min(values):8.1f} {len(values):5d}"
+            f"{name:62s} {median:8.1f} {low:8.1f} {high:8.1f} {min(values):8.1f} {len(values):5d}"
         )
 
 
 def verdict(values: list[float], goal: float) -> str:
     """A difference of two long measurements may be too noisy to tell."""
-    low, high = _quartiles(values)
+    low, median, high = machine.quartiles(values)
     if low > goal:
         return "MISSED"
     if high - low > goal:
         return "not decided (the quartiles lie further apart than the goal)"
-    return "met" if statistics.median(values) < goal else "MISSED"
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
+    return "met" if median < goal else "MISSED"
 
 
 def save(found: dict[str, list[float]], where: dict[str, str], title: str = "startup") -> Path:

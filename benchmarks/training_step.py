@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from cases import CASES, VARIANTS, Case, available, stepper, variant
-from machine import save, setting
+from machine import quartiles, save, setting
 from torch import Tensor, nn
 
 import lora_lightning
@@ -130,8 +130,7 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, tuple[float, f
     found = {}
     for name, own in times.items():
         each = [a / b for a, b in zip(own, times[base], strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4)
-        found[name] = (low, middle, high)
+        found[name] = quartiles(each)
     return found
 
 
@@ -204,11 +203,8 @@ def main() -> None:
         print("no CUDA device is at hand: that part was left out")
     if given.out:
         options = ("times", "rank", "dropout", "threads", "rounds")
-        where = {name: getattr(given, name) for name in options} | setting(
-            "torchaudio", "peft", "loralib"
-        )
-        if "cuda" in given.devices:
-            where["gpu"] = torch.cuda.get_device_name()
+        where = {name: getattr(given, name) for name in options}
+        where |= setting("torchaudio", "peft", "loralib")
         print(save("training-step", rows, where))
 
 
