@@ -45,10 +45,8 @@ def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
     Only where torch's own output would have that layout as well.
     """
     plain = all(k == 1 for k in (*weight.shape[2:], *how[0])) and not any(how[1])
-    return plain and any(
-        x.dim() == dims and x.is_contiguous(memory_format=last) and not x.is_contiguous()
-        for dims, last in ((4, torch.channels_last), (5, torch.channels_last_3d))
-    )
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return plain and last and not x.is_contiguous()
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
@@ -86,8 +84,8 @@ class _Convolution(torch.autograd.Function):
         return _run(x, low.added_to(weight.flatten(1)).view_as(weight), bias, how)
 
     @staticmethod
+    @ops.gradients
     def backward(ctx: Any, g: Tensor) -> Any:
-        ops.refuse_second()
         low, how, needs = ctx.low, ctx.how, ctx.needs_input_grad
         x, weight, A, B = ctx.saved_tensors
         small = ops.is_small(weight, len(A))

@@ -19,6 +19,8 @@ Autocast, dropout (its mask is drawn again from its seed), and starts kept aside
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ _READING = 12
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether this module can compute the layer; the plain formula can always."""
-    if not switches.enabled or weight.requires_grad:
+    if not switches.enabled or weight.requires_grad or x.is_nested or x.is_meta:
         return False
     out, into = weight.shape[:2]
     if x.numel() * (into + out) < switches.smallest * into:
@@ -86,8 +88,42 @@ def _linear(
     if plan.frozen_A or not plan.whole:
         h_RxN = across(plan.cast(low.lora_A), plan.dropped(plan.rows(x)))
     if h_RxN is not None and not plan.whole:
-        plan.rows(out).addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
+        rows_NxO = plan.rows(out)
+        rows_NxO.addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
+        layout = torch.channels_last if plan.channels else torch.contiguous_format
+        if not out.is_contiguous(memory_format=layout):  # another of the library's: rows are copies
+            out.copy_(plan.unrolled(rows_NxO, out))
     return out, h_RxN
+
+
+def gradients(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """For a backward pass that cannot be differentiated or batched itself, in the dtypes of its
+    forward pass.
+
+    Raises:
+        AdapterError: it is to be: ``create_graph=True``, ``is_grads_batched=True``.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, g: Tensor) -> Any:
+        batched = torch._C._functorch.is_legacy_batchedtensor(g)
+        if batched or torch.is_grad_enabled():
+            asked = (
+                "is_grads_batched=True asks for many gradients at once"
+                if batched
+                else "create_graph=True asks for gradients of gradients"
+            )
+            raise AdapterError(
+                f"{asked}, which the fused path of adapted layers does not have: run the forward "
+                "pass inside `with lora_lightning.fused(False):` (under activation checkpointing "
+                "the backward pass too)"
+            )
+        if not torch.is_autocast_enabled(g.device.type):
+            return backward(ctx, g)
+        with torch.autocast(g.device.type, enabled=False):
+            return backward(ctx, g)
+
+    return checked
 
 
 class _Linear(torch.autograd.Function):
@@ -97,7 +133,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
     ) -> Tensor:
-        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         weight = plan.cast(weight)
         out, h_RxN = _linear(x, weight, bias, plan)
         plan.keep(ctx, x, weight, A, B, h_RxN)
@@ -105,8 +141,8 @@ class _Linear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
     @staticmethod
+    @gradients
     def backward(ctx: Any, g: Tensor) -> Any:
-        refuse_second()
         plan, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.plan, ctx.needs_input_grad
         weight, A, B, h_RxN, *kept = ctx.saved_tensors
         low_A, g_NxO = plan.cast(A), plan.rows(g)
@@ -154,16 +190,3 @@ class _Linear(torch.autograd.Function):
 def is_small(weight: Tensor, rank: int) -> bool:
     """Whether the gradient of the whole weight takes less time than the thin products do."""
     return weight.numel() < 2 * (rank + _READING) * (len(weight) + weight[0].numel())
-
-
-def refuse_second() -> None:
-    """Called by a backward pass, which cannot be differentiated itself.
-
-    Raises:
-        AdapterError: it is to be (``create_graph=True``).
-    """
-    if torch.is_grad_enabled():
-        raise AdapterError(
-            "create_graph=True asks for gradients of gradients, which the fused path of adapted "
-            "layers does not have: run the forward pass inside `with lora_lightning.fused(False):`"
-        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class Switches:
 
 
 switches = Switches()
+_inside = [Switches()]  # what each open block asks for, the latest last
 
 
 @contextmanager
@@ -56,13 +57,19 @@ def fused(
             saves the time of making it again.
         smallest: The plain formula is used where a layer's input and output have fewer numbers: it
             is faster there.
+
+    Under activation checkpointing the backward pass runs the layers again: it belongs into the
+    block as well.
     """
-    before = dict(vars(switches))
-    vars(switches).update(enabled=enabled, recompute=recompute, smallest=smallest)
+    own = Switches(enabled, recompute, smallest)
+    _inside.append(own)
+    vars(switches).update(vars(own))
     try:
         yield
     finally:
-        vars(switches).update(before)
+        # Another thread's block may have begun since, and go on: the latest still open counts.
+        _inside[:] = [block for block in _inside if block is not own]
+        vars(switches).update(vars(_inside[-1]))
 
 
 class LowRank(NamedTuple):
@@ -158,8 +165,8 @@ class Plan(NamedTuple):
     def unrolled(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of `rows`, for a tensor with the layout of `like`."""
         if not self.channels:
-            return rows.view(*like.shape[:-1], -1)
-        return rows.view(len(like), *like.shape[2:], -1).movedim(-1, 1)
+            return rows.view(*like.shape[:-1], rows.shape[-1])
+        return rows.view(len(like), *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What of x goes to A."""
@@ -174,24 +181,34 @@ class Plan(NamedTuple):
         return drawn.bernoulli_(keep, generator=generator).div_(keep)
 
     def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
-        """Save `others`, and x or what it can be made of."""
+        """Save `others`, x or what it can be made of, and this plan."""
         made_of = (x,) if self.recipe is None else self.recipe.kept
         ctx.save_for_backward(*others, *(made_of if ctx.needs_input_grad[3] else ()))
+        # In the plan they would outlive the backward pass, which frees what was saved.
+        ctx.plan = self._replace(recipe=self.recipe and replace(self.recipe, kept=()))
 
     def reader(self, kept: Sequence[Tensor], shape: torch.Size) -> Callable[[slice], Tensor]:
         """From a slice to these rows of x, of what `keep` saved."""
         recipe = self.recipe
-        if recipe is None or not recipe.by_rows:
+        parts = as_rows(kept, shape[:-1]) if recipe is not None and recipe.by_rows else None
+        if recipe is None or parts is None:
             rows = self.rows(kept[0] if recipe is None else recipe.build(kept))
             return lambda at: self.cast(cut(rows, at))
         # Piece by piece what is made again stays in the processor's cache.
-        lead = shape[:-1]
-        parts = [
-            (t.reshape(-1, t.shape[-1]), True) if t.shape[:-1] == lead else (t, False) for t in kept
-        ]
+        return lambda at: self.cast(
+            recipe.build([t if shared else cut(t, at) for t, shared in parts])
+        )
 
-        def read(at: slice) -> Tensor:
-            own = [cut(t, at) if by_rows else t for t, by_rows in parts]
-            return self.cast(recipe.build(own))
 
-        return read
+def as_rows(kept: Sequence[Tensor], lead: torch.Size) -> list[tuple[Tensor, bool]] | None:
+    """Of an elementwise function of `kept` with output (*lead, ·): each seen as rows, and whether
+    one row is all it has, for every row of x; ``None`` where one is neither (a gate (B, 1, I))."""
+    parts = []
+    for t in kept:
+        if t.dim() and t.shape[:-1] == lead:
+            parts.append((t.reshape(-1, t.shape[-1]), False))
+        elif all(size == 1 for size in t.shape[:-1]):
+            parts.append((t.reshape(t.shape[-1:]), True))
+        else:
+            return None
+    return parts

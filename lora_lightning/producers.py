@@ -5,8 +5,12 @@ train, torch keeps no x. But it keeps what made x (a LayerNorm's input, a GELU's
 backward passes, and from there x is an elementwise step away, equal to rounding.
 
 `recipe_for` walks up from ``x.grad_fn``, over reshapes, transposes and products with what is kept
-(dropout's mask), until it finds such a tensor. Where the chain ends otherwise, or where somebody's
-hooks pack saved tensors (activation checkpointing, offloading), there is none and x is to be saved.
+(dropout's mask), until it finds such a tensor. Where the chain ends otherwise, where somebody's
+hooks pack saved tensors (activation checkpointing, offloading), or where x was written to since it
+was made, there is none and x is to be saved.
+
+What the graph does not know cannot be known here either: a tensor further up that is overwritten
+under ``no_grad``, and only then multiplied or reshaped into x, is made again as it was before.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ class Recipe:
 
     Attributes:
         kept: What the graph holds in any case.
-        build: The tensor, from these.
-        by_rows: Whether some of its rows (x seen as a matrix) can be made of the same rows of the
-            kept tensors that have as many, and the others as they are.
+        build: The tensor, from these; it holds none of them itself.
+        by_rows: Whether it works number by number or along the last dimension alone, so that some
+            of its rows can be made of the same rows of the kept tensors.
     """
 
     kept: tuple[Tensor, ...]
@@ -44,14 +48,18 @@ def recipe_for(x: Tensor) -> Recipe | None:
     # Saved tensors under hooks may lie elsewhere: to read them here would bring them back.
     if x.grad_fn is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
+    if x._version:  # a mask set under no_grad, which the graph has not seen
+        return None
     try:
         return _recipe(x.grad_fn, 0, 0)
-    except AttributeError:  # another version of torch, whose nodes keep something else
+    except (AttributeError, RuntimeError):
+        # Another version of torch, whose nodes keep something else; or what was kept is gone or
+        # overwritten, which is the user's to hear of where it is needed.
         return None
 
 
 def _recipe(node: Any, output: int, depth: int) -> Recipe | None:
-    rule = _RULES.get(node.name().removesuffix("0"))
+    rule = _RULES.get(node.name())
     if rule is None or output != 0 or depth == _DEEPEST:
         return None
     found: Recipe | None = rule(node, depth)
@@ -63,42 +71,60 @@ def _above(node: Any, depth: int, side: int = 0) -> Recipe | None:
     return None if above is None else _recipe(above, output, depth + 1)
 
 
+def _saved(node: Any, name: str) -> Any:
+    """What the node keeps by this name.
+
+    Raises:
+        RuntimeError: hooks packed it, so that reading it would compute or fetch it.
+    """
+    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+        raise RuntimeError("saved under hooks")
+    kept = getattr(node, f"_saved_{name}")
+    return None if kept is None else kept.detach()
+
+
 # ---- what made it ------------------------------------------------------------------------------
 
 
-def _result(node: Any, depth: int, name: str = "_saved_result") -> Recipe:
+def _result(node: Any, depth: int, name: str = "result") -> Recipe:
     """The graph keeps the tensor itself."""
-    return Recipe((getattr(node, name).detach(),), _first, by_rows=False)
+    return Recipe((_saved(node, name),), _first, by_rows=False)
 
 
 def _of_input(function: Callable[..., Tensor], *settings: str) -> Callable[[Any, int], Recipe]:
     """A function of one kept input; `settings` are the node's names of its other arguments."""
 
     def rule(node: Any, depth: int) -> Recipe:
-        rest = [_signed(getattr(node, f"_saved_{s}")) for s in settings]
-        rows = function is not F.glu or node._saved_dim in (2**64 - 1, node._saved_self.dim() - 1)
-        return Recipe((node._saved_self.detach(),), lambda kept: function(kept[0], *rest), rows)
+        rest = [getattr(node, f"_saved_{s}") for s in settings]
+        return Recipe((_saved(node, "self"),), lambda kept: function(kept[0], *rest))
 
     return rule
 
 
+def _glu(node: Any, depth: int) -> Recipe:
+    kept, dim = _saved(node, "self"), _signed(node._saved_dim)
+    last = dim in (-1, kept.dim() - 1)
+    return Recipe((kept,), lambda kept: F.glu(kept[0], -1 if last else dim), by_rows=last)
+
+
 def _gelu(node: Any, depth: int) -> Recipe:
     make = partial(F.gelu, approximate=node._saved_approximate)
-    return Recipe((node._saved_self.detach(),), lambda kept: make(kept[0]))
+    return Recipe((_saved(node, "self"),), lambda kept: make(kept[0]))
 
 
 def _layer_norm(node: Any, depth: int) -> Recipe | None:
-    affine = [t for t in (node._saved_weight, node._saved_bias) if t is not None]
+    affine = [t for t in (_saved(node, "weight"), _saved(node, "bias")) if t is not None]
     if len(affine) == 1:
         return None
-    statistics = (node._saved_input, node._saved_result1, node._saved_result2)
-    return Recipe(tuple(t.detach() for t in (*statistics, *affine)), _normalised)
+    statistics = [_saved(node, name) for name in ("input", "result1", "result2")]
+    return Recipe((*statistics, *affine), _normalised)
 
 
 def _normalised(kept: Sequence[Tensor]) -> Tensor:
     x, mean, rstd, *affine = kept
     out = torch.sub(x, mean).mul_(rstd)
-    return torch.addcmul(affine[1], out, affine[0], out=out) if affine else out
+    out = torch.addcmul(affine[1], out, affine[0], out=out) if affine else out
+    return out.to(x.dtype)  # the statistics are wider where x is in half precision
 
 
 # ---- steps from there to x -----------------------------------------------------------------------
@@ -106,18 +132,17 @@ def _normalised(kept: Sequence[Tensor]) -> Tensor:
 
 def _product(node: Any, depth: int) -> Recipe | None:
     """Both sides are kept, or one is and the other can be made: dropout, gates, RMSNorm."""
-    sides = [node._saved_self, node._saved_other]
-    recipes = [
-        _above(node, depth, i) if side is None else Recipe((side.detach(),), _first)
+    sides = [_saved(node, "self"), _saved(node, "other")]
+    left, right = [
+        _above(node, depth, i) if side is None else Recipe((side,), _first)
         for i, side in enumerate(sides)
     ]
-    left, right = recipes
     if left is None or right is None:
         return None
-    count = len(left.kept)
+    count, one, other = len(left.kept), left.build, right.build
     return Recipe(
         left.kept + right.kept,
-        lambda kept: left.build(kept[:count]) * right.build(kept[count:]),
+        lambda kept: one(kept[:count]) * other(kept[count:]),
         left.by_rows and right.by_rows,
     )
 
@@ -127,14 +152,12 @@ def _first(kept: Sequence[Tensor]) -> Tensor:
 
 
 def _native_dropout(node: Any, depth: int) -> Recipe | None:
-    inner, mask = _above(node, depth), node._saved_result1
-    if inner is None or mask is None:
+    inner, mask, p = _above(node, depth), _saved(node, "result1"), node._saved_p
+    if inner is None or mask is None or p == 1:
         return None
-    scale = 1 / (1 - node._saved_p)
+    build, scale = inner.build, 1 / (1 - p)  # eager torch calls it in training alone
     return Recipe(
-        (*inner.kept, mask),
-        lambda kept: inner.build(kept[:-1]) * kept[-1] * scale,
-        inner.by_rows,
+        (*inner.kept, mask), lambda kept: build(kept[:-1]) * kept[-1] * scale, inner.by_rows
     )
 
 
@@ -144,12 +167,12 @@ def _reshaped(node: Any, depth: int) -> Recipe | None:
 
 
 def _transposed(node: Any, depth: int) -> Recipe | None:
-    a, b = (int(_signed(d)) for d in (node._saved_dim0, node._saved_dim1))
+    a, b = _signed(node._saved_dim0), _signed(node._saved_dim1)
     return _then(_above(node, depth), lambda x: x.transpose(a, b))
 
 
 def _permuted(node: Any, depth: int) -> Recipe | None:
-    dims = [int(_signed(d)) for d in node._saved_dims]
+    dims = [_signed(d) for d in node._saved_dims]
     return _then(_above(node, depth), lambda x: x.permute(dims))
 
 
@@ -158,32 +181,36 @@ def _copied(node: Any, depth: int) -> Recipe | None:
 
 
 def _then(inner: Recipe | None, step: Callable[[Tensor], Tensor]) -> Recipe | None:
-    return inner and Recipe(inner.kept, lambda kept: step(inner.build(kept)), by_rows=False)
+    if inner is None:
+        return None
+    build = inner.build
+    return Recipe(inner.kept, lambda kept: step(build(kept)), by_rows=False)
 
 
-def _signed(number: int | float) -> int | float:
+def _signed(dim: int) -> int:
     """Nodes give negative dimensions as unsigned numbers."""
-    return int(number) - 2**64 if number >= 2**63 else number
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
+# By the names of torch's own nodes: a custom function's ends in "Backward", without the zero.
 _RULES: dict[str, Callable[[Any, int], Recipe | None]] = {
-    "ReluBackward": _result,
-    "SigmoidBackward": _result,
-    "TanhBackward": _result,
-    "ScaledDotProductFlashAttentionForCpuBackward": partial(_result, name="_saved_output"),
-    "ScaledDotProductFlashAttentionBackward": partial(_result, name="_saved_output"),
-    "ScaledDotProductEfficientAttentionBackward": partial(_result, name="_saved_output"),
-    "GeluBackward": _gelu,
-    "SiluBackward": _of_input(F.silu),
-    "HardswishBackward": _of_input(F.hardswish),
-    "HardtanhBackward": _of_input(F.hardtanh, "min_val", "max_val"),
-    "GluBackward": _of_input(F.glu, "dim"),
-    "NativeLayerNormBackward": _layer_norm,
-    "MulBackward": _product,
-    "NativeDropoutBackward": _native_dropout,
-    "ViewBackward": _reshaped,
-    "UnsafeViewBackward": _reshaped,
-    "TransposeBackward": _transposed,
-    "PermuteBackward": _permuted,
-    "CloneBackward": _copied,
+    "ReluBackward0": _result,
+    "SigmoidBackward0": _result,
+    "TanhBackward0": _result,
+    "ScaledDotProductFlashAttentionForCpuBackward0": partial(_result, name="output"),
+    "ScaledDotProductFlashAttentionBackward0": partial(_result, name="output"),
+    "ScaledDotProductEfficientAttentionBackward0": partial(_result, name="output"),
+    "GeluBackward0": _gelu,
+    "SiluBackward0": _of_input(F.silu),
+    "HardswishBackward0": _of_input(F.hardswish),
+    "HardtanhBackward0": _of_input(F.hardtanh, "min_val", "max_val"),
+    "GluBackward0": _glu,
+    "NativeLayerNormBackward0": _layer_norm,
+    "MulBackward0": _product,
+    "NativeDropoutBackward0": _native_dropout,
+    "ViewBackward0": _reshaped,
+    "UnsafeViewBackward0": _reshaped,
+    "TransposeBackward0": _transposed,
+    "PermuteBackward0": _permuted,
+    "CloneBackward0": _copied,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import fused
+from lora_lightning import fused, thin
 
 torch.set_num_threads(1)
 
@@ -25,6 +25,17 @@ def _seed():
 def fused_at_any_size():
     """Tiny inputs take the path of real ones."""
     with fused(smallest=0):
+        yield
+
+
+@pytest.fixture
+def as_if_inputs_were_large():
+    """No input is too small; backward passes go in pieces of few rows, on two threads."""
+    with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
+        patch.setattr(thin, "_PIECE", 32)
+        patch.setattr(thin, "_FEWEST", 2)
+        patch.setattr(thin, "_WORTH", 0)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
 
 

@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import fused, inject, ops, thin
+from lora_lightning import fused, inject, ops
 from lora_lightning.errors import AdapterError
 from lora_lightning.plan import LowRank, switches
 from lora_lightning.probe import difference
-from lora_lightning.producers import recipe_for
+from tests.ops_cases import adapted, agree, results
+
+pytestmark = pytest.mark.usefixtures("as_if_inputs_were_large")
 
 LARGE = st.integers(1, 40)
-
-
-@pytest.fixture(autouse=True)
-def _as_if_inputs_were_large() -> Iterator[None]:
-    """No input is too small; backward passes go in pieces of few rows, on two threads."""
-    with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
-        patch.setattr(thin, "_PIECE", 32)
-        patch.setattr(thin, "_FEWEST", 2)
-        patch.setattr(thin, "_WORTH", 0)
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        yield
-
-
-def adapted(*layers: nn.Module, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = copy.deepcopy(nn.Sequential(*layers)).to(dtype)
-    inject(model, **{"rank": 2, "target_modules": "all", "trainable": [], **options})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter)
-    return model
-
-
-def results(model: nn.Module, x: Tensor, **how: bool) -> list[Tensor]:
-    """Output without gradients, output, and the gradients of input, bias and factors."""
-    x = x.detach().requires_grad_()
-    with fused(**{"smallest": 0, **how}):
-        torch.manual_seed(1)
-        out = model(x)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        torch.manual_seed(2)
-        grads = torch.autograd.grad(out, [x, *trained], torch.randn(out.shape).to(out))
-        with torch.no_grad():
-            torch.manual_seed(1)
-            return [model(x), out.detach(), *grads]
-
-
-def agree(model: nn.Module, x: Tensor, tolerance: float = 1e-12) -> None:
-    plain = results(model, x, enabled=False)
-    for recompute in (True, False):
-        found = results(model, x, recompute=recompute)
-        assert [t.dtype for t in found] == [t.dtype for t in plain]
-        for a, b in zip(found, plain, strict=True):
-            assert difference([a], [b]) < tolerance
 
 
 @settings(deadline=None, max_examples=40)
@@ -136,76 +92,6 @@ def test_dropout_is_dropout():
     assert torch.allclose(model.eval()(x) - model[0]._parameters["weight"], torch.ones(()).double())
 
 
-PRODUCERS = {
-    "layer norm": lambda: nn.LayerNorm(8),
-    "plain layer norm": lambda: nn.LayerNorm(8, elementwise_affine=False),
-    "RMS norm": lambda: nn.RMSNorm(8),
-    "GELU": nn.GELU,
-    "GELU by tanh": lambda: nn.GELU("tanh"),
-    "SiLU": nn.SiLU,
-    "ReLU": nn.ReLU,
-    "ReLU in place": lambda: nn.ReLU(inplace=True),
-    "ReLU6": nn.ReLU6,
-    "Hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "GLU": lambda: nn.Sequential(nn.Linear(8, 16).double().requires_grad_(False), nn.GLU()),
-    "dropout": lambda: nn.Sequential(nn.SiLU(), nn.Dropout(0.3)),
-    "reshaped": lambda: nn.Sequential(nn.GELU(), nn.Unflatten(-1, (2, 4)), nn.Flatten(-2)),
-}
-
-
-class Before(nn.Module):
-    """A producer between frozen layers, and what the graph holds of it."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.first, self.producer = nn.Linear(8, 8), PRODUCERS[kind]()
-        self.last = nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.made = self.producer(self.first(x))
-        return self.last(self.made)
-
-
-@pytest.mark.parametrize("kind", PRODUCERS)
-def test_inputs_are_made_again(kind):
-    """Bit for bit or to rounding; the layer itself keeps neither x nor a copy of it."""
-    model = adapted(Before(kind), target_modules=["*last"])
-    agree(model, torch.randn(7, 5, 8, dtype=torch.float64))
-    x = torch.randn(7, 5, 8, dtype=torch.float64, requires_grad=True)
-    out = model(x)
-    made = model[0].made
-    if kind == "ReLU in place":  # of a view: its node tells nothing, and keeps x itself
-        assert recipe_for(made) is None
-        return
-    recipe = recipe_for(made)
-    assert recipe is not None
-    assert difference([recipe.build(recipe.kept)], [made]) < 1e-14
-    if kind not in ("ReLU", "sigmoid"):  # whose own backward keeps the output itself
-        kept = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
-        assert made.data_ptr() not in kept
-        with fused(recompute=False, smallest=0):
-            kept = {t.data_ptr() for t in model(x).grad_fn.saved_tensors if t is not None}
-        assert model[0].made.data_ptr() in kept
-
-
-def test_attention_output_is_made_again():
-    q = torch.randn(2, 3, 9, 4, dtype=torch.float64, requires_grad=True) * 1
-    x = F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 9, 12)
-    recipe = recipe_for(x)
-    assert recipe is not None
-    assert torch.equal(recipe.build(recipe.kept), x)
-
-
-def test_no_recipe_for_what_the_graph_does_not_keep():
-    leaf = torch.randn(3, 8, requires_grad=True)
-    assert recipe_for(leaf) is None
-    assert recipe_for(leaf + 1) is None
-    assert recipe_for(F.layer_norm(torch.randn(3, 8), (8,))) is None
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        assert recipe_for(F.gelu(leaf)) is None
-
-
 def test_a_frozen_A_needs_no_input():
     """Only h = A xᵀ is kept: (r, N) numbers, whatever the input's width."""
     model = adapted(nn.Linear(50, 40), freeze_a=True)
@@ -257,6 +143,19 @@ def test_autocast(layers, options):
         assert difference(found, plain) < 0.03
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv1d(8, 6, 2)])
+def test_autocast_around_the_backward_pass_alone(layer):
+    model = adapted(layer, dtype=torch.float32)
+    x = torch.randn(30, 8, 4 if isinstance(layer, nn.Conv1d) else 8)
+    expected = results(model, x)[2:]
+    leaves = [x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+    out = model(x)
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, torch.randn(out.shape))
+    assert difference(found, expected) < 1e-6
+
+
 def test_grad_scaler():
     """Scaled gradients come out scaled, and the step is that of the plain formula."""
     steps = []
@@ -284,6 +183,16 @@ def test_a_second_derivative_is_refused_and_has_a_way(layer):
     with fused(False):
         (first,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
         assert torch.autograd.grad(first.sum(), x)[0].any()
+
+
+def test_many_gradients_at_once_are_refused_and_have_a_way():
+    model = adapted(nn.Linear(4, 3))
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(AdapterError, match="is_grads_batched"):
+        torch.autograd.grad(model(x), x, torch.ones(2, 5, 3).double(), is_grads_batched=True)
+    with fused(False):
+        out = model(x)
+    torch.autograd.grad(out, x, torch.ones(2, 5, 3).double(), is_grads_batched=True)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")  # torch's own, on first use
@@ -325,12 +234,34 @@ def test_trained_weights_and_unbatched_inputs():
     assert weight.grad.any()
 
 
-def test_empty_batches():
+@pytest.mark.parametrize("rows", [(0,), (3, 0)])
+def test_empty_batches(rows):
     model = adapted(nn.Linear(4, 3))
-    out = model(torch.zeros(0, 4, dtype=torch.float64))
-    assert out.shape == (0, 3)
+    x = torch.zeros(*rows, 4, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    assert out.shape == (*rows, 3)
     out.sum().backward()
+    assert x.grad.shape == x.shape
     assert not model[0].lora["default"]["weight"].lora_B.grad.any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_pointwise_convolution_with_the_channels_last(dims):
+    """Few positions, where the factors are applied one by one, in place."""
+    layer = (nn.Conv2d, nn.Conv3d)[dims - 2](64, 48, 1)
+    x = torch.randn(2, 64, *[3] * dims, dtype=torch.float64)
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    x, model = x.to(memory_format=last), adapted(layer)
+    agree(model, x)
+    assert model(x).stride() == layer.double()(x).stride()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_take_the_plain_formula():
+    model = adapted(nn.Linear(8, 6))
+    parts = [torch.randn(n, 8, dtype=torch.float64) for n in (3, 5)]
+    out = model(torch.nested.nested_tensor(parts, layout=torch.strided))
+    assert difference(list(out.unbind()), [model(part) for part in parts]) < 1e-12
 
 
 def test_small_inputs_take_torchs_own_functions():
@@ -346,6 +277,18 @@ def test_the_switch_is_put_back():
     before = vars(switches).copy()
     with pytest.raises(KeyError), fused(False, recompute=False):
         raise KeyError
+    assert vars(switches) == before
+
+
+def test_blocks_that_overlap_in_two_threads():
+    """Each undoes its own; in between the latest that is open counts."""
+    before = vars(switches).copy()
+    first, second = fused(False), fused(smallest=7)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (switches.enabled, switches.smallest) == (True, 7)
+    second.__exit__(None, None, None)
     assert vars(switches) == before
 
 
