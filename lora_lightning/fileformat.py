@@ -51,7 +51,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pat
         metadata={_KEY: json.dumps(header)},  # one key: several come in random order
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

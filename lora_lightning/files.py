@@ -37,7 +37,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
+        AdapterError: inside a block in which the model is another: `disabled`, `AdapterBank`.
     """
+    states.check_home(states.base_modules(model), "save_adapter")
     root, state, name = states.holder(model, name, "to save")
     with switching.unmerged(root):
         tensors, header = _contents(root, state, name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import checkpoints, layers, switching
+from lora_lightning import checkpoints, layers, shortcuts, switching
 from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
 from lora_lightning.config import LoRAConfig
@@ -120,6 +120,8 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     whole = trainable_names(model, config.trainable, targets, live, modules)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(name, targets, specs)
+    state.cachers = shortcuts.cachers(modules)
+    state.packers += shortcuts.keep_padded(modules)
     register(model, state, name, config, report, freeze, live)
     adapted = states.adapted_layers(model, modules).values()
     switching.activate(model, state, name, live, adapted)
@@ -140,6 +142,7 @@ def check_free(model: nn.Module, name: str, modules: Modules | None = None) -> M
         )
     state = states.state_of(model)
     modules = states.base_modules(model) if modules is None else modules
+    states.check_home(modules, f"putting adapter {name!r} on the model")
     if state is None:
         inner = [n for n, m in modules if states.state_of(m)]
         if inner:

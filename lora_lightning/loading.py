@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import injection, switching
+from lora_lightning import injection, layers, shortcuts, switching
 from lora_lightning import state as states
 from lora_lightning.adapter import adapt, raw_tensor
 from lora_lightning.config import LoRAConfig
@@ -73,6 +73,8 @@ def load_adapter(
     extras = {n: live[n].numel() for n in header["extras"]}
     report = InjectionReport(name, rows, extras, injection.count_parameters(live))
     state = states.state_of(model) or ModelState()
+    state.cachers = shortcuts.cachers(modules)
+    state.packers += shortcuts.keep_padded(modules)
     injection.register(model, state, name, config, report, state.frozen, live, base)
     state.parked[name] = {n: tensors[n].clone() for n in [*extras, *header["buffers"]]}
     switching.switch(model, state, name, live, states.adapted_layers(model, modules).values())
@@ -221,6 +223,9 @@ def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None
         except (AttributeError, KeyError):
             shape = ()
         bare = bool(shape) and t["matrix"][0] != shape[0]
+        why = layers.refusal(find(model, t["module"]), t["tensor"], raw) if shape else None
+        if why is not None:
+            raise AdapterFileError(f"{path}: {t['module']}.{t['tensor']} takes no adapter: {why}")
         if not shape or list(shape) != t["shape"] or [*matrix_shape(shape, bare)] != t["matrix"]:
             raise AdapterFileError(
                 f"{path}: {t['module']}.{t['tensor']} is {shape or 'missing'} in this model, and "

@@ -8,16 +8,18 @@ names while the adapter is active; the source's values are kept here, so that `d
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapter import AdaptedModule
 from lora_lightning.config import LoRAConfig
-from lora_lightning.errors import AdapterNotFoundError
+from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.merging import is_merged
 from lora_lightning.structure import live_tensors
@@ -27,6 +29,8 @@ from lora_lightning.tree import Children, Modules, join, walk
 
 _ATTRIBUTE = "_lora_state"
 Kind = tuple[tuple[str, ...], frozenset[str]]
+# Module → the block that it stands for another model in; not on the module, which may be copied.
+_lent: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @dataclass
@@ -42,6 +46,9 @@ class ModelState:
     # Name → (the live tensor object, the source's values): another object means that the user
     # replaced it, a classifier reset for instance, and then the old values are void.
     source: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Modules whose shortcuts would miss the adapters: see `lora_lightning.shortcuts`.
+    cachers: list[nn.Module] = field(default_factory=list)
+    packers: list[nn.TransformerEncoder] = field(default_factory=list)
     # Inactive adapter → name → its values of what it owns.
     parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -106,6 +113,33 @@ def roots(model: nn.Module, modules: Modules | None = None) -> list[tuple[nn.Mod
             "load_adapter(model, path) first, and pass the same model here"
         )
     return found
+
+
+@contextmanager
+def lent(modules: Iterable[nn.Module], block: str) -> Iterator[None]:
+    """Within this block the modules hold values that are put back at its end: see `check_home`."""
+    new = [m for m in modules if m not in _lent]
+    _lent.update(dict.fromkeys(new, block))
+    try:
+        yield
+    finally:
+        for module in new:
+            _lent.pop(module, None)
+
+
+def check_home(modules: Modules, what: str, within: str = "") -> None:
+    """Refuse what changes or reads adapters while a block has put other values in their place.
+
+    Raises:
+        AdapterError: one of the modules is lent to another block than `within`.
+    """
+    for _, module in modules if _lent else ():
+        block = _lent.get(module, within)
+        if block != within:
+            raise AdapterError(
+                f"{what} inside `with {block}:` would be undone by the end of the block, or "
+                "outlive it: leave the block first"
+            )
 
 
 def holder(model: nn.Module, name: str | None, purpose: str) -> tuple[nn.Module, ModelState, str]:

@@ -14,8 +14,11 @@ from lora_lightning.adapter import release
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.factors import Factors
 from lora_lightning.merging import check_unchanged, merge_layer, unmerge_layer
+from lora_lightning.shortcuts import forget_computed, pack_again
 from lora_lightning.state import ModelState
 from lora_lightning.structure import base_parameters
+
+_DISABLED = "disabled(model)"
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -35,6 +38,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
     """
     modules = states.base_modules(model)
     holders = states.roots(model, modules)
+    states.check_home(modules, "set_active")
     if name is not None and all(name not in state.configs for _, state in holders):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
     if states.merged_layers(model, modules):
@@ -75,6 +79,8 @@ def activate(
     live = states.base_tensors(root) if live is None else live
     adapted = states.adapted_layers(root).values() if adapted is None else adapted
     if name != state.active:
+        if name is not None:
+            _check_parked(state, name, live)
         if state.active is not None:
             _park(root, state, live)
         state.active = name
@@ -82,6 +88,7 @@ def activate(
             _unpark(state, name, live)
     for layer in adapted:
         layer.put_in_force(name)
+    forget_computed(state.cachers)
 
 
 def _park(model: nn.Module, state: ModelState, live: dict[str, Tensor]) -> None:
@@ -98,19 +105,21 @@ def _park(model: nn.Module, state: ModelState, live: dict[str, Tensor]) -> None:
     state.parked[state.active] = values
 
 
-def _unpark(state: ModelState, name: str, live: dict[str, Tensor]) -> None:
-    """Bring the adapter's own tensors into the model (the source's must be there now)."""
-    parked = state.parked.get(name, {})
-    for key, value in parked.items():
+def _check_parked(state: ModelState, name: str, live: dict[str, Tensor]) -> None:
+    """Whether the adapter's own tensors still fit, before anything is moved."""
+    for key, value in state.parked.get(name, {}).items():
         if key not in live or live[key].shape != value.shape:
             shape = tuple(live[key].shape) if key in live else "gone"
             raise AdapterError(
                 f"adapter {name!r} holds {key} of shape {tuple(value.shape)}, and the model's is "
                 f"{shape}: the layer was replaced while the adapter was inactive"
             )
-    for key, value in parked.items():
+
+
+def _unpark(state: ModelState, name: str, live: dict[str, Tensor]) -> None:
+    """Bring the adapter's own tensors into the model (the source's must be there now)."""
+    for key, value in state.parked.pop(name, {}).items():
         live[key].data = states.like(value, live[key])
-    state.parked.pop(name, None)
 
 
 def freeze(
@@ -173,14 +182,22 @@ def source_values(
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block `model` is the source model, exactly; merged models included.
 
-    Reading and writing ``layer.weight`` here means the base's own weight.
+    Reading and writing ``layer.weight`` here means the base's own weight. Adapters can be neither
+    changed nor saved here.
+
+    Raises:
+        AdapterError: an `AdapterBank` is in force on the model.
     """
-    holders = states.roots(model)
+    modules = states.base_modules(model)
+    holders = states.roots(model, modules)
+    states.check_home(modules, "disabled(model)", within=_DISABLED)
     with unmerged(model), ExitStack() as stack:
-        layers_ = states.adapted_layers(model).values()
-        active = [(layer, layer.lora_active) for layer in layers_]
+        active = [(layer, layer.lora_active) for layer in states.adapted_layers(model).values()]
+        stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
         for root, state in holders:
+            stack.callback(forget_computed, state.cachers)
             stack.enter_context(source_values(root, state))
+            forget_computed(state.cachers)
         for layer, _ in active:
             layer.lora_active = None
         try:
@@ -199,11 +216,15 @@ def merge(model: nn.Module) -> None:
     Raises:
         AdapterNotFoundError: there is no adapter, or none is active.
     """
-    holders = states.roots(model)
+    modules = states.base_modules(model)
+    holders = states.roots(model, modules)
     if all(state.active is None for _, state in holders):
         raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
-    for layer in states.adapted_layers(model).values():
+    states.check_home(modules, "merge")
+    for layer in states.adapted_layers(model, modules).values():
         merge_layer(layer)
+    for _, state in holders:
+        forget_computed(state.cachers)
 
 
 def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
@@ -212,14 +233,17 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     Raises:
         AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
     """
-    states.roots(model)
-    merged = states.merged_layers(model)
+    modules = states.base_modules(model)
+    states.roots(model, modules)
+    states.check_home(modules, "unmerge")
+    merged = states.merged_layers(model, modules)
     if not discard_changes:  # all of them first: never half a model
         for layer in merged.values():
             check_unchanged(layer)
     for layer in merged.values():
         unmerge_layer(layer)
     for root, state in states.roots(model):
+        forget_computed(state.cachers)
         if state.frozen:
             freeze(root, state)
 
@@ -246,7 +270,9 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AdapterNotFoundError: there is no adapter, or none of that name.
     """
-    holders = states.roots(model)
+    modules = states.base_modules(model)
+    holders = states.roots(model, modules)
+    states.check_home(modules, "remove")
     if name is not None and name not in adapters(model):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
     unmerge(model)
@@ -282,6 +308,7 @@ def vacate(
     state.leave(name)
     if state.configs:
         return
+    pack_again(state.packers)
     checkpoints.unregister(root)
     states.detach(root)
     for key, parameter in base_parameters(root, live).items():

@@ -35,7 +35,7 @@ LAYERS = (
     "layers xs",
     "adapter",
     # What is done with it.
-    "merging probe structure",
+    "merging probe shortcuts structure",
     "families fingerprint",
     "targets",
     "state",

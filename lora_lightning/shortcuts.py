@@ -1,0 +1,47 @@
+"""Shortcuts that models take in eval, past the weights that an adapter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lora_lightning.adapter import AdaptedModule
+from lora_lightning.tree import Modules
+
+_CACHE = "attention_bias_cache"
+
+
+def cachers(modules: Modules) -> list[nn.Module]:
+    """Modules that keep in eval what they computed of their biases: timm's LeViT, TinyViT, …"""
+    return [m for _, m in modules if _CACHE in m.__dict__]
+
+
+def forget_computed(modules: Iterable[nn.Module]) -> None:
+    """Let `cachers` compute it anew, since the biases are others now."""
+    for module in modules:
+        module.__dict__[_CACHE] = {}
+
+
+def keep_padded(modules: Modules) -> list[nn.TransformerEncoder]:
+    """Encoders of torch with an adapted layer that packed padded sequences, and no longer do.
+
+    Whether all layers can take packed ("nested") sequences torch asks the first alone, and an
+    adapted one cannot. To be given to `pack_again` when the last adapter goes.
+    """
+    found = [
+        m
+        for _, m in modules
+        if isinstance(m, nn.TransformerEncoder)
+        and m.use_nested_tensor
+        and any(isinstance(part, AdaptedModule) for part in m.modules())
+    ]
+    for encoder in found:
+        encoder.use_nested_tensor = False
+    return found
+
+
+def pack_again(encoders: Iterable[nn.TransformerEncoder]) -> None:
+    """Undo `keep_padded`."""
+    for encoder in encoders:
+        encoder.use_nested_tensor = True
