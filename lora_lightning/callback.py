@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from lora_lightning import trainer_checks as checks
 from lora_lightning.batchnorm import POLICIES, BatchNormKeeper
 from lora_lightning.config import LoRAConfig
 from lora_lightning.decompose import effective_rank, spectrum
-from lora_lightning.errors import BaseMismatchError, ConfigError
+from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.files import save_adapter
-from lora_lightning.fingerprint import fingerprint
 from lora_lightning.first_batch import FirstBatch
-from lora_lightning.initialize import METHODS
 from lora_lightning.injection import place
-from lora_lightning.save_hook import install as install_save_hook
+from lora_lightning.save_hook import Adapter
+from lora_lightning.save_hook import install as install_hooks
 from lora_lightning.starting import Forward
-from lora_lightning.state import all_extras, merged_layers, named_factors, state_of
+from lora_lightning.state import ModelState, merged_layers, named_factors, state_of
 from lora_lightning.summary import InjectionReport
 from lora_lightning.switching import set_active
 from lora_lightning.trainer_pruning import RankSchedule
@@ -109,7 +110,8 @@ class LoRACallback(Callback):
         checks.check_callbacks(trainer, self)
         # Asked on every rank: in distributed runs the answer is broadcast.
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
-        install_save_hook(pl_module, self.backbone)
+        adapter = Adapter(self.backbone, self.name, self.config.to_dict())
+        install_hooks(pl_module, self.state_key, adapter)
         if checks.has_backbone(pl_module, self.backbone):
             self._inject(trainer, pl_module)
         if self.report_ is None or checks.builds_late(pl_module):
@@ -119,14 +121,16 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         state = state_of(backbone)
         if state is not None and self.name in state.configs and merged_layers(backbone):
+            if trainer.training:
+                raise AdapterError("the model is merged; call unmerge(model) before training it")
             self.report_ = state.reports[self.name]
             return
-        there = state is not None and self.name in state.configs
         self.report_ = place(backbone, self.config, self.name)
         # It may have been there, asleep behind another.
         set_active(backbone, self.name)
         # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
-        if self.config.rank == "auto" and not there and trainer.training and checks.is_new(trainer):
+        state = self._state(backbone)
+        if self.name in state.unranked and trainer.training and checks.is_new(trainer):
             self.report_ = choose_in_trainer(trainer, pl_module, backbone, self.name, self.data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,9 +141,7 @@ class LoRACallback(Callback):
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
             self._first_batch = FirstBatch(backbone)
-        state = state_of(backbone)
-        assert state is not None
-        self.report_ = report = state.reports[self.name]
+        self.report_ = report = self._state(backbone).reports[self.name]
         sizes = {
             "lora/trainable_parameters": float(report.trainable_parameters),
             "lora/factor_parameters": float(report.factor_parameters),
@@ -147,11 +149,11 @@ class LoRACallback(Callback):
         self._log(trainer, sizes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the target's batches, where `init` looks at them and the fit is a new one."""
-        if checks.is_new(trainer) and METHODS[self.config.init].needs != "nothing":
-            backbone = checks.find_backbone(pl_module, self.backbone)
+        """Start from the target's batches, where `init` looks at them and none has before."""
+        backbone = checks.find_backbone(pl_module, self.backbone)
+        if checks.is_new(trainer) and self.name in self._state(backbone).unstarted:
             start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
-        self._ranks.start(trainer, checks.find_backbone(pl_module, self.backbone), self.name)
+        self._ranks.start(trainer, backbone, self.name)
 
     # ---- while training --------------------------------------------------------------------
 
@@ -169,8 +171,10 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On the first batch, verify every adapter with the backbone's own input."""
-        if self._first_batch is not None:
-            first, self._first_batch = self._first_batch, None
+        # With an optimization of its own, a module may begin with what needs no backbone.
+        first = self._first_batch
+        if first is not None and (first.reached or pl_module.automatic_optimization):
+            self._first_batch = None
             first.verify()
 
     def on_before_optimizer_step(
@@ -188,6 +192,9 @@ class LoRACallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
+        if self._first_batch is not None and trainer.num_training_batches:
+            first, self._first_batch = self._first_batch, None
+            first.verify()  # no backward pass reached an adapter: says so
         if not self.log_spectrum or not trainer.loggers:
             return
         metrics: dict[str, float] = {}
@@ -203,9 +210,9 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         self._batch_norm.stop(backbone)
         self._ranks.finish(backbone, self.name)
-        state = state_of(backbone)
-        assert state is not None
-        self.report_ = state.reports[self.name]
+        self.report_ = self._state(backbone).reports[self.name]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         path = self._folder / f"{self.name}.safetensors"
         if trainer.is_global_zero:
             save_adapter(backbone, path, self.name)
@@ -242,35 +249,17 @@ class LoRACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note which base the checkpoint belongs to; write the adapter file beside it."""
-        backbone = checks.find_backbone(pl_module, self.backbone)
-        state = state_of(backbone)
-        assert state is not None
-        notes = checkpoint.setdefault("lora_lightning", {})
-        notes[self.state_key] = {
-            "config": self.config.to_dict(),
-            "base": fingerprint(backbone, all_extras(backbone, state)),
-        }
-        if trainer.is_global_zero and trainer.training:
+        """Write the adapter file beside a checkpoint of the fit, validation included."""
+        running = trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
+        if trainer.is_global_zero and running:
             stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
+            backbone = checks.find_backbone(pl_module, self.backbone)
             save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Refuse a checkpoint whose adapters were trained on another base."""
-        note = checkpoint.get("lora_lightning", {}).get(self.state_key)
-        backbone = checks.find_backbone(pl_module, self.backbone)
+    def _state(self, backbone: nn.Module) -> ModelState:
         state = state_of(backbone)
-        if note is None or state is None:
-            return
-        own = fingerprint(backbone, all_extras(backbone, state))
-        if own != note["base"]:
-            raise BaseMismatchError(
-                f"the checkpoint's adapter {self.name!r} was trained on {note['base']}, and the "
-                f"module's backbone is {own}. Checkpoints hold no base weights: build the module "
-                "with the same pretrained weights as in the run that wrote it"
-            )
+        assert state is not None
+        return state
 
     def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:

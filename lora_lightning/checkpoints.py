@@ -22,7 +22,7 @@ from lora_lightning.errors import AdapterFileError
 from lora_lightning.factors import TENSORS, Factors
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.structure import base_parameters, live_tensors
-from lora_lightning.tree import join, walk
+from lora_lightning.tree import join
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
@@ -51,9 +51,9 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
 
 
 def factor_keys(model: nn.Module) -> dict[str, Tensor]:
-    """State-dict key → tensor of every factor in the model."""
+    """State-dict key → tensor of every factor in the model, under each name of its module."""
     found: dict[str, Tensor] = {}
-    for path, module in walk(model):
+    for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Factors):
             found |= {f"{path}.{n}": t for n, t in module.tensors().items()}
     return found
@@ -77,10 +77,12 @@ def _complete(
     state.loads_source = set() if any_factor else given & base.keys()
     _take_ranks(module, state, {k: state_dict[prefix + k] for k in factors})
     whole = states.all_extras(module, state)
-    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter)} - whole
+    trained = {id(base[n]) for n in whole}  # a tied parameter has several names
+    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter) and id(t) not in trained}
     state.loads_base = bool(given & frozen)
     if strict:
         _check(module, state_dict, prefix, given, own)
+    state.settle({m[1] for k in factors if (m := _FACTOR_KEY.search(k))})
     if not factors:
         state_dict.update({f"{prefix}{k}": p.detach() for k, p in own.items()})
         return

@@ -122,10 +122,16 @@ def _extras(
 ) -> dict[str, torch.Tensor]:
     """Source + Σ w (own − source) of each tensor that an adapter trains in full."""
     live = live_tensors(model)
+    states.snapshot(model, state, live=live)  # of a layer that was replaced, what is there now
     sums: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         for key in states.extras(model, state, name):
             source = state.source[key][1].to(live[key].device)
             own = live[key].data if state.active == name else state.parked[name].get(key, source)
+            if own.shape != source.shape:
+                raise AdapterError(
+                    f"adapter {name!r} holds {key} of shape {tuple(own.shape)}, and the model's is "
+                    f"{tuple(source.shape)}: the layer was replaced while the adapter was inactive"
+                )
             sums[key] = sums.get(key, source.clone()) + weight * (own - source)
     return sums

@@ -34,22 +34,35 @@ class FirstBatch:
         """Stop recording."""
         self._handle.remove()
 
+    @property
+    def reached(self) -> bool:
+        """Whether the backward pass that was reached any adapter."""
+        return any(f.matrices()[-1].grad is not None for _, f in self._trained())
+
     def verify(self) -> None:
         """Raises `VerificationError` where an adapter is dead."""
         self.close()
+        if not self.reached:
+            raise VerificationError(
+                "no adapter got a gradient: the loss does not depend on the backbone. Is its "
+                "output detached, or computed under no_grad?"
+            )
         if self._call is None:
             self._check_gradients()
             return
         args, kwargs = self._call
         model = _Call(self.backbone, kwargs) if kwargs else self.backbone
-        verify(model, _detached(args))
+        verify(model, _detached(args, self.backbone))
 
-    def _check_gradients(self) -> None:
-        factors = [
+    def _trained(self) -> list[tuple[str, Factors]]:
+        return [
             (n, f)
             for n, f in self.backbone.named_modules()
             if isinstance(f, Factors) and f.matrices()[-1].requires_grad
         ]
+
+    def _check_gradients(self) -> None:
+        factors = self._trained()
         dead = [n for n, f in factors if f.matrices()[-1].grad is None]
         if dead:
             raise VerificationError(
@@ -77,5 +90,10 @@ def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def _detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+def _detached(args: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
+    """Out of the graph, and in the model's precision: autocast is over."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return tuple(
+        a.detach().to(dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
+        for a in args
+    )

@@ -123,6 +123,10 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     state.cachers = shortcuts.cachers(modules)
     state.packers += shortcuts.keep_padded(modules)
     register(model, state, name, config, report, freeze, live)
+    if config.rank == "auto":
+        state.unranked.add(name)
+    if METHODS[config.init].needs != "nothing":
+        state.unstarted.add(name)
     adapted = states.adapted_layers(model, modules).values()
     switching.activate(model, state, name, live, adapted)
     if freeze:

@@ -48,6 +48,7 @@ class Merged:
         ]
 
 
+@torch.inference_mode(False)  # whose tensors could not be unmerged elsewhere
 @torch.no_grad()
 def merge_layer(module: nn.Module) -> None:
     """Put the effective weights in the raw ones' place; the class is the base's own again."""

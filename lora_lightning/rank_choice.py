@@ -87,6 +87,7 @@ def set_ranks(
         factors.resize(rank, state.configs[name].scale(rank, factors.spec.alpha))
         factors.reset(raw_tensor(module, tensor))
     report_anew(state, name, states.named_factors(root, name))
+    state.unranked.discard(name)
     return state.reports[name]
 
 

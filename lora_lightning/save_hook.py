@@ -1,36 +1,75 @@
-"""The last word when Lightning saves: no frozen base weight goes into a checkpoint."""
+"""The last word when Lightning saves and loads: no frozen base weight goes into a checkpoint, and
+none is put onto another base than it was trained on."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 
 from lora_lightning import trainer_checks as checks
-from lora_lightning.state import merged_layers, state_of
+from lora_lightning.errors import BaseMismatchError
+from lora_lightning.fingerprint import fingerprint
+from lora_lightning.state import all_extras, merged_layers, state_of
 from lora_lightning.structure import base_parameters
 
-_METHOD = "on_save_checkpoint"
 _PARTS = ("state_dict", "current_model_state")
+_NOTES = "lora_lightning"
 
 
-class SaveHook:
-    """Stands in for a LightningModule's own ``on_save_checkpoint``, and calls it first.
+class Adapter(NamedTuple):
+    """What a `LoRACallback` looks after."""
 
-    Lightning calls the module's hook after every callback's and also for weights-only
-    checkpoints, where callbacks are not asked: only here is everything in place, the second
-    copy that weight averaging adds included. A plain object with a reference to its module, so
-    that it survives pickling and deep copies together with it.
+    backbone: str
+    name: str
+    config: dict[str, Any]
+
+
+class _Hook:
+    """Stands in for one of a LightningModule's own methods.
+
+    Lightning calls the module's hooks after every callback's and also for weights-only checkpoints,
+    where callbacks are not asked: only here is everything in place, the second copy that weight
+    averaging adds included. A plain object with a reference to its module, so that it survives
+    pickling and deep copies together with it.
     """
+
+    method = ""
 
     def __init__(self, pl_module: LightningModule):
         self.pl_module = pl_module
-        self.backbones: list[str] = []
+        self.adapters: dict[str, Adapter] = {}
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Run the module's own hook, then drop the frozen base weights."""
-        type(self.pl_module).on_save_checkpoint(self.pl_module, checkpoint)
-        frozen = {name for path in self.backbones for name in self._frozen(path)}
+        """Run the module's own hook, then this one."""
+        getattr(type(self.pl_module), self.method)(self.pl_module, checkpoint)
+        self.then(checkpoint)
+
+    def then(self, checkpoint: dict[str, Any]) -> None:
+        """What is to be done to the checkpoint."""
+        raise NotImplementedError
+
+    def base(self, path: str) -> dict[str, str] | None:
+        """The print of this backbone's base; None where it has no adapters."""
+        if not checks.has_backbone(self.pl_module, path):
+            return None
+        backbone = checks.find_backbone(self.pl_module, path)
+        state = state_of(backbone)
+        return None if state is None else fingerprint(backbone, all_extras(backbone, state))
+
+
+class SaveHook(_Hook):
+    """Note which base a checkpoint belongs to; drop the frozen base weights."""
+
+    method = "on_save_checkpoint"
+
+    def then(self, checkpoint: dict[str, Any]) -> None:
+        """Both, in the checkpoint."""
+        notes = checkpoint.setdefault(_NOTES, {})
+        for key, own in self.adapters.items():
+            if (base := self.base(own.backbone)) is not None:
+                notes[key] = {"config": own.config, "base": base}
+        frozen = {name for own in self.adapters.values() for name in self._frozen(own.backbone)}
         for part in _PARTS:
             if part in checkpoint:
                 kept = {k: v for k, v in checkpoint[part].items() if k not in frozen}
@@ -40,19 +79,38 @@ class SaveHook:
         if not checks.has_backbone(self.pl_module, path):
             return []
         backbone = checks.find_backbone(self.pl_module, path)
+        state = state_of(backbone)
         # Without factors the base is all there is.
-        if state_of(backbone) is None or merged_layers(backbone):
+        if state is None or merged_layers(backbone):
             return []
         prefix = f"{path}." if path else ""
+        extras = all_extras(backbone, state)  # kept even where the user froze them meanwhile
         own = base_parameters(backbone).items()
-        return [f"{prefix}{name}" for name, p in own if not p.requires_grad]
+        return [f"{prefix}{n}" for n, p in own if not p.requires_grad and n not in extras]
 
 
-def install(pl_module: LightningModule, backbone: str) -> None:
-    """Prune the checkpoints of this module from now on; twice is once."""
-    hook = pl_module.__dict__.get(_METHOD)
-    if not isinstance(hook, SaveHook) or hook.pl_module is not pl_module:
-        hook = SaveHook(pl_module)
-        pl_module.__dict__[_METHOD] = hook
-    if backbone not in hook.backbones:
-        hook.backbones.append(backbone)
+class LoadHook(_Hook):
+    """Refuse a checkpoint whose adapters were trained on another base."""
+
+    method = "on_load_checkpoint"
+
+    def then(self, checkpoint: dict[str, Any]) -> None:
+        """Raises `BaseMismatchError`."""
+        for key, own in self.adapters.items():
+            note, base = checkpoint.get(_NOTES, {}).get(key), self.base(own.backbone)
+            if note is None or base is None or note["base"] == base:
+                continue
+            raise BaseMismatchError(
+                f"the checkpoint's adapter {own.name!r} was trained on {note['base']}, and the "
+                f"module's backbone is {base}. Checkpoints hold no base weights: build the module "
+                "with the same pretrained weights as in the run that wrote it"
+            )
+
+
+def install(pl_module: LightningModule, key: str, adapter: Adapter) -> None:
+    """Look after this adapter's checkpoints from now on; twice is once."""
+    for made in (SaveHook, LoadHook):
+        hook = pl_module.__dict__.get(made.method)
+        if not isinstance(hook, made) or hook.pl_module is not pl_module:
+            hook = pl_module.__dict__[made.method] = made(pl_module)
+        hook.adapters[key] = adapter

@@ -170,6 +170,7 @@ def start_from_data(
             found = {path: g.result() for path, g in made.items()}
     for path, each in factors.items():
         each.reset(raw_tensor(*located(model, path)), found.get(path))
+    state.unstarted.discard(name)
     return _tell(sorted(factors.keys() - found.keys()), state.configs[name].init)
 
 

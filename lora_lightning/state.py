@@ -49,6 +49,9 @@ class ModelState:
     # Modules whose shortcuts would miss the adapters: see `lora_lightning.shortcuts`.
     cachers: list[nn.Module] = field(default_factory=list)
     packers: list[nn.TransformerEncoder] = field(default_factory=list)
+    # Adapters whose ranks, or factors, are still to be taken from data that `inject` had not.
+    unranked: set[str] = field(default_factory=set)
+    unstarted: set[str] = field(default_factory=set)
     # Inactive adapter → name → its values of what it owns.
     parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -71,10 +74,16 @@ class ModelState:
     def leave(self, name: str) -> None:
         """Forget an adapter."""
         self.parked.pop(name, None)
+        self.settle({name})
         for names in self.kinds.values():
             names.discard(name)
         self.kinds = {kind: names for kind, names in self.kinds.items() if names}
         del self.configs[name], self.reports[name]
+
+    def settle(self, names: set[str]) -> None:
+        """Their factors hold values that no look at data may replace."""
+        self.unranked -= names
+        self.unstarted -= names
 
 
 def _kind(config: LoRAConfig, report: InjectionReport) -> Kind:

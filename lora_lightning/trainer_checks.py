@@ -72,6 +72,11 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
                 f"two LoRACallbacks for backbone={other.backbone!r}: one adapter is active at a "
                 "time, so the other would never be trained. Use one callback, or several runs"
             )
+        if twin and other.name == getattr(own, "name", None):
+            raise ConfigError(
+                f"two LoRACallbacks with name={other.name!r} would write the same adapter file: "
+                "give each a name of its own"
+            )
         early = own in callbacks and callbacks.index(other) < callbacks.index(own)
         if isinstance(other, WeightAveraging) and early:
             raise ConfigError(
@@ -111,6 +116,19 @@ def check_optimizers(
             f"configure_optimizers holds {len(wanted) - len(missing)} of {len(wanted)} factors "
             f"(missing: {missing[0]} …). Give it self.parameters(), or "
             "lora_lightning.parameter_groups(self, lr=...)"
+        )
+    state = state_of(backbone)
+    whole = all_extras(backbone, state) if state else set()
+    left = [
+        n
+        for n, p in base_parameters(backbone).items()
+        if n in whole and p.requires_grad and id(p) not in captured
+    ]
+    if left:
+        rank_zero_warn(
+            f"configure_optimizers leaves out {len(left)} parameters that the adapter trains in "
+            f"full ({left[0]} …): they stay as they are. Give it self.parameters(), or "
+            "lora_lightning.parameter_groups(self, lr=...), or leave them out of `trainable`."
         )
     idle = [n for n, p in pl_module.named_parameters() if not p.requires_grad and id(p) in captured]
     if idle:

@@ -75,12 +75,15 @@ def verify(
     found = []
     with preserved(model), adapters.unmerged(model):
         active = _active(model)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name in names:
                 adapters.set_active(model, name)
                 found.append(_verify_one(model, name, example_batch, tolerance))
         finally:
             adapters.set_active(model, active)
+            for parameter, flag in flags:  # which the user may have set since the injection
+                parameter.requires_grad_(flag)
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
         raise VerificationError(_message(failing))
