@@ -26,7 +26,7 @@ def write(base: nn.Module, folder, names: str = "abc", each: tuple = (), **optio
         own = {"rank": 1 + i % 3, "alpha": 2.0 + i, "clamp_rank": True, "seed": i, "trainable": []}
         report = inject(model, **{**own, **options, **(each[i % len(each)] if each else {})})
         randomise(model, 0.3, seed=i)
-        live = dict(model.named_parameters())
+        live = dict(model.named_parameters(remove_duplicate=False))
         for key in report.extras:
             live[key].add_(0.1 * torch.randn(live[key].shape))
         for key, value in model.named_parameters():
@@ -111,3 +111,18 @@ IMAGES = {
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3)).eval()
+
+
+def same(bank, paths, names, batch):
+    """Another batch with the same bank."""
+    with torch.no_grad(), bank[names] as base:
+        mixed = run(base, batch)
+    assert difference(mixed, one_by_one(base, paths, names, batch)) <= 1e-5
+
+
+class Layer(nn.Module):
+    """A linear layer to be used in some way."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 4)

@@ -126,3 +126,15 @@ def test_errors_of_files_that_do_not_fit(tmp_path):
     path = save_adapter(broken, tmp_path / "nan.safetensors")
     with pytest.raises(AdapterFileError, match="NaN"):
         AdapterBank(base, {"nan": path})["nan"].__enter__()
+
+
+def test_a_file_that_cannot_be_read_leaves_no_others_behind(tmp_path):
+    base = tiny()
+    paths = write(base, tmp_path, "abcd")
+    paths["broken"] = tmp_path / "broken.safetensors"
+    paths["broken"].write_bytes(b"z" * 16)
+    bank = AdapterBank(base, paths, capacity=2)
+    for name in "abcd":
+        with pytest.raises(AdapterFileError, match="damaged"):
+            bank[[name, "broken"]].__enter__()
+    assert len(bank.held) <= 2

@@ -7,7 +7,7 @@ Reading order: this file; `batch` (what is put on the model, and how it comes of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import nn
 
 from lora_lightning import state as states
 from lora_lightning.bank.batch import Batch
+from lora_lightning.bank.calls import Call, items_of
 from lora_lightning.bank.classes import ATTRIBUTE
-from lora_lightning.bank.look import look
-from lora_lightning.bank.mix import Part, Room
-from lora_lightning.bank.probe import Places, explain
+from lora_lightning.bank.look import Looks
+from lora_lightning.bank.mix import Part, Room, lasting
+from lora_lightning.bank.probe import explain
 from lora_lightning.bank.store import Source, Store
-from lora_lightning.bank.watch import Call, items_of
 from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.merging import is_merged
 from lora_lightning.switching import disabled
@@ -43,10 +43,11 @@ class AdapterBank:
     per item follow Wen & Chaudhuri 2023, "Batched low-rank adaptation of foundation models",
     arXiv:2312.05677.)
 
-    Where the items lie in the input of each layer is found out from four runs of the first mixed
+    Where the items lie in the input of each layer is found out from a few runs of the first mixed
     batch (or of `example`), see `lora_lightning.bank.probe`, and kept: other batch sizes, lengths
-    and picture sizes are fine. What cannot be done per item in place runs once for every adapter of
-    the batch (`places` tells); what cannot be done at all is an error that names the tensors.
+    and picture sizes are fine; a batch of another kind is looked at as well. What cannot be done
+    per item in place runs once for every adapter of the batch (`places` tells); what cannot be done
+    at all is an error that names the tensors.
 
     Args:
         model: The base of all adapters. One bank at a time can be in force on it. Its weights must
@@ -80,7 +81,7 @@ class AdapterBank:
         self.model = model
         self.dim = dim
         self._store = Store(model, capacity, capacity_bytes, check)
-        self._places = Places()
+        self._looks = Looks(dim)
         self._room = Room()
         self._store.add(source)
         if example is not None:
@@ -109,6 +110,8 @@ class AdapterBank:
         of items, where items interact, or where an adapter's tensor cannot be had per item.
         """
         alone = names is None or isinstance(names, str)
+        if not alone and not isinstance(names, Iterable):
+            raise ConfigError(f"give an adapter's name, or one for each item, not {names!r}")
         listed: tuple[Any, ...] = (names,) if alone else tuple(names)  # type: ignore[arg-type]
         if not listed:
             raise ConfigError("no names: give one for each item of the batch")
@@ -118,7 +121,10 @@ class AdapterBank:
         self._store.check(n for n in listed if n is not None)
         return self._in_force(listed, None if alone else len(listed))
 
-    def probe(self, batch: Any, names: Sequence[str] | None = None) -> dict[str, str]:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def probe(self, batch: Any, names: str | Sequence[str] | None = None) -> dict[str, str]:
         """Look at where the items lie in this batch, and return `places`.
 
         Args:
@@ -133,6 +139,7 @@ class AdapterBank:
             call = ((), dict(batch))
         elif isinstance(batch, (tuple, list)):
             call = (tuple(batch), {})
+        names = (names,) if isinstance(names, str) else names
         chosen = list(names or self._store.representatives())
         n = items_of(call, self.dim)
         if n < 2:
@@ -141,13 +148,13 @@ class AdapterBank:
             )
         with ExitStack() as stack:
             prepared = self._prepared((*chosen, None), stack)
-            look(prepared, call, self.dim, prepared.paths)
+            self._looks.arrange(prepared, call, n, anew=True)
         return self.places
 
     @property
     def places(self) -> dict[str, str]:
         """Tensor's path → where its items lie, as far as it has been looked at; for people."""
-        return self._places.describe()
+        return self._looks.describe()
 
     @property
     def names(self) -> list[str]:
@@ -181,21 +188,24 @@ class AdapterBank:
         with ExitStack() as stack:
             batch = self._prepared(names, stack)
 
-            def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-                self._before(batch, (args, kwargs), expected)
+            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+                batch.announce((args, kwargs))
+                batch.announced = True
 
-            hook = self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-            stack.callback(hook.remove)
+            batch.before = lambda call: self._before(batch, call, expected)
+            handle = self.model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
             yield self.model
 
     def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
         """The batch, put on the model until `stack` closes."""
         if _check(self.model):
             stack.enter_context(disabled(self.model))
-        taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
-        adapters: dict[str | None, dict[str, Part]] = {None: {}}
-        adapters.update(taken)
-        batch = Batch(self.model, names, adapters, self._places, self._room)
+        with lasting(self.model):
+            taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
+            adapters: dict[str | None, dict[str, Part]] = {None: {}}
+            adapters.update(taken)
+            batch = Batch(self.model, names, adapters, self._looks.last, self._room)
         stack.enter_context(batch.in_force())
         return batch
 
@@ -211,11 +221,8 @@ class AdapterBank:
             )
         if batch.n == 1:
             return
-        new = [path for path in batch.paths if path not in self._places.known]
-        if new:
-            look(batch, call, self.dim, new)
-            batch.swap()
-        problems = {p: why for p, why in self._places.problems.items() if p in batch.paths}
+        self._looks.arrange(batch, call, found)
+        problems = {p: why for p, why in batch.places.problems.items() if p in batch.paths}
         if problems:
             raise explain(problems)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning import parametrized
-from lora_lightning import state as states
 from lora_lightning.adapter import raw_tensor
+from lora_lightning.bank.calls import Call
 from lora_lightning.bank.classes import ATTRIBUTE, mixed_class
 from lora_lightning.bank.mix import Mix, Part, Room
 from lora_lightning.bank.probe import Places, signature
@@ -33,6 +33,9 @@ class Batch:
         n: number of items, or 1 where all have the same adapter.
         now: module's path → tensor's name → its `Mix`, or the source's own tensor.
         looking: whether the model runs only to be looked at.
+        before: is told of each call of the model before it runs.
+        announced: whether it has been told of the call that is about to run.
+        inside: how many calls of the model are running.
     """
 
     model: nn.Module
@@ -43,10 +46,12 @@ class Batch:
     n: int = field(init=False)
     now: dict[str, dict[str, Any]] = field(init=False)
     looking: bool = field(init=False, default=False)
+    before: Callable[[Call], None] | None = field(init=False, default=None)
+    announced: bool = field(init=False, default=False)
+    inside: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self._parts = _with_ties(self.model, self.adapters)
-        self.paths = sorted({path for parts in self._parts.values() for path in parts})
+        self.paths = sorted({path for parts in self.adapters.values() for path in parts})
         owners = {path.rpartition(".")[0] for path in self.paths}
         self._modules = {path: self.model.get_submodule(path) for path in owners}
         self._raw = {path: self._source(path) for path in self.paths}
@@ -59,7 +64,7 @@ class Batch:
         found: dict[str, dict[str, Any]] = {}
         for path in self.paths:
             module, _, tensor = path.rpartition(".")
-            parts, raw = [self._parts[name].get(path) for name in names], self._raw[path]
+            parts, raw = [self.adapters[name].get(path) for name in names], self._raw[path]
             layouts = self.places.layouts.setdefault(path, {})
             alone = all(part is None for part in parts)
             value = raw if alone else Mix.of(path, raw, parts, layouts, self.room)
@@ -82,6 +87,24 @@ class Batch:
             yield
         finally:
             self._swap_back()
+
+    def announce(self, call: Call) -> None:
+        """Called by the model's forward: ``model.forward(x)`` has run no hook before."""
+        if self.before is not None and not self.announced:
+            self.before(call)
+        self.announced = False
+
+    def arrange(self, places: Places) -> None:
+        """Let the items lie as it is known of calls of another kind."""
+        if places is self.places:
+            return
+        self.places = places
+        for module, tensors in self.now.items():
+            for tensor, mix in tensors.items():
+                if isinstance(mix, Mix):
+                    path = f"{module}.{tensor}" if module else tensor
+                    mix.layouts = places.layouts.setdefault(path, {})
+        self.swap()
 
     def swap(self) -> None:
         """Give each module concerned its class for this batch; again after `places` has grown."""
@@ -139,7 +162,7 @@ class Batch:
                 for leaf, layout in zip(leaves, crossing.inputs, strict=True)
             ]
             own_args, own_kwargs = tree_unflatten(own, spec)
-            with self._alone(name):
+            with self._alone(name), _explained(path or type(self.model).__name__, name):
                 outputs.append((chosen, forward(*own_args, **own_kwargs)))
         return self._gathered(outputs, crossing.outputs)
 
@@ -167,19 +190,16 @@ class Batch:
         return tree_unflatten(whole, flat[0][2])
 
 
-def _with_ties(
-    model: nn.Module, adapters: Mapping[str | None, Mapping[str, Part]]
-) -> dict[str | None, dict[str, Part]]:
-    """The adapters' parts; a tensor replaced in full is so under each of its names."""
-    found = {name: dict(parts) for name, parts in adapters.items()}
-    if not any(part.full is not None for parts in found.values() for part in parts.values()):
-        return found
-    live = states.base_tensors(model)
-    names: dict[int, list[str]] = {}
-    for path, tensor in live.items():
-        names.setdefault(id(tensor), []).append(path)
-    for parts in found.values():
-        for path, part in list(parts.items()):
-            if part.full is not None:
-                parts.update(dict.fromkeys(names[id(live[path])], part))
-    return found
+@contextmanager
+def _explained(module: str, name: str | None) -> Iterator[None]:
+    """Within the block an error of torch's says that it is about some of the batch's items."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AdapterError(
+            f"{module} runs once for every adapter of the batch, and fails with the items of "
+            f"{name or 'the source model'} alone ({error}). Does it need the longest item of the "
+            "batch? Run one adapter at a time (bank[name])"
+        ) from error

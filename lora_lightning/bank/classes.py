@@ -47,6 +47,11 @@ def _property(tensor: str) -> property:
                 f"{value.path} is read by other code than a plain layer's forward, which a bank "
                 "cannot do in a compiled model: call the model without torch.compile"
             )
+        if value.n > 1 and not batch.inside and value.is_folded:
+            raise AdapterError(
+                f"{value.path} is used by another method than the model's forward, where a bank "
+                "cannot count the items: call the model itself, or give one name for all of them"
+            )
         return BankTensor.of(value)
 
     def write(module: Any, value: Any) -> None:
@@ -77,6 +82,16 @@ def _compilable(base: Any) -> Callable[..., Any]:
 def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
     def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch, path = self.__dict__[ATTRIBUTE]
+        if path:
+            return run(self, batch, path, args, kwargs)
+        batch.announce((args, kwargs))
+        batch.inside += 1
+        try:
+            return run(self, batch, path, args, kwargs)
+        finally:
+            batch.inside -= 1
+
+    def run(self: Any, batch: Any, path: str, args: Any, kwargs: Any) -> Any:
         if batch.n == 1 or path not in batch.grouped:
             return forward(self, *args, **kwargs)
         return batch.in_groups(path, forward.__get__(self), args, kwargs)

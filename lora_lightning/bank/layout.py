@@ -9,6 +9,7 @@ Shapes: n items; a tensor's dimension of items has k·n entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,8 @@ class Layout:
         return self.join(whole)
 
 
+UNSHOWN = "in an order that does not show"
+
 WHOLE = Layout(0)  # of n = 1: everything belongs to the one item
 
 
@@ -112,18 +115,20 @@ class Seen:
     """What was seen of one tensor in one run: its shape, and for each dimension a print.
 
     A print has one number for each entry of the dimension, which is another number when anything
-    at that entry changes.
+    at that entry changes. `whole` is that of the whole tensor.
     """
 
     shape: tuple[int, ...]
     prints: dict[int, Tensor]
+    whole: Tensor
 
     @classmethod
     def of(cls, x: Tensor, n: int) -> Seen:
         """What is to be seen of `x` in a run with n items."""
         with torch.no_grad():
             dims = [d for d, size in enumerate(x.shape) if size and size % n == 0]
-            return cls(tuple(x.shape), {d: _prints(x, d) for d in dims})
+            whole = _prints(x.reshape(1, -1), 0)
+            return cls(tuple(x.shape), {d: _prints(x, d) for d in dims}, whole)
 
 
 def _prints(x: Tensor, dim: int) -> Tensor:
@@ -134,7 +139,13 @@ def _prints(x: Tensor, dim: int) -> Tensor:
     return rows @ (steps + 1).square().cos()
 
 
-def locate(base: Seen, more: Seen, moved: dict[int, Seen], n: int) -> Layout | str | None:
+def locate(
+    base: Seen,
+    more: Seen,
+    moved: dict[int, Seen],
+    n: int,
+    others: Sequence[tuple[Seen, Seen]] = (),
+) -> Layout | str | None:
     """The layout of a tensor from four runs; in words why there is none; ``None``: no items in it.
 
     Args:
@@ -142,20 +153,27 @@ def locate(base: Seen, more: Seen, moved: dict[int, Seen], n: int) -> Layout | s
         more: In a run with one item more.
         moved: Item → seen in a run in which this item alone has changed.
         n: Number of items.
+        others: Seen with other lengths and masks, and then with the first item changed.
     """
     if any(seen.shape != base.shape for seen in moved.values()):
         return f"the shape {base.shape} depends on what is in the items"
     grown = _grown(base.shape, more.shape, n)
     if isinstance(grown, str):
         return grown
+    if any(seen.shape != base.shape for pair in others for seen in pair):
+        return f"the shape {base.shape} depends on lengths or masks"
     if not grown:
-        same = all(
-            torch.equal(p, seen.prints[d])
-            for seen in moved.values()
-            for d, p in base.prints.items()
-        )
+        runs = [more, *moved.values(), *(seen for pair in others for seen in pair)]
+        same = all(torch.equal(base.whole, seen.whole) for seen in runs)
         return None if same else f"no dimension of {base.shape} grows with the number of items"
-    return _order(base, moved, grown[0], n)
+    found = _order(base, moved, grown[0], n)
+    if isinstance(found, str):
+        return found
+    for plain, first in others:
+        fitting = _fitting(plain, {0: first}, found.dim, n)
+        if not fitting or found.minor not in (None, *fitting):
+            return "the order of the items depends on lengths or masks"
+    return found
 
 
 def _grown(one: tuple[int, ...], more: tuple[int, ...], n: int) -> list[int] | str:
@@ -168,19 +186,27 @@ def _grown(one: tuple[int, ...], more: tuple[int, ...], n: int) -> list[int] | s
 
 
 def _order(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> Layout | str:
+    fitting = _fitting(base, moved, dim, n)
+    if not fitting:
+        return "another item's values change with an item's: the items of the batch interact"
+    if base.shape[dim] == n:
+        return Layout(dim, None)
+    if len(fitting) == 2:
+        return (
+            f"dimension {dim} of {base.shape} holds the items, {UNSHOWN} (call bank.probe(batch) "
+            "with items that differ)"
+        )
+    return Layout(dim, fitting[0])
+
+
+def _fitting(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> list[bool]:
+    """The values of `Layout.minor` by which an item's own entries alone have moved with it."""
     size = base.shape[dim]
     entry = torch.arange(size)
     owners = {False: entry // (size // n), True: entry % n}
     changed = {i: (base.prints[dim] != seen.prints[dim]).cpu() for i, seen in moved.items()}
-    fitting = [
+    return [
         minor
         for minor, owner in owners.items()
         if all(bool((owner[c] == i).all()) for i, c in changed.items())
     ]
-    if not fitting:
-        return "another item's values change with an item's: the items of the batch interact"
-    if size == n:
-        return Layout(dim, None)
-    if len(fitting) == 2:
-        return f"dimension {dim} of {base.shape} holds the items, in an order that does not show"
-    return Layout(dim, fitting[0])

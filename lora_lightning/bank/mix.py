@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.bank.layout import WHOLE, Layout
 from lora_lightning.errors import AdapterError
@@ -57,6 +58,8 @@ class Room:
         """The tensors as one, in the place of what was stacked under this key before."""
         if len(tensors) == 1:
             return tensors[0][None]
+        if torch.is_grad_enabled():  # a graph of the batch before may still need what it read
+            return torch.stack(tensors)
         first, known = tensors[0], self._tensors.get(key)
         shape = (len(tensors), *first.shape)
         same = known is not None and known.shape == shape and known.dtype == first.dtype
@@ -113,6 +116,11 @@ class Mix:
     def is_bare(self) -> bool:
         """Whether the factors see the tensor as another matrix than a layer's weight is."""
         return self.lora_B is not None and self.lora_B.shape[1] != len(self.raw)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the layer's input may have several entries for each item."""
+        return any(layout.minor is not None for layout in self.layouts.values())
 
     def where(self, x: Tensor) -> Layout:
         """The layout of this input of the layer.
@@ -172,3 +180,13 @@ def _of_one_rank(parts: Sequence[Part | None], given: Sequence[Part], key: str) 
     if len(shapes) == 1:
         return found
     return [F.pad(t, (0, shape[1] - t.shape[1], 0, shape[0] - t.shape[0])) for t in found]
+
+
+@contextmanager
+def lasting(model: nn.Module) -> Iterator[None]:
+    """Within the block tensors are made that can be kept: in full precision, for any later use."""
+    first, grad = next(model.parameters(), None), torch.is_grad_enabled()
+    device = "cpu" if first is None else first.device.type
+    exact = torch.autocast(device, enabled=False)
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), exact:
+        yield

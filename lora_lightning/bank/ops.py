@@ -113,6 +113,9 @@ OPS: dict[Any, tuple[Callable[..., Tensor], int]] = {
     F.batch_norm: (batch_norm, 2),
 }
 
+# Those that are done with the items in the first dimension only.
+ITEMS_FIRST: frozenset[Any] = frozenset([F.conv1d, F.conv2d, F.conv3d, F.group_norm])
+
 
 def _called_conv(op: Any, layer: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
     if layer.padding_mode != "zeros":

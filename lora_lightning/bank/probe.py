@@ -2,7 +2,8 @@
 
 Four runs of the same batch are compared: as it is, with one item twice, and with the first and the
 last item changed. The dimension that grows in the second run holds the items; what changes in the
-others tells the order, and whether items interact. So a square input (T = n) is no riddle.
+others tells the order, and whether items interact. So a square input (T = n) is no riddle. With
+lengths or masks among the inputs, four more runs have others of these.
 
 Where a tensor is used in a way that the items cannot share (a recurrent layer, a standardised
 convolution), or by something that all items have in common, the nearest module around it whose
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from lora_lightning.bank.layout import Layout, Seen, locate
+import torch
+
+from lora_lightning.bank.layout import UNSHOWN, Layout, Seen, locate
 from lora_lightning.bank.watch import Watch
 from lora_lightning.errors import AdapterError
 
@@ -32,47 +36,51 @@ class Crossable:
 
 @dataclass
 class Places:
-    """What is known of a model: where each tensor meets the items of a batch.
+    """What is known of a model and calls of one kind: where each tensor meets a batch's items.
 
     Attributes:
         layouts: tensor's path → number of dimensions of the input → its layout.
         around: tensor's path → the module that runs in groups for its sake.
         crossings: that module → how its inputs and outputs lie.
         problems: tensor's path → why neither can be.
+        firm: tensor's path → why the items cannot each have theirs there, whatever batch follows.
+        known: the paths that need no look any more.
     """
 
     layouts: dict[str, dict[int, Layout]] = field(default_factory=dict)
     around: dict[str, str] = field(default_factory=dict)
     crossings: dict[str, dict[Signature, Crossable]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    firm: dict[str, str] = field(default_factory=dict)
     known: set[str] = field(default_factory=set)
 
     def learn(self, runs: list[Watch], paths: list[str]) -> dict[str, str]:
-        """Take in four runs; tensor's path → why the items cannot each have theirs there."""
+        """Take in the runs; tensor's path → why the items cannot each have theirs there."""
         failed = {}
         for path in paths:
-            found = of_uses(runs, path)
-            if isinstance(found, str):
-                failed[path] = found
-                continue
             own = self.layouts.setdefault(path, {})
-            for dims, layout in found.items():
-                agreed = agree(own.get(dims), layout)
-                if agreed is None:
-                    failed[path] = (
-                        f"its input lies as {layout} in one batch, {own[dims]} in another"
-                    )
-                else:
-                    own[dims] = agreed
+            found = of_uses(runs, path, own)
+            if isinstance(found, str) and UNSHOWN not in found:
+                self.firm.setdefault(path, found)
+            if path in self.firm:
+                failed[path] = self.firm[path]
+            elif not isinstance(found, str):
+                own.update(found)
+                self.problems.pop(path, None)
+                self.around.pop(path, None)
+            elif not own:  # else an earlier batch has shown it
+                failed[path] = found
         self.known.update(paths)
         return failed
 
     def group(self, runs: list[Watch], failed: Mapping[str, str]) -> None:
-        """Find a module to run in groups for each tensor in `failed`, from four runs."""
+        """Find a module to run in groups for each tensor in `failed`, from the runs."""
         for path, why in failed.items():
             found = around(path, runs)
             if found is None:
                 self.problems[path] = why
+                if path not in self.firm:  # the next batch may show it
+                    self.known.discard(path)
             else:
                 module, crossings = found
                 self.around[path] = module
@@ -86,12 +94,15 @@ class Places:
         return words | {path: f"not at all: {why}" for path, why in self.problems.items()}
 
 
-def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
-    """Number of dimensions of the input → where the items lie in it; in words why not."""
+def of_uses(runs: list[Watch], path: str, known: Mapping[int, Layout]) -> dict[int, Layout] | str:
+    """Number of dimensions of the input → where the items lie in it; in words why not.
+
+    `known` is what earlier runs have told.
+    """
     uses = [watch.uses[path] for watch in runs]
     if len({len(u) for u in uses}) > 1:
         return "how often it is used depends on what is in the items"
-    found: dict[int, Layout] = {}
+    found = dict(known)
     for same in zip(*uses, strict=True):
         seen = [use.seen for use in same if use.seen is not None]
         if len(seen) < len(same):
@@ -99,17 +110,20 @@ def of_uses(runs: list[Watch], path: str) -> dict[int, Layout] | str:
         layout = _located(seen, runs[0].n)
         if not isinstance(layout, Layout):
             return layout or "its input is the same for all items"
+        if layout.dim and same[0].items_first:
+            return f"the items lie in dimension {layout.dim} of what it convolves or normalises"
         dims = len(seen[0].shape)
         agreed = agree(found.get(dims), layout)
         if agreed is None:
-            return "its inputs lie in more than one way"
+            return f"its inputs lie in more than one way: as {found[dims]} and as {layout}"
         found[dims] = agreed
     return found
 
 
 def _located(seen: Sequence[Seen], n: int) -> Layout | str | None:
-    base, more, first, last = seen
-    return locate(base, more, {0: first, n - 1: last}, n)
+    base, more, first, last, *rest = seen
+    others = [*zip(rest[::2], rest[1::2], strict=True)]
+    return locate(base, more, {0: first, n - 1: last}, n, others)
 
 
 def agree(one: Layout | None, other: Layout) -> Layout | None:
@@ -130,10 +144,10 @@ def of_calls(runs: list[Watch], path: str) -> dict[Signature, Crossable] | None:
     for same in zip(*calls, strict=True):
         inputs = _leaves([c.inputs for c in same], runs[0].n)
         outputs = _leaves([c.outputs for c in same], runs[0].n)
-        tensors = [seen is not None for seen in same[0].outputs]
-        if inputs is None or outputs is None or not any(tensors):
+        if inputs is None or outputs is None or not any(inputs):
             return None
-        if any(t and layout is None for t, layout in zip(tensors, outputs, strict=True)):
+        tensors = [isinstance(seen, Seen) for seen in same[0].outputs]
+        if not any(tensors) or tensors != [layout is not None for layout in outputs]:
             return None
         key = signature(same[0].inputs)
         if found.setdefault(key, Crossable(inputs, outputs)) != Crossable(inputs, outputs):
@@ -147,17 +161,31 @@ def signature(leaves: list[Any]) -> Signature:
     return tuple(None if shape is None else len(shape) for shape in shapes)
 
 
-def _leaves(same: list[list[Seen | None]], n: int) -> tuple[Layout | None, ...] | None:
+def _leaves(same: list[list[Any]], n: int) -> tuple[Layout | None, ...] | None:
     if len({signature(leaves) for leaves in same}) > 1:
         return None
     found: list[Layout | None] = []
     for leaf in zip(*same, strict=True):
-        seen = [each for each in leaf if each is not None]
-        layout = _located(seen, n) if seen else None
+        if isinstance(leaf[0], Seen):
+            layout = _located(leaf, n)
+        else:
+            layout = None if _same_for_all(leaf) else "it may have something of each item"
         if isinstance(layout, str):
             return None
         found.append(layout)
     return tuple(found)
+
+
+def _same_for_all(values: Sequence[Any]) -> bool:
+    """Whether no tensor, but a value that has nothing to do with the items, such as an option.
+
+    A number that differs between the runs counts items; an object that is not known may hold them.
+    """
+    first = values[0]
+    plain = (str, bytes, bool, int, float, complex, slice, Enum, torch.dtype, torch.device)
+    if first is not None and not callable(first) and not isinstance(first, (*plain, torch.Size)):
+        return False
+    return all(value == first for value in values)
 
 
 def around(path: str, runs: list[Watch]) -> tuple[str, dict[Signature, Crossable]] | None:

@@ -50,13 +50,16 @@ def values(tensor: Tensor | None) -> Tensor | None:
 def affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, layout: Layout, at: int
 ) -> Tensor:
-    """x·w + b of every item, whose values begin at dimension `at`, counted from the end."""
+    """x·w + b of every item, whose values begin at dimension `at`, counted from the end.
+
+    In the precision of `x`, as torch's own functions have it where w and b are in another.
+    """
     out = layout.split(x, n)
     if weight is not None:
         out = out * layout.spread(weight, x, at)
     if bias is not None:
         out = out + layout.spread(bias, x, at)
-    return layout.join(out)
+    return layout.join(out).to(x.dtype)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning import state as states
-from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.bank.mix import Part
+from lora_lightning.bank.reading import parts_of
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
@@ -22,9 +22,6 @@ from lora_lightning.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
-from lora_lightning.fileformat import read
-from lora_lightning.loading import checked
-from lora_lightning.tree import join
 from lora_lightning.wording import si
 from lora_lightning.xs import Basis
 
@@ -89,13 +86,16 @@ class Store:
         self._follow()
         new = [name for name in names if name not in self.held]
         live = states.base_tensors(self._model) if new else {}
-        for name in new:
-            self.held[name] = self._read(self.files[name], live)
+        # All of them before any is held: a file that cannot be read leaves no others behind.
+        self.held |= {name: self._read(self.files[name], live) for name in new}
         for name in names:
             self.held.move_to_end(name)
         found = {name: self.held[name] for name in names}
         self._drop(names)
         return found
+
+    def _read(self, path: Path, live: dict[str, Tensor]) -> dict[str, Part]:
+        return parts_of(self._model, path, live, self._check, self._bases)
 
     def _follow(self) -> None:
         """Forget what was read for a model in another precision or on another device."""
@@ -119,7 +119,8 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Memory that the adapters held take."""
-        return sum(part.nbytes for parts in self.held.values() for part in parts.values())
+        parts = {id(part): part for held in self.held.values() for part in held.values()}
+        return sum(part.nbytes for part in parts.values())
 
     def representatives(self) -> list[str]:
         """A few adapters that hold every tensor which those in memory do; else the first."""
@@ -142,59 +143,6 @@ class Store:
                     f"capacity_bytes is {si(limit, 'B')}: raise it"
                 )
             self.held.popitem(last=False)
-
-    @torch.no_grad()
-    def _read(self, path: Path, live: dict[str, Tensor]) -> dict[str, Part]:
-        header, tensors = read(path)
-        _check_finite(tensors, path)
-        _, bases, _ = checked(self._model, header, tensors, self._check, path, live, self._bases)
-        parts = {}
-        for target in header["targets"]:
-            key = join(target["module"], target["tensor"])
-            raw = raw_tensor(*located(self._model, key))
-            parts[key] = _folded(target, key, tensors, bases.get(key), raw)
-        for key in [*header["extras"], *header["buffers"]]:
-            if tensors[key].is_floating_point():
-                parts[key] = Part(full=_like(tensors[key], located(self._model, key)))
-            elif not key.endswith("num_batches_tracked"):  # which counts, and is not computed with
-                raise AdapterFileError(f"{path} holds {key} of dtype {tensors[key].dtype}")
-        return parts
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    floats = {key: t.flatten() for key, t in tensors.items() if t.is_floating_point()}
-    # A sum has every NaN and infinity in it; asking each tensor takes longer than reading it.
-    if not floats or torch.cat([*floats.values()]).sum().isfinite():
-        return
-    for key, tensor in floats.items():
-        if not tensor.isfinite().all():
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
-
-
-def _folded(
-    target: dict[str, Any], key: str, tensors: dict[str, Tensor], basis: Basis | None, raw: Tensor
-) -> Part:
-    """Any form of factors as one pair, the scaling in B: LoRA-XS's core and a start's too."""
-    if basis is not None:
-        lora_B, lora_A = basis.lora_B @ tensors[f"{key}.core"].to(raw), basis.lora_A
-    else:
-        lora_B, lora_A = tensors[f"{key}.lora_B"].to(raw), tensors[f"{key}.lora_A"].to(raw)
-    if target.get("offset"):
-        lora_B = torch.cat([lora_B, -tensors[f"{key}.start_B"].to(raw)], dim=1)
-        lora_A = torch.cat([lora_A, tensors[f"{key}.start_A"].to(raw)])
-    lora_B = target["scaling"] * lora_B
-    scale = None
-    if target["dora"]:
-        summed = raw.reshape(len(lora_B), -1) + lora_B @ lora_A
-        norm = torch.linalg.vector_norm(summed, dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
-        scale = tensors[f"{key}.magnitude"].to(raw) / norm
-    return Part(lora_A.clone(), lora_B, scale)
-
-
-def _like(tensor: Tensor, place: tuple[Any, str]) -> Tensor:
-    module, name = place
-    live = module._buffers[name] if name in module._buffers else raw_tensor(module, name)
-    return tensor.to(live, copy=True)
 
 
 def _named(source: Source) -> dict[str, Path]:

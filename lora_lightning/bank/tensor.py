@@ -102,6 +102,8 @@ def name_of(func: Any) -> str:
 def _rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows of the tensor as tensors like it; ``None`` where something else is asked for."""
     tensor, *rest = args
+    if tensor.mix.is_bare:
+        return None
     if any(isinstance(r, (tuple, Tensor)) or r is None or r is Ellipsis for r in rest):
         return None
     if len(rest) > 1 or kwargs.get("dim", 0) != 0:
@@ -114,9 +116,14 @@ def _rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return found[0] if isinstance(cut, Tensor) else tuple(found)
 
 
-def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> BankTensor:
-    tensor, *rest = args
-    return BankTensor.of(tensor.mix.map(lambda t: func(t, *rest, **kwargs)))
+def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor in another representation; or another tensor in that of the bank's."""
+    (tensor, *rest), kwargs = args, _each(kwargs, lambda m: m.raw)
+    rest = _each(rest, lambda m: m.raw)
+    mix = mix_of(tensor)
+    if mix is None:
+        return func(tensor, *rest, **kwargs)
+    return BankTensor.of(mix.map(lambda t: func(t, *rest, **kwargs)))
 
 
 def _without_dispatch(function: Any) -> Any:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from lora_lightning.bank.calls import Call
 from lora_lightning.bank.layout import Seen
 from lora_lightning.bank.mix import Mix
+from lora_lightning.bank.ops import ITEMS_FIRST
 from lora_lightning.bank.tensor import name_of
-from lora_lightning.errors import AdapterError
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -27,14 +26,15 @@ class Use:
     seen: Seen | None
     problem: str
     inside: frozenset[str]  # the modules that were running
+    items_first: bool  # whether the items must lie in the first dimension
 
 
 @dataclass
 class Crossing:
-    """One call of a module in one run: what went in, and what came out."""
+    """One call of a module in one run: what went in, and what came out; no tensors as they are."""
 
-    inputs: list[Seen | None]
-    outputs: list[Seen | None] = field(default_factory=list)
+    inputs: list[Any]
+    outputs: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Watch:
         """A tensor of the bank is used."""
         problem = "" if x is not None else f"it is used by {name_of(func)}"
         seen = None if x is None else Seen.of(x, self.n)
-        self.uses[mix.path].append(Use(seen, problem, frozenset(self.running)))
+        use = Use(seen, problem, frozenset(self.running), func in ITEMS_FIRST)
+        self.uses[mix.path].append(use)
 
     @contextmanager
     def crossings(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -76,55 +77,9 @@ class Watch:
             module.register_forward_hook(after, with_kwargs=True),
         ]
 
-    def _seen(self, tree: Any) -> list[Seen | None]:
+    def _seen(self, tree: Any) -> list[Any]:
         leaves = tree_leaves(tree)
-        return [Seen.of(leaf, self.n) if isinstance(leaf, Tensor) else None for leaf in leaves]
-
-
-# ---- the four runs ---------------------------------------------------------------------------
-
-
-def item_dim(x: Any, n: int, dim: int) -> int | None:
-    """Along which dimension an input of the model holds items: `dim`, else the first that can."""
-    if not isinstance(x, Tensor):
-        return None
-    dims = [dim, *range(x.dim())]
-    return next((d for d in dims if d < x.dim() and x.shape[d] == n), None)
-
-
-def four_calls(call: Call, n: int, dim: int) -> list[tuple[Call, int]]:
-    """The call as it is, with its last item once more, with the first and the last changed."""
-
-    def more(x: Any) -> Any:
-        d = item_dim(x, n, dim)
-        return x if d is None else torch.cat([x, x.narrow(d, n - 1, 1)], d)
-
-    return [
-        (call, n),
-        (tree_map(more, call), n + 1),
-        (_moved(call, 0, n, dim), n),
-        (_moved(call, n - 1, n, dim), n),
-    ]
-
-
-def _moved(call: Call, item: int, n: int, dim: int) -> Call:
-    """The call with other values in one item, where that can be done without breaking a rule."""
-    generator = torch.Generator().manual_seed(item)
-
-    def move(x: Any) -> Any:
-        d = item_dim(x, n, dim)
-        if d is None or x.dim() < 2 or x.dtype == torch.bool:
-            return x  # lengths, masks
-        x = x.clone()
-        one = x.select(d, item)
-        if x.is_floating_point() or x.is_complex():
-            noise = torch.randn(one.shape, generator=generator, dtype=one.dtype).to(one.device)
-            one += noise * (one.std(correction=0) + 1e-2)
-        else:  # tokens: those that are there, in another order
-            one.copy_(one.flatten().roll(1).view(one.shape))
-        return x
-
-    return tree_map(move, call)  # type: ignore[no-any-return]
+        return [Seen.of(leaf, self.n) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def run(model: nn.Module, call: Call) -> None:
@@ -133,11 +88,3 @@ def run(model: nn.Module, call: Call) -> None:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(0)
         model(*args, **kwargs)
-
-
-def items_of(call: Call, dim: int) -> int:
-    """How many items a call of the model has, by its first input."""
-    for leaf in tree_leaves(call):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[dim if leaf.dim() > dim else 0]
-    raise AdapterError("the model is called with no tensor that could hold a batch of items")

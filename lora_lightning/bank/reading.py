@@ -1,0 +1,152 @@
+"""An adapter's file as what it does to each tensor of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning import parametrized
+from lora_lightning.adapter import located, raw_tensor
+from lora_lightning.bank.mix import Part
+from lora_lightning.errors import AdapterFileError
+from lora_lightning.fileformat import read
+from lora_lightning.loading import checked
+from lora_lightning.tree import join
+from lora_lightning.xs import Basis
+
+
+@torch.no_grad()
+def parts_of(
+    model: nn.Module,
+    path: Path,
+    live: dict[str, Tensor],
+    check: str,
+    known: dict[tuple[str, int], Basis],
+) -> dict[str, Part]:
+    """Tensor's path → what the adapter of this file does to it.
+
+    `live` is `base_tensors`; `check` and `known` are those of `lora_lightning.loading.checked`.
+
+    Raises:
+        AdapterFileError: it is damaged, does not fit, or holds NaN.
+        BaseMismatchError: it was made for another base.
+    """
+    header, tensors = read(path)
+    _check_finite(tensors, path)
+    _, bases, _ = checked(model, header, tensors, check, path, live, known)
+    own = _owned(model, header, tensors, live, path)
+    whole = {id(value): Part(full=value) for value in own.values()}
+    parts = {key: whole[id(value)] for key, value in own.items()}
+    targets = {join(t["module"], t["tensor"]): t for t in header["targets"]}
+    computed = {c for key in own if (c := _computed(model, key)) is not None}
+    # These are computed from, or are, what the adapter owns: its factors act on its own values.
+    moved = computed | (targets.keys() & own.keys())
+    for key in targets.keys() - moved:
+        raw = raw_tensor(*located(model, key))
+        parts[key] = _folded(targets[key], key, tensors, bases.get(key), raw)
+    if moved:
+        with _in_place(model, own, computed):
+            for key in moved:
+                raw = raw_tensor(*located(model, key))
+                part = Part(full=raw.detach().clone())
+                if key in targets:
+                    part = _folded(targets[key], key, tensors, bases.get(key), raw)
+                parts[key] = Part(full=part.value(raw))
+    return {key: part for key, part in parts.items() if _computed(model, key) is None}
+
+
+def _owned(
+    model: nn.Module,
+    header: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    live: dict[str, Tensor],
+    path: Path,
+) -> dict[str, Tensor]:
+    """What the adapter replaces in full, under each name that such a tensor has."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in live.items():
+        names.setdefault(id(tensor), []).append(name)
+    found: dict[str, Tensor] = {}
+    for key in [*header["extras"], *header["buffers"]]:
+        if tensors[key].is_floating_point():
+            value = _like(tensors[key], located(model, key))
+            found |= dict.fromkeys(names[id(live[key])], value)
+        elif not key.endswith("num_batches_tracked"):  # which counts, and is not computed with
+            raise AdapterFileError(f"{path} holds {key} of dtype {tensors[key].dtype}")
+    return found
+
+
+def _computed(model: nn.Module, key: str) -> str | None:
+    """The tensor that a layer computes from this one (weight norm); ``None``: it reads this one."""
+    owner, inside, rest = f".{key}".rpartition(".parametrizations.")
+    if inside:
+        return join(owner[1:], rest.split(".")[0])
+    stem, _, end = key.rpartition("_")
+    if end not in ("g", "v"):
+        return None
+    module, tensor = located(model, stem)
+    return stem if tensor in module.__dict__ and tensor not in module._parameters else None
+
+
+@contextmanager
+def _in_place(model: nn.Module, own: Mapping[str, Tensor], computed: set[str]) -> Iterator[None]:
+    """Within the block the model has these values, and what is computed from them."""
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for key, value in own.items():
+            module, name = located(model, key)
+            where = module._buffers if name in module._buffers else module._parameters
+            kept.append((where, name, where[name]))
+            where[name] = value
+        _recompute(model, computed)
+        yield
+    finally:
+        for where, name, value in reversed(kept):
+            where[name] = value
+        _recompute(model, computed)
+
+
+def _recompute(model: nn.Module, computed: set[str]) -> None:
+    for key in computed:
+        parametrized.recompute(*located(model, key))
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    floats = {key: t.flatten() for key, t in tensors.items() if t.is_floating_point()}
+    # A sum has every NaN and infinity in it; asking each tensor takes longer than reading it.
+    if not floats or torch.cat([*floats.values()]).sum().isfinite():
+        return
+    for key, tensor in floats.items():
+        if not tensor.isfinite().all():
+            raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
+
+
+def _folded(
+    target: dict[str, Any], key: str, tensors: dict[str, Tensor], basis: Basis | None, raw: Tensor
+) -> Part:
+    """Any form of factors as one pair, the scaling in B: LoRA-XS's core and a start's too."""
+    if basis is not None:
+        lora_B, lora_A = basis.lora_B @ tensors[f"{key}.core"].to(raw), basis.lora_A
+    else:
+        lora_B, lora_A = tensors[f"{key}.lora_B"].to(raw), tensors[f"{key}.lora_A"].to(raw)
+    if target.get("offset"):
+        lora_B = torch.cat([lora_B, -tensors[f"{key}.start_B"].to(raw)], dim=1)
+        lora_A = torch.cat([lora_A, tensors[f"{key}.start_A"].to(raw)])
+    lora_B = target["scaling"] * lora_B
+    scale = None
+    if target["dora"]:
+        summed = raw.reshape(len(lora_B), -1) + lora_B @ lora_A
+        norm = torch.linalg.vector_norm(summed, dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
+        scale = tensors[f"{key}.magnitude"].to(raw) / norm
+    return Part(lora_A.clone(), lora_B, scale)
+
+
+def _like(tensor: Tensor, place: tuple[Any, str]) -> Tensor:
+    module, name = place
+    live = module._buffers[name] if name in module._buffers else raw_tensor(module, name)
+    return tensor.to(live, copy=True)
