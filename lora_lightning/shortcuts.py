@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -23,7 +23,13 @@ def forget_computed(modules: Iterable[nn.Module]) -> None:
         module.__dict__[_CACHE] = {}
 
 
-def keep_padded(modules: Modules) -> list[nn.TransformerEncoder]:
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, AdaptedModule)
+
+
+def keep_padded(
+    modules: Modules, adapted: Callable[[nn.Module], bool] = _is_adapted
+) -> list[nn.TransformerEncoder]:
     """Encoders of torch with an adapted layer that packed padded sequences, and no longer do.
 
     Whether all layers can take packed ("nested") sequences torch asks the first alone, and an
@@ -34,7 +40,7 @@ def keep_padded(modules: Modules) -> list[nn.TransformerEncoder]:
         for _, m in modules
         if isinstance(m, nn.TransformerEncoder)
         and m.use_nested_tensor
-        and any(isinstance(part, AdaptedModule) for part in m.modules())
+        and any(adapted(part) for part in m.modules())
     ]
     for encoder in found:
         encoder.use_nested_tensor = False

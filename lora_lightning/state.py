@@ -127,13 +127,16 @@ def roots(model: nn.Module, modules: Modules | None = None) -> list[tuple[nn.Mod
 @contextmanager
 def lent(modules: Iterable[nn.Module], block: str) -> Iterator[None]:
     """Within this block the modules hold values that are put back at its end: see `check_home`."""
-    new = [m for m in modules if m not in _lent]
-    _lent.update(dict.fromkeys(new, block))
+    before = {m: _lent.get(m) for m in modules}
+    _lent.update(dict.fromkeys(before, block))
     try:
         yield
     finally:
-        for module in new:
-            _lent.pop(module, None)
+        for module, outer in before.items():
+            if outer is None:
+                _lent.pop(module, None)
+            else:
+                _lent[module] = outer
 
 
 def check_home(modules: Modules, what: str, within: str = "") -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_lightning import (
+    AdapterBank,
     adapters,
     disabled,
     inject,
@@ -154,3 +155,64 @@ def test_padded_sequences_through_torchs_own_encoder(targets, tmp_path):
         load_adapter(model, tmp_path / "file")
         again = model(x, src_key_padding_mask=mask)
         assert torch.equal(again[~mask], found[~mask])
+
+
+def test_adapters_do_not_change_while_a_bank_is_in_force(tmp_path):
+    model, x = two_adapters(), torch.randn(2, 3, 32, 32)
+    names = ("one", "two")
+    files = {name: save_adapter(model, tmp_path / name, name) for name in names}
+    expected, plain = model(x), tiny_vit()
+    bank = AdapterBank(model, files)
+    with torch.no_grad(), bank["one"]:
+        inside = model(x)
+        for call in CALLS.values():
+            with pytest.raises(AdapterError, match=r"bank\[\.\.\.\]"):
+                call(model, tmp_path)
+        with pytest.raises(AdapterError, match=r"bank\[\.\.\.\]"), disabled(model):
+            pass
+        assert torch.equal(model(x), inside)
+    assert torch.equal(model(x), expected)
+    plain.load_state_dict({n: v for n, v in source(model).items() if n in plain.state_dict()})
+    with AdapterBank(plain, files)["one"], pytest.raises(AdapterError, match="leave the block"):
+        load_adapter(plain, files["one"])
+    assert adapters(plain) == []
+
+
+def source(model: nn.Module) -> dict[str, torch.Tensor]:
+    with disabled(model):
+        return {n: v.clone() for n, v in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_shortcuts_of_eval_under_a_bank(tmp_path):
+    """Kept biases and packed sequences see the adapter in force, and only that one."""
+    model, x = timm.create_model("levit_128s", num_classes=3).eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = [model(x)]
+        inject(model, rank=2, target_modules=["head*linear"], trainable=["*attention_biases"])
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_(std=20)
+        path = save_adapter(model, tmp_path / "biases.safetensors")
+        expected.append(model(x))
+        remove(model)
+        assert torch.equal(model(x), expected[0])
+        bank = AdapterBank(model, {"biases": path})
+        with bank["biases"]:
+            assert torch.equal(model(x), expected[1])
+        assert torch.equal(model(x), expected[0])
+
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+        mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+        inject(model, rank=2, target_modules=["layers.1.*"], trainable=[])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        expected = [model(x, src_key_padding_mask=mask)]
+        path = save_adapter(model, tmp_path / "later.safetensors")
+        remove(model)
+        with AdapterBank(model, {"later": path})["later"]:
+            found = model(x, src_key_padding_mask=mask)
+        assert difference([found[~mask]], [expected[0][~mask]]) < 1e-5
+        assert model.use_nested_tensor

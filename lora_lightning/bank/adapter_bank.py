@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning import shortcuts
 from lora_lightning import state as states
 from lora_lightning.bank.batch import Batch
 from lora_lightning.bank.calls import Call, items_of
@@ -206,7 +207,14 @@ class AdapterBank:
             adapters: dict[str | None, dict[str, Part]] = {None: {}}
             adapters.update(taken)
             batch = Batch(self.model, names, adapters, self._looks.last, self._room)
+        modules = states.base_modules(self.model)
+        cachers = shortcuts.cachers(modules)
+        stack.callback(shortcuts.forget_computed, cachers)
+        stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
         stack.enter_context(batch.in_force())
+        shortcuts.forget_computed(cachers)
+        packers = shortcuts.keep_padded(modules, lambda m: ATTRIBUTE in m.__dict__)
+        stack.callback(shortcuts.pack_again, packers)
         return batch
 
     def _before(self, batch: Batch, call: Call, expected: int | None) -> None:
