@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lora_lightning.prefix.calls import Call, InOrder, Leaf, intercepted, storage, storages
 from lora_lightning.prefix.inputs import Inputs
+from lora_lightning.prefix.items import sort
+from lora_lightning.prefix.observers import left
 from lora_lightning.probe import floats
 
 
@@ -85,13 +87,15 @@ def mark_used(root: nn.Module, inputs: Inputs, calls: list[Call]) -> list[Call]:
         out = root.forward(*args, **kwargs)
     if flow.order.at < len(calls):
         raise flow.order.astray("the forward ended")
-    used = flow.used | flow.of(out) | flow.of(list(floats(out)))
+    kept = [x for module in root.modules() for x, _ in left(module)]  # for someone to read
+    used = flow.used | flow.of(out) | flow.of(list(floats(out))) | flow.of(kept)
     return _trimmed(calls, used)
 
 
 def _leaf(value: Any, label: int) -> Leaf:
     tensor = isinstance(value, Tensor)
-    return Leaf(tensor and not value.is_floating_point(), label, value.nbytes if tensor else 0)
+    size = value.nbytes if tensor else 0
+    return Leaf(tensor and not value.is_floating_point(), label, size, sort(value))
 
 
 def _trimmed(calls: list[Call], used: int) -> list[Call]:

@@ -1,0 +1,604 @@
+"""What `PrefixCache` leaves alone or refuses, so that no feature is ever another batch's."""
+
+from __future__ import annotations
+
+import copy
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torchaudio.models as ta
+from torch import nn
+
+from lora_lightning import PrefixCache, inject
+from lora_lightning.errors import ConfigError
+from tests.audio_zoo import _WAV2VEC2, noise
+
+
+class Net(nn.Module):
+    """`a` and `b` are frozen, `c` is trained."""
+
+    def __init__(self, a: nn.Module | None = None, mid: nn.Module | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.mid = a or nn.Linear(8, 8), mid or nn.Tanh()
+        self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 4)
+        for module in (self.a, self.mid, self.b):
+            module.requires_grad_(False)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(self.mid(self.a(x)))))
+
+
+def plainly(model: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """The output by the model's own forward, no hooks."""
+    with torch.no_grad():
+        return model.forward(*args, **kwargs)
+
+
+def exact(model: nn.Module, *args, **kwargs) -> bool:
+    """Whether a forward in training gives what it gives without the cache; it learns a little."""
+    expected = plainly(model, *args, **kwargs)
+    out = model(*args, **kwargs)
+    out.sum().backward()
+    return torch.allclose(out, expected, atol=1e-6)
+
+
+@contextmanager
+def attached(model: nn.Module, **options):
+    with PrefixCache(10, **options).attach(model) as cache:
+        yield cache
+
+
+X, OTHER = noise(4, 8), noise(8, 8)[4:]
+
+
+# ---- other arguments -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths_first", [False, True])
+def test_an_argument_that_brings_another_output(lengths_first):
+    torch.manual_seed(0)
+    model = ta.wav2vec2_model(
+        **{**_WAV2VEC2, "encoder_num_layers": 3, "encoder_layer_drop": 0.0}
+    ).eval()
+    inject(model, rank=2, blocks=[-1])
+    x, lengths = noise(6, 1200), torch.tensor([1200, 900, 800, 1200, 1000, 1100])
+    first, later = ((x, lengths), (x,)) if lengths_first else ((x,), (x, lengths))
+    with attached(model) as cache:
+        model(*first)
+        model(*first)
+        assert cache._forward.hits == 6
+        for index in ([0, 1, 2], [3, 4, 5], [5, 0]):
+            args = [a[index] for a in later]
+            with torch.no_grad():
+                for now, plain in zip(model(*args), model.forward(*args), strict=True):
+                    assert (now is plain is None) or torch.allclose(now, plain, atol=1e-5)
+        assert cache._forward.lookups == 12, "left alone"
+
+
+def test_a_shared_tensor_with_as_many_rows_as_items():
+    class Mixes(Net):
+        def forward(self, x, mask):
+            return self.c(self.b(mask @ self.a(x)))
+
+    x, mask, other = noise(5, 4, 8), torch.ones(4, 4), torch.ones(4, 4).tril()
+    model = Mixes()
+    with attached(model) as cache:
+        assert exact(model, x, mask)
+        with pytest.warns(UserWarning, match="has the batch's size by chance"):
+            assert exact(model, x[:4], mask)
+        assert exact(model, x[:4], other)
+        assert exact(model, x[:3], other)
+        assert cache._forward.lookups == 5 + 3
+    with attached(Mixes()) as cache, pytest.raises(ConfigError, match="no telling which part"):
+        cache._forward.root(x[:4], mask)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_lengths_in_a_list(size):
+    class Cuts(nn.Linear):
+        def forward(self, x, lengths):
+            rows = [torch.cat([row[:n], 0 * row[n:]]) for row, n in zip(x, lengths, strict=True)]
+            return super().forward(torch.stack(rows).cumsum(1))
+
+    class Takes(Net):
+        def forward(self, x, lengths):
+            return self.c(self.b(self.a(x, lengths)))
+
+    x, model = noise(4, 5, 8), Takes(Cuts(8, 8))
+    with attached(model) as cache:
+        with pytest.warns(UserWarning, match=rf"a list of {size} values for {size} items"):
+            assert exact(model, x[:size], [5, 3, 4, 2][:size])
+        assert exact(model, x[:size], [2, 2, 1, 1][:size])
+        cache.end_epoch()
+        assert "a list of" in cache.summary()
+
+
+def test_another_path_by_mode_or_argument():
+    class Branches(Net):
+        def forward(self, x, more=False):
+            x = self.a(x)
+            x = self.mid(x) if self.training or more else x
+            return self.c(self.b(x))
+
+    model = Branches().train()
+    with attached(model) as cache:
+        assert exact(model, X)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(X), plainly(model, X))
+        with pytest.warns(UserWarning, match="mid was to be called, and Linear was called"):
+            assert exact(model, X)
+        assert exact(model, X, more=True)
+        model.train()
+        assert exact(model, X)
+        assert cache._forward.hits >= 4
+
+
+def test_an_argument_without_a_hash_is_said():
+    class Takes(Net):
+        def forward(self, x, meta):
+            return super().forward(x)
+
+    model = Takes()
+    with attached(model) as cache:
+        with pytest.warns(UserWarning, match="holds a object, of which no hash"):
+            model(X, object())
+        model(X, object())
+        cache.end_epoch()
+        assert cache.summary().startswith("nothing stored: an argument holds a object")
+
+
+def test_an_argument_that_is_another_in_each_step():
+    class Takes(Net):
+        def forward(self, x, step):
+            return super().forward(x)
+
+    model = Takes()
+    with attached(model) as cache:
+        for i in range(50):
+            model(X, i)
+        with pytest.warns(UserWarning, match="is another each time"):
+            model(X, 50)
+        model(X, 51)
+        assert len(cache._forward._refusals) == 50
+
+
+# ---- who comes between ---------------------------------------------------------------------------
+
+
+def test_a_hook_that_comes_later_and_changes_the_input():
+    model = Net()
+    with attached(model) as cache:
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+        expected = plainly(model, X * 3)
+        for _ in range(3):
+            assert torch.allclose(model(X), expected)
+        assert cache._forward.hits == 4
+
+
+class Leaves(nn.Module):
+    """Gives more than it returns."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def forward(self, x):
+        where = self if self.place == "attribute" else self.place
+        where.seen = x * 2
+        return x.tanh()
+
+
+def test_a_tensor_left_in_an_attribute_ends_the_prefix():
+    model = Net(mid=Leaves("attribute"))
+    with attached(model) as cache:
+        for x in (X, OTHER, X):
+            assert exact(model, x)
+            assert torch.equal(model.mid.seen, model.a(x) * 2)
+        assert cache._forward.end == "mid"
+        assert cache._forward.hits == 4
+    with pytest.raises(ConfigError, match="a leaves a tensor in an attribute, and no layer comes"):
+        exact_first(Net(a=Leaves("attribute")))
+
+
+def exact_first(model: nn.Module, x: torch.Tensor = X, **options) -> bool:
+    with attached(model, **options):
+        return exact(model, x)
+
+
+def test_a_table_that_is_made_once_is_no_end():
+    class Table(nn.Module):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(8.0)
+            return x + self.table
+
+    model = Net(mid=Table())
+    with attached(model) as cache:
+        model(X)
+        assert cache._forward.end == "c"
+
+
+def test_a_tensor_left_elsewhere_is_refused():
+    class Context:
+        seen = None
+
+    place = Context()
+
+    class Reads(Net):
+        def forward(self, x):
+            return super().forward(x) + place.seen.sum(1, keepdim=True)
+
+    with pytest.raises(ConfigError, match="the model's output is not what it is without"):
+        exact_first(Reads(mid=Leaves(place)))
+
+
+def test_what_the_model_itself_leaves_in_an_attribute_is_stored():
+    class Model(Net):
+        def forward(self, x):
+            self.early = self.a(x)
+            return self.c(self.b(self.early))
+
+    model = Model()
+    with attached(model) as cache:
+        for x in (X, X):
+            assert exact(model, x)
+            assert torch.allclose(model.early, model.a.forward(x))
+        assert cache._forward.hits == 4
+
+
+# ---- random numbers and order --------------------------------------------------------------------
+
+
+class Drops(nn.Module):
+    """Stochastic depth that hardly ever drops."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x if not self.training or self.draw() > 1e-4 else 0 * x
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), random.random])
+def test_noise_is_seen_where_it_is_drawn(draw):
+    with pytest.raises(ConfigError, match="mid draws random numbers"):
+        exact_first(Net(mid=Drops(draw)).train())
+    assert exact_first(Net(mid=Drops(draw)).eval())
+    assert exact_first(Net(mid=Drops(draw)).train(), eval_prefix=True)
+
+
+def test_numbers_drawn_between_the_modules_are_those_without():
+    class Draws(Net):
+        def forward(self, x):
+            if torch.rand(1) < 0 or random.random() < 0:
+                return x
+            return super().forward(x)
+
+    model = Draws()
+    with attached(model) as cache:
+        random.seed(3)
+        torch.manual_seed(3)
+        model(X)
+        after = random.random(), torch.rand(1)
+    random.seed(3)
+    torch.manual_seed(3)
+    model(X)
+    assert after == (random.random(), torch.rand(1))
+    assert cache._forward is None
+
+
+@pytest.mark.parametrize("x", [noise(10, 1, 8), noise(10, 8)])
+def test_time_before_the_batch_is_refused_though_it_is_causal(x):
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(8, 8)
+
+        def forward(self, x):
+            return self.gru(x)[0]
+
+    with pytest.raises(ConfigError, match="a batch dimension that is not the first"):
+        exact_first(Net(a=Causal()), x)
+
+
+# ---- what changes past the counters --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [lambda w: w * 2, lambda w: w.flip(0), lambda w: w.flip(1)])
+def test_weights_written_to_between_epochs(write):
+    model = Net()
+    with attached(model) as cache:
+        assert exact(model, X)
+        cache.end_epoch()
+        model.a.weight.data.copy_(write(model.a.weight.data.clone()))
+        assert exact(model, X)
+        assert cache._forward.hits == 0
+        assert exact(model, X)
+        assert cache._forward.hits == 4
+
+
+def test_weights_of_a_validation_only():
+    model, other = Net(), Net()
+    other.a.weight.data.mul_(2)
+
+    def swap():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            kept = p.data.clone()
+            p.data.copy_(q.data)
+            q.data.copy_(kept)
+
+    with attached(model) as cache:
+        assert exact(model, X)
+        swap()
+        model.eval()
+        with torch.no_grad():
+            for x in (X, OTHER):
+                assert torch.equal(model(x), plainly(model, x))
+        swap()
+        model.train()
+        for x in (X, OTHER):
+            assert exact(model, x)
+        assert cache._forward.hits == 4, "what was stored before is still there"
+
+
+class Scales(nn.Module):
+    shift = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.weight = 1.0, torch.ones(8)
+
+    def forward(self, x):
+        return x * self.factor * self.weight + self.shift
+
+
+def set_to(name, value):
+    return lambda module: setattr(module, name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_to("factor", 2.0),
+        set_to("shift", 1.0),
+        set_to("weight", torch.full((8,), 2.0)),
+        lambda module: module.weight.mul_(3),
+    ],
+)
+def test_plain_attributes_count(change):
+    model = Net(mid=Scales())
+    with attached(model) as cache:
+        assert exact(model, X)
+        change(model.mid)
+        assert exact(model, X)
+        assert cache._forward.hits == 0
+        assert exact(model, X)
+        assert cache._forward.hits == 4
+
+
+def test_attributes_and_mode_of_a_module_around_the_prefix():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.factor, self.calls = Net(), 1.0, 0
+
+        def forward(self, x):
+            self.calls += 1  # its own business
+            x = self.net.a(x) * self.factor
+            return self.net.c(self.net.b(x * 2 if self.training else x))
+
+    model = nn.Sequential(Around()).train()
+    with attached(model) as cache:
+        assert exact(model, X)
+        assert exact(model, X)
+        assert cache._forward.hits == 4
+        model[0].factor = 2.0
+        assert exact(model, X)
+        model[0].training = False
+        with pytest.warns(UserWarning, match="features differ between training and eval mode"):
+            assert exact(model, X)
+
+
+def test_dropout_that_is_switched_on():
+    model = Net(mid=nn.Dropout(0.0)).train()
+    with attached(model) as cache:
+        assert exact(model, X)
+        model.mid.p = 0.5
+        with pytest.warns(UserWarning, match="drops with probability 0.5"):
+            one = model(X)
+        assert not torch.equal(one, model(X))
+        model.mid.p = 0.0
+        assert exact(model, X)
+        assert exact(model, X)
+        assert cache._forward.hits == 4
+
+
+# ---- eval_prefix ---------------------------------------------------------------------------------
+
+
+def test_statistics_that_the_check_moves_do_not_end_the_first_epoch():
+    model = Net(mid=nn.BatchNorm1d(8)).train()
+    before = copy.deepcopy(model.state_dict())
+    with attached(model, eval_prefix=True) as cache:
+        for _ in range(2):
+            model(X)
+            cache.end_epoch()
+        assert (cache._forward.hits, cache._forward.renewals) == (4, 0)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_modes_stay_those_of_the_user():
+    model = Net(mid=nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5))).train()
+    model.mid[0].eval()
+    modes = [m.training for m in model.modules()]
+    with attached(model, eval_prefix=True) as cache:
+        assert torch.equal(model(X), model(X))
+        assert [m.training for m in model.modules()] == modes
+        model.a.weight.requires_grad_(True)  # all else is behind it now
+        with pytest.warns(UserWarning, match="compute the prefix in the model's own mode"):
+            one = model(X)
+        assert not torch.equal(one, model(X))
+        assert cache._forward.found is None
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_a_dropout_within_the_prefix_and_behind_it():
+    class Twice(Net):
+        def forward(self, x):
+            return self.mid(self.c(self.b(self.mid(self.a(x)))))
+
+    model = Twice(mid=nn.Dropout(0.5)).train()
+    with attached(model, eval_prefix=True) as cache:
+        one, other = model(X), model(X)
+        assert cache._forward.hits == 4
+    assert (one == 0).any()
+    assert not torch.equal(one, other)
+
+
+# ---- errors that say what to do ------------------------------------------------------------------
+
+
+def test_a_prefix_that_is_gone_is_said_and_left_alone():
+    model = Net()
+    with attached(model) as cache:
+        assert exact(model, X)
+        model.requires_grad_(True)
+        with pytest.warns(UserWarning, match="since weights, .* there is nothing to store"):
+            assert exact(model, X)
+        assert exact(model, X)
+        with torch.no_grad():
+            model.a.weight.mul_(0.9)
+        assert exact(model, X), "and no look at every step"
+        model.a.requires_grad_(False)
+        assert exact(model, X)
+        assert exact(model, X)
+        assert cache._forward.hits == 4
+        assert cache._forward.end == "b"
+
+
+@dataclass
+class Pair:
+    one: torch.Tensor
+    two: torch.Tensor
+
+
+class Gives(nn.Linear):
+    def __init__(self, change):
+        super().__init__(8, 8)
+        self.change = change
+
+    def forward(self, *args):
+        return self.change(super().forward(args[0]), *args)
+
+
+def total(value) -> torch.Tensor:
+    if isinstance(value, Pair):
+        return value.one + value.two
+    return torch.stack(value) if isinstance(value, list) else value
+
+
+class Joins(Net):
+    def forward(self, x):
+        return self.c(self.b(total(self.a(x))))
+
+
+class Collects(Net):
+    def forward(self, x):
+        features = []
+        self.a(x, features)
+        return self.c(self.b(features[0]))
+
+
+class Views(Net):
+    def forward(self, x):
+        return self.c(self.b(self.a(x).view(-1, 4, 8).roll(1, 1).view(-1, 8)))
+
+
+class Writes(Net):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (Joins(Gives(lambda y, x: list(y))), X, "a gives 3 values here and 2"),
+        (Joins(Gives(lambda y, x: Pair(y, y))), X, "a gives Pair beside tensors"),
+        (Joins(Gives(lambda y, x: y.squeeze())), X[:1], r"a gives a tensor of shape \(8,\) for 1"),
+        (Collects(Gives(lambda y, x, f: f.append(y))), X, "trial forward of Collects.*IndexError"),
+        (Views(), X, "trial forward of Views, with two items.*RuntimeError: shape"),
+        (Writes(), X, "Writes writes into its input before b is over"),
+        (Net(a=nn.ReLU(inplace=True), mid=nn.Linear(8, 8)), X, "writes into its input"),
+    ],
+)
+def test_what_cannot_be_tried_is_a_config_error(model, x, message):
+    with attached(model), pytest.raises(ConfigError, match=message):
+        model(x.clone())
+
+
+def test_no_numbers_that_the_model_masks_are_stored():
+    class Model(Net):
+        def forward(self, x):
+            return self.c(self.b(torch.nan_to_num(self.a(x))))
+
+    model = Model(Gives(lambda y, x: y.masked_fill(y < 0, torch.nan)))
+    with attached(model) as cache:
+        for x in (X, OTHER, X[[2, 0]]):
+            assert exact(model, x)
+        assert cache._forward.hits == 2
+
+
+def test_compiled_in_place():
+    model = Net()
+    with attached(model) as cache:
+        model.compile(backend="eager")
+        with pytest.warns(UserWarning, match="was compiled in place"):
+            cache.end_epoch()
+        assert "was compiled in place" in cache.summary()
+    with pytest.raises(ConfigError, match=r"before torch\.compile"):
+        cache.attach(model)
+
+
+# ---- room ----------------------------------------------------------------------------------------
+
+
+class Positions(Net):
+    """A table for each length, which belongs to no item."""
+
+    def __init__(self):
+        super().__init__(mid=nn.Linear(1, 8))
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        return self.c(self.a(x) + self.mid(places))
+
+
+def test_tables_for_many_lengths_stay_within_the_budget():
+    model = Positions()
+    with PrefixCache(0.02).attach(model) as cache:
+        for _ in range(2):
+            for length in range(10, 40):
+                assert exact(model, noise(1, length, 8))
+                held = cache._forward.found.prefix.layouts.nbytes
+                assert held + cache._forward.store.used <= 20_000
+        assert cache._forward.store.refused
+        prefix = cache._forward.found.prefix
+        assert 1 < len(prefix.layouts._known) < 30
+    assert cache._forward is None
+
+
+def test_a_folder_that_is_a_file_and_a_budget_without_end(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(ConfigError, match="is a file, and features go into a folder"):
+        PrefixCache(1, path).attach(Net())
+    with pytest.raises(ConfigError, match="above 0 and finite"):
+        PrefixCache(float("inf"))
