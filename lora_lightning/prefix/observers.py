@@ -63,7 +63,11 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
     Without `training`, and without weights that torch computes anew before each forward.
     """
-    computed = {"training", *(getattr(h, "name", None) for h in _own_hooks(module).values())}
+    computed = {
+        "training",
+        "_is_full_backward_hook",
+        *(getattr(h, "name", None) for h in _own_hooks(module).values()),
+    }
     return {
         name: value
         for name, value in vars(module).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lora_lightning.prefix.calls import storage
 from lora_lightning.prefix.observers import attributes, version
 from lora_lightning.prefix.replay import Prefix
 from lora_lightning.tree import join
+
+_ROWS = 4096  # of a weight that are summed at once
 
 Notes = dict[nn.Module, dict[str, Any]]  # of each module, its plain attributes
 
@@ -28,13 +31,13 @@ class Watch:
 
     def __init__(self, prefix: Prefix, touched: set[int], before: Notes):
         self._prefix = prefix
-        self._attributes: list[tuple[dict[str, Any], list[str]]] = []
+        self._attributes: list[tuple[dict[str, Any], itemgetter[Any]]] = []
         self._places: list[tuple[dict[str, Any], str]] = []
         around = [(m, _unwritten(m, before)) for m in prefix.ancestors.values()]
         for module, plain in [*around, *((m, attributes(m)) for m in prefix.modules.values())]:
             tensors = {name: x for name, x in plain.items() if isinstance(x, Tensor)}
-            if plain:
-                self._attributes.append((vars(module), [n for n in plain if n not in tensors]))
+            if names := [name for name in plain if name not in tensors]:
+                self._attributes.append((vars(module), itemgetter(*names)))
             tables: list[tuple[Any, Any]] = [(t, t) for t in (module._parameters, module._buffers)]
             self._places += [
                 (table, name)
@@ -81,9 +84,11 @@ class Watch:
 
     def _modules(self) -> list[Any]:
         found: list[Any] = []
-        for table, names in self._attributes:
-            found.append(len(table) - ("forward" in table))  # which is a replay's, for a while
-            found += map(table.get, names)
+        for table, values in self._attributes:
+            try:
+                found.append((values(table), len(table) - ("forward" in table)))  # a replay's own
+            except KeyError:  # deleted
+                found.append(None)
         for module in self._prefix.modules.values():
             hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
             found.append((module.__class__, module.__dict__.get("lora_active"), hooks))
@@ -116,12 +121,13 @@ def _unwritten(module: nn.Module, before: Notes) -> dict[str, Any]:
 def _checksum(tensor: Tensor) -> Tensor:
     """A number that other values, or the same in other places, would hardly give."""
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    table = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-    found = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for dim in (0, 1):
-        sums = table.sum(dim, dtype=torch.float64)
-        found += sums @ torch.arange(1, len(sums) + 1, dtype=sums.dtype, device=sums.device)
-    return found
+    table = values.flatten(1) if values.ndim > 1 else values.reshape(1, -1)
+    row, column = (
+        torch.arange(1, n + 1, dtype=torch.float64, device=tensor.device) for n in table.shape
+    )
+    # In parts, so that no large weight is copied as a whole.
+    parts = [table[i : i + _ROWS].double() @ column for i in range(0, len(row), _ROWS)]
+    return torch.cat([column[:0], *parts]) @ row
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
