@@ -31,18 +31,20 @@ class PrefixCache(Callback):
 
     Exactness comes first. The first training batch is watched operator by operator: which modules
     finish before anything trained is touched, and which of their results are used later. Then it
-    is checked that two passes agree, that no item depends on others in its batch, that training
-    and eval mode agree, and that the model's output is what it is without the cache. In every
-    forward weights, adapters, modes and arguments are compared with those of the check: one that
-    differs (`disabled` with other statistics, BatchNorm in training mode, an adapter in an earlier
-    layer) is computed as if there were no cache, and weights that stay different begin a new one.
+    is checked that nothing is drawn at random, that no item depends on others in its batch, that
+    training and eval mode agree, and that the model's output is what it is without the cache. In
+    every forward weights, attributes, adapters, modes and arguments are compared with those of the
+    check: one that differs (`disabled` with other statistics, BatchNorm in training mode, an
+    adapter in an earlier layer) is computed as if there were no cache, and weights that stay
+    different begin a new one.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
         folder: Where to put a file that is mapped into memory, removed at the end; None: memory.
         backbone: Attribute path of the network in the LightningModule, as `LoRACallback`'s.
-        eval_prefix: Keep the modules before the first trained layer in eval mode while training:
+        eval_prefix: Compute what comes before the first trained layer in eval mode while training:
             no dropout and no moving statistics there. Without it a prefix with either is refused.
+            Modules keep their own mode, in which forwards that are left alone are computed.
 
     Attributes:
         boundary_: the module that the prefix ends before.

@@ -40,7 +40,7 @@ class CachedForward:
     Args:
         root: The model.
         store: For the features.
-        eval_prefix: Keep the prefix in eval mode.
+        eval_prefix: Compute the prefix in eval mode.
 
     Attributes:
         found: the prefix; None before the first forward with gradients.

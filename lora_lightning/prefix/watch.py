@@ -109,13 +109,14 @@ def _unwritten(module: nn.Module, before: Notes) -> dict[str, Any]:
     """
     if isinstance(module, LightningModule):
         return {}
-    noted = before[module]
     return {
-        name: value
-        for name, value in attributes(module).items()
-        if name in noted
-        and (noted[name] is value or (not isinstance(value, Tensor) and noted[name] == value))
+        n: x for n, x in attributes(module).items() if _as_before(x, before[module].get(n, ...))
     }
+
+
+def _as_before(value: Any, noted: Any) -> bool:
+    tensors = isinstance(value, Tensor) or isinstance(noted, Tensor)
+    return value is noted or (not tensors and bool(value == noted))
 
 
 def _checksum(tensor: Tensor) -> Tensor:
