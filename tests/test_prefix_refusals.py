@@ -275,6 +275,36 @@ def test_noise_is_seen_where_it_is_drawn(draw):
     assert exact_first(Net(mid=Drops(draw)).train(), eval_prefix=True)
 
 
+def test_noise_between_the_modules():
+    class Between(Net):
+        def forward(self, x):
+            noise = torch.rand(len(x), 1)
+            x = self.a(x)
+            x = self.b(torch.where(noise < 1e-4, x * 0, x)) if self.training else self.b(x)
+            return self.c(x + noise)
+
+    with pytest.raises(ConfigError, match="what b is given is random"):
+        exact_first(Between().train())
+    model = Between().eval()
+    with attached(model) as cache:
+        for _ in range(2):
+            torch.manual_seed(0)
+            now = model(X)
+            torch.manual_seed(0)
+            assert torch.allclose(now, plainly(model, X)), "noise behind the prefix is fresh"
+        assert cache._forward.hits == 4
+
+
+def test_another_path_at_random_between_the_modules():
+    class Flips(Net):
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(self.b(x.flip(1) if random.random() < 0.5 else x))
+
+    with pytest.raises(ConfigError, match="b gives other features each time"):
+        exact_first(Flips())
+
+
 def test_numbers_drawn_between_the_modules_are_those_without():
     class Draws(Net):
         def forward(self, x):

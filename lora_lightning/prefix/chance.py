@@ -20,6 +20,8 @@ def aside(inputs: Inputs, seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=_devices(inputs)):
         if seed is not None:
             torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
         try:
             yield
         finally:
