@@ -167,6 +167,18 @@ def test_an_argument_that_is_another_in_each_step():
         assert len(cache._forward._refusals) == 50
 
 
+def test_items_of_more_windows_than_in_the_first_batch():
+    class Windows(nn.Module):
+        def forward(self, x):
+            return x.reshape(-1, 2, 8)
+
+    model = Net(mid=Windows())
+    with attached(model) as cache:
+        for x in (noise(3, 4, 8), noise(3, 8, 8), noise(3, 8, 8).flip(0), noise(3, 4, 8)[1:]):
+            assert exact(model, x)
+        assert cache._forward.hits == 5
+
+
 # ---- who comes between ---------------------------------------------------------------------------
 
 
@@ -504,9 +516,11 @@ def test_a_prefix_that_is_gone_is_said_and_left_alone():
         with pytest.warns(UserWarning, match="since weights, .* there is nothing to store"):
             assert exact(model, X)
         assert exact(model, X)
+        seconds = cache._forward.seconds
         with torch.no_grad():
             model.a.weight.mul_(0.9)
-        assert exact(model, X), "and no look at every step"
+        assert exact(model, X)
+        assert cache._forward.seconds == seconds, "there is no look at every step"
         model.a.requires_grad_(False)
         assert exact(model, X)
         assert exact(model, X)
