@@ -24,6 +24,16 @@ def test_a_hook_that_comes_later_and_changes_the_input():
         assert cache._forward.hits == 4
 
 
+@pytest.mark.parametrize("path", ["0", "0.mid"])
+def test_compiled_modules_in_the_prefix_and_around_it(path):
+    model = nn.Sequential(Net())
+    model.get_submodule(path).compile(backend="eager")
+    with attached(model) as cache:
+        for x in (X, OTHER, X):
+            assert exact(model, x)
+        assert cache._forward.hits == 4
+
+
 class Leaves(nn.Module):
     """Gives more than it returns."""
 

@@ -8,6 +8,7 @@ is used afterwards, `lora_lightning.prefix.flow` finds out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ def intercepted(modules: Iterable[nn.Module], around: Around) -> Iterator[None]:
     """Within the block each call of these modules' forward goes through `around`."""
     chosen = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     kept = [(m, m.__dict__.get("forward")) for m in chosen]
+    if "torch._dynamo" in sys.modules:  # a compiled module would trace what is none of its code
+        around = torch.compiler.disable(around)  # type: ignore[no-untyped-call]
     for module, _ in kept:
         module.__dict__["forward"] = _through(around, module)
     try:
