@@ -31,18 +31,20 @@ class PrefixCache(Callback):
 
     Exactness comes first. The first training batch is watched operator by operator: which modules
     finish before anything trained is touched, and which of their results are used later. Then it
-    is checked that two passes agree, that no item depends on others in its batch, that training
-    and eval mode agree, and that the model's output is what it is without the cache. In every
-    forward weights, adapters, modes and arguments are compared with those of the check: one that
-    differs (`disabled` with other statistics, BatchNorm in training mode, an adapter in an earlier
-    layer) is computed as if there were no cache, and weights that stay different begin a new one.
+    is checked that nothing is drawn at random, that no item depends on others in its batch, that
+    training and eval mode agree, and that the model's output is what it is without the cache. In
+    every forward weights, attributes, adapters, modes and arguments are compared with those of the
+    check: one that differs (`disabled` with other statistics, BatchNorm in training mode, an
+    adapter in an earlier layer) is computed as if there were no cache, and weights that stay
+    different begin a new one.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
         folder: Where to put a file that is mapped into memory, removed at the end; None: memory.
         backbone: Attribute path of the network in the LightningModule, as `LoRACallback`'s.
-        eval_prefix: Keep the modules before the first trained layer in eval mode while training:
+        eval_prefix: Compute what comes before the first trained layer in eval mode while training:
             no dropout and no moving statistics there. Without it a prefix with either is refused.
+            Modules keep their own mode, in which forwards that are left alone are computed.
 
     Attributes:
         boundary_: the module that the prefix ends before.
@@ -67,8 +69,8 @@ class PrefixCache(Callback):
         backbone: str = "model",
         eval_prefix: bool = False,
     ) -> None:
-        if not budget_mb > 0:
-            raise ConfigError(f"budget_mb must be above 0, got {budget_mb}")
+        if not 0 < budget_mb < float("inf"):
+            raise ConfigError(f"budget_mb must be above 0 and finite, got {budget_mb}")
         self.budget_mb, self.backbone, self.eval_prefix = budget_mb, backbone, eval_prefix
         self.folder = None if folder is None else Path(folder)
         self.boundary_ = self.termination_condition_ = ""
@@ -81,6 +83,7 @@ class PrefixCache(Callback):
         self._epochs = 0
         self._first = (0, 0, 0)  # lookups, hits and those in training before the second epoch
         self._told_full = False
+        self._why = ""  # of forwards that were left alone
 
     @property
     def speed_up_(self) -> float:
@@ -99,7 +102,7 @@ class PrefixCache(Callback):
         """
         if self._forward is not None:
             raise ConfigError("this PrefixCache is attached already: detach() it first")
-        if hasattr(model, "_orig_mod"):
+        if hasattr(model, "_orig_mod") or _compiled(model):
             raise ConfigError(
                 "PrefixCache replaces calls of modules, and a compiled model makes none: attach it "
                 "before torch.compile, and compile blocks behind the first trained layer instead"
@@ -127,9 +130,15 @@ class PrefixCache(Callback):
     def end_epoch(self) -> None:
         """Note how long the epoch took; switch off where inputs are others each time."""
         forward = self._forward
-        if forward is None or forward.found is None:
+        if forward is None:
             return
-        seconds = time.perf_counter() - self._start
+        seconds, self._start = time.perf_counter() - self._start, time.perf_counter()
+        forward.check_weights()
+        if _compiled(forward.root):
+            forward.tell("the model was compiled in place, so that it calls no modules")
+        if forward.found is None:
+            self._measure(forward)
+            return
         self._epochs += 1
         if self._epochs == 1:
             self.seconds_before_ = seconds - forward.seconds
@@ -141,10 +150,10 @@ class PrefixCache(Callback):
         useless = forward.training_hits == self._first[2] and not forward.renewals
         if self._epochs == 2 and useless and forward.store.used and not forward.off:
             self._switch_off(forward)
-        self._start = time.perf_counter()
 
     def _measure(self, forward: CachedForward) -> None:
         self.boundary_, self.termination_condition_ = forward.end, forward.off
+        self._why = forward.why
         if not forward.off:
             self.items_, self.megabytes_ = len(forward.store), forward.store.used / 1e6
         asked, found = forward.lookups - self._first[0], forward.hits - self._first[1]
@@ -168,12 +177,14 @@ class PrefixCache(Callback):
             "(random augmentation?), so that storing features is of no use"
         )
         forward.close(why)
-        rank_zero_warn(f"PrefixCache is off: {why}. Take the randomness out, or PrefixCache")
+        rank_zero_warn(
+            f"PrefixCache is off: {why}. Take the randomness out, or PrefixCache{forward.plain}"
+        )
 
     def summary(self) -> str:
         """What was stored and what it brought, in a line."""
         if not self.boundary_:
-            return "nothing stored: the network was not called in training"
+            return f"nothing stored: {self._why or 'the network was not called in training'}"
         if self.termination_condition_:
             return f"off, {self.termination_condition_}"
         told = (
@@ -202,8 +213,6 @@ class PrefixCache(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch begins."""
-        if self._forward is not None:
-            self._forward.check_weights()
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,3 +234,8 @@ class PrefixCache(Callback):
     ) -> None:
         """A fit that failed leaves nothing behind."""
         self.detach()
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` was called."""
+    return getattr(model, "_compiled_call_impl", None) is not None

@@ -8,7 +8,7 @@ is used afterwards, `lora_lightning.prefix.flow` finds out.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.prefix.inputs import Inputs
+from lora_lightning.prefix.observers import left, observed, silenced, wrote
 from lora_lightning.state import adapted_layers
 from lora_lightning.tree import walk
 
@@ -39,16 +40,16 @@ class Leaf:
         kept: Whether it is stored; else a stand-in takes its place.
         label: The bit that stands for it where its uses are followed.
         nbytes: Its size in the batch that was watched.
+        sort: What it is: a floating-point tensor, another tensor, or a type.
         dim: The dimension that grows with the batch; None: there is none.
-        per_item: Its size there for each item: 1, or the heads, windows, … of an item.
         order: Dimensions from the outermost to the innermost in memory.
     """
 
     kept: bool
     label: int
     nbytes: int
+    sort: Any
     dim: int | None = None
-    per_item: int = 0
     order: tuple[int, ...] = ()
 
 
@@ -69,11 +70,15 @@ class Call:
 
 @dataclass(eq=False)
 class Beginning:
-    """What `first_calls` found: the calls, what they touched, and what ended them."""
+    """What `first_calls` found: the calls, what they touched, and what ended them.
+
+    `wrote` tells that the end is a module which left a tensor in an attribute.
+    """
 
     calls: list[Call]
     touched: set[int]
     end: str
+    wrote: bool = False
 
 
 @contextmanager
@@ -81,6 +86,8 @@ def intercepted(modules: Iterable[nn.Module], around: Around) -> Iterator[None]:
     """Within the block each call of these modules' forward goes through `around`."""
     chosen = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     kept = [(m, m.__dict__.get("forward")) for m in chosen]
+    if "torch._dynamo" in sys.modules:  # a compiled module would trace what is none of its code
+        around = torch.compiler.disable(around)  # type: ignore[no-untyped-call]
     for module, _ in kept:
         module.__dict__["forward"] = _through(around, module)
     try:
@@ -158,19 +165,27 @@ class _Touch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
-    """The outermost calls that are over before anything trained, or a hook, has a say."""
+    """The outermost calls that are over before anything trained, or someone who looks, has a say.
+
+    A module that leaves a tensor in an attribute ends them as one with a hook does: whoever reads
+    it there wants that of the batch at hand.
+    """
     touch = _Touch(_trained(root))
     modules = {m: path for path, m in walk(root) if path}
-    observed = {m for m in modules if _observed(m)}
+    watched = {m for m in modules if observed(m)}
     done: list[Call] = []
     running = [type(root).__name__]
+    writers: list[nn.Module] = []
 
     def around(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         running.append(modules[module])
-        if module in observed:
+        if module in watched:
             raise Stop
-        before = len(done)
+        before, attributes = len(done), left(module)
         out = forward(*args, **kwargs)
+        if wrote(attributes, left(module)):
+            writers.append(module)
+            raise Stop
         done[before:] = [Call(running.pop(), module)]
         return out
 
@@ -181,7 +196,7 @@ def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
         running[-1] = ""
     except Stop:
         pass
-    return Beginning(done, touch.touched, running[-1])
+    return Beginning(done, touch.touched, running[-1], bool(writers))
 
 
 def _trained(root: nn.Module) -> set[int]:
@@ -201,31 +216,6 @@ def _raw(layer: Any, name: str) -> list[Tensor]:
         return [layer._parameters[name]]
     parametrizations = getattr(layer, "parametrizations", {})
     return list(parametrizations[name].parameters()) if name in parametrizations else []
-
-
-def _observed(module: nn.Module) -> bool:
-    """Whether someone looks at what the module is given or gives."""
-    return bool(module._forward_hooks) or len(_own_hooks(module)) < len(module._forward_pre_hooks)
-
-
-def _own_hooks(module: nn.Module) -> dict[int, Any]:
-    """Hooks by which torch computes weights: they are part of the module."""
-    hooks = module._forward_pre_hooks
-    return {i: h for i, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
-
-
-@contextmanager
-def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block nobody looks at these modules: a trial forward is none of their business."""
-    kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in modules if _observed(m)]
-    for module, _, _ in kept:
-        module._forward_pre_hooks = OrderedDict(_own_hooks(module))
-        module._forward_hooks = OrderedDict()
-    try:
-        yield
-    finally:
-        for module, after, before in kept:
-            module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 def storages(values: Any) -> set[int]:

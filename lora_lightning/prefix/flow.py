@@ -13,16 +13,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lora_lightning.errors import ConfigError
 from lora_lightning.prefix.calls import Call, InOrder, Leaf, intercepted, storage, storages
+from lora_lightning.prefix.chance import generators
 from lora_lightning.prefix.inputs import Inputs
+from lora_lightning.prefix.items import sort
+from lora_lightning.prefix.observers import left
 from lora_lightning.probe import floats
+
+_SEEDED = torch.Tag.nondeterministic_seeded
+_RANDOM = 1  # the label of numbers that were drawn around the calls
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels from operator to operator, in whatever storage they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.inputs = inputs
         self.labels: dict[int, int] = {}
         self.alive: list[Tensor] = []  # a storage that is freed would lend its name to another
         self.used = 0
@@ -52,7 +60,11 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         over = order.at == len(order.calls)
         if over or func is torch.ops.aten._local_scalar_dense.default:
             self.used |= labels
+        # An operator that may draw need not: dropout in attention may be 0.
+        before = generators(self.inputs) if _SEEDED in func.tags else None
         out = func(*args, **(kwargs or {}))
+        if before is not None and generators(self.inputs) != before:
+            labels |= _RANDOM
         if labels:
             self.mark(out, labels)
         return out
@@ -64,12 +76,18 @@ def mark_used(root: nn.Module, inputs: Inputs, calls: list[Call]) -> list[Call]:
     Values that are not floating-point (lengths, masks, codes) are small and steer what comes
     after: they are kept in any case.
     """
-    flow = _Flow()
-    labels = 0
+    flow = _Flow(inputs)
+    labels = 1  # _RANDOM has bit 0
 
     def handle(call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
         nonlocal labels
         call.uses = flow.of((args, kwargs))
+        if call.uses & _RANDOM:
+            raise ConfigError(
+                f"PrefixCache: what {call.path} is given is random: numbers are drawn for it in "
+                "the forward of a module around it (dropout by function?). Draw them behind the "
+                "first trained layer, or leave PrefixCache out"
+            )
         leaves, spec = tree_flatten(forward(*args, **kwargs))
         # Copies, so that a value that is changed or passed on later is not taken for another.
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -85,13 +103,15 @@ def mark_used(root: nn.Module, inputs: Inputs, calls: list[Call]) -> list[Call]:
         out = root.forward(*args, **kwargs)
     if flow.order.at < len(calls):
         raise flow.order.astray("the forward ended")
-    used = flow.used | flow.of(out) | flow.of(list(floats(out)))
+    kept = [x for module in root.modules() for x, _ in left(module)]  # for someone to read
+    used = flow.used | flow.of(out) | flow.of(list(floats(out))) | flow.of(kept)
     return _trimmed(calls, used)
 
 
 def _leaf(value: Any, label: int) -> Leaf:
     tensor = isinstance(value, Tensor)
-    return Leaf(tensor and not value.is_floating_point(), label, value.nbytes if tensor else 0)
+    size = value.nbytes if tensor else 0
+    return Leaf(tensor and not value.is_floating_point(), label, size, sort(value))
 
 
 def _trimmed(calls: list[Call], used: int) -> list[Call]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+_FEW = 2  # items are enough to check a model with
 _CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -25,6 +26,8 @@ class Inputs:
     Attributes:
         size: B, the items: the first dimension of the first tensor. A tensor whose first
             dimension is B too holds a row for each item, any other tensor is shared.
+        batched: which leaves hold a row for each item.
+        listed: Whether a list of B numbers or strings is among them: one for each item?
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -32,6 +35,7 @@ class Inputs:
         first = next((x for x in self.leaves if isinstance(x, Tensor) and x.ndim), None)
         self.size = 0 if first is None else len(first)
         self.batched = [i for i, x in enumerate(self.leaves) if self._is_batched(x)]
+        self.listed = any(_listed(x, self.size) for x in (*args, *kwargs.values()))
 
     def _is_batched(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == self.size
@@ -39,7 +43,22 @@ class Inputs:
     @property
     def usable(self) -> bool:
         """Whether every argument can be hashed, and none wants a gradient."""
-        return self.size > 0 and all(map(_usable, self.leaves))
+        return self.size > 0 and not self.listed and all(map(_usable, self.leaves))
+
+    @property
+    def obstacle(self) -> str:
+        """Why arguments are not usable; "" where they are, or where one wants a gradient."""
+        if self.listed:
+            return (
+                f"an argument is a list of {self.size} values for {self.size} items, whose parts "
+                "may belong to one item each; give a tensor"
+            )
+        for leaf in self.leaves:
+            if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+                return f"an argument holds a {type(leaf).__name__}, of which no hash can be taken"
+            if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+                return f"an argument is a tensor of layout {leaf.layout}"
+        return "" if self.size else "no argument is a tensor with a row for each item"
 
     @property
     def separable(self) -> bool:
@@ -58,11 +77,35 @@ class Inputs:
             for i, x in enumerate(self.leaves)
         )
 
+    def places(self) -> dict[Hashable, bool]:
+        """Whether a tensor at this place among the arguments holds a row for each item."""
+        spec = str(self.spec)
+        return {
+            (spec, i): i in self.batched
+            for i, x in enumerate(self.leaves)
+            if isinstance(x, Tensor) and x.ndim
+        }
+
     def rows(self, index: list[int]) -> Inputs:
         """These items alone, in this order; an index may come twice."""
         leaves = list(self.leaves)
         for i in self.batched:
             leaves[i] = leaves[i][index]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return Inputs(args, kwargs)
+
+    def few(self) -> Inputs:
+        """A copy of two items, where rows can be taken out."""
+        some = self.rows(list(range(_FEW))) if self.separable and self.size > _FEW else self
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in some.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return Inputs(args, kwargs)
+
+    def reversed(self) -> Inputs:
+        """Another batch of the same shapes: the largest argument back to front."""
+        i = max(self.batched, key=lambda i: self.leaves[i].numel())
+        leaves = list(self.leaves)
+        leaves[i] = leaves[i].flip(tuple(range(leaves[i].ndim)))
         args, kwargs = tree_unflatten(leaves, self.spec)
         return Inputs(args, kwargs)
 
@@ -93,6 +136,16 @@ def _usable(leaf: Any) -> bool:
         return isinstance(leaf, _CONSTANTS)
     wants_gradient = leaf.requires_grad and torch.is_grad_enabled()
     return leaf.layout is torch.strided and leaf.numel() > 0 and not wants_gradient
+
+
+def _listed(value: Any, size: int) -> bool:
+    """Whether a list of `size` numbers or strings is somewhere in an argument."""
+    if isinstance(value, dict):
+        return any(_listed(x, size) for x in value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    plain = all(isinstance(x, (int, float, str)) for x in value)
+    return len(value) == size if plain else any(_listed(x, size) for x in value)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +11,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call, InOrder, Leaf, Stop, intercepted, silenced
+from lora_lightning.prefix.calls import Call, InOrder, Leaf, Stop, intercepted
+from lora_lightning.prefix.chance import aside, generators
 from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.items import (
-    alike,
-    aside,
-    first,
-    held,
-    join,
-    locate,
-    outline,
-    part,
-    same,
-    varies,
-)
+from lora_lightning.prefix.items import held, join, outline, part, varies
+from lora_lightning.prefix.layouts import Layout, Layouts
+from lora_lightning.prefix.observers import silenced
 from lora_lightning.tree import walk
 
 Outputs = list[list[Any]]  # of each call, the values that it gave
 Record = list[Tensor]  # the kept values of one item
-
-
-@dataclass
-class Layout:
-    """What batches of one shape have in common: structure, and outputs without their items."""
-
-    specs: list[Any]
-    outlines: Outputs
 
 
 class Prefix:
@@ -46,10 +29,11 @@ class Prefix:
     Args:
         root: The model.
         calls: From `lora_lightning.prefix.flow.mark_used`.
+        settled: Compute them in eval mode, whatever the model's is.
     """
 
-    def __init__(self, root: nn.Module, calls: list[Call]):
-        self.root, self.calls = root, calls
+    def __init__(self, root: nn.Module, calls: list[Call], settled: bool):
+        self.root, self.calls, self.settled = root, calls, settled
         self.modules = {
             f"{call.path}.{path}" if path else call.path: module
             for call in calls
@@ -58,7 +42,7 @@ class Prefix:
         above = {path for call in calls for path in _above(call.path)}
         self.ancestors = {path: root.get_submodule(path) for path in sorted(above)}
         self._replaced = {call.module for call in calls}
-        self._layouts: dict[bytes, Layout] = {}
+        self.layouts = Layouts(calls)
         self._nan: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     @property
@@ -68,23 +52,30 @@ class Prefix:
 
     # ---- computing -------------------------------------------------------------------------
 
-    def outputs(self, inputs: Inputs, seed: int | None = None) -> Outputs:
+    def outputs(self, inputs: Inputs) -> Outputs:
         """What each call gives, by a forward that ends with the last of them.
 
-        Random numbers are drawn aside, from `seed` if given, so that the forward that follows
-        draws those that it would have drawn.
+        Random numbers are drawn aside, so that the forward that follows draws those that it would
+        have drawn.
         """
-        found, _ = self._run(inputs, seed)
-        return found
+        return self._run(inputs, None)[0]
+
+    def trial(self, inputs: Inputs, seed: int) -> Outputs:
+        """The same, random numbers drawn from `seed`.
+
+        Raises:
+            ConfigError: a call draws any, or gives another number of values than before.
+        """
+        return self._run(inputs, seed)[0]
 
     def compute(self, inputs: Inputs, shared: bytes) -> list[Record]:
         """The record of each item; `shared` is the hash of what a batch of this shape shares."""
         outputs, specs = self._run(inputs, None)
         outlines = [
-            [outline(leaf, value) for leaf, value in zip(call.leaves, row, strict=True)]
+            [outline(call, *pair, inputs.size) for pair in zip(call.leaves, row, strict=True)]
             for call, row in zip(self.calls, outputs, strict=True)
         ]
-        self._note(shared, Layout(specs, outlines))
+        self.layouts.note(shared, Layout(specs, outlines))
         return self.records(outputs, inputs.size)
 
     def _run(self, inputs: Inputs, seed: int | None) -> tuple[Outputs, list[Any]]:
@@ -92,8 +83,14 @@ class Prefix:
         specs: list[Any] = []
 
         def handle(call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
+            before = generators(inputs) if seed is not None else None
+            with self._quiet(call):
+                out = forward(*args, **kwargs)
+            if before is not None and generators(inputs) != before:
+                raise _draws(call)
             values, spec = tree_flatten(out)
+            if len(values) != len(call.leaves):
+                raise _other_number(call, len(values))
             found.append([held(leaf, v) for leaf, v in zip(call.leaves, values, strict=True)])
             specs.append(spec)
             if len(found) == len(self.calls):
@@ -110,19 +107,31 @@ class Prefix:
                 return found, specs
         raise order.astray("the forward ended")
 
-    def _note(self, shared: bytes, layout: Layout) -> None:
-        known = self._layouts.get(shared)
-        if known is None:
-            self._layouts[shared] = layout
-            return
-        for call, now, before in zip(self.calls, layout.outlines, known.outlines, strict=True):
-            for leaf, a, b in zip(call.leaves, now, before, strict=True):
-                if not alike(leaf, a, b):
-                    raise ConfigError(
-                        f"PrefixCache: what {call.path} gives differs, in shape or in a value that "
-                        "belongs to no item, between batches of one shape, so that it cannot be "
-                        "stored by item. Leave PrefixCache out"
-                    )
+    @contextmanager
+    def computed(self) -> Iterator[None]:
+        """Within the block one forward of the model makes its calls as they are stored."""
+
+        def handle(call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
+            with self._quiet(call):
+                return forward(*args, **kwargs)
+
+        with intercepted(self._replaced, InOrder(self.calls, handle)):
+            yield
+
+    @contextmanager
+    def _quiet(self, call: Call) -> Iterator[None]:
+        """Within the block a call is in eval mode, where that is wished for.
+
+        No longer: the same module may be called again behind the prefix.
+        """
+        training = [m for m in call.module.modules() if m.training] if self.settled else []
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     # ---- items -----------------------------------------------------------------------------
 
@@ -130,7 +139,7 @@ class Prefix:
         """The kept values of each of `size` items, contiguous."""
         values = self.values(outputs)
         return [
-            [part(leaf, value, item) for leaf, value in zip(self.kept, values, strict=True)]
+            [part(leaf, value, item, size) for leaf, value in zip(self.kept, values, strict=True)]
             for item in range(size)
         ]
 
@@ -152,7 +161,7 @@ class Prefix:
     @contextmanager
     def replayed(self, records: Sequence[Record], shared: bytes) -> Iterator[InOrder]:
         """Within the block one forward of the model gets the calls' results from `records`."""
-        layout = self._layouts[shared]
+        layout = self.layouts[shared]
         values = iter(self.joined(records))
         size = len(records)
 
@@ -169,12 +178,13 @@ class Prefix:
             yield order
 
     def _given(self, leaf: Leaf, outline: Any, values: Iterator[Tensor], size: int) -> Any:
-        if leaf.dim is None:
-            return outline.clone() if isinstance(outline, Tensor) else outline
+        if not isinstance(outline, Tensor):
+            return outline
         if leaf.kept:
-            return next(values).to(outline.device)
+            return outline.clone() if leaf.dim is None else next(values).to(outline.device)
         sizes = list(outline.shape)
-        sizes[leaf.dim] = leaf.per_item * size
+        if leaf.dim is not None:
+            sizes[leaf.dim] *= size
         return self._stand_in(torch.Size(sizes), outline.dtype, outline.device)
 
     def _stand_in(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -187,34 +197,23 @@ class Prefix:
             self._nan[dtype, device] = known
         return known[:numel].view(shape)
 
-    # ---- what each dimension means ---------------------------------------------------------
-
-    def learn(self, inputs: Inputs) -> None:
-        """Find where the items are in each value; check that each is on its own.
-
-        Raises:
-            ConfigError: results differ from one pass to the next, or an item's depend on others.
-        """
-        size = inputs.size
-        once, again = self.outputs(inputs, seed=1), self.outputs(inputs, seed=2)
-        more = self.outputs(inputs.rows([*range(size), size - 1]), seed=1)
-        for call, a, b, c in zip(self.calls, once, again, more, strict=True):
-            for leaf, x, y, z in zip(call.leaves, a, b, c, strict=True):
-                locate(call, leaf, x, z, size)
-                if not same(x, y):
-                    raise ConfigError(
-                        f"PrefixCache: {call.path} gives other features each time for the same "
-                        "batch, so that they cannot be stored. Switch off what is random in it"
-                    )
-                if not same(first(leaf, z, size), x):
-                    raise ConfigError(
-                        f"PrefixCache: what {call.path} gives for an item depends on the other "
-                        "items of its batch (batch statistics, or a batch dimension that is not "
-                        "the first), so that it cannot be stored. Leave PrefixCache out"
-                    )
-
 
 def _above(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
+
+
+def _draws(call: Call) -> ConfigError:
+    return ConfigError(
+        f"PrefixCache: {call.path} draws random numbers (stochastic depth, a random transform), so "
+        "that its features differ each time. Switch that off; where it rests in eval mode, "
+        "PrefixCache(eval_prefix=True) does so"
+    )
+
+
+def _other_number(call: Call, number: int) -> ConfigError:
+    return ConfigError(
+        f"PrefixCache: {call.path} gives {number} values here and {len(call.leaves)} in its first "
+        "batch, which cannot be stored by item. Give one tensor for all items"
+    )

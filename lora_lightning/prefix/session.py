@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.finding import Found, few, find, refusal, settle
-from lora_lightning.prefix.inputs import Inputs, autocast
-from lora_lightning.prefix.items import same
+from lora_lightning.prefix.finding import (
+    Found,
+    check_stored,
+    find,
+    kind_of,
+    reason,
+    refusal,
+    trains,
+)
+from lora_lightning.prefix.hook import Hook, eager, hooked, last
+from lora_lightning.prefix.inputs import Inputs
 from lora_lightning.prefix.replay import Prefix, Record
 from lora_lightning.prefix.store import Store
-from lora_lightning.prefix.watch import modes
-from lora_lightning.state import merged_layers
+from lora_lightning.prefix.watch import Watch
 
 _RENEWALS = 3  # in a row without a hit; then the weights change all the time
+_KINDS = 50  # of arguments; more, and one of them is another in each step
 
 
 class CachedForward:
@@ -32,7 +40,7 @@ class CachedForward:
     Args:
         root: The model.
         store: For the features.
-        eval_prefix: Keep the prefix in eval mode.
+        eval_prefix: Compute the prefix in eval mode.
 
     Attributes:
         found: the prefix; None before the first forward with gradients.
@@ -41,56 +49,78 @@ class CachedForward:
         renewals: how often the weights were others, since the last hit.
         seconds: spent on finding and checking the prefix.
         off: why nothing is cached any more; "" while it is.
+        why: the first reason for which a forward in training was left alone; "" for none.
+        plain: what `eval_prefix` means for forwards that are left alone.
 
     Raises:
         ConfigError: the model has such a cache already.
     """
 
     def __init__(self, root: nn.Module, store: Store, eval_prefix: bool):
-        if any(
-            isinstance(h, Hook) and h.call is not None for h in root._forward_pre_hooks.values()
-        ):
+        if hooked(root):
             raise ConfigError("this model has a PrefixCache already: use one")
         self.root, self.store, self.eval_prefix = root, store, eval_prefix
         self.found: Found | None = None
-        self.end = self.off = ""
+        self.end = self.off = self.why = ""
+        self.plain = ". They compute the prefix in the model's own mode" if eval_prefix else ""
         self.lookups = self.hits = self.training_hits = 0
         self.seconds = 0.0
         self._refusals: dict[Hashable, str] = {}  # kind of forward → why not; "": it is served
+        self._last: Watch | None = None  # that of the latest prefix
+        self._barren: list[Any] = []  # what it saw when no prefix was found any more
+        self._unsure, self._rewritten = False, False  # whether weights are still what they were
+        self._training = root.training
+        self._told: set[str] = set()
         self._checked = False
         self._company: dict[bytes, int] = {}  # key → the batch that it was computed in
         self.renewals = 0
         self._replay: Any = None
         self._order: Any = None
-        self._handles = [
-            root.register_forward_pre_hook(Hook(self._before, root), with_kwargs=True),
-            root.register_forward_hook(Hook(self._after, root), always_call=True),
-        ]
+        after = root.register_forward_hook(Hook(self._after, root), always_call=True)
+        self._handles = [after, self._register()]
+
+    def _register(self) -> Any:
+        return self.root.register_forward_pre_hook(Hook(self._before, self.root), with_kwargs=True)
 
     def close(self, why: str = "detached") -> None:
         """Leave the model as it was, and give the memory back."""
         self._end_replay()
         for handle in self._handles:
             handle.remove()
-        if self.eval_prefix and self.found is not None:
-            for module in self.found.prefix.modules.values():
-                module.training = self.root.training
         self.off = self.off or why
+        self.found = None
         self.store.close()
 
     def check_weights(self) -> None:
-        """Start anew where weights were written to in ways that no version counter shows."""
-        if self.found is not None and self.found.watch.rewritten():
-            self._forget()
+        """Before the next forward, see whether weights were written to in ways that nobody counts.
+
+        Through ``.data``, that is; done so when the model's mode changes, too.
+        """
+        self._unsure = True
+
+    def tell(self, why: str) -> None:
+        """Warn once of each reason for which forwards in training are left alone."""
+        self.why = self.why or why
+        if why not in self._told:
+            self._told.add(why)
+            rank_zero_warn(f"PrefixCache leaves some forwards alone: {why}{self.plain}")
 
     # ---- around a forward ------------------------------------------------------------------
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_replay()  # of a forward that was interrupted
-        if self.off or not _eager():
+        if self.off or not eager():
+            return
+        if not last(root, self._handles[-1]):  # the next time it sees what the forward is given
+            self._handles.pop().remove()
+            self._handles.append(self._register())
             return
         inputs = Inputs(args, kwargs)
-        found = self._ready(inputs) if inputs.usable else None
+        if not inputs.usable:
+            if torch.is_grad_enabled() and (why := inputs.obstacle):
+                self.tell(why)
+            return
+        found = self._ready(inputs)
         if found is None:
             return
         shared = inputs.shared()
@@ -113,7 +143,8 @@ class CachedForward:
     def _look_up(self, prefix: Prefix, inputs: Inputs, shared: bytes) -> list[Record]:
         """The record of each item, computed where it is not stored."""
         keys = inputs.keys(shared)
-        stored = [self.store.get(key) for key in keys]
+        held = shared in prefix.layouts
+        stored = [self.store.get(key) if held else None for key in keys]
         found = {i: record for i, record in enumerate(stored) if record is not None}
         missing = [i for i in range(inputs.size) if i not in found]
         self.lookups += inputs.size
@@ -131,65 +162,81 @@ class CachedForward:
                 found.setdefault(i, record)
                 if not self._checked:
                     self._company[keys[i]] = self.lookups
+            prefix.layouts.trim(self.store.budget - self.store.used)
+            self.store.reserved = prefix.layouts.nbytes
         elif not self._checked and len({self._company[key] for key in keys}) > 1:
-            self._check(prefix, inputs, found)
+            # The first batch of items that were computed in different batches.
+            with self._timed():
+                check_stored(prefix, inputs, [found[i] for i in range(inputs.size)])
+            self._checked = True
+            self._company.clear()
         return [found[i] for i in range(inputs.size)]
-
-    def _check(self, prefix: Prefix, inputs: Inputs, found: dict[int, Record]) -> None:
-        """The first batch of items that were computed in different batches."""
-        batch = few(inputs)
-        with self._timed():
-            now = prefix.values(prefix.outputs(batch))
-        stored = prefix.joined([found[i] for i in range(batch.size)])
-        if not all(same(a.to(b.device), b) for a, b in zip(stored, now, strict=True)):
-            raise ConfigError(
-                "PrefixCache: stored features differ from those computed anew for the same items: "
-                "they depend on more than the item and the shape of its batch. Leave PrefixCache "
-                "out"
-            )
-        self._checked = True
-        self._company.clear()
 
     # ---- is this forward one that can be served? -------------------------------------------
 
     def _ready(self, inputs: Inputs) -> Found | None:
         """What serves this forward; None: it is left alone."""
         found = self.found
-        if found is None or found.watch.changed():
-            if not torch.is_grad_enabled() or not _trains(self.root):
+        if found is None or self._changed(found):
+            if not torch.is_grad_enabled() or not trains(self.root):
                 return None  # a look with other weights for a while
             if found is not None:
                 self._forget()
-            if self.off:
-                return None
-            found = self._find(inputs)
-        settle(found.prefix, self.eval_prefix)
-        kind = _kind(found, inputs)
-        if kind not in self._refusals:
-            with self._timed():
-                self._refusals[kind] = why = refusal(found, inputs)
-            if why and torch.is_grad_enabled():
-                rank_zero_warn(f"PrefixCache leaves some forwards alone: {why}")
-        return None if self._refusals[kind] else found
+            found = None if self.off else self._find(inputs)
+        return None if found is None or self._refusal(found, inputs) else found
 
-    def _find(self, inputs: Inputs) -> Found:
-        with self._timed():
-            self.found = find(self.root, inputs, self.eval_prefix)
-        self._refusals[_kind(self.found, inputs)] = ""
-        self.end = self.found.end
-        return self.found
+    def _changed(self, found: Found) -> bool:
+        if self._unsure or self.root.training is not self._training:
+            self._unsure, self._training = False, self.root.training
+            self._rewritten = found.watch.rewritten()
+        return self._rewritten or found.watch.changed()
+
+    def _refusal(self, found: Found, inputs: Inputs) -> str:
+        """Why this forward is left alone although the prefix is what it was."""
+        kind = kind_of(found, inputs)
+        why = self._refusals.get(kind)
+        if why is None and len(self._refusals) < _KINDS:
+            with self._timed():
+                why = self._refusals[kind] = refusal(found, inputs)
+        elif why is None:
+            why = "an argument that is no tensor, or a module's mode, is another each time"
+        if why and torch.is_grad_enabled():
+            self.tell(why)
+        return why
+
+    def _find(self, inputs: Inputs) -> Found | None:
+        """The prefix as it is now; None where there is none any more, nor a change since."""
+        if self._last is not None and self._last.structure() in self._barren:
+            return None
+        try:
+            with self._timed():
+                self.found = found = find(self.root, inputs, self.eval_prefix)
+        except ConfigError as error:
+            if self._last is None:
+                raise
+            self._barren.append(self._last.structure())
+            self.tell(f"since weights, modes or adapters changed, {reason(error)}")
+            return None
+        self._last, self._barren = found.watch, []
+        self._refusals[kind_of(found, inputs)] = ""
+        self.end = found.end
+        return found
 
     def _forget(self) -> None:
         """The weights are others: what is stored is of no use."""
         self.found = None
         self._refusals.clear()
+        self._rewritten = False
         self.store.clear()
         self._checked = False
         self._company.clear()
         self.renewals += 1
         if self.renewals > _RENEWALS:
-            self.off = "the weights before the first trained layer change all the time"
-            rank_zero_warn(f"PrefixCache is off: {self.off}")
+            self.off = (
+                "the weights before the first trained layer, or attributes of the modules there, "
+                "change all the time"
+            )
+            rank_zero_warn(f"PrefixCache is off: {self.off}{self.plain}")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -198,40 +245,3 @@ class CachedForward:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-
-
-class Hook:
-    """A hook of one model, which copies of the model, and files of it, do not take along."""
-
-    def __init__(self, call: Callable[..., Any] | None, root: nn.Module | None):
-        self.call, self.root = call, root
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        """Whatever the hook does, on its own model."""
-        if self.call is not None and module is self.root:
-            return self.call(module, *args)
-        return None
-
-    def __deepcopy__(self, memo: Any) -> Hook:
-        return Hook(None, None)
-
-    def __reduce__(self) -> Any:
-        return Hook, (None, None)
-
-
-def _kind(found: Found, inputs: Inputs) -> Hashable:
-    return inputs.kind(), modes(found.prefix), autocast()
-
-
-def _trains(root: nn.Module) -> bool:
-    return any(p.requires_grad for p in root.parameters()) and not merged_layers(root)
-
-
-def _eager() -> bool:
-    """Whether nobody is watching, tracing or transforming this forward."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-    )

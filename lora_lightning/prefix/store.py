@@ -30,6 +30,7 @@ class Store:
 
     Attributes:
         used: Bytes taken.
+        reserved: Bytes of the budget that are taken elsewhere.
         refused: Items for which there was no room.
 
     Raises:
@@ -38,7 +39,7 @@ class Store:
 
     def __init__(self, budget: int, folder: Path | None = None):
         self.budget, self.folder = budget, folder
-        self.used = self.refused = 0
+        self.used = self.refused = self.reserved = 0
         self._records: dict[bytes, list[Tensor]] = {}
         self._file: Path | None = None
         # Not inference tensors, even when the first batch comes from a validation.
@@ -58,7 +59,7 @@ class Store:
     def put(self, key: bytes, parts: Sequence[Tensor]) -> bool:
         """Store copies of contiguous tensors; whether there was room."""
         sizes = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts]
-        if self.used + sum(sizes) > self.budget:
+        if self.used + self.reserved + sum(sizes) > self.budget:
             self.refused += 1
             return False
         record = []
@@ -74,7 +75,7 @@ class Store:
     def clear(self) -> None:
         """Forget all items, and keep the room."""
         self._records.clear()
-        self.used = self.refused = 0
+        self.used = self.refused = self.reserved = 0
 
     def close(self) -> None:
         """Give memory and file back."""
@@ -84,7 +85,10 @@ class Store:
             self._file.unlink(missing_ok=True)
 
     def _mapped(self, folder: Path) -> Tensor:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ConfigError(f"{folder} is a file, and features go into a folder") from error
         free = shutil.disk_usage(folder).free
         if free < self.budget:  # a mapped file that outgrows its disk kills the process
             raise ConfigError(
