@@ -16,8 +16,9 @@ which to first order is by how much the loss would change without it. As in the 
 is the smoothed I times its smoothed uncertainty, among the directions of all layers together.
 
 A dropped direction is zero in A, in B and in the optimizer's state. Its gradients are zero too
-then, so that it stays so, without a mask and without another shape: checkpoints, DDP, EMA and
-compiled models see nothing of it. `Pruner.finish` takes the zeros out.
+then, so that it stays so, without a mask and without another shape: checkpoints, DDP and compiled
+models see nothing of it. Averages over steps (EMA, SWA) do, since in them neither the zeros nor
+the turned bases come through. `Pruner.finish` takes the zeros out.
 """
 
 from __future__ import annotations

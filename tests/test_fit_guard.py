@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -361,6 +362,74 @@ def test_the_guard_speaks_to_people(tmp_path):
         FitGuard(shares=[0, 1])
     with pytest.raises(ConfigError, match="l2_sp must be 0 or more, got -1"):
         FitGuard(l2_sp=-1)
+
+
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=1e-3)]
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_average_and_the_guard_would_undo_each_other(tmp_path, average, last):
+    callbacks = [LoRACallback(rank=2), FitGuard()]
+    callbacks.insert(2 if last else 1, average)
+    with pytest.raises(ConfigError, match="copies its average over the model that FitGuard has"):
+        fitted(tmp_path, Module(), *callbacks, held_out=noise(4))
+
+
+class Headed(Module):
+    """A backbone that gives features, and the module's own head."""
+
+    def __init__(self):
+        super().__init__(tiny_vit(classes=0))
+        self.norm = nn.BatchNorm1d(self.model.num_features, affine=False)
+        self.head = nn.Linear(self.model.num_features, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.model(x)))
+
+
+def test_what_is_trained_outside_the_backbone_cannot_go_back_and_is_refused(tmp_path):
+    message = "alone, and {} of the module's parts outside it would stay as trained {}"
+    with pytest.raises(ConfigError, match="FitGuard.*" + message.format(3, r"\(head.weight …\)")):
+        fitted(tmp_path, Headed(), LoRACallback(rank=2), FitGuard(), held_out=noise(4))
+    module = Headed()
+    module.head.requires_grad_(False)
+    with pytest.raises(ConfigError, match="cross_fit.*" + message.format(1, r"\(norm\)")):
+        cross_fit(module, noise(4).dataset, fit(tmp_path))
+    module.norm.eval()
+    with pytest.warns(UserWarning, match="the source model is kept"):
+        fitted(tmp_path, module, LoRACallback(rank=2), FitGuard(), held_out=noise(4))
+
+
+def test_a_head_of_the_module_goes_back_with_the_module_as_backbone(tmp_path):
+    module = Headed().eval()
+    before = module(X)
+    with pytest.warns(UserWarning, match="the source model is kept"):
+        fitted(
+            tmp_path, module, LoRACallback(rank=2, backbone="", batch_norm="adapt"), FitGuard(),
+            held_out=noise(12), max_epochs=3,
+        )  # fmt: skip
+    assert torch.equal(module.eval()(X), before)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
+    module, guard = Module(), FitGuard()
+    fitted(
+        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
+        max_epochs=4, precision=precision,
+    )  # fmt: skip
+    assert guard.shrinkage_ > 0
+    held = losses_of(module, bright(12, 2), None).mean()
+    assert held < guard.history_[0].held_out
+
+
+def test_validation_batches_are_found_before_their_epoch(tmp_path):
+    guard = FitGuard()
+    fitted(
+        tmp_path, Module(), LoRACallback(rank=2), guard, data=bright(16, 1), held_out=bright(8, 2),
+        check_val_every_n_epoch=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    assert len(guard.history_) == 3
 
 
 # ---- what losses say -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 
 from lora_lightning import LoRACallback, disabled, inject, load_adapter, read_header, verify
@@ -220,6 +221,9 @@ def test_what_cannot_be_pruned_is_said(tmp_path):
         with pytest.raises(ConfigError, match=message):
             LoRACallback(**bad)
     callback = LoRACallback(rank=4, prune_to=2, output_dir=tmp_path)
+    for average in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3)):
+        with pytest.raises(ConfigError, match=f"{type(average).__name__} would average them with"):
+            trainer(tmp_path, callback, average).fit(Module(tiny_vit()), loader())
     endless = trainer(tmp_path, callback, max_epochs=-1, max_time={"seconds": 1})
     with pytest.raises(ConfigError, match="give it max_steps or max_epochs"):
         endless.fit(Module(tiny_vit()), loader())
