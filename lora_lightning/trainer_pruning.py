@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_lightning import state as states
 from lora_lightning.compression import report_anew
@@ -27,42 +29,62 @@ class RankSchedule:
         self.to = to
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
-        self._acted = -1
+        self._steps = 0  # of the schedule
+        self._acted = 0  # how many of them were over when it was last looked at
+        self._stepped = 0  # the optimizers' steps then
+        self._optimizers: list[Optimizer] = []
 
     def start(self, trainer: Trainer, backbone: nn.Module, name: str) -> None:
         """Begin, or go on from a checkpoint.
 
         Raises:
-            ConfigError: the trainer does not say how many steps it will take.
+            ConfigError: the trainer cannot say how many steps it will take.
         """
         if self.to is None:
             return
         steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if not 0 <= steps < math.inf:  # -1: batches without end, and no max_steps
             raise ConfigError(
                 "prune_to lowers ranks by a schedule over all steps, and this trainer sets no end: "
-                "give it max_steps or max_epochs"
+                "give it max_steps or max_epochs, and with max_epochs a loader that has a length"
             )
         factors = states.named_factors(backbone, name)
+        self._steps, self._optimizers = int(steps), trainer.optimizers
+        self._acted, self._stepped = self._over(trainer), trainer.global_step
         self._pruner = Pruner(factors, self.to, math.ceil(BEGIN * steps), math.ceil(END * steps))
         if self._restored is not None:
             self._acted = self._restored["acted"]
             self._pruner.load_state_dict(self._restored)
             self._restored = None
 
+    def _over(self, trainer: Trainer) -> int:
+        """How many of the schedule's steps are over.
+
+        The schedule counts batches, or groups of them whose gradients are gathered. Optimizers that
+        a module steps by itself take several steps in one batch, or none.
+        """
+        over = [0]
+        batches = trainer.num_training_batches * max(trainer.max_epochs or 0, 0)
+        if 0 < batches < math.inf:
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+            over.append(self._steps * progress.processed // int(batches))
+        if trainer.max_steps > 0:
+            over.append(self._steps * trainer.global_step // trainer.max_steps)
+        return max(over)
+
     def before_step(self, trainer: Trainer) -> None:
         """The gradients are whole, and not scaled."""
         if self._pruner is not None:
-            self._pruner.observe(trainer.global_step)
+            self._pruner.observe(self._acted)
 
     def after_batch(self, trainer: Trainer) -> dict[str, float]:
         """What to log: the mean rank, where it may have changed."""
-        step = trainer.global_step
-        # With accumulated gradients several batches end at one step.
-        if self._pruner is None or step == self._acted:
+        # Between steps there may be gradients, half gathered, of the directions as they are.
+        if self._pruner is None or trainer.global_step == self._stepped:
             return {}
-        self._acted = step
-        if not self._pruner.act(step, trainer.optimizers):
+        self._stepped = trainer.global_step
+        since, self._acted = self._acted, self._over(trainer)
+        if not self._pruner.act(self._acted, trainer.optimizers, since):
             return {}
         ranks = self._pruner.ranks()
         return {"lora/mean_rank": sum(ranks.values()) / len(ranks)}
@@ -73,8 +95,15 @@ class RankSchedule:
             return
         # Another callback may have put factors of another rank in the old ones' place.
         self._pruner.factors = states.named_factors(backbone, name)
-        self._pruner.finish()
-        self._pruner = None
+        ranks = self._pruner.finish(self._optimizers)
+        if sum(ranks.values()) > self._pruner.wanted(self._pruner.last):
+            rank_zero_warn(
+                f"prune_to={self.to}: the fit ended at a mean rank of "
+                f"{sum(ranks.values()) / len(ranks):.3g}. Ranks fall between {BEGIN:.0%} and "
+                f"{END:.0%} of the steps that the trainer announces: let it take them, or give it "
+                "no more than it will take (max_epochs, max_steps)"
+            )
+        self._pruner, self._optimizers = None, []
         state = states.state_of(backbone)
         assert state is not None
         report_anew(state, name, states.named_factors(backbone, name))
