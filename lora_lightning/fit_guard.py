@@ -23,6 +23,7 @@ from lora_lightning.held_out import Loss, held_out_batches, losses_of, training_
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.state import holder, named_factors
 from lora_lightning.switching import disabled
+from lora_lightning.trainer_pruning import lower_rank
 
 TINY = 50  # training items; below, a lower rank is tried
 PRIOR = 1.0  # items that the pull of L2-SP counts for
@@ -230,7 +231,8 @@ class FitGuard(Callback):
                 break
             loss, rank = now, rank // 2
         if rank < first:
-            compress(network, rank=rank)
+            lower_rank(network, rank, trainer.optimizers)
+            self._best = adapter_values(network)  # a fit that goes on from here has these sizes
 
     # ---- resuming --------------------------------------------------------------------------
 

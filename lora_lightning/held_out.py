@@ -55,7 +55,7 @@ def held_out_batches(
 
 def _validation(trainer: Trainer) -> Any:
     """The trainer's validation loaders, also where Lightning would ask for them epochs later."""
-    if trainer.val_dataloaders is None:
+    if trainer.val_dataloaders is None and trainer.enable_validation:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True

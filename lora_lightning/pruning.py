@@ -23,6 +23,7 @@ the turned bases come through. `Pruner.finish` takes the zeros out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -167,6 +168,17 @@ def _drop(factors: Factors, dropped: Tensor, optimizers: list[Optimizer]) -> Non
     for tensor, rows in ((factors.lora_A, True), (factors.lora_B, False)):
         for each in [tensor.data, *_moments(tensor, optimizers).values()]:
             (each if rows else each.T)[dropped] = 0
+
+
+@torch.no_grad()
+def rescale(factors: Factors, scaling: float, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Write the same ΔW with another s: as B grows, its gradients, and so its moments, shrink."""
+    by = factors.spec.scaling / scaling
+    factors.lora_B.mul_(by)
+    factors.spec = dataclasses.replace(factors.spec, scaling=scaling)
+    for optimizer in optimizers:
+        for key, moment in _moments(factors.lora_B, [optimizer]).items():
+            moment.div_(by**2 if key in _SQUARED else by)
 
 
 def _shorten(factors: Factors, kept: Tensor, optimizers: Iterable[Optimizer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -11,9 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning import state as states
-from lora_lightning.compression import report_anew
+from lora_lightning.compression import compress, report_anew
 from lora_lightning.errors import ConfigError
-from lora_lightning.pruning import Pruner
+from lora_lightning.factors import Factors
+from lora_lightning.pruning import Pruner, rescale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
@@ -103,10 +105,11 @@ class RankSchedule:
                 f"{END:.0%} of the steps that the trainer announces: let it take them, or give it "
                 "no more than it will take (max_epochs, max_steps)"
             )
-        self._pruner, self._optimizers = None, []
         state = states.state_of(backbone)
         assert state is not None
-        report_anew(state, name, states.named_factors(backbone, name))
+        _scale_by_rank(state, name, self._pruner.factors, self._optimizers)
+        report_anew(state, name, self._pruner.factors)
+        self._pruner, self._optimizers = None, []
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; empty where nothing is pruned."""
@@ -115,3 +118,35 @@ class RankSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave; used by the next `start`."""
         self._restored = state or None
+
+
+def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> None:
+    """`compress` the active adapter after a fit, so that a checkpoint saved then can be loaded."""
+    root, state, name = states.holder(backbone, None, "to lower")
+    before = states.named_factors(root, name)
+    compress(root, name, rank=rank)
+    after = states.named_factors(root, name)
+    _scale_by_rank(state, name, after)
+    new = {
+        old: after[path].get_parameter(key)
+        for path, f in before.items()
+        for key, old in f.named_parameters()
+        if key in dict(after[path].named_parameters())
+    }
+    for optimizer in optimizers:  # what they know of the old ones is of other sizes
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for old in new:
+            optimizer.state.pop(old, None)
+
+
+def _scale_by_rank(
+    state: states.ModelState,
+    name: str,
+    factors: dict[str, Factors],
+    optimizers: Iterable[Optimizer] = (),
+) -> None:
+    """A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank."""
+    config = state.configs[name]
+    for f in factors.values():
+        rescale(f, config.scale(f.spec.rank, f.spec.alpha), optimizers)

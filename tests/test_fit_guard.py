@@ -9,13 +9,18 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import (
     FitGuard,
     LoRACallback,
+    compress,
     cross_fit,
     disabled,
     inject,
@@ -27,7 +32,7 @@ from lora_lightning import (
     shrink,
     unmerge,
 )
-from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.errors import AdapterError, AdapterFileError, ConfigError, DataError
 from lora_lightning.fitting import Look, choose, diagnose
 from lora_lightning.held_out import losses_of, one_by_one
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, undone
@@ -430,6 +435,57 @@ def test_validation_batches_are_found_before_their_epoch(tmp_path):
         check_val_every_n_epoch=2, num_sanity_val_steps=0,
     )  # fmt: skip
     assert len(guard.history_) == 3
+
+
+class Generous(FitGuard):
+    """A lower rank may cost a little."""
+
+    def _lower_rank(self, trainer, pl_module, loss):
+        super()._lower_rank(trainer, pl_module, loss + 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using")
+@pytest.mark.parametrize("rank", [4, "auto"])
+def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
+    def module():
+        torch.manual_seed(0)
+        return Module()
+
+    def adapter(rank):
+        return LoRACallback(rank=rank, max_rank=6, seed=0, output_dir=tmp_path)
+
+    one, guard, saver = module(), Generous(lower_rank=True), ModelCheckpoint(tmp_path / "c")
+    t = fitted(
+        tmp_path, one, adapter(rank), guard, saver, data=bright(32, 1), held_out=bright(12, 2),
+        max_epochs=6, enable_checkpointing=True,
+    )  # fmt: skip
+    assert 0 < guard.rank_ < 4
+    adapted, after = one.eval()(X), tmp_path / "after.ckpt"
+    t.save_checkpoint(after)
+    other = module()
+    trainer(tmp_path, adapter(rank)).test(other, noise(4), ckpt_path=saver.best_model_path)
+    t.test(one, noise(4), ckpt_path="best")
+    assert torch.equal(one.eval()(X), other.eval()(X))
+    # In a fresh module, at the rank that is left, and so does a fit that goes on.
+    same = adapter(rank if rank == "auto" else guard.rank_)
+    other = module()
+    trainer(tmp_path, same).test(other, noise(4), ckpt_path=after)
+    torch.testing.assert_close(other.eval()(X), adapted, rtol=1e-5, atol=1e-5)
+    again = Generous(lower_rank=False)
+    t = trainer(tmp_path, same, again, max_epochs=7)
+    t.fit(module(), bright(32, 1), bright(12, 2), ckpt_path=after)
+    assert len(again.history_) == len(guard.history_) + 1
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_is_refused_leaves_a_lowered_adapter_alone():
+    model = moved("offset")
+    state = model.state_dict()
+    compress(model, rank=1)
+    before = model(X)
+    with pytest.raises(AdapterFileError, match="factors that this model has no place for"):
+        model.load_state_dict(state)
+    assert torch.equal(model(X), before)
 
 
 # ---- what losses say -----------------------------------------------------------------------
