@@ -28,20 +28,20 @@ class BatchNormKeeper:
         """At the start; a fit that is resumed, not `fresh`, keeps its checkpoint's statistics."""
         if self.policy != "reset":
             return
-        for name, norm in _tracking(backbone).items():
+        for name, norm in tracking(backbone).items():
             self._momenta[name], norm.momentum = norm.momentum, None
             if fresh:
                 norm.reset_running_stats()
 
     def apply(self, backbone: nn.Module) -> None:
         """Before each batch, whatever switched the modes."""
-        for norm in _tracking(backbone).values():
+        for norm in tracking(backbone).values():
             if norm.training == (self.policy == "frozen"):
                 norm.train(self.policy != "frozen")
 
     def stop(self, backbone: nn.Module) -> None:
         """At the end of the fit: the momenta are the model's own again."""
-        norms = _tracking(backbone)
+        norms = tracking(backbone)
         for name, momentum in self._momenta.items():
             if name in norms:
                 norms[name].momentum = momentum
@@ -73,13 +73,13 @@ def reestimated(
         Whether there is any BatchNorm, and a batch for it; without, nothing is done.
     """
     usable = (batch for batch in batches if len(batch) > 1)
-    first = next(usable, None) if _tracking(backbone) else None
+    first = next(usable, None) if tracking(backbone) else None
     if first is None:
         return False
     modes = [(m, m.training) for m in backbone.modules()]
     keeper = BatchNormKeeper("reset")
     backbone.eval()
-    norms = _tracking(backbone).values()
+    norms = tracking(backbone).values()
     before = [[b.clone() for b in (n.running_mean, n.running_var)] for n in norms]
     keeper.start(backbone)
     keeper.apply(backbone)
@@ -96,7 +96,8 @@ def reestimated(
     return True
 
 
-def _tracking(backbone: nn.Module) -> dict[str, Any]:
+def tracking(backbone: nn.Module) -> dict[str, Any]:
+    """Path → every normalisation that keeps running statistics."""
     return {
         name: module
         for name, module in backbone.named_modules()

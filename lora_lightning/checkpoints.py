@@ -18,10 +18,13 @@ from lora_lightning import parametrized
 from lora_lightning import state as states
 from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.compression import report_anew
+from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.factors import TENSORS, Factors
 from lora_lightning.fingerprint import fingerprint
+from lora_lightning.initialize import METHODS
 from lora_lightning.structure import base_parameters, live_tensors
+from lora_lightning.summary import InjectionReport
 from lora_lightning.tree import join
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
@@ -98,19 +101,41 @@ def _complete(
 
 
 def _take_ranks(module: nn.Module, state: states.ModelState, given: dict[str, Tensor]) -> None:
-    """Ranks that were found from data, or fell in training, are those of the state dict."""
+    """Ranks that were found from data, fell in training or were lowered are the state dict's."""
     for name, config in state.configs.items():
-        if config.rank != "auto" and config.prune_to is None:
+        free = config.rank == "auto" or config.prune_to is not None
+        if not free and not _lowered(config, state.reports[name]):
             continue
         factors = states.named_factors(module, name)
-        for path, each in factors.items():
-            _, tensor = located(module, path)
-            lora_A = given.get(join(path.rpartition(".")[0], f"lora.{name}.{tensor}.lora_A"))
-            if lora_A is not None and lora_A.ndim == 2 and len(lora_A) != each.spec.rank:
-                rank, spec = len(lora_A), each.spec
-                auto = config.rank == "auto"
-                each.resize(rank, config.scale(rank, spec.alpha) if auto else spec.scaling)
+        moves = METHODS[config.init].moves
+        if any(f.spec.offset != moves or f.spec.xs != config.xs for f in factors.values()):
+            continue  # `compress` has made them of another kind than those that began
+        for path, rank in _ranks_in(module, name, factors, given).items():
+            if rank != factors[path].spec.rank:
+                factors[path].resize(rank, config.scale(rank, factors[path].spec.alpha))
         report_anew(state, name, factors)
+
+
+def _lowered(config: LoRAConfig, report: InjectionReport) -> bool:
+    """Whether there are ranks that the configuration does not give, as after `compress`."""
+    given = {config.rank, *config.rank_pattern.values()}
+    return any(row.rank not in given and row.rank < min(row.shape) for row in report.rows)
+
+
+def _ranks_in(
+    module: nn.Module, name: str, factors: dict[str, Factors], given: dict[str, Tensor]
+) -> dict[str, int]:
+    """Path → rank in the state dict, if that alone is another: what is refused changes nothing."""
+    ranks = {}
+    for path, f in factors.items():
+        key = join(path.rpartition(".")[0], f"lora.{name}.{located(module, path)[1]}.")
+        lora_A, lora_B = given.get(key + "lora_A"), given.get(key + "lora_B")
+        if lora_A is None or lora_B is None or lora_A.ndim != 2:
+            return {}
+        ranks[path] = rank = len(lora_A)
+        if lora_A.shape[1] != f.matrix[1] or lora_B.shape != (f.matrix[0], rank):
+            return {}
+    return ranks
 
 
 def _check(

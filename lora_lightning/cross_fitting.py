@@ -67,11 +67,13 @@ def cross_fit(
         mistakes: Likewise, of what will be measured, such as 1 where the predicted class is wrong;
             see `choose`. None: the loss alone decides.
         collate: Makes a batch of a list of items; None: the default.
-        backbone: Attribute path of the adapted network in the module.
+        backbone: Attribute path of the adapted network in the module, which must hold all that
+            is trained: what lies outside would not go back with it.
         seed: Of the dealing.
 
     Raises:
-        ConfigError: fewer than 2 folds, a share out of range, or a loss that is none.
+        ConfigError: fewer than 2 folds, a share out of range, something trained outside the
+            backbone, or a loss that is none.
         DataError: fewer than 2 items, or `looked_at` of another length.
     """
     if folds < 2:
@@ -82,6 +84,7 @@ def cross_fit(
             f"data hold {len(data)} items and looked_at {len(seen)}: they must be the same items, "
             "and at least 2"
         )
+    checks.check_all_within(pl_module, backbone, "cross_fit")
 
     asked = [loss] if mistakes is None else [loss, mistakes]
 

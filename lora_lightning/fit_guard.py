@@ -23,6 +23,7 @@ from lora_lightning.held_out import Loss, held_out_batches, losses_of, training_
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.state import holder, named_factors
 from lora_lightning.switching import disabled
+from lora_lightning.trainer_pruning import lower_rank
 
 TINY = 50  # training items; below, a lower rank is tried
 PRIOR = 1.0  # items that the pull of L2-SP counts for
@@ -41,6 +42,9 @@ class FitGuard(Callback):
     otherwise, which it says aloud. Where training items are few it then halves the rank for as
     long as that costs nothing, and while training it pulls towards the source (L2-SP).
     `LoRACallback` writes the adapter file after that; checkpoints hold what was before.
+
+    All that is trained must lie within the `LoRACallback`'s backbone, for what lies outside would
+    not go back along with it; and averages of weights would be copied over what was chosen.
 
     With a few dozen items or less a held-out part leaves too little on either side: use
     `lora_lightning.cross_fit`.
@@ -66,7 +70,8 @@ class FitGuard(Callback):
         rank_: The largest rank that is left.
 
     Raises:
-        ConfigError: not one `LoRACallback` before it, nothing held out, or a loss that is none.
+        ConfigError: not one `LoRACallback` before it, weights that are averaged, something
+            trained outside the backbone, nothing held out, or a loss that is none.
     """
 
     def __init__(
@@ -104,6 +109,12 @@ class FitGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the `LoRACallback` that is watched."""
         callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        for other in callbacks:
+            if isinstance(other, checks.AVERAGES):
+                raise ConfigError(
+                    f"{type(other).__name__} copies its average over the model that FitGuard has "
+                    "chosen at the end, or FitGuard drops the average: use one of the two"
+                )
         before = callbacks[: callbacks.index(self)]
         found = [c for c in before if isinstance(c, LoRACallback)]
         if len(found) != 1:
@@ -117,6 +128,11 @@ class FitGuard(Callback):
                 "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
                 "prune_to out (it lowers ranks itself, lower_rank=True), or the guard"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is trained must be the guard's to take back."""
+        assert self._adapter is not None
+        checks.check_all_within(pl_module, self._adapter.backbone, "FitGuard")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the source model; a fit that is resumed has done so."""
@@ -215,7 +231,8 @@ class FitGuard(Callback):
                 break
             loss, rank = now, rank // 2
         if rank < first:
-            compress(network, rank=rank)
+            lower_rank(network, rank, trainer.optimizers)
+            self._best = adapter_values(network)  # a fit that goes on from here has these sizes
 
     # ---- resuming --------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -38,7 +39,7 @@ def held_out_batches(
     Raises:
         ConfigError: there are none, or several loaders.
     """
-    batches: Any = trainer.val_dataloaders if given is None else given
+    batches: Any = _validation(trainer) if given is None else given
     if batches is None:
         raise ConfigError(
             "FitGuard has nothing held out to judge by: give the fit a validation loader, or "
@@ -50,6 +51,15 @@ def held_out_batches(
             "target's items"
         )
     return one_by_one(batches) if loss is None else batches
+
+
+def _validation(trainer: Trainer) -> Any:
+    """The trainer's validation loaders, also where Lightning would ask for them epochs later."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    return trainer.val_dataloaders
 
 
 def one_by_one(batches: Iterable[Any]) -> Iterable[Any]:
@@ -75,6 +85,8 @@ def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | N
         DataError: there is no batch.
     """
     device = pl_module.device
+    # As in the fit: its precision. Before the first one there is none to keep to.
+    plugin = pl_module._trainer.precision_plugin if pl_module._trainer else Precision()
     found = []
     with (
         preserved(pl_module),
@@ -83,8 +95,10 @@ def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | N
     ):
         pl_module.eval()
         for batch in batches:
-            moved = pl_module.transfer_batch_to_device(batch, device, 0)
-            found.append(_values((loss or step_loss)(pl_module, moved), loss is None))
+            moved = pl_module.transfer_batch_to_device(plugin.convert_input(batch), device, 0)
+            with plugin.forward_context():
+                value = (loss or step_loss)(pl_module, moved)
+            found.append(_values(value, loss is None))
     if not found:
         raise DataError("the held-out data hold no batch: give at least one item")
     return torch.cat(found)

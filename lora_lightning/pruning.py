@@ -16,13 +16,15 @@ which to first order is by how much the loss would change without it. As in the 
 is the smoothed I times its smoothed uncertainty, among the directions of all layers together.
 
 A dropped direction is zero in A, in B and in the optimizer's state. Its gradients are zero too
-then, so that it stays so, without a mask and without another shape: checkpoints, DDP, EMA and
-compiled models see nothing of it. `Pruner.finish` takes the zeros out.
+then, so that it stays so, without a mask and without another shape: checkpoints, DDP and compiled
+models see nothing of it. Averages over steps (EMA, SWA) do, since in them neither the zeros nor
+the turned bases come through. `Pruner.finish` takes the zeros out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,10 +91,13 @@ class Pruner:
         return {p: m * self._spread[p] for p, m in self._mean.items()}
 
     @torch.no_grad()
-    def act(self, step: int, optimizers: list[Optimizer]) -> bool:
-        """Drop directions if it is time to, after a step; whether it was."""
-        at_end = step == self.last
-        if not self.first <= step <= self.last or ((step - self.first) % self.every and not at_end):
+    def act(self, step: int, optimizers: list[Optimizer], since: int | None = None) -> bool:
+        """Drop directions if it is time to, after a step; whether it was.
+
+        It is if an event lies after `since`, the step of the last call (None: the one before), and
+        up to `step`: steps may be passed over.
+        """
+        if self._events(step) == self._events(step - 1 if since is None else since):
             return False
         for path, kept in self._kept(self.wanted(step)).items():
             _drop(self.factors[path], ~kept, optimizers)
@@ -100,6 +105,15 @@ class Pruner:
             orthogonalise(factors, optimizers)
         self._mean, self._spread = {}, {}
         return True
+
+    def _events(self, step: int) -> int:
+        """How many there are up to this step."""
+        if step < self.first:
+            return 0
+        whole, rest = divmod(self.last - self.first, self.every)
+        if step >= self.last:
+            return whole + 1 + (rest > 0)
+        return (step - self.first) // self.every + 1
 
     def _kept(self, wanted: int) -> dict[str, Tensor]:
         """Path → (r,), which directions stay: the most important of all, one a layer at least."""
@@ -119,12 +133,13 @@ class Pruner:
         return {p: best[p] | part for p, part in zip(scores, parts, strict=True)}
 
     @torch.no_grad()
-    def finish(self) -> dict[str, int]:
-        """Take dropped directions out; path → rank. Optimizers hold other shapes then."""
+    def finish(self, optimizers: Iterable[Optimizer] = ()) -> dict[str, int]:
+        """Take dropped directions out, of the optimizers' moments too; path → rank."""
         for factors in self.factors.values():
             kept = alive(factors)
             if not kept.all():
                 kept[0] |= not kept.any()
+                _shorten(factors, kept, optimizers)
                 factors.keep(kept.nonzero()[:, 0])
         return self.ranks()
 
@@ -153,6 +168,28 @@ def _drop(factors: Factors, dropped: Tensor, optimizers: list[Optimizer]) -> Non
     for tensor, rows in ((factors.lora_A, True), (factors.lora_B, False)):
         for each in [tensor.data, *_moments(tensor, optimizers).values()]:
             (each if rows else each.T)[dropped] = 0
+
+
+@torch.no_grad()
+def rescale(factors: Factors, scaling: float, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Write the same ΔW with another s: as B grows, its gradients, and so its moments, shrink."""
+    by = factors.spec.scaling / scaling
+    factors.lora_B.mul_(by)
+    factors.spec = dataclasses.replace(factors.spec, scaling=scaling)
+    for optimizer in optimizers:
+        for key, moment in _moments(factors.lora_B, [optimizer]).items():
+            moment.div_(by**2 if key in _SQUARED else by)
+
+
+def _shorten(factors: Factors, kept: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Leave the moments of these directions alone: a fit that is resumed has no others."""
+    for optimizer in optimizers:
+        for tensor, side in ((factors.lora_A, 0), (factors.lora_B, 1)):
+            state = optimizer.state.get(tensor, {})
+            for key, moment in state.items():
+                matrix = isinstance(moment, Tensor) and moment.ndim == 2
+                if matrix and moment.shape[side] == len(kept):  # Adafactor's has the other side 1
+                    state[key] = moment.index_select(side, kept.nonzero()[:, 0])
 
 
 @torch.no_grad()

@@ -6,15 +6,22 @@ import operator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lora_lightning.batchnorm import tracking
 from lora_lightning.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.state import all_extras, named_factors, state_of
 from lora_lightning.structure import base_parameters
+
+AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 def is_new(trainer: Trainer) -> bool:
@@ -78,11 +85,54 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
                 "give each a name of its own"
             )
         early = own in callbacks and callbacks.index(other) < callbacks.index(own)
-        if isinstance(other, WeightAveraging) and early:
-            raise ConfigError(
-                f"put LoRACallback before {type(other).__name__} in `callbacks`: the average is a "
-                "copy of the module, which must hold the factors already"
-            )
+        if isinstance(other, AVERAGES):
+            _check_average(trainer, own, other, early)
+
+
+def _check_average(trainer: Trainer, own: Any, other: Callback, early: bool) -> None:
+    """An average knows values only: not which tensors there will be, nor what they mean."""
+    who = type(other).__name__
+    if early:
+        raise ConfigError(
+            f"put LoRACallback before {who} in `callbacks`: the average is a copy of the module, "
+            "which must hold the factors already"
+        )
+    if own.config.prune_to is not None:
+        raise ConfigError(
+            f"prune_to drops and turns directions while it trains, and {who} would average them "
+            "with what they were before, so that none is dropped: leave one of the two out"
+        )
+    if not isinstance(other, StochasticWeightAveraging):
+        return
+    if not has_backbone(trainer.lightning_module, own.backbone):
+        raise ConfigError(
+            f"{who} copies the module before backbone={own.backbone!r} is built: build it in the "
+            "module's __init__, or use WeightAveraging"
+        )
+    norms = tracking(find_backbone(trainer.lightning_module, own.backbone))
+    if norms and own._batch_norm.policy == "frozen":
+        raise ConfigError(
+            f"{who} forgets the statistics of BatchNorm ({next(iter(norms))} …) to take them "
+            "anew, which batch_norm='frozen' forbids: nothing would be left of them. Use "
+            'LoRACallback(batch_norm="adapt") or WeightAveraging'
+        )
+
+
+def check_all_within(pl_module: LightningModule, path: str, who: str) -> None:
+    """Refuse what changes in training outside the backbone, where `who` cannot take it back."""
+    backbone = find_backbone(pl_module, path)
+    within = {id(part) for part in (*backbone.modules(), *backbone.parameters())}
+    norms = [(n, m) for n, m in tracking(pl_module).items() if m.training]
+    trained = [(n, p) for n, p in pl_module.named_parameters() if p.requires_grad]
+    loose = [name for name, part in [*trained, *norms] if id(part) not in within]
+    if loose:
+        more = " …" if len(loose) > 1 else ""
+        raise ConfigError(
+            f"{who} goes back towards the source in backbone={path!r} alone, and {len(loose)} of "
+            f"the module's parts outside it would stay as trained ({loose[0]}{more}). Name a "
+            'backbone that holds all that is trained (backbone="": the whole module), or freeze '
+            "the rest (requires_grad_(False), and eval() for BatchNorm)"
+        )
 
 
 def check_optimizers(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_lightning import state as states
-from lora_lightning.compression import report_anew
+from lora_lightning.compression import compress, report_anew
 from lora_lightning.errors import ConfigError
-from lora_lightning.pruning import Pruner
+from lora_lightning.factors import Factors
+from lora_lightning.pruning import Pruner, rescale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
@@ -27,42 +31,62 @@ class RankSchedule:
         self.to = to
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
-        self._acted = -1
+        self._steps = 0  # of the schedule
+        self._acted = 0  # how many of them were over when it was last looked at
+        self._stepped = 0  # the optimizers' steps then
+        self._optimizers: list[Optimizer] = []
 
     def start(self, trainer: Trainer, backbone: nn.Module, name: str) -> None:
         """Begin, or go on from a checkpoint.
 
         Raises:
-            ConfigError: the trainer does not say how many steps it will take.
+            ConfigError: the trainer cannot say how many steps it will take.
         """
         if self.to is None:
             return
         steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if not 0 <= steps < math.inf:  # -1: batches without end, and no max_steps
             raise ConfigError(
                 "prune_to lowers ranks by a schedule over all steps, and this trainer sets no end: "
-                "give it max_steps or max_epochs"
+                "give it max_steps or max_epochs, and with max_epochs a loader that has a length"
             )
         factors = states.named_factors(backbone, name)
+        self._steps, self._optimizers = int(steps), trainer.optimizers
+        self._acted, self._stepped = self._over(trainer), trainer.global_step
         self._pruner = Pruner(factors, self.to, math.ceil(BEGIN * steps), math.ceil(END * steps))
         if self._restored is not None:
             self._acted = self._restored["acted"]
             self._pruner.load_state_dict(self._restored)
             self._restored = None
 
+    def _over(self, trainer: Trainer) -> int:
+        """How many of the schedule's steps are over.
+
+        The schedule counts batches, or groups of them whose gradients are gathered. Optimizers that
+        a module steps by itself take several steps in one batch, or none.
+        """
+        over = [0]
+        batches = trainer.num_training_batches * max(trainer.max_epochs or 0, 0)
+        if 0 < batches < math.inf:
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+            over.append(self._steps * progress.processed // int(batches))
+        if trainer.max_steps > 0:
+            over.append(self._steps * trainer.global_step // trainer.max_steps)
+        return max(over)
+
     def before_step(self, trainer: Trainer) -> None:
         """The gradients are whole, and not scaled."""
         if self._pruner is not None:
-            self._pruner.observe(trainer.global_step)
+            self._pruner.observe(self._acted)
 
     def after_batch(self, trainer: Trainer) -> dict[str, float]:
         """What to log: the mean rank, where it may have changed."""
-        step = trainer.global_step
-        # With accumulated gradients several batches end at one step.
-        if self._pruner is None or step == self._acted:
+        # Between steps there may be gradients, half gathered, of the directions as they are.
+        if self._pruner is None or trainer.global_step == self._stepped:
             return {}
-        self._acted = step
-        if not self._pruner.act(step, trainer.optimizers):
+        self._stepped = trainer.global_step
+        since, self._acted = self._acted, self._over(trainer)
+        if not self._pruner.act(self._acted, trainer.optimizers, since):
             return {}
         ranks = self._pruner.ranks()
         return {"lora/mean_rank": sum(ranks.values()) / len(ranks)}
@@ -73,11 +97,19 @@ class RankSchedule:
             return
         # Another callback may have put factors of another rank in the old ones' place.
         self._pruner.factors = states.named_factors(backbone, name)
-        self._pruner.finish()
-        self._pruner = None
+        ranks = self._pruner.finish(self._optimizers)
+        if sum(ranks.values()) > self._pruner.wanted(self._pruner.last):
+            rank_zero_warn(
+                f"prune_to={self.to}: the fit ended at a mean rank of "
+                f"{sum(ranks.values()) / len(ranks):.3g}. Ranks fall between {BEGIN:.0%} and "
+                f"{END:.0%} of the steps that the trainer announces: let it take them, or give it "
+                "no more than it will take (max_epochs, max_steps)"
+            )
         state = states.state_of(backbone)
         assert state is not None
-        report_anew(state, name, states.named_factors(backbone, name))
+        _scale_by_rank(state, name, self._pruner.factors, self._optimizers)
+        report_anew(state, name, self._pruner.factors)
+        self._pruner, self._optimizers = None, []
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; empty where nothing is pruned."""
@@ -86,3 +118,35 @@ class RankSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave; used by the next `start`."""
         self._restored = state or None
+
+
+def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> None:
+    """`compress` the active adapter after a fit, so that a checkpoint saved then can be loaded."""
+    root, state, name = states.holder(backbone, None, "to lower")
+    before = states.named_factors(root, name)
+    compress(root, name, rank=rank)
+    after = states.named_factors(root, name)
+    _scale_by_rank(state, name, after)
+    new = {
+        old: after[path].get_parameter(key)
+        for path, f in before.items()
+        for key, old in f.named_parameters()
+        if key in dict(after[path].named_parameters())
+    }
+    for optimizer in optimizers:  # what they know of the old ones is of other sizes
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for old in new:
+            optimizer.state.pop(old, None)
+
+
+def _scale_by_rank(
+    state: states.ModelState,
+    name: str,
+    factors: dict[str, Factors],
+    optimizers: Iterable[Optimizer] = (),
+) -> None:
+    """A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank."""
+    config = state.configs[name]
+    for f in factors.values():
+        rescale(f, config.scale(f.spec.rank, f.spec.alpha), optimizers)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -35,13 +36,15 @@ def start_in_trainer(
         ConfigError: the trainer has not one training loader, but several.
     """
     batches = _single(trainer.train_dataloader) if data is None else data
+    plugin = _precision(trainer, backbone)
+    loss = loss or (lambda _, batch: _training_loss(pl_module, batch))
     with _looking(pl_module):
         start_from_data(
             backbone,
-            _Moved(batches, trainer.strategy.batch_to_device),
+            _Moved(batches, trainer, plugin),
             name,
-            forward=_forward_of(pl_module),
-            loss=loss or (lambda _, batch: _training_loss(pl_module, batch)),
+            forward=_within(plugin, _forward_of(pl_module)),
+            loss=_within(plugin, loss),
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw a part of the data: one start for all
@@ -63,13 +66,14 @@ def choose_in_trainer(
         ConfigError: the trainer's loader cannot be had so early, or there are several.
     """
     batches = _early_loader(trainer) if data is None else data
+    plugin = _precision(trainer, backbone)
     pl_module.to(trainer.strategy.root_device)  # where the strategy is about to move it
     with _looking(pl_module):
         report = choose_ranks(
             backbone,
-            _Moved(batches, trainer.strategy.batch_to_device),
+            _Moved(batches, trainer, plugin),
             name,
-            forward=_forward_of(pl_module),
+            forward=_within(plugin, _forward_of(pl_module)),
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw other batches: one choice for all
@@ -78,6 +82,24 @@ def choose_in_trainer(
         own = {p: f.spec.rank for p, f in named_factors(backbone, name).items()}
         report = set_ranks(backbone, state, name, trainer.strategy.broadcast(own, src=0))
     return report
+
+
+def _precision(trainer: Trainer, backbone: nn.Module) -> Precision:
+    """The trainer's; none while the network is not in it, which comes after `setup`."""
+    own = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
+    plugin = trainer.precision_plugin
+    return plugin if plugin.convert_input(torch.zeros(())).dtype is own else Precision()
+
+
+def _within(plugin: Precision, step: Forward) -> Forward:
+    """The step, where new tensors are of this precision."""
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        # Not `forward_context`: autocast multiplies copies, and no product would show its weight.
+        with plugin.tensor_init_context():
+            return step(model, batch)
+
+    return run
 
 
 def _forward_of(pl_module: LightningModule) -> Forward:
@@ -98,13 +120,14 @@ def _looking(pl_module: LightningModule) -> Iterator[None]:
 
 
 class _Moved:
-    """A loader whose batches come on the module's device."""
+    """A loader whose batches come on the module's device, and in this precision."""
 
-    def __init__(self, batches: Iterable[Any], move: Callable[[Any], Any]):
-        self.batches, self.move = batches, move
+    def __init__(self, batches: Iterable[Any], trainer: Trainer, plugin: Precision):
+        self.batches, self.strategy, self.plugin = batches, trainer.strategy, plugin
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.move, self.batches)
+        for batch in self.batches:
+            yield self.strategy.batch_to_device(self.plugin.convert_input(batch))
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -309,6 +314,40 @@ def test_weight_averaging(tmp_path):
 def test_weight_averaging_before_us_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="put LoRACallback before EMAWeightAveraging"):
         trainer(tmp_path, EMAWeightAveraging(), lora()).fit(Module(), loader())
+    with pytest.raises(ConfigError, match="put LoRACallback before StochasticWeightAveraging"):
+        trainer(tmp_path, swa(), lora()).fit(Module(), loader())
+
+
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=1e-6, swa_epoch_start=1, device=None)
+
+
+def test_stochastic_averaging_leaves_no_batchnorm_without_statistics(tmp_path):
+    def run(policy: str):
+        module = Module(timm.create_model("test_efficientnet", num_classes=4))
+        adapter = lora(batch_norm=policy, verify=False)
+        trainer(tmp_path, adapter, swa(), max_epochs=3).fit(module, loader())
+        return module.model
+
+    with pytest.raises(ConfigError, match=r"forgets the statistics of BatchNorm \(bn1 …\)"):
+        run("frozen")
+    assert run("adapt").bn1.running_mean.all()
+    module = Module()
+    trainer(tmp_path, lora(), swa()).fit(module, loader())  # has none to forget
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+
+
+def test_stochastic_averaging_needs_the_network_in_time(tmp_path):
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            self.model = None
+
+        def configure_model(self):
+            self.model = self.model or tiny_vit()
+
+    with pytest.raises(ConfigError, match="before backbone='model' is built: build it in"):
+        trainer(tmp_path, lora(), swa()).fit(Late(), loader())
 
 
 def test_gradient_accumulation_and_mixed_precision(tmp_path):

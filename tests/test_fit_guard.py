@@ -9,12 +9,18 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import (
     FitGuard,
     LoRACallback,
+    compress,
     cross_fit,
     disabled,
     inject,
@@ -26,7 +32,7 @@ from lora_lightning import (
     shrink,
     unmerge,
 )
-from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.errors import AdapterError, AdapterFileError, ConfigError, DataError
 from lora_lightning.fitting import Look, choose, diagnose
 from lora_lightning.held_out import losses_of, one_by_one
 from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, undone
@@ -361,6 +367,125 @@ def test_the_guard_speaks_to_people(tmp_path):
         FitGuard(shares=[0, 1])
     with pytest.raises(ConfigError, match="l2_sp must be 0 or more, got -1"):
         FitGuard(l2_sp=-1)
+
+
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(swa_lrs=1e-3)]
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_average_and_the_guard_would_undo_each_other(tmp_path, average, last):
+    callbacks = [LoRACallback(rank=2), FitGuard()]
+    callbacks.insert(2 if last else 1, average)
+    with pytest.raises(ConfigError, match="copies its average over the model that FitGuard has"):
+        fitted(tmp_path, Module(), *callbacks, held_out=noise(4))
+
+
+class Headed(Module):
+    """A backbone that gives features, and the module's own head."""
+
+    def __init__(self):
+        super().__init__(tiny_vit(classes=0))
+        self.norm = nn.BatchNorm1d(self.model.num_features, affine=False)
+        self.head = nn.Linear(self.model.num_features, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.model(x)))
+
+
+def test_what_is_trained_outside_the_backbone_cannot_go_back_and_is_refused(tmp_path):
+    message = "alone, and {} of the module's parts outside it would stay as trained {}"
+    with pytest.raises(ConfigError, match="FitGuard.*" + message.format(3, r"\(head.weight …\)")):
+        fitted(tmp_path, Headed(), LoRACallback(rank=2), FitGuard(), held_out=noise(4))
+    module = Headed()
+    module.head.requires_grad_(False)
+    with pytest.raises(ConfigError, match="cross_fit.*" + message.format(1, r"\(norm\)")):
+        cross_fit(module, noise(4).dataset, fit(tmp_path))
+    module.norm.eval()
+    with pytest.warns(UserWarning, match="the source model is kept"):
+        fitted(tmp_path, module, LoRACallback(rank=2), FitGuard(), held_out=noise(4))
+
+
+def test_a_head_of_the_module_goes_back_with_the_module_as_backbone(tmp_path):
+    module = Headed().eval()
+    before = module(X)
+    with pytest.warns(UserWarning, match="the source model is kept"):
+        fitted(
+            tmp_path, module, LoRACallback(rank=2, backbone="", batch_norm="adapt"), FitGuard(),
+            held_out=noise(12), max_epochs=3,
+        )  # fmt: skip
+    assert torch.equal(module.eval()(X), before)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
+    module, guard = Module(), FitGuard()
+    fitted(
+        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
+        max_epochs=4, precision=precision,
+    )  # fmt: skip
+    assert guard.shrinkage_ > 0
+    held = losses_of(module, bright(12, 2), None).mean()
+    assert held < guard.history_[0].held_out
+
+
+def test_validation_batches_are_found_before_their_epoch(tmp_path):
+    guard = FitGuard()
+    fitted(
+        tmp_path, Module(), LoRACallback(rank=2), guard, data=bright(16, 1), held_out=bright(8, 2),
+        check_val_every_n_epoch=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    assert len(guard.history_) == 3
+
+
+class Generous(FitGuard):
+    """A lower rank may cost a little."""
+
+    def _lower_rank(self, trainer, pl_module, loss):
+        super()._lower_rank(trainer, pl_module, loss + 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using")
+@pytest.mark.parametrize("rank", [4, "auto"])
+def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
+    def module():
+        torch.manual_seed(0)
+        return Module()
+
+    def adapter(rank):
+        return LoRACallback(rank=rank, max_rank=6, seed=0, output_dir=tmp_path)
+
+    one, guard, saver = module(), Generous(lower_rank=True), ModelCheckpoint(tmp_path / "c")
+    t = fitted(
+        tmp_path, one, adapter(rank), guard, saver, data=bright(32, 1), held_out=bright(12, 2),
+        max_epochs=6, enable_checkpointing=True,
+    )  # fmt: skip
+    assert 0 < guard.rank_ < 4
+    adapted, after = one.eval()(X), tmp_path / "after.ckpt"
+    t.save_checkpoint(after)
+    other = module()
+    trainer(tmp_path, adapter(rank)).test(other, noise(4), ckpt_path=saver.best_model_path)
+    t.test(one, noise(4), ckpt_path="best")
+    assert torch.equal(one.eval()(X), other.eval()(X))
+    # In a fresh module, at the rank that is left, and so does a fit that goes on.
+    same = adapter(rank if rank == "auto" else guard.rank_)
+    other = module()
+    trainer(tmp_path, same).test(other, noise(4), ckpt_path=after)
+    torch.testing.assert_close(other.eval()(X), adapted, rtol=1e-5, atol=1e-5)
+    again = Generous(lower_rank=False)
+    t = trainer(tmp_path, same, again, max_epochs=7)
+    t.fit(module(), bright(32, 1), bright(12, 2), ckpt_path=after)
+    assert len(again.history_) == len(guard.history_) + 1
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_is_refused_leaves_a_lowered_adapter_alone():
+    model = moved("offset")
+    state = model.state_dict()
+    compress(model, rank=1)
+    before = model(X)
+    with pytest.raises(AdapterFileError, match="factors that this model has no place for"):
+        model.load_state_dict(state)
+    assert torch.equal(model(X), before)
 
 
 # ---- what losses say -----------------------------------------------------------------------

@@ -50,7 +50,8 @@ LAYERS = (
     "files loading",
     "bank",
     # Lightning.
-    "batchnorm first_batch trainer_checks trainer_pruning trainer_start",
+    "batchnorm first_batch trainer_pruning trainer_start",
+    "trainer_checks",
     "save_hook",
     "callback held_out prefix",
     "cross_fitting fit_guard",

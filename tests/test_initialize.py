@@ -36,7 +36,7 @@ from lora_lightning.probe import difference, run
 from lora_lightning.state import named_factors
 from tests.audio_zoo import MODELS
 from tests.audio_zoo import build as build_audio
-from tests.conftest import Module, loader, randomise, trainer
+from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.zoo import ZOO, targets
 
 pytestmark = [
@@ -352,6 +352,41 @@ def test_the_callback_starts_from_the_trainers_batches(init, tmp_path):
     assert all(not torch.equal(a, f.lora_A) for a, f in zip(starts["A"], drawn, strict=True))
     assert all(torch.equal(v, module.model.state_dict()[k]) for k, v in source.items())
     assert any((f.low_rank()[0] @ f.low_rank()[1]).abs().max() > 1e-6 for f in factors())
+
+
+class MakesTensors(Module):
+    """Its step makes a tensor, of the default precision, and multiplies by it."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]) @ torch.eye(4), batch[1])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("init", ["eva", "activation-nmf", "lora-ga"])
+def test_the_look_is_in_the_precision_of_the_fit(init, precision, tmp_path):
+    module = MakesTensors()
+    callback = LoRACallback(rank=2, seed=0, init=init)
+    trainer(tmp_path, callback, precision=precision).fit(module, loader())
+    drawn = Module().to(module.model.head.weight.dtype)
+    inject(drawn.model, rank=2, seed=0)
+    for path, other in named_factors(drawn.model, "default").items():
+        f = named_factors(module.model, "default")[path]
+        assert f.lora_A.dtype == other.lora_A.dtype
+        # Four steps of 0.01 do not lead here from what is drawn without a look.
+        assert not torch.allclose(f.lora_A, other.lora_A, atol=0.1)
+
+
+def test_ranks_are_chosen_where_the_network_is_built_in_the_precision_of_the_fit(tmp_path):
+    class Late(MakesTensors):
+        def configure_model(self):
+            self.model = tiny_vit()
+
+    callback = LoRACallback(rank="auto", max_rank=4, seed=0)
+    trainer(tmp_path, callback, precision="64-true").fit(Late(), loader())
+    early = LoRACallback(rank="auto", max_rank=4, seed=0)
+    trainer(tmp_path, early, precision="64-true").fit(MakesTensors(), loader())
+    assert len({row.rank for row in early.report_.rows}) > 1
+    assert len(callback.report_.rows) == len(early.report_.rows)
 
 
 def test_a_resumed_fit_does_not_start_again(tmp_path):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import LoRACallback, disabled, inject, load_adapter, read_header, verify
 from lora_lightning.decompose import product_svd
@@ -211,6 +218,114 @@ def test_convolutions_with_every_option_that_goes_along(tmp_path):
     assert sum(r.rank for r in callback.report_.rows) <= 2 * len(callback.report_.rows)
 
 
+class ByHand(Module):
+    """Two optimizers, several steps in each batch."""
+
+    def __init__(self, rounds=1):
+        super().__init__(tiny_vit())
+        self.automatic_optimization = False
+        self.rounds = rounds
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers() * self.rounds:
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        chosen = [p for p in self.parameters() if p.requires_grad]
+        return [torch.optim.AdamW(chosen[i::2], lr=1e-3) for i in range(2)]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("limit", [{"max_epochs": 10}, {"max_epochs": 11}, {"max_steps": 21}])
+def test_ranks_fall_by_batches_however_often_optimizers_step(tmp_path, rounds, limit):
+    courses = []
+
+    class Watch(LoRACallback):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            courses.append(sum(self._ranks._pruner.ranks().values()))
+
+    callback = Watch(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
+    options = {"max_epochs": 30, "accumulate_grad_batches": 1, **limit}
+    trainer(tmp_path, callback, **options).fit(ByHand(rounds), loader(items=16))
+    ranks = [row.rank for row in callback.report_.rows]
+    assert sum(ranks) == 1.5 * len(ranks)
+    assert len(set(courses)) > 1
+    fallen = next(i for i, c in enumerate(courses, 1) if c == courses[-1])
+    assert 0.4 < fallen / len(courses) <= 0.8  # not by the optimizers' steps, twice as fast
+
+
+@pytest.mark.parametrize("groups", [{0: 1, 2: 4}, {0: 4, 2: 1}])
+def test_ranks_fall_however_gradients_are_gathered(tmp_path, groups):
+    callback = LoRACallback(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
+    gathers = GradientAccumulationScheduler(groups)
+    trainer(tmp_path, callback, gathers, max_epochs=10).fit(Module(), loader(items=16))
+    assert sum(r.rank for r in callback.report_.rows) == 1.5 * len(callback.report_.rows)
+
+
+def test_events_that_are_passed_over_are_made_up_for():
+    pruner = Pruner({}, 1, 5, 25)
+    acts = [s for s in range(30) if pruner._events(s) > pruner._events(s - 1)]
+    assert acts == [5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25]
+    assert pruner.act(8, [], since=4)
+    assert not pruner.act(8, [], since=7)
+    assert pruner.act(40, [], since=24)
+    assert not pruner.act(41, [], since=40)
+
+
+def test_a_fit_that_ends_too_early_says_that_ranks_have_not_fallen(tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    callback = LoRACallback(output_dir=tmp_path, rank=4, prune_to=1.5)
+    t = trainer(tmp_path, callback, Stop(), max_epochs=20)
+    with pytest.warns(UserWarning, match="prune_to=1.5: the fit ended at a mean rank of 4. Ranks"):
+        t.fit(Module(), loader(items=16))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_a_finished_fit_is_saved_and_goes_on(tmp_path, kind):
+    class Task(Module):
+        def configure_optimizers(self):
+            options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+            return kind([p for p in self.parameters() if p.requires_grad], lr=1e-3, **options)
+
+    def go(epochs, **options):
+        callback = LoRACallback(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
+        t = trainer(tmp_path, callback, max_epochs=epochs)
+        torch.manual_seed(0)  # the same base
+        t.fit(Task(), loader(items=16), **options)
+        return t, [row.rank for row in callback.report_.rows]
+
+    t, ranks = go(8)
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    for parameter, state in t.optimizers[0].state.items():
+        moments = [m for m in state.values() if m.ndim == 2 and 1 not in m.shape]
+        assert all(m.shape == parameter.shape for m in moments)
+    assert go(9, ckpt_path=tmp_path / "after.ckpt")[1] == ranks
+
+
+@pytest.mark.parametrize("rank", [6, "auto"])
+def test_a_checkpoint_of_a_finished_fit_is_the_model(tmp_path, rank):
+    def parts():
+        torch.manual_seed(0)
+        options = {"rank": rank, "max_rank": 6, "prune_to": 2, "seed": 0}
+        return Module(), LoRACallback(output_dir=tmp_path, **options)
+
+    module, callback = parts()
+    t = trainer(tmp_path, callback, max_epochs=8)
+    t.fit(module, loader(items=16))
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    fresh, callback = parts()
+    trainer(tmp_path, callback).test(fresh, loader(), ckpt_path=tmp_path / "after.ckpt")
+    x = next(iter(loader()))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(x), module.eval()(x))
+
+
 def test_what_cannot_be_pruned_is_said(tmp_path):
     for bad, message in (
         ({"rank": 4, "prune_to": 4}, "prune_to=4 is no less than rank=4"),
@@ -220,6 +335,16 @@ def test_what_cannot_be_pruned_is_said(tmp_path):
         with pytest.raises(ConfigError, match=message):
             LoRACallback(**bad)
     callback = LoRACallback(rank=4, prune_to=2, output_dir=tmp_path)
+    for average in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3)):
+        with pytest.raises(ConfigError, match=f"{type(average).__name__} would average them with"):
+            trainer(tmp_path, callback, average).fit(Module(tiny_vit()), loader())
     endless = trainer(tmp_path, callback, max_epochs=-1, max_time={"seconds": 1})
     with pytest.raises(ConfigError, match="give it max_steps or max_epochs"):
         endless.fit(Module(tiny_vit()), loader())
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(loader().dataset)
+
+    with pytest.raises(ConfigError, match="with max_epochs a loader that has a length"):
+        trainer(tmp_path, callback).fit(Module(tiny_vit()), DataLoader(Endless(), batch_size=4))
