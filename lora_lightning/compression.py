@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,13 @@ def compress(
 ) -> Compression:
     r"""Decompose an adapter's deltas anew, at the smallest rank that serves.
 
-    .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s\,B'A', \qquad
-        A' = \sqrt{\sigma_{1..r}/s}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s}
+    .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s'\,B'A', \qquad
+        A' = \sqrt{\sigma_{1..r}/s'}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s'}
 
-    which of all products of rank r is nearest to the delta (Eckart & Young 1936). A start that was
-    kept aside (`pissa` and the like) goes into it. The adapter works on as before, at its new
-    ranks; an optimizer that was made before holds the old factors, so compress after training.
+    with s' the scaling that the configuration gives rank r: of all products of that rank the
+    nearest to the delta (Eckart & Young 1936). A start that was kept aside (`pissa` and the like)
+    goes into it. The adapter works on as before, at its new ranks; an optimizer that was made
+    before holds the old factors, so compress after training.
 
     Args:
         model: With the adapter on, not merged.
@@ -87,14 +89,21 @@ def compress(
     if states.merged_layers(root):
         raise AdapterError("the model is merged; call unmerge(model) before compressing")
     before = states.named_factors(root, name)
-    found = [_compress_one(root, name, path, f, rank, energy) for path, f in before.items()]
+    scale = state.configs[name].scale
+    found = [_compress_one(root, name, path, f, rank, energy, scale) for path, f in before.items()]
     after = states.named_factors(root, name)
     report_anew(state, name, after)
     return Compression(tuple(found), _size(before), _size(after))
 
 
 def _compress_one(
-    model: nn.Module, name: str, path: str, factors: Factors, rank: int | None, energy: float | None
+    model: nn.Module,
+    name: str,
+    path: str,
+    factors: Factors,
+    rank: int | None,
+    energy: float | None,
+    scale: Callable[[int, float], float],
 ) -> CompressedLayer:
     B, A = factors.low_rank()
     svd = product_svd(B, A)
@@ -103,17 +112,24 @@ def _compress_one(
     used = int((svd.S[0] * torch.finfo(svd.S.dtype).eps < svd.S).sum())
     r = max(1, min(wanted or 1, used))
     module, tensor = located(model, path)
-    module.lora[name][tensor] = _smaller(raw_tensor(module, tensor), factors, svd, r)
+    module.lora[name][tensor] = _smaller(raw_tensor(module, tensor), factors, svd, r, scale)
     left = svd.S[r:].square().sum()
     lost = float((left / whole).sqrt()) if whole > 0 else 0.0
     return CompressedLayer(path, B.shape[1], r, lost)
 
 
-def _smaller(weight: Tensor, factors: Factors, svd: SVD, rank: int) -> Factors:
+def _smaller(
+    weight: Tensor, factors: Factors, svd: SVD, rank: int, scale: Callable[[int, float], float]
+) -> Factors:
     """Factors of this rank with the leading part of the product."""
-    spec = dataclasses.replace(factors.spec, rank=rank, offset=False, init="zero", xs=False)
+    # The scaling of the new rank: a state dict holds none, and means that of its ranks.
+    scaling = scale(rank, factors.spec.alpha)
+    spec = dataclasses.replace(
+        factors.spec, rank=rank, scaling=scaling, offset=False, init="zero", xs=False
+    )
+    by = factors.spec.scaling / scaling
     small = Factors(weight, factors.matrix, spec)
-    lora_B, lora_A = SVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank]).halves()
+    lora_B, lora_A = SVD(svd.U[:, :rank], svd.S[:rank] * by, svd.Vh[:rank]).halves()
     small.lora_A.copy_(lora_A)
     small.lora_B.copy_(lora_B)
     if small.magnitude is not None and factors.magnitude is not None:

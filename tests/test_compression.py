@@ -127,3 +127,16 @@ def test_misuse():
     merge(model)
     with pytest.raises(AdapterError, match="merged"):
         compress(model, rank=1)
+
+
+def test_a_state_dict_of_a_compressed_model_means_the_same_elsewhere():
+    """It holds ranks, and no scalings: these are what a fresh adapter of that rank has."""
+    model, fresh = tiny_vit(), tiny_vit()
+    fresh.load_state_dict(model.state_dict())
+    inject(model, rank=4, alpha=6)
+    randomise(model)
+    compress(model, rank=2)
+    inject(fresh, rank=2, alpha=6)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert difference(outputs(fresh, x), outputs(model, x)) < 1e-6
