@@ -174,7 +174,11 @@ class LoRACallback(Callback):
         # With an optimization of its own, a module may begin with what needs no backbone.
         first = self._first_batch
         if first is not None and (first.reached or pl_module.automatic_optimization):
-            self._first_batch = None
+            self._verify_first()
+
+    def _verify_first(self) -> None:
+        first, self._first_batch = self._first_batch, None
+        if first is not None:
             first.verify()
 
     def on_before_optimizer_step(
@@ -192,9 +196,8 @@ class LoRACallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
-        if self._first_batch is not None and trainer.num_training_batches:
-            first, self._first_batch = self._first_batch, None
-            first.verify()  # no backward pass reached an adapter: says so
+        if trainer.num_training_batches:
+            self._verify_first()  # where no backward pass reached an adapter, it says so
         if not self.log_spectrum or not trainer.loggers:
             return
         metrics: dict[str, float] = {}

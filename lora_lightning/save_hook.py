@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lora_lightning import trainer_checks as checks
 from lora_lightning.errors import BaseMismatchError
@@ -49,13 +50,13 @@ class _Hook:
         """What is to be done to the checkpoint."""
         raise NotImplementedError
 
-    def base(self, path: str) -> dict[str, str] | None:
-        """The print of this backbone's base; None where it has no adapters."""
+    def adapted(self, path: str) -> tuple[nn.Module, set[str]] | None:
+        """This backbone, and what its adapters train in full; None where it has no adapters."""
         if not checks.has_backbone(self.pl_module, path):
             return None
         backbone = checks.find_backbone(self.pl_module, path)
         state = state_of(backbone)
-        return None if state is None else fingerprint(backbone, all_extras(backbone, state))
+        return None if state is None else (backbone, all_extras(backbone, state))
 
 
 class SaveHook(_Hook):
@@ -65,28 +66,24 @@ class SaveHook(_Hook):
 
     def then(self, checkpoint: dict[str, Any]) -> None:
         """Both, in the checkpoint."""
-        notes = checkpoint.setdefault(_NOTES, {})
+        notes, frozen = checkpoint.setdefault(_NOTES, {}), set[str]()
         for key, own in self.adapters.items():
-            if (base := self.base(own.backbone)) is not None:
-                notes[key] = {"config": own.config, "base": base}
-        frozen = {name for own in self.adapters.values() for name in self._frozen(own.backbone)}
+            if (found := self.adapted(own.backbone)) is not None:
+                notes[key] = {"config": own.config, "base": fingerprint(*found)}
+                frozen.update(_frozen(own.backbone, *found))
         for part in _PARTS:
             if part in checkpoint:
                 kept = {k: v for k, v in checkpoint[part].items() if k not in frozen}
                 checkpoint[part] = kept
 
-    def _frozen(self, path: str) -> list[str]:
-        if not checks.has_backbone(self.pl_module, path):
-            return []
-        backbone = checks.find_backbone(self.pl_module, path)
-        state = state_of(backbone)
-        # Without factors the base is all there is.
-        if state is None or merged_layers(backbone):
-            return []
-        prefix = f"{path}." if path else ""
-        extras = all_extras(backbone, state)  # kept even where the user froze them meanwhile
-        own = base_parameters(backbone).items()
-        return [f"{prefix}{n}" for n, p in own if not p.requires_grad and n not in extras]
+
+def _frozen(path: str, backbone: nn.Module, extras: set[str]) -> list[str]:
+    """Names of its frozen base weights; `extras` are kept, even where the user froze them."""
+    if merged_layers(backbone):  # without factors the base is all there is
+        return []
+    prefix = f"{path}." if path else ""
+    own = base_parameters(backbone).items()
+    return [f"{prefix}{n}" for n, p in own if not p.requires_grad and n not in extras]
 
 
 class LoadHook(_Hook):
@@ -97,8 +94,8 @@ class LoadHook(_Hook):
     def then(self, checkpoint: dict[str, Any]) -> None:
         """Raises `BaseMismatchError`."""
         for key, own in self.adapters.items():
-            note, base = checkpoint.get(_NOTES, {}).get(key), self.base(own.backbone)
-            if note is None or base is None or note["base"] == base:
+            note, found = checkpoint.get(_NOTES, {}).get(key), self.adapted(own.backbone)
+            if note is None or found is None or (base := fingerprint(*found)) == note["base"]:
                 continue
             raise BaseMismatchError(
                 f"the checkpoint's adapter {own.name!r} was trained on {note['base']}, and the "

@@ -234,7 +234,7 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
         AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
     """
     modules = states.base_modules(model)
-    states.roots(model, modules)
+    holders = states.roots(model, modules)
     states.check_home(modules, "unmerge")
     merged = states.merged_layers(model, modules)
     if not discard_changes:  # all of them first: never half a model
@@ -242,7 +242,7 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
             check_unchanged(layer)
     for layer in merged.values():
         unmerge_layer(layer)
-    for root, state in states.roots(model):
+    for root, state in holders:
         forget_computed(state.cachers)
         if state.frozen:
             freeze(root, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,7 +13,6 @@ from torch.optim import Optimizer
 from lora_lightning import state as states
 from lora_lightning.compression import compress, report_anew
 from lora_lightning.errors import ConfigError
-from lora_lightning.factors import Factors
 from lora_lightning.pruning import Pruner, rescale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
@@ -107,7 +105,10 @@ class RankSchedule:
             )
         state = states.state_of(backbone)
         assert state is not None
-        _scale_by_rank(state, name, self._pruner.factors, self._optimizers)
+        # A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank.
+        scale = state.configs[name].scale
+        for f in self._pruner.factors.values():
+            rescale(f, scale(f.spec.rank, f.spec.alpha), self._optimizers)
         report_anew(state, name, self._pruner.factors)
         self._pruner, self._optimizers = None, []
 
@@ -122,11 +123,10 @@ class RankSchedule:
 
 def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> None:
     """`compress` the active adapter after a fit, so that a checkpoint saved then can be loaded."""
-    root, state, name = states.holder(backbone, None, "to lower")
+    root, _, name = states.holder(backbone, None, "to lower")
     before = states.named_factors(root, name)
     compress(root, name, rank=rank)
     after = states.named_factors(root, name)
-    _scale_by_rank(state, name, after)
     new = {
         old: after[path].get_parameter(key)
         for path, f in before.items()
@@ -138,15 +138,3 @@ def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> N
             group["params"] = [new.get(p, p) for p in group["params"]]
         for old in new:
             optimizer.state.pop(old, None)
-
-
-def _scale_by_rank(
-    state: states.ModelState,
-    name: str,
-    factors: dict[str, Factors],
-    optimizers: Iterable[Optimizer] = (),
-) -> None:
-    """A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank."""
-    config = state.configs[name]
-    for f in factors.values():
-        rescale(f, config.scale(f.spec.rank, f.spec.alpha), optimizers)

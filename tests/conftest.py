@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import fused, thin
+from lora_lightning import LoRACallback, fused, thin
 
 torch.set_num_threads(1)
 
@@ -84,6 +84,11 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(
             [p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0
         )
+
+
+def lora(**options) -> LoRACallback:
+    """A callback of rank 2."""
+    return LoRACallback(**{"rank": 2, "seed": 0, **options})
 
 
 def loader(items: int = 8, size: int = 32, classes: int = 4, batch: int = 4) -> DataLoader:

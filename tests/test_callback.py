@@ -36,11 +36,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.factors import Factors
 from lora_lightning.state import named_factors
-from tests.conftest import Module, loader, tiny_vit, trainer
-
-
-def lora(**options) -> LoRACallback:
-    return LoRACallback(**{"rank": 2, "seed": 0, **options})
+from tests.conftest import Module, loader, lora, tiny_vit, trainer
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

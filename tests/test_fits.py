@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lora_lightning import (
-    LoRACallback,
     combine,
     inject,
     load_adapter,
@@ -23,11 +22,7 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, BaseMismatchError, ConfigError, VerificationError
 from lora_lightning.probe import difference
 from lora_lightning.state import named_factors
-from tests.conftest import Module, loader, randomise, tiny_vit, trainer
-
-
-def lora(**options) -> LoRACallback:
-    return LoRACallback(**{"rank": 2, "seed": 0, **options})
+from tests.conftest import Module, loader, lora, randomise, tiny_vit, trainer
 
 
 def fresh(**options) -> Module:
