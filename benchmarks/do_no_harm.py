@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_lightning import LoRACallback, TransductiveTask
-from lora_lightning.data.images import ImageDomains
-from lora_lightning.data.rendered import render_domains, worlds_of
-from lora_lightning.data.spoken import spoken_set
-from lora_lightning.data.voices import source_voices
-from lora_lightning.runs.progress import quiet_lightning
-from lora_lightning.structure import classifier_modules
-from lora_lightning.tasks.classification import Classifier
+from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.speech.data.synthetic.spoken import spoken_set
+from lora_lightning.speech.data.synthetic.voices import source_voices
+from lora_lightning.vision.classifier import Classifier
+from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.data.synthetic.rendered import render_domains, worlds_of
 
 SIZE = 64
 CONDITIONS = (
@@ -102,7 +102,7 @@ class Data:
         """Log-mel pictures of speech, (N, 3, side, side)."""
         import torchaudio
 
-        from lora_lightning.data.audio import read_audio
+        from lora_lightning.speech.data.audio import read_audio
 
         folder = spoken_set(speakers=source_voices(10), utterances=30, seed=self.seed)
         mel = torchaudio.transforms.MelSpectrogram(16000, n_mels=side)

@@ -32,8 +32,8 @@ except ImportError:
     from do_no_harm import Data, Pictures, accuracy, evaluated, source_model
 
 from lora_lightning import LoRACallback, cross_fit
-from lora_lightning.runs.progress import quiet_lightning
-from lora_lightning.tasks.classification import Classifier
+from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.vision.classifier import Classifier
 
 TARGETS = ("coloured-1", "side-1", "side-3", "coloured-3", "dim-3")  # the nearest first
 FIELDS = ("target", "seed", "items", "source", "plain", "guarded", "share", "p_value", "seconds")

@@ -33,10 +33,10 @@ except ImportError:
     from do_no_harm import Data, Pictures, evaluated, source_model
 
 from lora_lightning import LoRACallback
-from lora_lightning.batchnorm import reestimated
-from lora_lightning.initialize import METHODS
-from lora_lightning.runs.progress import quiet_lightning
-from lora_lightning.tasks.classification import Classifier
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.model.batch_norm import reestimated
+from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.vision.classifier import Classifier
 
 TARGETS = ("coloured-2", "dim-2", "low-3", "side-3")
 XS = "xs"

@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lora_lightning import LoRACallback, TransductiveTask, inject
-from lora_lightning.runs.progress import quiet_lightning
-from lora_lightning.structure import classifier_modules
-from lora_lightning.transduction.teacher import Teacher
+from lora_lightning.adaptation.teacher import Teacher
+from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.runner.progress import quiet_lightning
 
 NETWORKS = ("test_resnet", "test_convnext", "tf_efficientnet_lite0")
 TEACHERS = ("tf_efficientnet_lite0", "resnet50", "vit_tiny_patch16_224", "convnext_atto")

@@ -36,7 +36,7 @@ from startup import save, table, timed, verdict
 from torch import nn
 
 from lora_lightning import inject, load_adapter, save_adapter
-from lora_lightning.state import named_factors
+from lora_lightning.model.state import named_factors
 
 GOAL_MS = {"inject": 40.0, "load_adapter": 5.0}
 # Name → (what makes the structure that is worked on, the work).

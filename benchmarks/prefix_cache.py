@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import LoRACallback, PrefixCache, inject
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.probe import floats
-from lora_lightning.runs.progress import quiet_lightning
+from lora_lightning.model.probing import floats
+from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.training.prefix_cache.inputs import Inputs
 
 CLASSES = 10
 GOAL = 3.0

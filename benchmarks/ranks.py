@@ -29,8 +29,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from lora_lightning.plots.style import COLOURS, QUIET, STYLE
-from lora_lightning.wording import si
+from lora_lightning.report.metrics import si
+from lora_lightning.report.plots.style import COLOURS, QUIET, STYLE
 
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "ranks.png"

@@ -28,11 +28,11 @@ except ImportError:
     from do_no_harm import Data, Pictures, fit, source_model
 
 from lora_lightning import TransductiveTask
-from lora_lightning.transduction.neighbours import nearest
-from lora_lightning.transduction.rounds import NEIGHBOURS
-from lora_lightning.transduction.selection import SOURCE, Candidate, select
-from lora_lightning.transduction.target import Target, predicted
-from lora_lightning.transduction.validators import mean_entropy, nuclear_norm
+from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.rounds import NEIGHBOURS
+from lora_lightning.adaptation.selection import SOURCE, Candidate, select
+from lora_lightning.adaptation.target import Target, predicted
+from lora_lightning.adaptation.validators import mean_entropy, nuclear_norm
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "IM + pseudo-labels": {},

@@ -31,10 +31,10 @@ except ImportError:
     from shift_prediction_report import report
 
 from lora_lightning import TransductiveTask
-from lora_lightning.data.worlds import WORLDS
-from lora_lightning.features import features_of
-from lora_lightning.second_opinion import second_opinion
-from lora_lightning.tasks.backbones import PACKAGED, create_backbone
+from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
+from lora_lightning.adaptation.shift.features import features_of
+from lora_lightning.vision.backbones import PACKAGED, create_backbone
+from lora_lightning.vision.data.synthetic.worlds import WORLDS
 
 JITTER = 0.4  # of the recipe's training without labels
 SEVERITIES = ("1", "3")

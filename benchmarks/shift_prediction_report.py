@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lora_lightning.plots.style import COLOURS, MARKERS, QUIET, STYLE
-from lora_lightning.shifts import compare
-from lora_lightning.source_statistics import LayerStatistics, SourceStatistics
-from lora_lightning.transduction import validators as score
-from lora_lightning.verdicts import NAMES
+from lora_lightning.adaptation import validators as score
+from lora_lightning.adaptation.shift.measure import compare
+from lora_lightning.adaptation.shift.source_statistics import LayerStatistics, SourceStatistics
+from lora_lightning.adaptation.shift.verdict import NAMES
+from lora_lightning.report.plots.style import COLOURS, MARKERS, QUIET, STYLE
 
 Row = dict[str, Any]
 CHOSEN = "expected"  # what `shift` tells

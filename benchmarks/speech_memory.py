@@ -31,9 +31,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lora_lightning.data.audio import checked
-from lora_lightning.data.speech import SpeechData
-from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.data.audio import checked
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 
 RATE = 16000
 GOAL_MB = 30.0

@@ -12,62 +12,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_lightning.adaptation.pseudo_label_callback import PseudoLabelCallback
+    from lora_lightning.adaptation.shift.measure import shift
+    from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
+    from lora_lightning.adaptation.transductive_task import TransductiveTask
     from lora_lightning.bank.adapter_bank import AdapterBank
-    from lora_lightning.callback import LoRACallback
-    from lora_lightning.combination import combine
-    from lora_lightning.compression import compress
-    from lora_lightning.config import LoRAConfig
-    from lora_lightning.cross_fitting import cross_fit
     from lora_lightning.errors import LoRALightningError
-    from lora_lightning.files import read_header, save_adapter
-    from lora_lightning.fit_guard import FitGuard
-    from lora_lightning.injection import inject
-    from lora_lightning.loading import load_adapter
-    from lora_lightning.optim import parameter_groups
-    from lora_lightning.plan import fused
-    from lora_lightning.prefix.cache import PrefixCache
-    from lora_lightning.rank_choice import choose_ranks
-    from lora_lightning.shifts import shift
-    from lora_lightning.shrinkage import shrink
-    from lora_lightning.source_statistics import SourceStatistics
-    from lora_lightning.starting import start_from_data
-    from lora_lightning.switching import adapters, disabled, merge, remove, set_active, unmerge
-    from lora_lightning.transduction.callback import PseudoLabelCallback
-    from lora_lightning.transduction.task import TransductiveTask
-    from lora_lightning.verification import verify
+    from lora_lightning.lora.config import LoRAConfig
+    from lora_lightning.lora.fused.plan import fused
+    from lora_lightning.model.adapter_file.load import load_adapter
+    from lora_lightning.model.adapter_file.save import read_header, save_adapter
+    from lora_lightning.model.combine import combine
+    from lora_lightning.model.compress import compress
+    from lora_lightning.model.data_driven.choose_ranks import choose_ranks
+    from lora_lightning.model.data_driven.initialise import start_from_data
+    from lora_lightning.model.injection import inject
+    from lora_lightning.model.parameter_groups import parameter_groups
+    from lora_lightning.model.shrink import shrink
+    from lora_lightning.model.switching import (
+        adapters,
+        disabled,
+        merge,
+        remove,
+        set_active,
+        unmerge,
+    )
+    from lora_lightning.model.verify import verify
+    from lora_lightning.training.cross_fit import cross_fit
+    from lora_lightning.training.fit_guard import FitGuard
+    from lora_lightning.training.lora_callback import LoRACallback
+    from lora_lightning.training.prefix_cache.callback import PrefixCache
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AdapterBank": "bank.adapter_bank",
-    "FitGuard": "fit_guard",
-    "LoRACallback": "callback",
-    "LoRAConfig": "config",
+    "FitGuard": "training.fit_guard",
+    "LoRACallback": "training.lora_callback",
+    "LoRAConfig": "lora.config",
     "LoRALightningError": "errors",
-    "PrefixCache": "prefix.cache",
-    "PseudoLabelCallback": "transduction.callback",
-    "SourceStatistics": "source_statistics",
-    "TransductiveTask": "transduction.task",
-    "adapters": "switching",
-    "choose_ranks": "rank_choice",
-    "combine": "combination",
-    "compress": "compression",
-    "cross_fit": "cross_fitting",
-    "disabled": "switching",
-    "fused": "plan",
-    "inject": "injection",
-    "load_adapter": "loading",
-    "merge": "switching",
-    "parameter_groups": "optim",
-    "read_header": "files",
-    "remove": "switching",
-    "save_adapter": "files",
-    "set_active": "switching",
-    "shift": "shifts",
-    "shrink": "shrinkage",
-    "start_from_data": "starting",
-    "unmerge": "switching",
-    "verify": "verification",
+    "PrefixCache": "training.prefix_cache.callback",
+    "PseudoLabelCallback": "adaptation.pseudo_label_callback",
+    "SourceStatistics": "adaptation.shift.source_statistics",
+    "TransductiveTask": "adaptation.transductive_task",
+    "adapters": "model.switching",
+    "choose_ranks": "model.data_driven.choose_ranks",
+    "combine": "model.combine",
+    "compress": "model.compress",
+    "cross_fit": "training.cross_fit",
+    "disabled": "model.switching",
+    "fused": "lora.fused.plan",
+    "inject": "model.injection",
+    "load_adapter": "model.adapter_file.load",
+    "merge": "model.switching",
+    "parameter_groups": "model.parameter_groups",
+    "read_header": "model.adapter_file.save",
+    "remove": "model.switching",
+    "save_adapter": "model.adapter_file.save",
+    "set_active": "model.switching",
+    "shift": "adaptation.shift.measure",
+    "shrink": "model.shrink",
+    "start_from_data": "model.data_driven.initialise",
+    "unmerge": "model.switching",
+    "verify": "model.verify",
 }
 
 __all__ = [

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.cli_speech import add_commands
 from lora_lightning.errors import AdapterFileError, ConfigError, LoRALightningError
+from lora_lightning.speech.cli import add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_lightning.results import Run
+    from lora_lightning.report.results import Run
 
 RANKS = (1, 2, 4, 8, 16, 32, "auto")
 EXAMPLES = """\
@@ -122,14 +122,14 @@ def _console() -> Console:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.help or arguments.name is None:
         return _help(arguments)
-    from lora_lightning.recipe import run_recipe
+    from lora_lightning.runner.loading import run_recipe
 
     _show(run_recipe(arguments.name, arguments.overrides))
     return None
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from lora_lightning.recipe import sweep_recipe
+    from lora_lightning.runner.loading import sweep_recipe
 
     _show(sweep_recipe(arguments.name, arguments.ranks, arguments.overrides))
 
@@ -140,7 +140,7 @@ def _rank(text: str) -> int | str:
 
 def _show(result: Run) -> None:
     """The table of a run, and where the rest lies."""
-    from lora_lightning.report import print_table
+    from lora_lightning.report.write import print_table
 
     console = _console()
     print_table(result, console)
@@ -158,7 +158,7 @@ def _help(arguments: argparse.Namespace) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from lora_lightning.recipe import apply_overrides, comments, load_recipe, settings
+    from lora_lightning.runner.loading import apply_overrides, comments, load_recipe, settings
 
     config = apply_overrides(load_recipe(arguments.name), arguments.overrides)
     said = comments(arguments.name)
@@ -182,7 +182,7 @@ def _as_typed(value: Any) -> str:
 def _list(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from lora_lightning.recipe import list_recipes, load_recipe
+    from lora_lightning.runner.loading import list_recipes, load_recipe
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name in list_recipes():
@@ -193,7 +193,7 @@ def _list(arguments: argparse.Namespace) -> None:
 def _copy(arguments: argparse.Namespace) -> None:
     import shutil
 
-    from lora_lightning.recipe import find_recipe
+    from lora_lightning.runner.loading import find_recipe
 
     source = find_recipe(arguments.name).parent
     target: Path = arguments.folder / source.name
@@ -212,7 +212,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lora_lightning.files import read_header
+    from lora_lightning.model.adapter_file.save import read_header
 
     header = read_header(arguments.adapter)
     console = _console()
@@ -247,9 +247,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from lora_lightning import load_adapter, merge
-    from lora_lightning.fileformat import read
-    from lora_lightning.structure import classifier_modules
-    from lora_lightning.tasks.backbones import create_backbone
+    from lora_lightning.model.adapter_file.format import read
+    from lora_lightning.model.introspection import classifier_modules
+    from lora_lightning.vision.backbones import create_backbone
 
     _, tensors = read(arguments.adapter)
     classes = arguments.num_classes

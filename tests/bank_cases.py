@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter
-from lora_lightning.probe import difference, run
+from lora_lightning.model.probing import difference, run
 from tests.conftest import randomise, tiny_vit
 from tests.test_every_timm import wake
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import LoRACallback, fused, thin
+from lora_lightning import LoRACallback, fused
+from lora_lightning.lora.fused import thin_matmul
 
 torch.set_num_threads(1)
 
@@ -41,9 +42,9 @@ def fused_at_any_size():
 def as_if_inputs_were_large():
     """No input is too small; backward passes go in pieces of few rows, on two threads."""
     with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
-        patch.setattr(thin, "_PIECE", 32)
-        patch.setattr(thin, "_FEWEST", 2)
-        patch.setattr(thin, "_WORTH", 0)
+        patch.setattr(thin_matmul, "_PIECE", 32)
+        patch.setattr(thin_matmul, "_FEWEST", 2)
+        patch.setattr(thin_matmul, "_WORTH", 0)
         patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
 
@@ -116,7 +117,7 @@ def trainer(tmp_path, *callbacks, **options) -> pl.Trainer:
 @torch.no_grad()
 def randomise(model: nn.Module, std: float = 0.1, seed: int = 0) -> None:
     """Give every B random values, so that adapters have an effect."""
-    from lora_lightning.factors import Factors
+    from lora_lightning.lora.factors import Factors
 
     generator = torch.Generator().manual_seed(seed)
     for factors in (m for m in model.modules() if isinstance(m, Factors)):

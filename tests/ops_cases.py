@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning import fused, inject
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
 
 
 def adapted(*layers: nn.Module, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:

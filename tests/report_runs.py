@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.results import Prediction, Row, Run
+from lora_lightning.report.results import Prediction, Row, Run
 
 SOURCE, LORA, FULL = "source only", "LoRA, target labels", "full fine-tuning, target labels"
 COSTS: dict[str, tuple[int, int | None]] = {SOURCE: (0, None), LORA: (100_000, 412_345)}

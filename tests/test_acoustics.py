@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lightning.data import rooms
-from lora_lightning.data.acoustics import (
+from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.speech.data.synthetic import rooms
+from lora_lightning.speech.data.synthetic.acoustics import (
     ENVIRONMENTS,
     BandLimit,
     Clipping,
@@ -24,8 +25,7 @@ from lora_lightning.data.acoustics import (
     Telephone,
     environment,
 )
-from lora_lightning.data.utterances import Utterance
-from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.speech.data.utterances import Utterance
 
 RATE = 16_000
 ROOM = Room((4.0, 3.0, 2.6), 0.3)
@@ -206,7 +206,7 @@ def sums() -> str:
 
 def test_another_process_hears_the_same():
     program = "import torch; torch.set_num_threads(1)\n"
-    program += "from lora_lightning.data.acoustics import environment\n"
+    program += "from lora_lightning.speech.data.synthetic.acoustics import environment\n"
     program += f"{inspect.getsource(sums)}print(sums())"
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from lora_lightning.adaptation import closed_form
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction import alignment
 
 METHODS = [
-    alignment.nearest_centroid,
-    alignment.subspace_alignment,
-    alignment.nmf_subspace,
-    alignment.coral,
+    closed_form.nearest_centroid,
+    closed_form.subspace_alignment,
+    closed_form.nmf_subspace,
+    closed_form.coral,
 ]
 
 
@@ -51,17 +51,17 @@ def test_subspace_alignment_is_its_equation():
     s, t = z[0].numpy() @ xs @ xs.T @ xt, z[1].numpy() @ xt
     centres = np.stack([s[labels == k].mean(0) for k in range(3)])
     nearest = np.linalg.norm(t[:, None] - centres, axis=2).argmin(1)
-    said = alignment.subspace_alignment(source, labels, target).argmax(1)
+    said = closed_form.subspace_alignment(source, labels, target).argmax(1)
     assert said.tolist() == nearest.tolist()
 
 
 def test_coral_gives_the_source_the_targets_covariance():
     source, _, target = domains()
     mixed = target @ torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator())).Q
-    s, t = alignment._standardised(source), alignment._standardised(mixed)
-    moved = s @ alignment._power(s, -0.5) @ alignment._power(t, 0.5)
-    inverse = np.linalg.inv(alignment._power(s, 0.5))
-    np.testing.assert_allclose(alignment._power(s, -0.5), inverse, atol=1e-9)
+    s, t = closed_form._standardised(source), closed_form._standardised(mixed)
+    moved = s @ closed_form._power(s, -0.5) @ closed_form._power(t, 0.5)
+    inverse = np.linalg.inv(closed_form._power(s, 0.5))
+    np.testing.assert_allclose(closed_form._power(s, -0.5), inverse, atol=1e-9)
     before = np.linalg.norm(np.cov(s.T) - np.cov(t.T))
     assert np.linalg.norm(np.cov(moved.T) - np.cov(t.T)) < 0.7 * before
 
@@ -69,13 +69,13 @@ def test_coral_gives_the_source_the_targets_covariance():
 def test_what_cannot_be_aligned_is_said():
     source, labels, target = domains()
     with pytest.raises(DataError, match="do not fit"):
-        alignment.coral(source, labels[:-1], target)
+        closed_form.coral(source, labels[:-1], target)
     with pytest.raises(DataError, match="do not fit"):
-        alignment.coral(source, labels, target[:, :-1])
+        closed_form.coral(source, labels, target[:, :-1])
     with pytest.raises(DataError, match="two classes"):
-        alignment.nearest_centroid(source, torch.zeros(300, dtype=torch.long), target)
+        closed_form.nearest_centroid(source, torch.zeros(300, dtype=torch.long), target)
     with pytest.raises(ConfigError, match="energy"):
-        alignment.subspace_alignment(source, labels, target, energy=1.5)
+        closed_form.subspace_alignment(source, labels, target, energy=1.5)
     constant = source.clone()
     constant[:, 0] = 1  # a dead unit
-    assert alignment.nmf_subspace(constant, labels, target).isfinite().all()
+    assert closed_form.nmf_subspace(constant, labels, target).isfinite().all()

@@ -7,10 +7,10 @@ import pytest
 import soundfile
 import torch
 
-from lora_lightning.data import audio
-from lora_lightning.data.audio import check_audio, checked, read_audio
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.speech.data import audio
+from lora_lightning.speech.data.audio import check_audio, checked, read_audio
+from lora_lightning.speech.data.utterances import Utterance
 
 
 def tone(seconds=0.5, rate=16000, hertz=440.0, level=0.3):

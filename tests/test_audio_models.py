@@ -9,8 +9,8 @@ import torchaudio.models as ta
 from torchaudio import pipelines
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.audio_models import load_audio_model
-from lora_lightning.tasks.named import named_recogniser
+from lora_lightning.speech.tasks.audio_models import load_audio_model
+from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 from tests import audio_zoo
 
 BUNDLES = [n for n in pipelines.__all__ if not isinstance(getattr(pipelines, n), type)]

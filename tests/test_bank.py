@@ -13,7 +13,7 @@ from lora_lightning import AdapterBank, load_adapter, merge
 from lora_lightning.bank import products
 from lora_lightning.bank.layout import Layout
 from lora_lightning.errors import AdapterError
-from lora_lightning.probe import difference, run
+from lora_lightning.model.probing import difference, run
 from tests.audio_zoo import build
 from tests.bank_cases import IMAGES, NAMES, SWIN, check, images, one_by_one, small, write
 from tests.conftest import tiny_vit

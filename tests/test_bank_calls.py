@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning import AdapterBank, load_adapter
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
 from tests.bank_cases import Layer, check, same, tiny, write
 
 # ---- what the model writes into --------------------------------------------------------------

@@ -17,7 +17,7 @@ from lora_lightning.errors import (
     BaseMismatchError,
     ConfigError,
 )
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
 from tests.bank_cases import one_by_one, tiny, write
 
 

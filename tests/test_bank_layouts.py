@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning import AdapterBank, load_adapter, set_active
 from lora_lightning.bank.layout import Layout, Seen, locate
 from lora_lightning.errors import AdapterError
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
 from tests.bank_cases import SWIN, images, one_by_one, small, tiny, write
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning import AdapterBank
-from lora_lightning.probe import difference, run
+from lora_lightning.model.probing import difference, run
 from tests.bank_cases import check, one_by_one, tiny, write
 
 

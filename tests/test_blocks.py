@@ -25,7 +25,7 @@ from lora_lightning import (
     unmerge,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
 from tests.conftest import tiny_vit
 
 

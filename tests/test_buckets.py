@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.buckets import BucketSampler
 from lora_lightning.errors import ConfigError
+from lora_lightning.speech.data.buckets import BucketSampler
 
 lengths = st.lists(st.floats(0.01, 100.0), max_size=80)
 options = st.fixed_dictionaries(
@@ -152,8 +152,8 @@ import lightning.pytorch as pl
 import numpy as np
 import soundfile
 
-from lora_lightning.data.speech import SpeechData
-from lora_lightning.data.utterances import Utterance
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.data.utterances import Utterance
 from tests.conftest import trainer
 from tests.test_speech_data import Listener
 

@@ -34,8 +34,8 @@ from lora_lightning.errors import (
     TargetError,
     VerificationError,
 )
-from lora_lightning.factors import Factors
-from lora_lightning.state import named_factors
+from lora_lightning.lora.factors import Factors
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, lora, tiny_vit, trainer
 
 

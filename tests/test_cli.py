@@ -151,7 +151,7 @@ def test_errors_are_one_message_and_exit_code_2(arguments, message, capsys, tmp_
 
 
 def test_ctrl_c_in_training_ends_the_run(tmp_path, capsys, monkeypatch):
-    from lora_lightning.tasks.classification import Classifier
+    from lora_lightning.vision.classifier import Classifier
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
-from lora_lightning.probe import difference, run
-from lora_lightning.state import named_factors, state_of
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors, state_of
 from tests.conftest import randomise, tiny_vit
 from tests.zoo import ZOO, targets
 

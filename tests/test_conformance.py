@@ -25,9 +25,9 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import BaseMismatchError, ConfigError
-from lora_lightning.patterns import matches
-from lora_lightning.probe import difference
-from lora_lightning.state import named_factors
+from lora_lightning.model.patterns import matches
+from lora_lightning.model.probing import difference
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.test_every_timm import wake
 from tests.zoo import ZOO
@@ -274,7 +274,7 @@ def test_factors_reach_the_optimizer(tmp_path):
 def test_layer_drop_under_ddp_is_refused_with_the_remedy(tmp_path):
     from lightning.pytorch.strategies import DDPStrategy
 
-    from lora_lightning.trainer_checks import check_unused_parameters
+    from lora_lightning.training.checks import check_unused_parameters
 
     class FakeTrainer:
         strategy = DDPStrategy()

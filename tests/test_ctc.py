@@ -10,13 +10,13 @@ from torch import nn
 from torchaudio.models import wav2vec2_model
 
 from lora_lightning import LoRACallback
-from lora_lightning.data.speech import SpeechData
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
-from lora_lightning.tasks.decoding import add, beam_search, greedy, prefixes
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
+from lora_lightning.speech.tasks.decoding import add, beam_search, greedy, prefixes
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from tests.conftest import trainer
 from tests.test_recognisers import TINY, sounds
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lightning.decompose import (
+from lora_lightning.errors import DecompositionError
+from lora_lightning.linalg.decompose import (
     effective_rank,
     energy_rank,
     explained_variance,
@@ -18,8 +19,7 @@ from lora_lightning.decompose import (
     spectrum,
     truncated_svd,
 )
-from lora_lightning.errors import DecompositionError
-from lora_lightning.streaming import StreamingSVD
+from lora_lightning.linalg.streaming_svd import StreamingSVD
 
 D = torch.float64
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from lora_lightning.distances import (
+from lora_lightning.adaptation.shift.distances import (
     Moments,
     bootstrap,
     coral_distance,
@@ -86,10 +86,10 @@ def test_the_interval_holds_the_distance_and_narrows_with_more_items():
 
 
 def test_many_items_are_drawn_from(monkeypatch):
-    monkeypatch.setattr("lora_lightning.distances.MOST", 300)
+    monkeypatch.setattr("lora_lightning.adaptation.shift.distances.MOST", 300)
     a, b = normal(2000), normal(2000, seed=1) + 1
     small = mmd(a, b)
-    monkeypatch.setattr("lora_lightning.distances.MOST", 2000)
+    monkeypatch.setattr("lora_lightning.adaptation.shift.distances.MOST", 2000)
     assert small == pytest.approx(mmd(a, b), rel=0.2)
 
 

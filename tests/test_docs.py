@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import lora_lightning
-from lora_lightning import cli, recipe
+from lora_lightning import cli
+from lora_lightning.runner import loading
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -163,12 +164,12 @@ def test_commands_parse(name):
             continue  # spoken of, not typed
         parsed = cli._parser().parse_args(arguments)
         if arguments[0] == "run" and Path(parsed.name).name == "lighting":
-            recipe.apply_overrides(settings(), parsed.overrides)
+            loading.apply_overrides(settings(), parsed.overrides)
 
 
 @functools.cache
 def settings():
-    return recipe.load_recipe("lighting")
+    return loading.load_recipe("lighting")
 
 
 def test_the_reader_of_commands_sees_them_all():

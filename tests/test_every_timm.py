@@ -17,8 +17,8 @@ from timm.models._registry import _module_to_models
 from torch import nn
 
 from lora_lightning import inject, remove, verify
-from lora_lightning.probe import difference, randomised, run, without_noise
-from lora_lightning.state import named_factors
+from lora_lightning.model.probing import difference, randomised, run, without_noise
+from lora_lightning.model.state import named_factors
 
 SMALLEST: dict[str, str] = json.loads(Path(__file__).with_name("timm_smallest.json").read_text())
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 384)

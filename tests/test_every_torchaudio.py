@@ -28,15 +28,15 @@ from lora_lightning import (
     unmerge,
     verify,
 )
-from lora_lightning import state as states
 from lora_lightning.errors import AdapterError
-from lora_lightning.families import by_structure, by_table
-from lora_lightning.family_tables import TORCHAUDIO, TORCHAUDIO_HEADS
-from lora_lightning.patterns import matches
-from lora_lightning.probe import difference, randomised, run, without_noise
-from lora_lightning.structure import below, classifier_modules
-from lora_lightning.targets import _layers
-from lora_lightning.tasks.recognisers import ConformerCTC
+from lora_lightning.model import state as states
+from lora_lightning.model.families import by_structure, by_table
+from lora_lightning.model.family_tables import TORCHAUDIO, TORCHAUDIO_HEADS
+from lora_lightning.model.introspection import below, classifier_modules
+from lora_lightning.model.patterns import matches
+from lora_lightning.model.probing import difference, randomised, run, without_noise
+from lora_lightning.model.targets import _layers
+from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from tests.audio_zoo import MODELS, RNNT, build, wav2vec2
 from tests.conftest import Module, randomise, trainer
 

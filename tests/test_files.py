@@ -284,7 +284,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
     script = textwrap.dedent(f"""
         import os, signal
-        from lora_lightning import fileformat
+        from lora_lightning.model.adapter_file import format as fileformat
         import torch
         path = __import__("pathlib").Path({str(path)!r})
         fileformat.write(path, {{"a": torch.zeros(4)}}, {{}})

@@ -33,10 +33,10 @@ from lora_lightning import (
     unmerge,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError, ConfigError, DataError
-from lora_lightning.fitting import Look, choose, diagnose
-from lora_lightning.held_out import losses_of, one_by_one
-from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, undone
-from lora_lightning.state import named_factors
+from lora_lightning.model.shrink import adapter_values, pull_to_source, restore, undone
+from lora_lightning.model.state import named_factors
+from lora_lightning.training.gain_test import Look, choose, diagnose
+from lora_lightning.training.validation_losses import losses_of, one_by_one
 from tests.conftest import Module, randomise, tiny_vit, trainer
 
 KINDS = {

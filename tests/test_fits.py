@@ -20,8 +20,8 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import AdapterError, BaseMismatchError, ConfigError, VerificationError
-from lora_lightning.probe import difference
-from lora_lightning.state import named_factors
+from lora_lightning.model.probing import difference
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, lora, randomise, tiny_vit, trainer
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from lora_lightning.adaptation.closed_form import lame, recentred
+from lora_lightning.adaptation.label_propagation import propagate
+from lora_lightning.adaptation.temperature import fitted_temperature, matched_temperature
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction.calibration import fitted_temperature, matched_temperature
-from lora_lightning.transduction.gradient_free import lame, recentred
-from lora_lightning.transduction.propagation import propagate
 
 # Two items that lie together, one of them wrong, and one alone.
 FEATURES = torch.tensor([[1.0, 0.0], [1.0, 0.05], [0.0, 1.0], [0.05, 1.0]])

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from lora_lightning.adaptation import validators as v
+from lora_lightning.adaptation.guard import Guard, Limits
+from lora_lightning.adaptation.selection import Candidate, select
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction import validators as v
-from lora_lightning.transduction.guard import Guard, Limits
-from lora_lightning.transduction.selection import Candidate, select
 
 
 def said(labels, sure=0.7, classes=4):

@@ -22,7 +22,6 @@ from lora_lightning import (
     unmerge,
     verify,
 )
-from lora_lightning.decompose import truncated_svd
 from lora_lightning.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -30,10 +29,11 @@ from lora_lightning.errors import (
     DataError,
     DecompositionError,
 )
-from lora_lightning.gathering import observed
-from lora_lightning.initialize import METHODS
-from lora_lightning.probe import difference, run
-from lora_lightning.state import named_factors
+from lora_lightning.linalg.decompose import truncated_svd
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.model.data_driven.activations import observed
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors
 from tests.audio_zoo import MODELS
 from tests.audio_zoo import build as build_audio
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
@@ -114,7 +114,7 @@ def test_pissa_and_milora_split_the_spectrum():
 
 
 def test_a_large_weight_is_decomposed_at_random_and_well(monkeypatch):
-    monkeypatch.setattr("lora_lightning.initialize.RANDOMISED_FROM", 8)
+    monkeypatch.setattr("lora_lightning.lora.initialisation.RANDOMISED_FROM", 8)
     left, right = torch.randn(40, 2), torch.randn(2, 30)
     w = left @ right
     f = one(w, "pissa", rank=2)

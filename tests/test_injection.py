@@ -21,7 +21,6 @@ from lora_lightning import (
     unmerge,
     verify,
 )
-from lora_lightning.adapter import AdaptedModule
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
@@ -30,9 +29,10 @@ from lora_lightning.errors import (
     TargetError,
     WeightWriteError,
 )
-from lora_lightning.probe import difference
-from lora_lightning.state import named_factors
-from lora_lightning.trainer_checks import check_still_frozen
+from lora_lightning.lora.adapted_module import AdaptedModule
+from lora_lightning.model.probing import difference
+from lora_lightning.model.state import named_factors
+from lora_lightning.training.checks import check_still_frozen
 from tests.conftest import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_lightning import disabled, inject, merge, remove, unmerge, verify
 from lora_lightning.errors import TargetError
-from lora_lightning.probe import difference, run
-from lora_lightning.state import named_factors
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors
 from tests.conftest import randomise
 from tests.zoo import ZOO, targets
 

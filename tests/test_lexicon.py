@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.decoding import NEVER, prefixes
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.lexicon import END, START, Lexicon, LexiconSearch
+from lora_lightning.speech.tasks.decoding import NEVER, prefixes
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.lexicon import END, START, Lexicon, LexiconSearch
 
 AB = Labels(["-", " ", "a", "b"])
 

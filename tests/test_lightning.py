@@ -76,7 +76,7 @@ warnings.simplefilter("ignore")
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lora_lightning import LoRACallback
-from lora_lightning.state import named_factors
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, trainer
 
 seed_everything(0, verbose=False)

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_lightning import inject, load_adapter, remove, save_adapter
 from lora_lightning.errors import ConfigError
-from lora_lightning.fileformat import read
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.state import base_modules, named_factors
-from lora_lightning.tree import find, walk
+from lora_lightning.lora.module_tree import find, walk
+from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.state import base_modules, named_factors
 from tests.conftest import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

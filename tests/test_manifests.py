@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.data import manifests
-from lora_lightning.data.manifests import load_utterances, write_manifest
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
+from lora_lightning.speech.data import manifests
+from lora_lightning.speech.data.manifests import load_utterances, write_manifest
+from lora_lightning.speech.data.utterances import Utterance
 
 
 def write(path, text="", encoding="utf-8"):

@@ -7,7 +7,7 @@ import torch
 from sklearn import decomposition
 
 from lora_lightning.errors import DecompositionError
-from lora_lightning.nmf import nmf, semi_nmf
+from lora_lightning.linalg.nmf import nmf, semi_nmf
 
 D = torch.float64
 

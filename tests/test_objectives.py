@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lora_lightning import inject
+from lora_lightning.adaptation import objectives as o
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction import objectives as o
-from lora_lightning.transduction.ctc_objectives import (
+from lora_lightning.speech.ctc_objectives import (
     dust,
     non_blank_rate,
     normalised_distance,

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning import fused, inject, ops
+from lora_lightning import fused, inject
 from lora_lightning.errors import AdapterError
-from lora_lightning.plan import LowRank, switches
-from lora_lightning.probe import difference
+from lora_lightning.lora.fused import linear as ops
+from lora_lightning.lora.fused.plan import LowRank, switches
+from lora_lightning.model.probing import difference
 from tests.ops_cases import adapted, agree, results
 
 pytestmark = pytest.mark.usefixtures("as_if_inputs_were_large")

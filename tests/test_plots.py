@@ -10,11 +10,11 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from lora_lightning import plots
-from lora_lightning.plots.domains import _apart
-from lora_lightning.plots.items import MOST_LABELS, _confusion, sample
-from lora_lightning.plots.spectra import _without_common_prefix
-from lora_lightning.results import Prediction
+from lora_lightning.report import plots
+from lora_lightning.report.plots.domains import _apart
+from lora_lightning.report.plots.items import MOST_LABELS, _confusion, sample
+from lora_lightning.report.plots.spectra import _without_common_prefix
+from lora_lightning.report.results import Prediction
 from tests.report_runs import make_run, row, three_seeds
 
 

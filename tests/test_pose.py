@@ -14,27 +14,37 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from lora_lightning import plots
-from lora_lightning.averages import Summary
-from lora_lightning.callback import LoRACallback
-from lora_lightning.data.fronts import FRONTS
-from lora_lightning.data.meshes import make_mesh
-from lora_lightning.data.posed_images import PoseDomains
-from lora_lightning.data.poses import LABELS, Pose, read_poses, write_poses
-from lora_lightning.data.rendered import render_domains
-from lora_lightning.data.scene import Renderer
-from lora_lightning.data.worlds import WORLDS
+from lora_lightning.adaptation.closed_form import ALIGNMENTS, regressed
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.html import page
-from lora_lightning.recipe import load_recipe, run_recipe
-from lora_lightning.report import verdict
-from lora_lightning.results import Prediction
-from lora_lightning.runs.pose import METHODS
-from lora_lightning.tasks.pose import PoseRegressor, angle, circular_error, direction, mirrored
-from lora_lightning.transduction.alignment import ALIGNMENTS, regressed
-from lora_lightning.transduction.mirror import PoseLimits, Twice, judge
-from lora_lightning.transduction.poses import TransductivePose
-from lora_lightning.units import AZIMUTH_ERROR, angle_between
+from lora_lightning.report import plots
+from lora_lightning.report.html import page
+from lora_lightning.report.metrics import AZIMUTH_ERROR, angle_between
+from lora_lightning.report.results import Prediction
+from lora_lightning.report.summary import Summary
+from lora_lightning.report.write import verdict
+from lora_lightning.runner.loading import load_recipe, run_recipe
+from lora_lightning.training.lora_callback import LoRACallback
+from lora_lightning.vision.data.pose_domains import (
+    LABELS,
+    Pose,
+    PoseDomains,
+    read_poses,
+    write_poses,
+)
+from lora_lightning.vision.data.synthetic.meshes import make_mesh
+from lora_lightning.vision.data.synthetic.rendered import render_domains
+from lora_lightning.vision.data.synthetic.scene import Renderer
+from lora_lightning.vision.data.synthetic.shapes import FRONTS
+from lora_lightning.vision.data.synthetic.worlds import WORLDS
+from lora_lightning.vision.pose_recipe import METHODS
+from lora_lightning.vision.pose_regressor import (
+    PoseRegressor,
+    angle,
+    circular_error,
+    direction,
+    mirrored,
+)
+from lora_lightning.vision.pose_self_training import PoseLimits, TransductivePose, Twice, judge
 from tests.miniature import TINY, photos
 from tests.report_runs import FULL, LORA, SOURCE, make_run, row
 
@@ -202,10 +212,10 @@ def test_pictures_come_with_their_azimuth_and_mirrored_ones_with_its_negative(re
 def test_a_mirrored_picture_is_that_of_the_mirrored_view():
     """Of a symmetric object under a light from the front; the background is plain."""
     pytest.importorskip("panda3d")
-    from lora_lightning.data.backgrounds import Background
-    from lora_lightning.data.lighting import Lighting
-    from lora_lightning.data.meshes import Material
-    from lora_lightning.data.scene import Camera
+    from lora_lightning.vision.data.synthetic.backgrounds import Background
+    from lora_lightning.vision.data.synthetic.lighting import Lighting
+    from lora_lightning.vision.data.synthetic.meshes import Material
+    from lora_lightning.vision.data.synthetic.scene import Camera
 
     grey = np.full(3, 0.5)
     material = Material("plain", grey, grey, 1.0, True)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_lightning import PrefixCache, disabled, inject, merge, remove, set_active, unmerge
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.store import Store
-from lora_lightning.probe import floats
+from lora_lightning.model.probing import floats
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.store import Store
 from tests.audio_zoo import _LARGE, _WAV2VEC2, noise
 from tests.conftest import randomise
 

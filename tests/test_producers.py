@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import fused
-from lora_lightning.probe import difference
-from lora_lightning.producers import recipe_for
+from lora_lightning.lora.fused.recompute import recipe_for
+from lora_lightning.model.probing import difference
 from tests.ops_cases import adapted, agree
 
 pytestmark = pytest.mark.usefixtures("as_if_inputs_were_large")

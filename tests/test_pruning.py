@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import LoRACallback, disabled, inject, load_adapter, read_header, verify
-from lora_lightning.decompose import product_svd
 from lora_lightning.errors import ConfigError
-from lora_lightning.probe import difference, run
-from lora_lightning.pruning import Pruner, alive, orthogonalise
-from lora_lightning.state import named_factors
+from lora_lightning.linalg.decompose import product_svd
+from lora_lightning.model.data_driven.prune import Pruner, alive, orthogonalise
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors
 from tests.audio_zoo import wav2vec2
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 

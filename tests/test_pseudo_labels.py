@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from lora_lightning.adaptation import pseudo_labels as pl
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction import pseudo_labels as pl
 
 # Two groups by direction; the third item of the first is predicted wrongly.
 FEATURES = torch.tensor([[1.0, 0], [1, 0.1], [1, 0.2], [0, 1.0], [0.1, 1], [0.2, 1]])

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from lora_lightning import LoRACallback
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.lexicon import Lexicon
-from lora_lightning.tasks.recognisers import ConformerCTC
-from lora_lightning.transduction.speech_guard import SpeechLimits
-from lora_lightning.transduction.transcripts import PseudoTranscriptCallback
+from lora_lightning.speech.data.utterances import Utterance
+from lora_lightning.speech.self_training import PseudoTranscriptCallback
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.lexicon import Lexicon
+from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.transcript_guard import SpeechLimits
 
 LABELS = Labels(["-", " ", "a", "b"])
 

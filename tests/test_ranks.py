@@ -21,9 +21,9 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError, ConfigError, DataError
-from lora_lightning.probe import difference, run
-from lora_lightning.ranks import RULES, Spectrum, choose, spectrum_of
-from lora_lightning.state import named_factors
+from lora_lightning.lora.rank_rules import RULES, Spectrum, choose, spectrum_of
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, randomise, tiny_vit, trainer
 from tests.zoo import ZOO, targets
 

@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_lightning import load_adapter, shift
-from lora_lightning.data.worlds import WORLDS
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
-from lora_lightning.recipe import (
+from lora_lightning.runner.loading import (
     apply_overrides,
     comments,
     find_recipe,
@@ -24,10 +23,11 @@ from lora_lightning.recipe import (
     settings,
     yaml_comments,
 )
-from lora_lightning.runs import settings as typed
-from lora_lightning.runs.methods import METHODS
-from lora_lightning.tasks.backbones import create_backbone
-from lora_lightning.tasks.classification import Classifier
+from lora_lightning.vision import settings as typed
+from lora_lightning.vision.backbones import create_backbone
+from lora_lightning.vision.classifier import Classifier
+from lora_lightning.vision.data.synthetic.worlds import WORLDS
+from lora_lightning.vision.methods import METHODS
 from tests.miniature import TINY, TINY_TRANSLATION, photos
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*/recipe.yaml"))

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, merge, remove, verify
-from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.named import named_recogniser
-from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.named_recogniser import named_recogniser
+from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
 from tests.conftest import randomise
 
 TINY = {"n_mels": 20, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "kernel_size": 7,

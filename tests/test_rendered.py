@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from lora_lightning.data import rendered
-from lora_lightning.data.meshes import CLASSES
-from lora_lightning.data.rendered import render_domains
-from lora_lightning.data.worlds import WORLDS
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.vision.data.synthetic import rendered
+from lora_lightning.vision.data.synthetic.meshes import CLASSES
+from lora_lightning.vision.data.synthetic.rendered import render_domains
+from lora_lightning.vision.data.synthetic.worlds import WORLDS
 
 pytest.importorskip("panda3d")
 pytest.importorskip("trimesh")

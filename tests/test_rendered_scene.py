@@ -5,12 +5,12 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from lora_lightning.data.backgrounds import Background
-from lora_lightning.data.lighting import LIGHTINGS, Lighting, ShadowMap
-from lora_lightning.data.meshes import CLASSES, make_mesh
-from lora_lightning.data.scene import Camera, Renderer
-from lora_lightning.data.worlds import WORLDS, World, things_in_front
 from lora_lightning.errors import ConfigError
+from lora_lightning.vision.data.synthetic.backgrounds import Background
+from lora_lightning.vision.data.synthetic.lighting import LIGHTINGS, Lighting, ShadowMap
+from lora_lightning.vision.data.synthetic.meshes import CLASSES, make_mesh
+from lora_lightning.vision.data.synthetic.scene import Camera, Renderer
+from lora_lightning.vision.data.synthetic.worlds import WORLDS, World, things_in_front
 
 pytest.importorskip("panda3d")
 pytest.importorskip("trimesh")

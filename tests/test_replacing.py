@@ -22,9 +22,9 @@ from lora_lightning import (
     unmerge,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError
-from lora_lightning.factors import Factors
-from lora_lightning.fileformat import read
-from lora_lightning.state import adapted_layers, named_factors, state_of
+from lora_lightning.lora.factors import Factors
+from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.state import adapted_layers, named_factors, state_of
 from tests.conftest import tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -363,7 +363,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_is_read_that_safetensors_refuses(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr("lora_lightning.fileformat._parse", lambda metadata, path: metadata)
+    monkeypatch.setattr(
+        "lora_lightning.model.adapter_file.format._parse", lambda metadata, path: metadata
+    )
     path = tmp_path / "a.safetensors"
     LAYOUTS[layout](path)
     try:

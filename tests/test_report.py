@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_lightning import plots
-from lora_lightning.averages import Summary
-from lora_lightning.report import Prediction, Row, Run, print_table, verdict, write_report
+from lora_lightning.report import plots
+from lora_lightning.report.summary import Summary
+from lora_lightning.report.write import (
+    Prediction,
+    Row,
+    Run,
+    print_table,
+    verdict,
+    write_report,
+)
 from tests.report_runs import FULL, LORA, SOURCE, make_run, row, three_seeds
 
 

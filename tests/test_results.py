@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.averages import Summary
-from lora_lightning.wording import shorten, si
+from lora_lightning.report.metrics import shorten, si
+from lora_lightning.report.summary import Summary
 from tests.report_runs import LORA, make_run, row
 
 

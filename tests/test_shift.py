@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, SourceStatistics, inject, merge, shift
+from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
+from lora_lightning.adaptation.shift.features import features_of
+from lora_lightning.adaptation.shift.measure import compare, proxy_a_distance
+from lora_lightning.adaptation.shift.verdict import FAR, NEAR, verdict
+from lora_lightning.adaptation.validators import thresholded_confidence
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.features import features_of
-from lora_lightning.second_opinion import second_opinion
-from lora_lightning.shifts import compare, proxy_a_distance
-from lora_lightning.transduction.validators import thresholded_confidence
-from lora_lightning.verdicts import FAR, NEAR, verdict
 from tests.conftest import randomise, tiny_vit
 
 

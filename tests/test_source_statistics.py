@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, SourceStatistics, disabled, inject
-from lora_lightning.batchnorm import reestimated
+from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
+from lora_lightning.adaptation.shift.features import HEAD, features_of
+from lora_lightning.adaptation.shift.source_statistics import LayerStatistics
+from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
-from lora_lightning.features import HEAD, features_of
-from lora_lightning.second_opinion import second_opinion
-from lora_lightning.source_statistics import LayerStatistics
-from lora_lightning.transduction.task import SOURCE_ITEMS
+from lora_lightning.model.batch_norm import reestimated
 from tests.conftest import randomise, tiny_vit
 
 
@@ -150,7 +150,7 @@ def test_a_second_opinion_is_by_the_items_own_statistics():
 
 
 def test_a_second_opinion_of_many_items_asks_some(monkeypatch):
-    monkeypatch.setattr("lora_lightning.second_opinion.MOST", 10)
+    monkeypatch.setattr("lora_lightning.adaptation.shift.batch_norm_agreement.MOST", 10)
     model = timm.create_model("test_resnet", num_classes=4)
     x = pictures(30)
     found = second_opinion(model, x, model)

@@ -8,13 +8,13 @@ import torch
 
 from lora_lightning import load_adapter
 from lora_lightning.cli import main
-from lora_lightning.data.espeak import Voice
-from lora_lightning.data.manifests import load_utterances, write_manifest
-from lora_lightning.data.spoken import LISTING, spoken_set
-from lora_lightning.runs import enrolment as run_enrolment
-from lora_lightning.runs import speakers as run
-from lora_lightning.runs import untranscribed
-from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.speech import enrolment as run_enrolment
+from lora_lightning.speech import speakers as run
+from lora_lightning.speech import speakers as untranscribed
+from lora_lightning.speech.data.manifests import load_utterances, write_manifest
+from lora_lightning.speech.data.synthetic.espeak import Voice
+from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
+from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
 from tests.test_recognisers import TINY
 
 VOICES = {"anna": Voice("en-us", "f2"), "boris": Voice("de", "m3")}

@@ -11,11 +11,11 @@ import soundfile
 import torch
 from torch import nn
 
-from lora_lightning.data.audio import checked, read_audio
-from lora_lightning.data.batches import DataWarning
-from lora_lightning.data.speech import SpeechData, split_by_speaker
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.speech.data.audio import checked, read_audio
+from lora_lightning.speech.data.batches import DataWarning
+from lora_lightning.speech.data.speech_data import SpeechData, split_by_speaker
+from lora_lightning.speech.data.utterances import Utterance
 
 from .conftest import trainer
 
@@ -121,7 +121,9 @@ def test_setup_checks_once_and_lists_what_it_leaves_out(tmp_path, monkeypatch):
     d.setup("fit")
     assert d.skipped == [(str(items[1].path), "empty: 0 bytes")]
     assert [i.path for i in d.items["train"]] == [items[0].path, items[2].path]
-    monkeypatch.setattr("lora_lightning.data.audio.check_audio", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(
+        "lora_lightning.speech.data.audio.check_audio", lambda *_: pytest.fail("again")
+    )
     d.setup("test")
     assert len(d.skipped) == 1
 
@@ -173,7 +175,7 @@ def test_a_warning_is_one_line(tmp_path):
     assert warnings.formatwarning(w.message, w.category, w.filename, w.lineno) == line
 
 
-@pytest.mark.filterwarnings("ignore::lora_lightning.data.batches.DataWarning")
+@pytest.mark.filterwarnings("ignore::lora_lightning.speech.data.batches.DataWarning")
 def test_a_lost_batch_ends_no_epoch_of_measuring(tmp_path):
     items = speech(tmp_path, 5)
     d = data(test=items, max_batch=1)
@@ -186,7 +188,7 @@ def test_a_lost_batch_ends_no_epoch_of_measuring(tmp_path):
     assert module.tested == ["1", "3", "4"]
 
 
-@pytest.mark.filterwarnings("ignore::lora_lightning.data.batches.DataWarning")
+@pytest.mark.filterwarnings("ignore::lora_lightning.speech.data.batches.DataWarning")
 def test_nothing_left_to_train_on(tmp_path):
     items = speech(tmp_path, 3)
     d = data(train=items)
@@ -231,7 +233,7 @@ def test_memory_is_kept_to(tmp_path, monkeypatch):
     assert 0 < sum(w.nbytes for w in held.values()) <= 0.02 * 2**20
     read = []
     monkeypatch.setattr(
-        "lora_lightning.data.batches.read_audio",
+        "lora_lightning.speech.data.batches.read_audio",
         lambda path, rate: read.append(path) or read_audio(path, rate),
     )
     again = flat(names(d.test_dataloader()))

@@ -7,8 +7,8 @@ import torch
 
 from lora_lightning import load_adapter
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.recipe import run_recipe
-from lora_lightning.tasks.recognisers import load_recogniser
+from lora_lightning.runner.loading import run_recipe
+from lora_lightning.speech.tasks.recognisers import load_recogniser
 
 TINY = [
     "accelerator=cpu", "enrolment=[1,2]", "headline=2", "data.test=2", "train.lora.steps=[1,2]",
@@ -105,8 +105,8 @@ def test_what_cannot_be_run_is_said_first(tmp_path, overrides, message):
 
 
 def test_too_few_recordings_or_no_transcripts(tmp_path):
-    from lora_lightning.data.spoken import spoken_set
-    from lora_lightning.data.voices import target_voices
+    from lora_lightning.speech.data.synthetic.spoken import spoken_set
+    from lora_lightning.speech.data.synthetic.voices import target_voices
 
     folder = spoken_set(
         tmp_path / "set", speakers=target_voices(["dutch"]), utterances=3, progress=False

@@ -13,12 +13,13 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from lora_lightning import listen, plots
-from lora_lightning.averages import Summary
-from lora_lightning.plots.style import STYLE
-from lora_lightning.report import print_table, verdict, write_report
-from lora_lightning.results import Prediction, Row, Run, Transcript
-from lora_lightning.transcripts import Piece, compare, errors, telling
+from lora_lightning.report import audio as listen
+from lora_lightning.report import plots
+from lora_lightning.report.plots.style import STYLE
+from lora_lightning.report.results import Prediction, Row, Run, Transcript
+from lora_lightning.report.summary import Summary
+from lora_lightning.report.word_errors import Piece, compare, errors, telling
+from lora_lightning.report.write import print_table, verdict, write_report
 
 SIZES = (5, 20, 100)
 VOICES = ("anna", "boris", "carla")

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRACallback, disabled, inject, remove
-from lora_lightning.data.speech import SpeechData
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.recognisers import ConformerCTC
-from lora_lightning.tasks.synthesis import Tacotron2Synthesis
-from lora_lightning.tasks.transducer import RNNTMel, TransducerRecognition
-from lora_lightning.tasks.utterance import AudioClassification, AudioRegression, Pooled
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.tasks.synthesis import Tacotron2Synthesis
+from lora_lightning.speech.tasks.transducer import RNNTMel, TransducerRecognition
+from lora_lightning.speech.tasks.utterance_tasks import AudioClassification, AudioRegression, Pooled
 from tests import audio_zoo
 from tests.conftest import randomise, trainer
 from tests.test_recognisers import TINY, sounds

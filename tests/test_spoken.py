@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from lora_lightning.data import spoken
-from lora_lightning.data.espeak import Voice, speak, speak_all
-from lora_lightning.data.manifests import load_utterances
-from lora_lightning.data.phrases import phrases
-from lora_lightning.data.spoken import spoken_set
-from lora_lightning.data.voices import MOST_SOURCES, source_voices, target_voices
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.speech.data.manifests import load_utterances
+from lora_lightning.speech.data.synthetic import spoken
+from lora_lightning.speech.data.synthetic.espeak import Voice, speak, speak_all
+from lora_lightning.speech.data.synthetic.phrases import phrases
+from lora_lightning.speech.data.synthetic.spoken import spoken_set
+from lora_lightning.speech.data.synthetic.voices import MOST_SOURCES, source_voices, target_voices
 
 TWO = {"anna": Voice("en-us", "f2"), "boris": Voice("de", "whisper", rate=150)}
 
@@ -129,7 +129,7 @@ def test_phrases_differ_and_are_lower_case():
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
-    from lora_lightning.data import espeak
+    from lora_lightning.speech.data.synthetic import espeak
 
     real = builtins.__import__
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from lora_lightning import disabled, inject
-from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.adaptation.guard import Limits
+from lora_lightning.adaptation.stream import StreamAdapter
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.transduction.episodic import SingleUtterance
-from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.speech_guard import SpeechLimits
-from lora_lightning.transduction.stream import StreamAdapter
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.episodic import SingleUtterance
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.transcript_guard import SpeechLimits
 from tests.test_pseudo_transcripts import recogniser
 from tests.test_transduction import accuracy, points, source  # noqa: F401 - a fixture
 
@@ -122,7 +122,7 @@ def test_a_single_utterance_leaves_no_trace():
 
 
 def test_its_loss_falls():
-    from lora_lightning.transduction import episodic
+    from lora_lightning.speech import episodic
 
     seen, module, real = [], CTCRecognition(recogniser()), episodic.suta
     with pytest.MonkeyPatch.context() as patch:

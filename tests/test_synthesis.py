@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.synthesis import Tacotron2Synthesis
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.synthesis import Tacotron2Synthesis
 from tests import audio_zoo
 from tests.test_recognisers import sounds
 from tests.test_speech_tasks import SYMBOLS, synthesis

@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_lightning import inject
 from lora_lightning.errors import ConfigError, TargetError
-from lora_lightning.families import TIMM
-from lora_lightning.patterns import matches
-from lora_lightning.structure import block_list, classifier_modules
+from lora_lightning.model.families import TIMM
+from lora_lightning.model.introspection import block_list, classifier_modules
+from lora_lightning.model.patterns import matches
 from tests.conftest import tiny_vit
 
 
@@ -124,8 +124,8 @@ def test_the_table_matches_its_family(family):
     import json
     from pathlib import Path
 
-    from lora_lightning.families import by_table
-    from lora_lightning.targets import _layers
+    from lora_lightning.model.families import by_table
+    from lora_lightning.model.targets import _layers
 
     smallest = json.loads(Path(__file__).with_name("timm_smallest.json").read_text())
     # deit's smallest entry is a plain VisionTransformer; its own class is the distilled one.

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import disabled, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.factors import Factors
-from lora_lightning.probe import difference
-from lora_lightning.state import named_factors
+from lora_lightning.lora.factors import Factors
+from lora_lightning.model.probing import difference
+from lora_lightning.model.state import named_factors
 from tests.conftest import randomise, tiny_vit
 from tests.zoo import ZOO, targets
 

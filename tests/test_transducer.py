@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.transducer import RNNTMel, TransducerRecognition
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.transducer import RNNTMel, TransducerRecognition
 from tests import audio_zoo
 from tests.test_recognisers import sounds
 from tests.test_speech_tasks import LETTERS

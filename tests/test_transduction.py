@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask, disabled
+from lora_lightning.adaptation.teacher import Snapshot, Teacher, trained
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction.teacher import Snapshot, Teacher, trained
 from tests.conftest import trainer
 
 CLASSES, SIZE = 4, 16
@@ -235,7 +235,7 @@ def test_another_loader_is_refused(tmp_path, source, target):
 
 
 def test_labels_that_nobody_gets_are_told(tmp_path, source, target):
-    from lora_lightning.transduction.pseudo_labels import threshold
+    from lora_lightning.adaptation.pseudo_labels import threshold
 
     pseudo = PseudoLabelCallback(target[0], lambda features, p: threshold(0 * p + 0.25, 0.9))
     with pytest.raises(DataError, match=r"none of the 128 items.*confidence 0.25 below 0.90"):

@@ -11,19 +11,19 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning import LoRACallback, LoRAConfig, inject, merge, remove, unmerge, verify
-from lora_lightning.data.parallel import Pair, ParallelData, TextBatch, held_out, read_pairs
-from lora_lightning.data.register_words import GENDERS, LEXICON, SOURCE, STEMS
-from lora_lightning.data.registers import DOMAINS, Grammar, registers
-from lora_lightning.data.subwords import BEGIN, END, PAD, UNKNOWN, Subwords
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.state import named_factors
-from lora_lightning.targets import select
-from lora_lightning.tasks.greedy_translation import greedy
-from lora_lightning.tasks.translation import Translated, Translation
-from lora_lightning.tasks.translation_memory import TranslationMemory
-from lora_lightning.tasks.translators import Translator, load_translator, save_translator
-from lora_lightning.transduction.translation_guard import TranslationGuard, TranslationLimits
-from lora_lightning.transduction.translations import PseudoTranslationCallback
+from lora_lightning.model.state import named_factors
+from lora_lightning.model.targets import select
+from lora_lightning.text.decoding import greedy
+from lora_lightning.text.parallel import Pair, ParallelData, TextBatch, held_out, read_pairs
+from lora_lightning.text.self_training import PseudoTranslationCallback
+from lora_lightning.text.subwords import BEGIN, END, PAD, UNKNOWN, Subwords
+from lora_lightning.text.synthetic.register_words import GENDERS, LEXICON, SOURCE, STEMS
+from lora_lightning.text.synthetic.registers import DOMAINS, Grammar, registers
+from lora_lightning.text.translation import Translated, Translation
+from lora_lightning.text.translation_guard import TranslationGuard, TranslationLimits
+from lora_lightning.text.translation_memory import TranslationMemory
+from lora_lightning.text.translators import Translator, load_translator, save_translator
 
 SUBWORDS = Subwords.learn(["ab ba ab", "xy yx"], merges=4)
 PAIRS = [Pair("ab ba", "xy yx"), Pair("ba", "yx"), Pair("ab ab ba ab", "xy")]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lora_lightning import load_adapter
-from lora_lightning.data.parallel import Pair, TextBatch
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.recipe import load_recipe, run_recipe
-from lora_lightning.runs.translation_methods import METHODS
-from lora_lightning.tasks.translators import load_translator
+from lora_lightning.runner.loading import load_recipe, run_recipe
+from lora_lightning.text.methods import METHODS
+from lora_lightning.text.parallel import Pair, TextBatch
+from lora_lightning.text.translators import load_translator
 from tests.miniature import TINY_TRANSLATION as TINY
 
 DOMAINS = ["nautical-1", "medical-3"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.utterance import AudioClassification, Pooled
+from lora_lightning.speech.tasks.utterance_tasks import AudioClassification, Pooled
 
 
 class Fixed(nn.Module):

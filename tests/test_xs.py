@@ -27,7 +27,6 @@ from lora_lightning import (
     unmerge,
     verify,
 )
-from lora_lightning.decompose import spectrum
 from lora_lightning.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -35,10 +34,11 @@ from lora_lightning.errors import (
     DecompositionError,
     TargetError,
 )
-from lora_lightning.factors import Factors
-from lora_lightning.probe import difference, run
-from lora_lightning.state import named_factors
-from lora_lightning.xs import Basis, XSFactors, leading_halves
+from lora_lightning.linalg.decompose import spectrum
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.xs import Basis, XSFactors, leading_halves
+from lora_lightning.model.probing import difference, run
+from lora_lightning.model.state import named_factors
 from tests.conftest import Module, loader, tiny_vit, trainer
 from tests.test_many_adapters import calls
 from tests.zoo import ZOO, targets
@@ -314,7 +314,7 @@ def test_a_file_is_refused_by_a_base_with_other_vectors(tmp_path, monkeypatch):
         sign = torch.tensor([1.0, -1.0, 1.0, 1.0]).double()
         return lora_B * sign, lora_A * sign[:, None]
 
-    monkeypatch.setattr("lora_lightning.xs.leading_halves", another)
+    monkeypatch.setattr("lora_lightning.lora.xs.leading_halves", another)
     with pytest.raises(BaseMismatchError, match="for 8 of 8 of them"):
         load_adapter(copy.deepcopy(base), path)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lora_lightning.adaptation import validators as score
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction import validators as score
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lightning.adaptation.neighbours import check_features, check_probabilities, nearest
+from lora_lightning.adaptation.pseudo_labels import ALONE, PseudoLabels
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction.neighbours import check_features, check_probabilities, nearest
-from lora_lightning.transduction.pseudo_labels import ALONE, PseudoLabels
 
 SHARPNESS = 3  # of the similarities, γ in the paper
 TOLERANCE = 1e-6  # of the conjugate gradients

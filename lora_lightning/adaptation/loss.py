@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lora_lightning.adaptation import objectives
+from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels, centroid
+from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction import objectives
-from lora_lightning.transduction.neighbours import nearest
-from lora_lightning.transduction.pseudo_labels import PseudoLabels, centroid
-from lora_lightning.transduction.target import Predicted
 
 OBJECTIVES = (
     "information-maximisation",

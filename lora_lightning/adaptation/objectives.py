@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.state import adapted_layers
+from lora_lightning.model.state import adapted_layers
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,64 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lora_lightning.callback import LoRACallback
+from lora_lightning.adaptation import pseudo_labels as labelling
+from lora_lightning.adaptation.guard import Limits
+from lora_lightning.adaptation.label_propagation import propagate
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels
+from lora_lightning.adaptation.rounds import Rounds
+from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.initialize import METHODS
-from lora_lightning.transduction import pseudo_labels as labelling
-from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.mixing import Accepted, Mixed
-from lora_lightning.transduction.propagation import propagate
-from lora_lightning.transduction.pseudo_labels import PseudoLabels
-from lora_lightning.transduction.rounds import Rounds
-from lora_lightning.transduction.target import Canary, Predicted, Target, seen_by
-from lora_lightning.transduction.teacher import Teacher
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.training.lora_callback import LoRACallback
+
+# Items of the target and of the source in one loader, which are drawn anew in each round.
+
+
+class Mixed(Dataset[Any]):
+    """Target items as (input, index), then source items as (input, −1 − class)."""
+
+    def __init__(self, target: Target, source: Any, augment: Callable[[Any], Any] | None):
+        self.target, self.source, self.augment = target, source, augment
+
+    def __len__(self) -> int:
+        return len(self.target) + len(self.source or ())
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index < len(self.target):
+            return self.target[index]
+        x, y = self.source[index - len(self.target)][:2]
+        return (x if self.augment is None else self.augment(x)), -1 - int(y)
+
+
+class Accepted(Sampler[int]):
+    """Indices of the accepted items, and of as many of the source, in a new order each epoch."""
+
+    def __init__(self, target: int, source: int, ratio: float, seed: int):
+        self.accepted = list(range(target))
+        self.target, self.source, self.ratio = target, source, ratio
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        return len(self.accepted) + self._of_source
+
+    @property
+    def _of_source(self) -> int:
+        return min(self.source, round(self.ratio * len(self.accepted)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch it is."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        chosen = draw.sample(range(self.target, self.target + self.source), self._of_source)
+        mixed = [*self.accepted, *chosen]
+        draw.shuffle(mixed)
+        return iter(mixed)
+
 
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
 LABELLERS: dict[str, Labeller] = {
@@ -48,7 +94,7 @@ class PseudoLabelCallback(Callback):
     the source model's, stops at the first alarm and brings the last accepted state back.
 
     Args:
-        target: The items, see `lora_lightning.transduction.target.Target`.
+        target: The items, see `lora_lightning.adaptation.target.Target`.
         labels: ``"threshold"``, ``"class-balanced"``, ``"centroid"``, ``"vote"``,
             ``"reciprocal"``, ``"propagation"``, or a function from (features (N, D), probabilities
             (N, K)) to `PseudoLabels`.

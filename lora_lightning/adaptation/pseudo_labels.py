@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction.neighbours import (
+from lora_lightning.adaptation.neighbours import (
     check_count,
     check_features,
     check_probabilities,
     nearest,
     unit_rows,
 )
+from lora_lightning.errors import ConfigError, DataError
 
 FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
 ALONE = "no neighbour to ask"

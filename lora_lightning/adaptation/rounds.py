@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.guard import Guard, Limits, Verdict
+from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels
+from lora_lightning.adaptation.target import Predicted
+from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import DataError
-from lora_lightning.transduction.guard import Guard, Limits, Verdict
-from lora_lightning.transduction.neighbours import nearest
-from lora_lightning.transduction.pseudo_labels import PseudoLabels
-from lora_lightning.transduction.target import Predicted
-from lora_lightning.transduction.teacher import Snapshot
 
 SOURCE_ROUND = 0  # the source model's own predictions
 NEIGHBOURS = 5  # of each item, that the guard looks at
@@ -176,7 +176,7 @@ class Rounds:
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
         """Write a picture of the rounds: scores, alarms, and the classes of the pseudo-labels."""
-        from lora_lightning.plots.rounds import rounds_figure
+        from lora_lightning.report.plots.rounds import rounds_figure
 
         rounds_figure([asdict(r) for r in self.history_], classes).savefig(path, dpi=160)
 

@@ -9,9 +9,9 @@ from statistics import fmean
 
 from torch import Tensor
 
+from lora_lightning.adaptation.guard import Guard, Limits
+from lora_lightning.adaptation.validators import agreement, nuclear_norm
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction.guard import Guard, Limits
-from lora_lightning.transduction.validators import agreement, nuclear_norm
 
 SOURCE = "source"
 LEAST_CANDIDATES = 3  # that have not collapsed: of two, none is in a minority

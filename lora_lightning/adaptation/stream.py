@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.guard import Guard, Limits
+from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
+from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.switching import disabled
-from lora_lightning.transduction.guard import Guard, Limits
-from lora_lightning.transduction.objectives import RunningMarginal, information_maximisation
-from lora_lightning.transduction.teacher import Snapshot, trained
+from lora_lightning.model.probing import preserved
+from lora_lightning.model.switching import disabled
 
 
 class StreamAdapter:

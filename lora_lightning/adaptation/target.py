@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.structure import classifier_modules
+from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.model.probing import preserved
 
 Predict = Callable[[Tensor], Tensor]  # inputs → logits (B, K)
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.batchnorm import reestimated
+from lora_lightning.adaptation.guard import Limits
+from lora_lightning.adaptation.loss import Loss, Objective
+from lora_lightning.adaptation.rounds import Round, Rounds, say
+from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
-from lora_lightning.structure import classifier_modules
-from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.transduction.guard import Limits
-from lora_lightning.transduction.loss import Loss, Objective
-from lora_lightning.transduction.rounds import Round, Rounds, say
-from lora_lightning.transduction.target import Canary, Predicted, Target, seen_by
-from lora_lightning.transduction.validators import information
+from lora_lightning.model.batch_norm import reestimated
+from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.training.optimised_module import Optimised
 
 BATCH_NORM = ("auto", "source", "target")
 # Of the information that the source's predictions lack, as much as BatchNorm's statistics of the
@@ -46,7 +46,7 @@ class TransductiveTask(Optimised):
     Args:
         model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
             ``model``.
-        target: The items, see `lora_lightning.transduction.target.Target`. Labels that come with
+        target: The items, see `lora_lightning.adaptation.target.Target`. Labels that come with
             them are not looked at.
         objective: ``"information-maximisation"``, ``"neighbour-consistency"`` (NRC's, with the
             spread over the classes), ``"minimum-class-confusion"``, ``"entropy"`` (TENT's, which

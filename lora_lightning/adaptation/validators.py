@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_lightning.adaptation import neighbours
+from lora_lightning.adaptation.neighbours import CHUNK, unit_rows
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.transduction import neighbours
-from lora_lightning.transduction.neighbours import CHUNK, unit_rows
 
 
 def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> Tensor:

@@ -13,18 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning import shortcuts
-from lora_lightning import state as states
-from lora_lightning.bank.batch import Batch
+from lora_lightning.bank.batch import ATTRIBUTE, Batch
 from lora_lightning.bank.calls import Call, items_of
-from lora_lightning.bank.classes import ATTRIBUTE
-from lora_lightning.bank.look import Looks
 from lora_lightning.bank.mix import Part, Room, lasting
 from lora_lightning.bank.probe import explain
+from lora_lightning.bank.probing_runs import Looks
 from lora_lightning.bank.store import Source, Store
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.merging import is_merged
-from lora_lightning.switching import disabled
+from lora_lightning.lora.merging import is_merged
+from lora_lightning.model import eval_caches
+from lora_lightning.model import state as states
+from lora_lightning.model.switching import disabled
 
 
 class AdapterBank:
@@ -208,13 +207,13 @@ class AdapterBank:
             adapters.update(taken)
             batch = Batch(self.model, names, adapters, self._looks.last, self._room)
         modules = states.base_modules(self.model)
-        cachers = shortcuts.cachers(modules)
-        stack.callback(shortcuts.forget_computed, cachers)
+        cachers = eval_caches.cachers(modules)
+        stack.callback(eval_caches.forget_computed, cachers)
         stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
         stack.enter_context(batch.in_force())
-        shortcuts.forget_computed(cachers)
-        packers = shortcuts.keep_padded(modules, lambda m: ATTRIBUTE in m.__dict__)
-        stack.callback(shortcuts.pack_again, packers)
+        eval_caches.forget_computed(cachers)
+        packers = eval_caches.keep_padded(modules, lambda m: ATTRIBUTE in m.__dict__)
+        stack.callback(eval_caches.pack_again, packers)
         return batch
 
     def _before(self, batch: Batch, call: Call, expected: int | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_lightning.bank.layout import Layout
 from lora_lightning.bank.mix import Mix
-from lora_lightning.plan import adds_exactly
+from lora_lightning.lora.fused.plan import adds_exactly
 
 # Multiplications that a call must have for each thread: some 50 µs of work, a call costs 5 µs.
 _WORTH_A_CALL = 2_000_000

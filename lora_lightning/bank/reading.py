@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import parametrized
-from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.bank.mix import Part
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.fileformat import read
-from lora_lightning.loading import checked
-from lora_lightning.tree import join
-from lora_lightning.xs import Basis
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.xs import Basis
+from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.load import checked
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def parts_of(
 ) -> dict[str, Part]:
     """Tensor's path → what the adapter of this file does to it.
 
-    `live` is `base_tensors`; `check` and `known` are those of `lora_lightning.loading.checked`.
+    `live` is `base_tensors`; `check` and `known` are those of `load.checked`.
 
     Raises:
         AdapterFileError: it is damaged, does not fit, or holds NaN.
@@ -113,7 +113,7 @@ def _in_place(model: nn.Module, own: Mapping[str, Tensor], computed: set[str]) -
 
 def _recompute(model: nn.Module, computed: set[str]) -> None:
     for key in computed:
-        parametrized.recompute(*located(model, key))
+        parametrizations.recompute(*located(model, key))
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

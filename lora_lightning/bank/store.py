@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import state as states
 from lora_lightning.bank.mix import Part
 from lora_lightning.bank.reading import parts_of
 from lora_lightning.errors import (
@@ -22,8 +21,9 @@ from lora_lightning.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
-from lora_lightning.wording import si
-from lora_lightning.xs import Basis
+from lora_lightning.lora.xs import Basis
+from lora_lightning.model import state as states
+from lora_lightning.report.metrics import si
 
 Source = (
     str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]]

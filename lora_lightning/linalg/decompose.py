@@ -1,7 +1,7 @@
 """Decompositions of matrices: SVD, QR, and how many of their directions count.
 
 Matrices are (rows, columns). Whatever the input's precision, sums are taken in float32 or better.
-`lora_lightning.streaming` has the SVD of a stream of batches, `lora_lightning.nmf` the
+`linalg.streaming_svd` has the SVD of a stream of batches, `linalg.nmf` the
 non-negative ones. The spectrum of a low-rank product is taken from its factors, never from BA.
 """
 

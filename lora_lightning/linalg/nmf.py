@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_lightning.decompose import checked
 from lora_lightning.errors import DecompositionError
+from lora_lightning.linalg.decompose import checked
 
 LOOK = 10  # iterations between two looks at the loss
 LOSSES = ("frobenius", "kullback-leibler")
@@ -64,7 +64,7 @@ def nmf(
 
     Raises:
         DecompositionError: a negative entry (`semi_nmf` takes them), an unknown loss, or see
-            `lora_lightning.decompose.checked`.
+            `lora_lightning.linalg.decompose.checked`.
     """
     if loss not in LOSSES:
         raise DecompositionError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")

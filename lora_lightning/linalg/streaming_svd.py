@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_lightning.decompose import SVD, checked, explained_variance, truncated_svd
 from lora_lightning.errors import DecompositionError
+from lora_lightning.linalg.decompose import SVD, checked, explained_variance, truncated_svd
 
 EXACT_UP_TO = 256  # smaller side of the rows from which their SVD is randomised
 

@@ -8,10 +8,10 @@ of its own class, in which each adapted tensor is a property that yields the eff
 The raw weight stays in ``_parameters``, so names, shapes, ties, hooks, optimizers and
 ``isinstance`` see what they saw before; whoever *reads* ``module.weight``, be it
 ``F.linear(x, self.qkv.weight)`` in a model's own forward, gets the adapted weight. Where the
-product can be kept in factors, `lora_lightning.layers` adds a cheaper ``forward``.
+product can be kept in factors, `lora_lightning.lora.layers` adds a cheaper ``forward``.
 
 `release` swaps the class back. Reading order: `adapt`, `adapted_class`, `AdaptedModule`; then
-`lora_lightning.factors` for BA itself and `lora_lightning.merging` for W' in W's place.
+`lora_lightning.lora.factors` for BA itself and `lora_lightning.lora.merging` for W' in W's place.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import parametrized
 from lora_lightning.errors import AdapterError
-from lora_lightning.factors import Factors, FactorSpec, matrix_shape
-from lora_lightning.guard import EffectiveWeight
-from lora_lightning.layers import base_class, has_foreign_lora, overrides
-from lora_lightning.tree import find
-from lora_lightning.xs import Basis, XSFactors, basis_of
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.effective_weight import EffectiveWeight
+from lora_lightning.lora.factors import Factors, FactorSpec, matrix_shape
+from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides
+from lora_lightning.lora.module_tree import find
+from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
 
 class _Uncompilable(Sequence[str]):
@@ -170,7 +170,7 @@ def adapt(
     adapters: Any = module._modules["lora"]._modules  # type: ignore[union-attr]
     factors = adapters.pop(name) if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
-        parametrized.recompute(module, tensor)
+        parametrizations.recompute(module, tensor)
         weight = raw_tensor(module, tensor)
         matrix, given = matrix_shape(tuple(weight.shape), bare), (values or {}).get(tensor)
         new = _placed(factors._modules.pop(tensor, None), weight, matrix, spec, given)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.initialize import METHODS
-from lora_lightning.ranks import RULES
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.rank_rules import RULES
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
 NOMINAL_RANK = 8  # at which rank="auto" has the scaling that a fixed rank has
@@ -40,7 +40,7 @@ class LoRAConfig:
             dealt out where they explain most. ``None``: no limit.
         prune_to: Mean rank to which `LoRACallback` lowers the ranks while it trains, dropping
             the directions that matter least, of all layers together (after Zhang et al. 2023,
-            "AdaLoRA", arXiv:2303.10512; see `lora_lightning.pruning`). ``None``: none is dropped.
+            "AdaLoRA", arXiv:2303.10512; see `data_driven.prune`). ``None``: none is dropped.
         alpha: Numerator of the scaling. Above 0.
         scaling: ``"alpha/r"``, or ``"alpha/sqrt(r)"`` (rank-stabilised, Kalajdzievski 2023,
             arXiv:2312.03732), which keeps the step size when the rank grows.
@@ -48,7 +48,7 @@ class LoRAConfig:
             layer reads an effective weight, whole input features are dropped, one mask a forward.
         target_modules: ``"auto"`` (the family's table, else by structure; never the classifier),
             ``"all"`` (every adaptable layer), or a list of names, globs, ``re:`` regular
-            expressions and ``type:`` class names. See `lora_lightning.patterns`.
+            expressions and ``type:`` class names. See `lora_lightning.model.patterns`.
         exclude_modules: Same language; what it matches is left alone.
         blocks: Indices into the model's outermost list of blocks (negative ones count from
             the end); only layers inside these blocks are adapted. ``None``: all.
@@ -69,7 +69,7 @@ class LoRAConfig:
         init: The starting factors: ``"zero"``, ``"orthogonal"``; from the weight ``"pissa"``,
             ``"milora"``, ``"olora"``; from the target's inputs ``"eva"``, ``"activation-nmf"``,
             ``"corda"``; from its labels or pseudo-labels ``"lora-ga"``. See
-            `lora_lightning.initialize`. Each leaves the function at the start as it is.
+            `lora_lightning.lora.initialisation`. Each leaves the function at the start as it is.
         seed: Seed of the starting factors. ``None``: one draw from torch's global generator,
             so that ``seed_everything`` decides.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.initialize import METHODS, Setting
+from lora_lightning.lora.initialisation import METHODS, Setting
 
 # What factors may hold; the starts where the product began away from zero, LoRA-XS's core, DoRA's
 # magnitude.
@@ -33,7 +33,7 @@ class FactorSpec:
     seed: int = 0
     key: str = ""  # the tensor's full name: each tensor draws other numbers from one seed
     offset: bool = False  # the start's product is kept aside and subtracted
-    xs: bool = False  # a core between frozen factors, see `lora_lightning.xs`
+    xs: bool = False  # a core between frozen factors, see `lora_lightning.lora.xs`
 
     def trained(self, rows: int, columns: int) -> int:
         """How many numbers train on a matrix of this size."""
@@ -59,7 +59,7 @@ class Factors(nn.Module):
     and with DoRA (arXiv:2402.09353) :math:`W' = m \odot (W + \Delta W) / \lVert W + \Delta W
     \rVert_{row}`, the norm taken as a constant in the backward pass as the paper advises.
 
-    Factors that start away from zero (see `lora_lightning.initialize`) keep their start:
+    Factors that start away from zero (see `lora_lightning.lora.initialisation`) keep their start:
     :math:`\Delta W = s\,(B A - B_0 A_0)`, so that W stays what it was.
 
     Shapes: ``lora_A``, ``start_A`` (r, in·kernel), ``lora_B``, ``start_B`` (out, r),

@@ -8,7 +8,7 @@ product s·BA is not zero, the layer keeps that product aside, frozen, and adapt
 which is zero at the start: the function is the source's, its weights are left alone, and taking
 the adapter off needs no arithmetic. (The papers subtract s·B₀A₀ from the weight instead, which is
 the same sum, but changes the base.) Methods that need data are given what was gathered of it, see
-`lora_lightning.starting`.
+`lora_lightning.model.data_driven.initialise`.
 
 Shapes: A (r, in), B (out, r), inputs' directions (r, in), gradient (out, in), covariance (in, in).
 """
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.decompose import SVD, pivoted_qr, truncated_svd
 from lora_lightning.errors import DecompositionError
+from lora_lightning.linalg.decompose import SVD, pivoted_qr, truncated_svd
 
 GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the start
 RANDOMISED_FROM = 512  # smaller side of a weight from which its SVD is randomised
@@ -141,7 +141,7 @@ def activation_nmf(s: Setting) -> Start:
     whose parts are signed. `data`: (N, in), a sample of the inputs. After Lee & Seung 1999,
     "Learning the parts of objects by non-negative matrix factorization", Nature 401.
     """
-    from lora_lightning.nmf import nmf, semi_nmf
+    from lora_lightning.linalg.nmf import nmf, semi_nmf
 
     rows: Tensor = s.data
     seed = int(torch.randint(2**31, (), generator=s.generator))

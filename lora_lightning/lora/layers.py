@@ -1,7 +1,7 @@
 """Which layer takes which path.
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own output,
-by `lora_lightning.ops` where that can. *Effective weight*: the base class's own ``forward`` runs,
+by `fused.linear` where that can. *Effective weight*: the base class's own ``forward`` runs,
 and what it reads as its weight is W + s·BA. A class takes the factorised path only where its
 forward is known to be torch's own, so that an overridden forward (weight standardisation, "same"
 padding, a functional read) is honoured by construction.
@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_lightning import conv_ops, ops, parametrized
-from lora_lightning.factors import Factors, matrix_shape
-from lora_lightning.plan import LowRank
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.factors import Factors, matrix_shape
+from lora_lightning.lora.fused import convolution
+from lora_lightning.lora.fused import linear as ops
+from lora_lightning.lora.fused.plan import LowRank
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_METHODS = ("forward", "_conv_forward")
@@ -70,7 +72,7 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
             "max_norm rewrites the weight in every forward, so that there is no fixed base to "
             "adapt; set max_norm=None after renormalising once"
         )
-    return parametrized.refusal(module, tensor)
+    return parametrizations.refusal(module, tensor)
 
 
 def has_foreign_lora(module: nn.Module) -> bool:
@@ -168,7 +170,7 @@ def _linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
 def _conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
-    if low is not None and conv_ops.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
+    if low is not None and convolution.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
         return _fused_conv(self, x_BIx, weight, low)
     out_BOx: Tensor = self._conv_forward(x_BIx, weight, self.bias)
     if factors is None:
@@ -194,7 +196,7 @@ def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
         around = self._reversed_padding_repeated_twice
         x = F.pad(x, around, mode) if any(around) else x
         padding = (0,) * len(self.kernel_size)
-    return conv_ops.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
+    return convolution.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
 
 
 def _low_rank(factors: Factors | None) -> LowRank | None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning import parametrized
-from lora_lightning.adapter import adapted_class, raw_tensor, refresh
 from lora_lightning.errors import AdapterError
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.adapted_module import adapted_class, raw_tensor, refresh
 
 _ATTRIBUTE = "_lora_merged"
 
@@ -54,7 +54,7 @@ def merge_layer(module: nn.Module) -> None:
     """Put the effective weights in the raw ones' place; the class is the base's own again."""
     live: Any = module
     for tensor in live._adapted_tensors:
-        parametrized.recompute(module, tensor)
+        parametrizations.recompute(module, tensor)
     effective = {
         tensor: factors.effective(raw_tensor(module, tensor), dropout=False)
         for tensor in live._adapted_tensors
@@ -68,11 +68,11 @@ def merge_layer(module: nn.Module) -> None:
     raw: dict[str, nn.Parameter] = {}
     placed: dict[str, nn.Parameter] = {}
     for tensor, value in effective.items():
-        for key, new in parametrized.originals(module, tensor, value).items():
-            raw[key] = parametrized.locate(module, key)
+        for key, new in parametrizations.originals(module, tensor, value).items():
+            raw[key] = parametrizations.locate(module, key)
             placed[key] = nn.Parameter(new, raw[key].requires_grad)
-            parametrized.place(module, key, placed[key])
-        parametrized.recompute(module, tensor)
+            parametrizations.place(module, key, placed[key])
+        parametrizations.recompute(module, tensor)
     sums = {key: (p.dtype, _sum(p)) for key, p in placed.items()}
     module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed, sums)
     refresh(module)
@@ -95,9 +95,9 @@ def unmerge_layer(module: nn.Module) -> None:
     for key, raw in merged.raw.items():
         now = _located(module, key)
         raw.data = raw.data.to(device=now.device, dtype=now.dtype)
-        parametrized.place(module, key, raw)
+        parametrizations.place(module, key, raw)
     for tensor in merged.tensors:
-        parametrized.recompute(module, tensor)
+        parametrizations.recompute(module, tensor)
     del module.__dict__[_ATTRIBUTE]
     module._modules["lora"] = merged.lora
     module.__dict__["lora_active"] = merged.active
@@ -112,7 +112,7 @@ def unmerge_layer(module: nn.Module) -> None:
 
 def _located(module: nn.Module, key: str) -> Any:
     try:
-        return parametrized.locate(module, key)
+        return parametrizations.locate(module, key)
     except (AttributeError, KeyError) as error:
         raise AdapterError(
             f"{key} of a merged {type(module).__name__} is gone since merge(): its weight norm was "

@@ -2,7 +2,7 @@
 
 `choose` is the whole of it: a rule proposes a rank for each layer from its inputs' spectrum, and a
 budget of parameters, where there is one, is dealt out among all of them. The adapter's side is in
-`lora_lightning.rank_choice`.
+`lora_lightning.model.data_driven.choose_ranks`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lightning.decompose import (
+from lora_lightning.errors import ConfigError
+from lora_lightning.linalg.decompose import (
     effective_rank,
     energy_rank,
     explained_variance,
     optimal_hard_threshold,
 )
-from lora_lightning.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def by_explained_variance(s: Spectrum, energy: float) -> int:
 
 
 def by_hard_threshold(s: Spectrum, energy: float) -> int:
-    """The directions that stand out of noise, see `lora_lightning.decompose`."""
+    """The directions that stand out of noise, see `lora_lightning.linalg.decompose`."""
     return int((s.values > optimal_hard_threshold(s.values, s.shape)).sum())
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import parametrized
-from lora_lightning.decompose import checked, signs
 from lora_lightning.errors import TargetError
-from lora_lightning.factors import Factors, matrix_shape
+from lora_lightning.linalg.decompose import checked, signs
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.factors import Factors, matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
 AGREEMENT = 3e-2  # by which `Basis.probe` may differ: moved to bfloat16 it does; others are far off
@@ -29,7 +29,7 @@ class Basis(nn.Module):
 
     In float64 on the CPU whatever the weight's device and precision, so that machines agree also
     where singular values lie close together (not where they are equal); signs as in
-    `lora_lightning.decompose.truncated_svd`. A direction whose singular value is zero is left out
+    `decompose.truncated_svd`. A direction whose singular value is zero is left out
     (zeros in A and B). Neither buffer is part of a state dict.
 
     Shapes: weight (out, in·kernel), ``lora_A`` (r, in·kernel), ``lora_B`` (out, r).
@@ -97,7 +97,7 @@ def leading_halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     several times as fast as the whole SVD, and in float64 as exact as a float32 weight deserves.
 
     Raises:
-        DecompositionError: see `lora_lightning.decompose.checked`.
+        DecompositionError: see `lora_lightning.linalg.decompose.checked`.
     """
     from scipy.linalg import eigh
 
@@ -204,7 +204,7 @@ def basis_of(module: nn.Module, tensor: str, weight: Tensor, rank: int, bare: bo
     Raises:
         DecompositionError: the weight holds NaN or infinity.
     """
-    parametrized.recompute(module, tensor)
+    parametrizations.recompute(module, tensor)
     seen = weight.detach().reshape(matrix_shape(tuple(weight.shape), bare))
     adapters: Any = module._modules.get("lora") or {}
     for per_tensor in adapters.values():

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning import state as states
-from lora_lightning.adapter import adapt
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
-from lora_lightning.factors import Factors, FactorSpec
-from lora_lightning.injection import check_free, register
-from lora_lightning.state import ModelState
-from lora_lightning.structure import live_tensors
-from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.switching import set_active
+from lora_lightning.lora.adapted_module import adapt
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import Factors, FactorSpec
+from lora_lightning.model import state as states
+from lora_lightning.model.injection import check_free, register
+from lora_lightning.model.injection_report import InjectionReport, Row
+from lora_lightning.model.introspection import live_tensors
+from lora_lightning.model.state import ModelState
+from lora_lightning.model.switching import set_active
 
 
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
@@ -111,7 +111,7 @@ def _place(
 
 
 def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
-    from lora_lightning.adapter import raw_tensor
+    from lora_lightning.lora.adapted_module import raw_tensor
 
     return tuple(raw_tensor(module, tensor).shape)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import state as states
-from lora_lightning.adapter import located, raw_tensor
-from lora_lightning.decompose import SVD, energy_rank, product_svd
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.factors import Factors
-from lora_lightning.state import ModelState
-from lora_lightning.tree import join
+from lora_lightning.linalg.decompose import SVD, energy_rank, product_svd
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import join
+from lora_lightning.model import state as states
+from lora_lightning.model.state import ModelState
 
 
 @dataclass(frozen=True)

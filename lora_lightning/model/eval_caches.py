@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lora_lightning.adapter import AdaptedModule
-from lora_lightning.tree import Modules
+from lora_lightning.lora.adapted_module import AdaptedModule
+from lora_lightning.lora.module_tree import Modules
 
 _CACHE = "attention_bias_cache"
 

@@ -1,6 +1,6 @@
 """`target_modules="auto"`: the layers that a family's table names, or a rule for the rest.
 
-`lora_lightning.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`,
+`model.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`,
 the projections of
 attention and feed-forward modules and the convolutions that mix channels. A model of no family,
 or one in which the family's patterns match nothing, is judged by structure (`by_structure`).
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.family_tables import TIMM, TORCH, TORCHAUDIO
-from lora_lightning.patterns import Target, matches
-from lora_lightning.structure import below, block_list
-from lora_lightning.tree import Modules, walk
+from lora_lightning.lora.module_tree import Modules, walk
+from lora_lightning.model.family_tables import TIMM, TORCH, TORCHAUDIO
+from lora_lightning.model.introspection import below, block_list
+from lora_lightning.model.patterns import Target, matches
 
 # Gates and squeeze-excitation: tiny, and they scale channels rather than mix features.
 _GATES = {"se", "se_module", "attn_last", "gate_fn"}

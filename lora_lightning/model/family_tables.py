@@ -1,6 +1,6 @@
 """Which layers of which family `"auto"` adapts, and which layers are its head: data, no code.
 
-Patterns are those of `lora_lightning.patterns`, read from the module that the table names: they
+Patterns are those of `model.patterns`, read from the module that the table names: they
 hold as well where that module is a part of another model.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.structure import base_parameters
+from lora_lightning.model.introspection import base_parameters
 
 _SAMPLES = 16
 

@@ -9,29 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import checkpoints, layers, shortcuts, switching
-from lora_lightning import state as states
-from lora_lightning.adapter import adapt, raw_tensor
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
     ConfigError,
     TargetError,
 )
-from lora_lightning.factors import FactorSpec, matrix_shape
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.initialize import METHODS
-from lora_lightning.merging import is_merged
-from lora_lightning.patterns import Target
-from lora_lightning.rank_choice import choose_ranks
-from lora_lightning.starting import Forward, start_from_data
-from lora_lightning.state import ModelState, state_of
-from lora_lightning.structure import base_parameters
-from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.targets import select, trainable_names
-from lora_lightning.tree import Modules
-from lora_lightning.xs import check_weights
+from lora_lightning.lora import layers
+from lora_lightning.lora.adapted_module import adapt, raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import FactorSpec, matrix_shape
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.merging import is_merged
+from lora_lightning.lora.module_tree import Modules
+from lora_lightning.lora.xs import check_weights
+from lora_lightning.model import eval_caches, state_dict, switching
+from lora_lightning.model import state as states
+from lora_lightning.model.data_driven.choose_ranks import choose_ranks
+from lora_lightning.model.data_driven.initialise import Forward, start_from_data
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.injection_report import InjectionReport, Row
+from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.patterns import Target
+from lora_lightning.model.state import ModelState, state_of
+from lora_lightning.model.targets import select, trainable_names
 
 
 def inject(
@@ -120,8 +121,8 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     whole = trainable_names(model, config.trainable, targets, live, modules)
     report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
     _put(name, targets, specs)
-    state.cachers = shortcuts.cachers(modules)
-    state.packers += shortcuts.keep_padded(modules)
+    state.cachers = eval_caches.cachers(modules)
+    state.packers += eval_caches.keep_padded(modules)
     register(model, state, name, config, report, freeze, live)
     if config.rank == "auto":
         state.unranked.add(name)
@@ -229,7 +230,7 @@ def register(
     if first:
         state.required_grad = {n: p.requires_grad for n, p in base_parameters(model, live).items()}
         states.attach(model, state)
-        checkpoints.register(model)
+        state_dict.register(model)
     state.enter(name, config, report)
     state.frozen = freeze
     owned = set(report.extras) if first else states.all_extras(model, state, live)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.tree import join
+from lora_lightning.lora.module_tree import join
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning import layers
-from lora_lightning.factors import Factors
-from lora_lightning.family_tables import TORCHAUDIO_HEADS
-from lora_lightning.patterns import matches
-from lora_lightning.tree import Modules, join, walk
+from lora_lightning.lora import layers
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import Modules, join, walk
+from lora_lightning.model.family_tables import TORCHAUDIO_HEADS
+from lora_lightning.model.patterns import matches
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.errors import AdapterNotFoundError, ConfigError
-from lora_lightning.factors import Factors
+from lora_lightning.lora.factors import Factors
 
 _MATRICES = ("lora_A", "lora_B", "core")
 

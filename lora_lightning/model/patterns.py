@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_lightning.errors import TargetError
-from lora_lightning.tree import join
+from lora_lightning.lora.module_tree import join
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import located, raw_tensor
-from lora_lightning.factors import Factors
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.factors import Factors
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
 _RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")

@@ -17,15 +17,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import AdaptedModule
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
-from lora_lightning.factors import Factors
-from lora_lightning.merging import is_merged
-from lora_lightning.structure import live_tensors
-from lora_lightning.summary import InjectionReport
-from lora_lightning.targets import trainable_names
-from lora_lightning.tree import Children, Modules, join, walk
+from lora_lightning.lora.adapted_module import AdaptedModule
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.merging import is_merged
+from lora_lightning.lora.module_tree import Children, Modules, join, walk
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.introspection import live_tensors
+from lora_lightning.model.targets import trainable_names
 
 _ATTRIBUTE = "_lora_state"
 Kind = tuple[tuple[str, ...], frozenset[str]]
@@ -46,7 +46,7 @@ class ModelState:
     # Name → (the live tensor object, the source's values): another object means that the user
     # replaced it, a classifier reset for instance, and then the old values are void.
     source: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # Modules whose shortcuts would miss the adapters: see `lora_lightning.shortcuts`.
+    # Modules whose shortcuts would miss the adapters: see `lora_lightning.model.eval_caches`.
     cachers: list[nn.Module] = field(default_factory=list)
     packers: list[nn.TransformerEncoder] = field(default_factory=list)
     # Adapters whose ranks, or factors, are still to be taken from data that `inject` had not.

@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning import parametrized
-from lora_lightning import state as states
-from lora_lightning.adapter import located, raw_tensor
-from lora_lightning.compression import report_anew
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.factors import TENSORS, Factors
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.initialize import METHODS
-from lora_lightning.structure import base_parameters, live_tensors
-from lora_lightning.summary import InjectionReport
-from lora_lightning.tree import join
+from lora_lightning.lora import parametrizations
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import TENSORS, Factors
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.module_tree import join
+from lora_lightning.model import state as states
+from lora_lightning.model.compress import report_anew
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.introspection import base_parameters, live_tensors
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
@@ -187,7 +187,7 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
 
 def _weight(module: nn.Module, path: str) -> Any:
     owner, tensor = located(module, path)
-    parametrized.recompute(owner, tensor)
+    parametrizations.recompute(owner, tensor)
     return raw_tensor(owner, tensor)
 
 

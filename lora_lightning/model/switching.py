@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning import checkpoints
-from lora_lightning import state as states
-from lora_lightning.adapter import release
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
-from lora_lightning.factors import Factors
-from lora_lightning.merging import check_unchanged, merge_layer, unmerge_layer
-from lora_lightning.shortcuts import forget_computed, pack_again
-from lora_lightning.state import ModelState
-from lora_lightning.structure import base_parameters
+from lora_lightning.lora.adapted_module import release
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.merging import check_unchanged, merge_layer, unmerge_layer
+from lora_lightning.model import state as states
+from lora_lightning.model import state_dict
+from lora_lightning.model.eval_caches import forget_computed, pack_again
+from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.state import ModelState
 
 _DISABLED = "disabled(model)"
 
@@ -309,7 +309,7 @@ def vacate(
     if state.configs:
         return
     pack_again(state.packers)
-    checkpoints.unregister(root)
+    state_dict.unregister(root)
     states.detach(root)
     for key, parameter in base_parameters(root, live).items():
         parameter.requires_grad_(state.required_grad.get(key, parameter.requires_grad))

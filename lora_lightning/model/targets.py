@@ -1,6 +1,6 @@
 """What to adapt: from patterns to tensors of a model.
 
-`target_modules` takes the patterns of `lora_lightning.patterns` and two keywords: ``"auto"``,
+`target_modules` takes the patterns of `lora_lightning.model.patterns` and two keywords: ``"auto"``,
 the family's table or else a rule by structure, never the classifier; and ``"all"``, every
 adaptable layer except those trained in full. A pattern that matches no layer is tried on bare
 parameters (``"pos_embed"``); one that matches nothing at all is an error.
@@ -13,14 +13,15 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lora_lightning import families, layers
-from lora_lightning.adapter import raw_tensor
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import TargetError
-from lora_lightning.factors import Factors
-from lora_lightning.patterns import Target, matches
-from lora_lightning.structure import base_parameters, block_list, classifier_modules
-from lora_lightning.tree import Modules, walk
+from lora_lightning.lora import layers
+from lora_lightning.lora.adapted_module import raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import Modules, walk
+from lora_lightning.model import families
+from lora_lightning.model.introspection import base_parameters, block_list, classifier_modules
+from lora_lightning.model.patterns import Target, matches
 
 KEYWORDS = ("auto", "all")
 

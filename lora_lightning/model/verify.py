@@ -18,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import state as states
-from lora_lightning import switching as adapters
 from lora_lightning.errors import VerificationError
-from lora_lightning.factors import Factors
-from lora_lightning.merging import merge_layer, unmerge_layer
-from lora_lightning.probe import difference, preserved, randomise, randomised, run, without_noise
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.merging import merge_layer, unmerge_layer
+from lora_lightning.model import state as states
+from lora_lightning.model import switching as adapters
+from lora_lightning.model.probing import (
+    difference,
+    preserved,
+    randomise,
+    randomised,
+    run,
+    without_noise,
+)
 
 # Largest accepted difference, relative to the largest output, by precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

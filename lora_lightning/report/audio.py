@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from html import escape
 
-from lora_lightning.results import Run, Transcript
-from lora_lightning.transcripts import SAMPLE_RATE, Piece, compare, sound, telling
+from lora_lightning.report.results import Run, Transcript
+from lora_lightning.report.word_errors import SAMPLE_RATE, Piece, compare, sound, telling
 
 MOST = 8
 MOST_CHARACTERS = 1_800_000  # of sound in the page, which stays below 3 MB

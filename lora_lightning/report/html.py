@@ -1,6 +1,6 @@
 """The HTML page of a run: one file, no script, nothing loaded from elsewhere.
 
-The page is `report_template.html` with its `$names` filled in. Whatever comes from a user (names
+The page is `template.html` with its `$names` filled in. Whatever comes from a user (names
 of classes, files, domains, settings) is escaped here, on its way into the page.
 """
 
@@ -14,11 +14,11 @@ from importlib import resources
 from itertools import groupby
 from string import Template
 
-from lora_lightning import listen
-from lora_lightning.averages import Cell, Column, Summary
-from lora_lightning.plots import Plot
-from lora_lightning.results import Run
-from lora_lightning.units import AZIMUTH_ERROR
+from lora_lightning.report import audio
+from lora_lightning.report.metrics import AZIMUTH_ERROR
+from lora_lightning.report.plots import Plot
+from lora_lightning.report.results import Run
+from lora_lightning.report.summary import Cell, Column, Summary
 
 MOST_SKIPPED, MOST_COLUMNS, MOST_TARGETS = 500, 6, 20
 _SAID = {
@@ -39,14 +39,14 @@ _SHIFTS = (
 def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
     """The whole page; `verdict` is the sentence at its top."""
     summary = Summary(run)
-    template = resources.files("lora_lightning").joinpath("report_template.html")
+    template = resources.files("lora_lightning.report").joinpath("template.html")
     return Template(template.read_text(encoding="utf-8")).substitute(
         title=escape(run.title),
         facts=escape(_facts(run, summary)),
         verdict=escape(verdict),
         table=_results(run, summary),
         shifts=_shifts(run, summary) if run.shifts else "",
-        listen=listen.section(run) if run.transcripts else "",
+        listen=audio.section(run) if run.transcripts else "",
         figures="\n".join(_figure(plot) for plot in plots),
         notes=_list("Notes", run.notes),
         details="\n".join(_details(run, summary)),

@@ -1,4 +1,4 @@
-"""What a run measured: rows, predictions, transcripts. `lora_lightning.averages` sums them up."""
+"""What a run measured: rows, predictions, transcripts. `report.summary` sums them up."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Run:
         metric: the metric shown; rows of other metrics go to the files only.
         spectra: layer → singular values of its delta.
         rounds: seed → the rounds of an adaptation without labels, see
-            `lora_lightning.transduction.rounds.Round`.
-        shifts: seed → target domain → how far it is, as `lora_lightning.verdicts.Shift.as_dict`
+            `lora_lightning.adaptation.rounds.Round`.
+        shifts: seed → target domain → how far it is, as `Shift.as_dict`
             gives it.
         config: the resolved configuration; `data.source` names the source domain where no
             domain is called "source".

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from lora_lightning.results import Run
-from lora_lightning.units import LOWER_IS_BETTER, PERCENT, UNITS, Unit
-from lora_lightning.wording import si
+from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
+from lora_lightning.report.results import Run
 
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
-# A row of a sweep over ranks, see `lora_lightning.runs.ranked`.
+# A row of a sweep over ranks, see `lora_lightning.runner.sweep`.
 RANKED = re.compile(r"LoRA, rank (?P<rank>\d+|auto), (?P<labels>.*target labels)")
 
 

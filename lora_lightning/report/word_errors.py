@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_lightning.errors import DataError
-from lora_lightning.results import Transcript
+from lora_lightning.report.results import Transcript
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def sound(transcript: Transcript) -> Tensor | None:
 
     A report is the end of a long run: no file that is gone since may spoil it.
     """
-    from lora_lightning.data.audio import read_audio
+    from lora_lightning.speech.data.audio import read_audio
 
     if transcript.audio is None:
         return None

@@ -17,11 +17,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.averages import Summary
-from lora_lightning.results import Prediction, Row, Run, Transcript
-from lora_lightning.transcripts import errors
-from lora_lightning.units import PERCENT
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import PERCENT, shorten
+from lora_lightning.report.results import Prediction, Row, Run, Transcript
+from lora_lightning.report.summary import Summary
+from lora_lightning.report.word_errors import errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,7 +152,7 @@ def write_report(run: Run, out: Path) -> None:
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
-    from lora_lightning import html, plots
+    from lora_lightning.report import html, plots
 
     results = [asdict(row) for row in run.rows]
     _write(out / "results.json", _json(results).encode())

@@ -19,24 +19,21 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lightning.config import unknown_key
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.config import unknown_key
 
 if TYPE_CHECKING:
-    from lora_lightning.results import Run
+    from lora_lightning.report.results import Run
 
-# Kind of run → the module of its dataclass `Config`, and the one of its `run(config) -> Run`.
+# Kind of run → its dataclass of settings as module:name, and the one of its `run(config) -> Run`.
 KINDS = {
-    "classification": ("lora_lightning.runs.settings", "lora_lightning.runs.classification"),
-    "pose": ("lora_lightning.runs.pose_settings", "lora_lightning.runs.pose"),
-    "speech": ("lora_lightning.runs.speech_settings", "lora_lightning.runs.speech"),
-    "translation": (
-        "lora_lightning.runs.translation_settings",
-        "lora_lightning.runs.translation",
-    ),
+    "classification": ("lora_lightning.vision.settings:Config", "lora_lightning.vision.recipe"),
+    "pose": ("lora_lightning.vision.settings:PoseConfig", "lora_lightning.vision.pose_recipe"),
+    "speech": ("lora_lightning.speech.settings:Config", "lora_lightning.speech.recipe"),
+    "translation": ("lora_lightning.text.settings:Config", "lora_lightning.text.recipe"),
 }
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def list_recipes() -> dict[str, Path]:
@@ -81,7 +78,8 @@ def load_recipe(name: str | Path) -> DictConfig:
     kind = given.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    config = OmegaConf.structured(importlib.import_module(KINDS[kind][0]).Config)
+    module, _, name_of_config = KINDS[kind][0].partition(":")
+    config = OmegaConf.structured(getattr(importlib.import_module(module), name_of_config))
     known = set(settings(config))
     for key in _leaves(given):
         if key not in known and not _inside_free(key, config):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from lora_lightning.config import NOMINAL_RANK, LoRAConfig
+from lora_lightning.lora.config import NOMINAL_RANK, LoRAConfig
 
 _AT = re.compile(r"lora@(\d+|auto)")
 Rank = int | str

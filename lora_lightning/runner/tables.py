@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import DataError, DataNotFoundError
+from lora_lightning.speech.data.utterances import Utterance
 
 # What each column may be called; the first that is there is taken.
 PATH = ("path", "audio", "file", "audio_filepath", "filename")

@@ -13,9 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
-from lora_lightning.config import unknown_key
 from lora_lightning.errors import ConfigError
-from lora_lightning.runs.ranked import rank_of
+from lora_lightning.lora.config import unknown_key
+from lora_lightning.runner.sweep import rank_of
 
 
 class RunConfig(Protocol):

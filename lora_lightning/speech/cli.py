@@ -14,9 +14,9 @@ from lora_lightning.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lora_lightning.data.utterances import Utterance
-    from lora_lightning.runs.enrolment import Outcome
-    from lora_lightning.tasks.lexicon import Lexicon
+    from lora_lightning.speech.data.utterances import Utterance
+    from lora_lightning.speech.enrolment import Outcome
+    from lora_lightning.speech.tasks.lexicon import Lexicon
 
 _MODEL = (
     "the recogniser: spoken (the small one that comes with the package), a recipe's "
@@ -79,7 +79,7 @@ def _add_lexicon(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _lexicon(given: str | None) -> Lexicon | None:
-    from lora_lightning.tasks.lexicon import Lexicon, spoken_lexicon
+    from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
 
     if given is None:
         return None
@@ -94,11 +94,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _adapt(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lora_lightning.config import LoRAConfig
-    from lora_lightning.runs.enrolment import FAILED, SpeakerSettings
-    from lora_lightning.runs.progress import Stages, interruptible
-    from lora_lightning.runs.speakers import adapt_speakers
-    from lora_lightning.tasks.named import named_recogniser
+    from lora_lightning.lora.config import LoRAConfig
+    from lora_lightning.runner.progress import Stages, interruptible
+    from lora_lightning.speech.enrolment import FAILED, SpeakerSettings
+    from lora_lightning.speech.speakers import adapt_speakers
+    from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
     settings = SpeakerSettings(
         LoRAConfig(
@@ -137,9 +137,9 @@ def _adapt(arguments: argparse.Namespace) -> int:
 
 def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
     """Name → usable recordings; one nameless speaker where the manifest names none."""
-    from lora_lightning.data.audio import checked
-    from lora_lightning.data.manifests import load_utterances
-    from lora_lightning.data.utterances import by_speaker
+    from lora_lightning.speech.data.audio import checked
+    from lora_lightning.speech.data.manifests import load_utterances
+    from lora_lightning.speech.data.utterances import by_speaker
 
     found, skipped = checked(load_utterances(path), tick=stages.stage("reading", "files"))
     for file, reason in skipped:
@@ -188,8 +188,8 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     from lora_lightning import load_adapter
-    from lora_lightning.runs.enrolment import transcribed
-    from lora_lightning.tasks.named import named_recogniser
+    from lora_lightning.speech.enrolment import transcribed
+    from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
     base = named_recogniser(arguments.model, arguments.checkpoint)
     if arguments.adapter is not None:
@@ -217,8 +217,8 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
 
 def _utterances(paths: Sequence[Path]) -> list[Utterance]:
-    from lora_lightning.data.manifests import AUDIO, load_utterances
-    from lora_lightning.data.utterances import Utterance
+    from lora_lightning.speech.data.manifests import AUDIO, load_utterances
+    from lora_lightning.speech.data.utterances import Utterance
 
     found: list[Utterance] = []
     for path in paths:

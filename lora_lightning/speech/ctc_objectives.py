@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
+from lora_lightning.adaptation.objectives import entropy, minimum_class_confusion
 from lora_lightning.errors import ConfigError
-from lora_lightning.transduction.objectives import entropy, minimum_class_confusion
 
 
 def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:

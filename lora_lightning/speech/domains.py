@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from lora_lightning.data.acoustics import environment
-from lora_lightning.data.audio import checked
-from lora_lightning.data.espeak import Voice
-from lora_lightning.data.manifests import load_utterances
-from lora_lightning.data.spoken import LISTING, spoken_set
-from lora_lightning.data.utterances import Utterance, by_speaker
-from lora_lightning.data.voices import source_voices, target_voices
 from lora_lightning.errors import DataError
-from lora_lightning.runs.progress import Stages
-from lora_lightning.runs.speech_settings import Config, SpeechDataSettings
+from lora_lightning.runner.progress import Stages
+from lora_lightning.speech.data.audio import checked
+from lora_lightning.speech.data.manifests import load_utterances
+from lora_lightning.speech.data.synthetic.acoustics import environment
+from lora_lightning.speech.data.synthetic.espeak import Voice
+from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
+from lora_lightning.speech.data.synthetic.voices import source_voices, target_voices
+from lora_lightning.speech.data.utterances import Utterance, by_speaker
+from lora_lightning.speech.settings import Config, SpeechDataSettings
 
 Transform = Callable[[Tensor, Utterance], Tensor]
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torchmetrics.functional.text import word_error_rate
 
-from lora_lightning.config import LoRAConfig
-from lora_lightning.data.audio import read_audio
-from lora_lightning.data.utterances import AudioBatch, Utterance
-from lora_lightning.files import save_adapter
-from lora_lightning.switching import disabled
-from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.tasks.lexicon import Lexicon
-from lora_lightning.tasks.named import NamedRecogniser
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.model.adapter_file.save import save_adapter
+from lora_lightning.model.switching import disabled
+from lora_lightning.speech.data.audio import read_audio
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.tasks.lexicon import Lexicon
+from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 
 FEWEST_TO_SPLIT = 10  # of fewer recordings none is held out: a WER of one or two says nothing
 ADAPTED, KEPT, THERE, FAILED = "adapted", "kept source", "already there", "failed"

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.data.utterances import AudioBatch
+from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import ConfigError
-from lora_lightning.probe import preserved, training_only
-from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.transduction.ctc_objectives import non_blank_rate, suta
-from lora_lightning.transduction.speech_guard import SpeechLimits
-from lora_lightning.transduction.teacher import Snapshot
+from lora_lightning.model.probing import preserved, training_only
+from lora_lightning.speech.ctc_objectives import non_blank_rate, suta
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.transcript_guard import SpeechLimits
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 

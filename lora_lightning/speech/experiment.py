@@ -12,15 +12,15 @@ from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from lora_lightning.data.speech import SpeechData
-from lora_lightning.results import Row, Run
-from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.progress import Stages
-from lora_lightning.runs.speech_domains import Domain, Recordings
-from lora_lightning.runs.speech_settings import Adaptation, Config
-from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
-from lora_lightning.tasks.lexicon import Lexicon, spoken_lexicon
-from lora_lightning.tasks.recognisers import ConformerCTC
+from lora_lightning.report.results import Row, Run
+from lora_lightning.runner.progress import Stages
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.domains import Domain, Recordings
+from lora_lightning.speech.settings import Adaptation, Config
+from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
+from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
+from lora_lightning.speech.tasks.recognisers import ConformerCTC
 
 
 @dataclass

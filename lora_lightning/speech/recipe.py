@@ -1,6 +1,6 @@
 """A run of adaptation of a speech recogniser: recordings, source model, methods, report.
 
-Reading order: `run`, then `lora_lightning.runs.speech_methods`, where each line of the table
+Reading order: `run`, then `lora_lightning.speech.methods`, where each line of the table
 is a function.
 """
 
@@ -13,22 +13,22 @@ import soundfile
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.callback import LoRACallback
-from lora_lightning.data.audio import read_audio
-from lora_lightning.data.speech import SpeechData
 from lora_lightning.errors import ConfigError
-from lora_lightning.report import write_report
-from lora_lightning.results import Run, Transcript
-from lora_lightning.runs import speech_label_free
-from lora_lightning.runs.common import check_plan, make_trainer, threads, versions
-from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
-from lora_lightning.runs.ranked import method_of
-from lora_lightning.runs.speech_context import Context
-from lora_lightning.runs.speech_domains import Domain, Recordings, recordings
-from lora_lightning.runs.speech_methods import METHODS
-from lora_lightning.runs.speech_settings import Config
-from lora_lightning.tasks.ctc import CTCRecognition, spec_augment
-from lora_lightning.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.report.results import Run, Transcript
+from lora_lightning.report.write import write_report
+from lora_lightning.runner.progress import Stages, Ticks, interruptible, quiet_lightning
+from lora_lightning.runner.sweep import method_of
+from lora_lightning.runner.trainer import check_plan, make_trainer, threads, versions
+from lora_lightning.speech import methods as speech_label_free
+from lora_lightning.speech.data.audio import read_audio
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.domains import Domain, Recordings, recordings
+from lora_lightning.speech.experiment import Context
+from lora_lightning.speech.methods import METHODS
+from lora_lightning.speech.settings import Config
+from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
+from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.training.lora_callback import LoRACallback
 
 PLAYED = 8  # held-out recordings of a target that are kept as audio, where it is transformed
 

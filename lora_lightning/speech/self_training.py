@@ -9,25 +9,63 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
-from lora_lightning.batchnorm import BatchNormKeeper
-from lora_lightning.data.utterances import AudioBatch, Utterance
+from lora_lightning.adaptation.guard import Verdict
+from lora_lightning.adaptation.rounds import SOURCE_ROUND, Round
+from lora_lightning.adaptation.teacher import Snapshot, Teacher
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.tasks.ctc import CTCRecognition
-from lora_lightning.tasks.decoding import greedy
-from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
-from lora_lightning.transduction.ctc_objectives import dust, non_blank_rate, normalised_distance
-from lora_lightning.transduction.guard import Verdict
-from lora_lightning.transduction.labelled_speech import LabelledSpeech
-from lora_lightning.transduction.rounds import SOURCE_ROUND, Round
-from lora_lightning.transduction.speech_guard import (
+from lora_lightning.model.batch_norm import BatchNormKeeper
+from lora_lightning.model.probing import preserved
+from lora_lightning.speech.ctc_objectives import dust, non_blank_rate, normalised_distance
+from lora_lightning.speech.data.speech_data import SpeechData
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.tasks.decoding import greedy
+from lora_lightning.speech.tasks.lexicon import Lexicon, LexiconSearch
+from lora_lightning.speech.transcript_guard import (
     SpeechGuard,
     SpeechLimits,
     Understood,
     agreement,
 )
-from lora_lightning.transduction.teacher import Snapshot, Teacher
+
+# Recordings with the transcripts of the round, as `PseudoTranscriptCallback` trains on them.
+
+
+class LabelledSpeech(SpeechData):
+    """`SpeechData` of the recordings that have a label now; the others wait.
+
+    Args:
+        recordings: All of them.
+        **settings: Of `SpeechData`.
+
+    Attributes:
+        labels: path → what is learnt for it; replaced in each round.
+    """
+
+    def __init__(self, recordings: Sequence[Utterance], **settings: Any):
+        super().__init__(train=recordings, **settings)
+        self.labels: dict[str, str] = {}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Those that the round learns."""
+        self.setup()
+        every = self.items["train"]
+        paths = [(u, str(u.path)) for u in every]
+        known = [replace(u, text=self.labels[path]) for u, path in paths if path in self.labels]
+        self.items["train"] = known or every
+        try:
+            return super().train_dataloader()
+        finally:
+            self.items["train"] = every
+
+    def everything(self) -> DataLoader[Any]:
+        """All recordings, in order."""
+        self.setup()
+        self.items["test"] = self.items["train"]
+        return self.test_dataloader()
+
 
 KEEP = (0.4, 0.5, 0.7, 0.8, 0.9)
 

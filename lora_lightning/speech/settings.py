@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.config import LoRAConfig
+from lora_lightning.lora.config import LoRAConfig
 
 
 @dataclass
@@ -14,7 +14,7 @@ class SpokenSettings:
     Args:
         source_voices: Voices that the source model is trained on.
         source_utterances: Sentences of each of them.
-        target_voices: Unseen voices to adapt to; null: all of `lora_lightning.data.voices`.
+        target_voices: Unseen voices to adapt to; null: all of `synthetic.voices`.
         environment_voices: Source voices that speak in each acoustic environment.
         cache: Folder for the spoken sets; null: ~/.cache/lora-lightning.
     """
@@ -28,7 +28,7 @@ class SpokenSettings:
 
 @dataclass
 class SpeechDataSettings:
-    """Recordings, as `lora_lightning.data.manifests.load_utterances` reads them.
+    """Recordings, as `lora_lightning.speech.data.manifests.load_utterances` reads them.
 
     Args:
         source: Manifest or folder that the source model is trained on; null: spoken.
@@ -60,7 +60,7 @@ class SpeechDataSettings:
 
 @dataclass
 class RecogniserSettings:
-    """The recogniser, a `lora_lightning.tasks.recognisers.ConformerCTC`, and its weights.
+    """The recogniser, a `lora_lightning.speech.tasks.recognisers.ConformerCTC`, and its weights.
 
     Args:
         checkpoint: "package": the weights that the package brings; a file that
@@ -84,7 +84,7 @@ class RecogniserSettings:
 
 @dataclass
 class SourceTraining:
-    """Training of the source model, as `lora_lightning.tasks.ctc.CTCRecognition` takes it.
+    """Training of the source model, as `lora_lightning.speech.tasks.ctc.CTCRecognition` takes it.
 
     Args:
         epochs: Passes over the source.
@@ -119,7 +119,7 @@ class Adaptation:
 @dataclass
 class LabelFreeAdaptation:
     """Training on recordings of a target without their transcripts, as
-    `lora_lightning.transduction.transcripts.PseudoTranscriptCallback` does it.
+    `lora_lightning.speech.self_training.PseudoTranscriptCallback` does it.
 
     Args:
         steps: Optimizer steps, in all rounds together.
@@ -172,7 +172,7 @@ class Config:
         title: Title of table and report.
         out: Folder for all results.
         seeds: One run for each; they decide on enrolment, order and factors.
-        methods: What is compared, keys of `lora_lightning.runs.speech_methods.METHODS`.
+        methods: What is compared, keys of `lora_lightning.speech.methods.METHODS`.
         enrolment: Labelled recordings of a target that a method is given; one row for each.
         unlabelled: Seconds of a target's speech that a method without labels is given; one row for
             each. A target that has less gives all of its enrolment.

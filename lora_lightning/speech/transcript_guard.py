@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean as mean
 
-from lora_lightning.transduction.ctc_objectives import normalised_distance
-from lora_lightning.transduction.guard import Verdict
+from lora_lightning.adaptation.guard import Verdict
+from lora_lightning.speech.ctc_objectives import normalised_distance
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 What attention needs of earlier pieces and of the sentence, keys and values, is kept from step to
 step. That reads the weights of `nn.MultiheadAttention` instead of calling it; an adapted weight is
-the adapted one there too. Shapes: as in `lora_lightning.tasks.translators`; H heads.
+the adapted one there too. Shapes: as in `lora_lightning.text.translators`; H heads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.data.subwords import BEGIN, END, PAD
-from lora_lightning.tasks.translators import Translator
+from lora_lightning.text.subwords import BEGIN, END, PAD
+from lora_lightning.text.translators import Translator
 
 # From hidden states (B, D) and log-probabilities (B, V) of the next piece to better ones.
 Adjust = Callable[[Tensor, Tensor], Tensor]

@@ -13,15 +13,15 @@ import numpy as np
 from lightning.pytorch import Callback, seed_everything
 from torchmetrics.functional.text import sacre_bleu_score
 
-from lora_lightning.data.parallel import Pair, ParallelData
-from lora_lightning.results import Row, Run
-from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.progress import Stages
-from lora_lightning.runs.settings import TrainSettings
-from lora_lightning.runs.translation_settings import Config
-from lora_lightning.tasks.greedy_translation import Adjust
-from lora_lightning.tasks.translation import Translation
-from lora_lightning.tasks.translators import Translator
+from lora_lightning.report.results import Row, Run
+from lora_lightning.runner.progress import Stages
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.text.decoding import Adjust
+from lora_lightning.text.parallel import Pair, ParallelData
+from lora_lightning.text.settings import Config
+from lora_lightning.text.translation import Translation
+from lora_lightning.text.translators import Translator
+from lora_lightning.vision.settings import TrainSettings
 
 
 @dataclass(frozen=True)

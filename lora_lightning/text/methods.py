@@ -15,19 +15,19 @@ from pathlib import Path
 from statistics import fmean
 
 from lora_lightning import merge
-from lora_lightning.callback import LoRACallback
-from lora_lightning.data.parallel import Pair, TextBatch
-from lora_lightning.decompose import spectrum
-from lora_lightning.results import Row, Transcript
-from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.label_free import NAME, without_head
-from lora_lightning.runs.ranked import Rank, at_rank
-from lora_lightning.runs.translation_context import Adapted, Context, Domain
-from lora_lightning.state import named_factors
-from lora_lightning.tasks.translation import Translation
-from lora_lightning.tasks.translation_memory import TranslationMemory
-from lora_lightning.tasks.translators import Translator
-from lora_lightning.transduction.translations import PseudoTranslationCallback
+from lora_lightning.linalg.decompose import spectrum
+from lora_lightning.model.state import named_factors
+from lora_lightning.report.results import Row, Transcript
+from lora_lightning.runner.sweep import Rank, at_rank
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.text.experiment import Adapted, Context, Domain
+from lora_lightning.text.parallel import Pair, TextBatch
+from lora_lightning.text.self_training import PseudoTranslationCallback
+from lora_lightning.text.translation import Translation
+from lora_lightning.text.translation_memory import TranslationMemory
+from lora_lightning.text.translators import Translator
+from lora_lightning.training.lora_callback import LoRACallback
+from lora_lightning.vision.methods import NAME, without_head
 
 _Method = Callable[[Context, Domain], Adapted]
 

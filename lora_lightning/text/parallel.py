@@ -13,9 +13,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.subwords import BEGIN, PAD, Subwords
-from lora_lightning.data.tables import read_rows
 from lora_lightning.errors import DataError
+from lora_lightning.runner.tables import read_rows
+from lora_lightning.text.subwords import BEGIN, PAD, Subwords
 
 COLUMNS = ("source", "target")
 

@@ -1,6 +1,6 @@
 """A run of adaptation of a translator: pairs, source model, methods, report.
 
-Reading order: `run`, then `lora_lightning.runs.translation_methods`, where each line of the
+Reading order: `run`, then `lora_lightning.text.methods`, where each line of the
 table is a function.
 """
 
@@ -12,25 +12,25 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.callback import LoRACallback
-from lora_lightning.config import unknown_key
-from lora_lightning.data.parallel import Pair, ParallelData, held_out, read_pairs
-from lora_lightning.data.register_words import SOURCE
-from lora_lightning.data.registers import DOMAINS, registers
-from lora_lightning.data.subwords import Subwords
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.report import write_report
-from lora_lightning.results import Run, Transcript
-from lora_lightning.runs.common import check_plan, make_trainer, threads, versions
-from lora_lightning.runs.progress import Stages, Ticks, interruptible, quiet_lightning
-from lora_lightning.runs.ranked import method_of
-from lora_lightning.runs.translation_context import Context, Domain, translation
-from lora_lightning.runs.translation_methods import METHODS
-from lora_lightning.runs.translation_settings import Config, PairSettings
-from lora_lightning.tasks.translation import Translation
-from lora_lightning.tasks.translation_memory import check_memory
-from lora_lightning.tasks.translators import Translator, load_translator, save_translator
-from lora_lightning.transduction.translations import check_rounds
+from lora_lightning.lora.config import unknown_key
+from lora_lightning.report.results import Run, Transcript
+from lora_lightning.report.write import write_report
+from lora_lightning.runner.progress import Stages, Ticks, interruptible, quiet_lightning
+from lora_lightning.runner.sweep import method_of
+from lora_lightning.runner.trainer import check_plan, make_trainer, threads, versions
+from lora_lightning.text.experiment import Context, Domain, translation
+from lora_lightning.text.methods import METHODS
+from lora_lightning.text.parallel import Pair, ParallelData, held_out, read_pairs
+from lora_lightning.text.self_training import check_rounds
+from lora_lightning.text.settings import Config, PairSettings
+from lora_lightning.text.subwords import Subwords
+from lora_lightning.text.synthetic.register_words import SOURCE
+from lora_lightning.text.synthetic.registers import DOMAINS, registers
+from lora_lightning.text.translation import Translation
+from lora_lightning.text.translation_memory import check_memory
+from lora_lightning.text.translators import Translator, load_translator, save_translator
+from lora_lightning.training.lora_callback import LoRACallback
 
 # The adapted model that the translations show: the last of these that was run.
 SHOWN = ("LoRA, no labels", "full, target labels", "LoRA, target labels")

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lora_lightning.data.parallel import Pair, ParallelData, TextBatch
-from lora_lightning.data.subwords import Subwords
+from lora_lightning.adaptation.guard import Verdict
+from lora_lightning.adaptation.rounds import SOURCE_ROUND, Round
+from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.tasks.translation import Translated, Translation
-from lora_lightning.transduction.guard import Verdict
-from lora_lightning.transduction.rounds import SOURCE_ROUND, Round
-from lora_lightning.transduction.teacher import Snapshot
-from lora_lightning.transduction.translation_guard import (
+from lora_lightning.model.probing import preserved
+from lora_lightning.text.parallel import Pair, ParallelData, TextBatch
+from lora_lightning.text.subwords import Subwords
+from lora_lightning.text.translation import Translated, Translation
+from lora_lightning.text.translation_guard import (
     TranslationGuard,
     TranslationLimits,
     kept,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.config import LoRAConfig
-from lora_lightning.runs.settings import TrainSettings
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.vision.settings import TrainSettings
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RegisterSettings:
 
 @dataclass
 class PairSettings:
-    """Parallel text, as `lora_lightning.data.parallel.read_pairs` reads it.
+    """Parallel text, as `lora_lightning.text.parallel.read_pairs` reads it.
 
     Args:
         pairs: Table with the columns source, target and domain; null: by the grammar.
@@ -49,7 +49,7 @@ class PairSettings:
 
 @dataclass
 class TranslatorSettings:
-    """The translator, a `lora_lightning.tasks.translators.Translator`.
+    """The translator, a `lora_lightning.text.translators.Translator`.
 
     Args:
         checkpoint: File that `save_translator` wrote; null: trained by this run.
@@ -72,7 +72,7 @@ class TranslatorSettings:
 
 @dataclass
 class MemorySettings:
-    """The baseline, as `lora_lightning.tasks.translation_memory.TranslationMemory` takes it.
+    """The baseline, as `lora_lightning.text.translation_memory.TranslationMemory` takes it.
 
     Args:
         neighbours: Known pieces that are asked.
@@ -88,7 +88,7 @@ class MemorySettings:
 @dataclass
 class SelfTraining:
     """Training without translations, as
-    `lora_lightning.transduction.translations.PseudoTranslationCallback` does it.
+    `lora_lightning.text.self_training.PseudoTranslationCallback` does it.
 
     Args:
         steps: Optimizer steps, in all rounds together.
@@ -136,7 +136,7 @@ class Config:
         title: Title of table and report.
         out: Folder for all results.
         seeds: One run for each; they decide on the labelled pairs, order and factors.
-        methods: What is compared, keys of `lora_lightning.runs.translation_methods.METHODS`.
+        methods: What is compared, keys of `lora_lightning.text.methods.METHODS`.
         labelled: Pairs of a target that a method with labels is given.
         unlabelled: Sentences of a target that a method without labels is given; fewer where it has
             fewer.

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import SacreBLEUScore
 
-from lora_lightning.data.parallel import TextBatch
-from lora_lightning.data.subwords import PAD
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.greedy_translation import Adjust, greedy
-from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.tasks.translators import Translator
+from lora_lightning.text.decoding import Adjust, greedy
+from lora_lightning.text.parallel import TextBatch
+from lora_lightning.text.subwords import PAD
+from lora_lightning.text.translators import Translator
+from lora_lightning.training.optimised_module import Optimised
 
 
 class Translated(NamedTuple):

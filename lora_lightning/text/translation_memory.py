@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_lightning.data.parallel import TextBatch
-from lora_lightning.data.subwords import PAD
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.translators import Translator
+from lora_lightning.text.parallel import TextBatch
+from lora_lightning.text.subwords import PAD
+from lora_lightning.text.translators import Translator
 
 
 class TranslationMemory:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.data.subwords import PAD, Subwords
 from lora_lightning.errors import ConfigError
+from lora_lightning.text.subwords import PAD, Subwords
 
 FORMAT = 1  # of the file
 

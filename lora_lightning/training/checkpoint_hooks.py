@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning import trainer_checks as checks
 from lora_lightning.errors import BaseMismatchError
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.state import all_extras, merged_layers, state_of
-from lora_lightning.structure import base_parameters
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.state import all_extras, merged_layers, state_of
+from lora_lightning.training import checks
 
 _PARTS = ("state_dict", "current_model_state")
 _NOTES = "lora_lightning"

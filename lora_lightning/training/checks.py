@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lora_lightning.batchnorm import tracking
 from lora_lightning.errors import AdapterError, ConfigError, TargetError
-from lora_lightning.state import all_extras, named_factors, state_of
-from lora_lightning.structure import base_parameters
+from lora_lightning.model.batch_norm import tracking
+from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.state import all_extras, named_factors, state_of
 
 AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 

@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lora_lightning import trainer_checks as checks
-from lora_lightning.callback import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.files import save_adapter
-from lora_lightning.fitting import FEWEST, SHARES, Choice, choose
-from lora_lightning.held_out import Loss, losses_of
-from lora_lightning.shrinkage import shrink, undone
+from lora_lightning.model.adapter_file.save import save_adapter
+from lora_lightning.model.shrink import shrink, undone
+from lora_lightning.training import checks
+from lora_lightning.training.gain_test import FEWEST, SHARES, Choice, choose
+from lora_lightning.training.lora_callback import LoRACallback
+from lora_lightning.training.validation_losses import Loss, losses_of
 
 Fit = Callable[[LightningModule, Any], Any]
 _TOO_FEW = "the source model is kept: so few items prove nothing; expected at least"
@@ -49,7 +49,7 @@ def cross_fit(
     The items are dealt into `folds`. A copy of the module is fitted to all folds but one, and its
     losses on that one are taken at several shares of what it learnt (`lora_lightning.shrink`),
     beside the source model's. At last the module itself is fitted to all items, and shrunk to the
-    share that `lora_lightning.fitting.choose` takes: 0, the source model, unless its losses are
+    share that `gain_test.choose` takes: 0, the source model, unless its losses are
     lower beyond doubt, which fewer than 6 items never show. Costs `folds` + 1 fits. Stone 1974,
     "Cross-validatory choice and assessment of statistical predictions",
     doi:10.1111/j.2517-6161.1974.tb00994.x.

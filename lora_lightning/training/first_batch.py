@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
-from lora_lightning.factors import Factors
-from lora_lightning.verification import verify
+from lora_lightning.lora.factors import Factors
+from lora_lightning.model.verify import verify
 
 _ITEMS = 2
 

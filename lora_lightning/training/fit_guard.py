@@ -14,16 +14,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lora_lightning import trainer_checks as checks
-from lora_lightning.callback import LoRACallback
-from lora_lightning.compression import compress
 from lora_lightning.errors import ConfigError
-from lora_lightning.fitting import SHARES, Look, choose, diagnose
-from lora_lightning.held_out import Loss, held_out_batches, losses_of, training_items
-from lora_lightning.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
-from lora_lightning.state import holder, named_factors
-from lora_lightning.switching import disabled
-from lora_lightning.trainer_pruning import lower_rank
+from lora_lightning.model.compress import compress
+from lora_lightning.model.shrink import adapter_values, pull_to_source, restore, shrink, undone
+from lora_lightning.model.state import holder, named_factors
+from lora_lightning.model.switching import disabled
+from lora_lightning.training import checks
+from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
+from lora_lightning.training.lora_callback import LoRACallback
+from lora_lightning.training.rank_schedule import lower_rank
+from lora_lightning.training.validation_losses import (
+    Loss,
+    held_out_batches,
+    losses_of,
+    training_items,
+)
 
 TINY = 50  # training items; below, a lower rank is tried
 PRIOR = 1.0  # items that the pull of L2-SP counts for
@@ -38,7 +43,7 @@ class FitGuard(Callback):
     the adapted model's. Training stops once the held-out loss has not fallen for `patience` epochs;
     the best epoch is restored. Then the guard tries how far to go from the source (see
     `lora_lightning.shrink`) and keeps the share with the lowest held-out loss, if that is better
-    than the source's beyond doubt (see `lora_lightning.fitting.choose`), and the source model
+    than the source's beyond doubt (see `gain_test.choose`), and the source model
     otherwise, which it says aloud. Where training items are few it then halves the rank for as
     long as that costs nothing, and while training it pulls towards the source (L2-SP).
     `LoRACallback` writes the adapter file after that; checkpoints hold what was before.
@@ -54,11 +59,11 @@ class FitGuard(Callback):
             to 256 items in a ``DataLoader`` each is looked at by itself, for the test's sake.
         loss: From (LightningModule, batch) to a scalar or one value for each item (B,), lower is
             better; None: what ``training_step`` returns. Given one that needs no labels (the
-            predictions' negative nuclear norm, see `lora_lightning.transduction.validators`),
+            predictions' negative nuclear norm, see `lora_lightning.adaptation.validators`),
             the held-out batches may be unlabelled; they are then taken as they come.
         patience: Epochs without a lower held-out loss before training stops.
         shares: How far to go from the source, to choose from.
-        l2_sp: α of the pull, see `lora_lightning.shrinkage.pull_to_source`; None: 1/n for n
+        l2_sp: α of the pull, see `lora_lightning.model.shrink.pull_to_source`; None: 1/n for n
             training items, 0 where n is not known.
         lower_rank: Whether to try lower ranks at the end; None: with fewer than 50 training items.
 

@@ -10,22 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lora_lightning import trainer_checks as checks
-from lora_lightning.batchnorm import POLICIES, BatchNormKeeper
-from lora_lightning.config import LoRAConfig
-from lora_lightning.decompose import effective_rank, spectrum
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.files import save_adapter
-from lora_lightning.first_batch import FirstBatch
-from lora_lightning.injection import place
-from lora_lightning.save_hook import Adapter
-from lora_lightning.save_hook import install as install_hooks
-from lora_lightning.starting import Forward
-from lora_lightning.state import ModelState, merged_layers, named_factors, state_of
-from lora_lightning.summary import InjectionReport
-from lora_lightning.switching import set_active
-from lora_lightning.trainer_pruning import RankSchedule
-from lora_lightning.trainer_start import choose_in_trainer, start_in_trainer
+from lora_lightning.linalg.decompose import effective_rank, spectrum
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.model.adapter_file.save import save_adapter
+from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
+from lora_lightning.model.data_driven.initialise import Forward
+from lora_lightning.model.injection import place
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.state import ModelState, merged_layers, named_factors, state_of
+from lora_lightning.model.switching import set_active
+from lora_lightning.training import checks
+from lora_lightning.training.checkpoint_hooks import Adapter
+from lora_lightning.training.checkpoint_hooks import install as install_hooks
+from lora_lightning.training.data_driven import choose_in_trainer, start_in_trainer
+from lora_lightning.training.first_batch import FirstBatch
+from lora_lightning.training.rank_schedule import RankSchedule
 
 
 class LoRACallback(Callback):

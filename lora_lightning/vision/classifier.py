@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.training.optimised_module import Optimised
 
 
 class Classifier(Optimised):

@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
-from lora_lightning.data.folders import Item
-from lora_lightning.data.images import ImageDomains
-from lora_lightning.results import Row, Run
-from lora_lightning.runs.common import make_trainer
-from lora_lightning.runs.progress import Stages, Ticks
-from lora_lightning.runs.settings import Config, TrainSettings
-from lora_lightning.tasks.classification import Classifier
-from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.adaptation.target import Predicted, Target, predicted
+from lora_lightning.report.results import Row, Run
+from lora_lightning.runner.progress import Stages, Ticks
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.vision.classifier import Classifier
+from lora_lightning.vision.data.folders import Item
+from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.settings import Config, TrainSettings
 
 
 @dataclass(frozen=True)

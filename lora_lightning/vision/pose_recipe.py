@@ -1,6 +1,6 @@
 """A run that predicts an azimuth from a picture, in other views; the error is an angle.
 
-What is not said here is that of a classification run (`lora_lightning.runs.classification`):
+What is not said here is that of a classification run (`lora_lightning.vision.recipe`):
 methods, measuring and report are the same, labels and losses differ.
 """
 
@@ -9,21 +9,58 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from lora_lightning.data.folders import Item
-from lora_lightning.data.images import ImageDomains
-from lora_lightning.data.posed_images import PoseDomains
-from lora_lightning.results import Row, Run
-from lora_lightning.runs import methods
-from lora_lightning.runs.classification import Kind, run_kind
-from lora_lightning.runs.context import Context
-from lora_lightning.runs.gradient_free import aligned
-from lora_lightning.runs.pose_label_free import check, label_free
-from lora_lightning.tasks.pose import PoseRegressor, angle, circular_error, direction
-from lora_lightning.transduction.alignment import regressed
-from lora_lightning.units import AZIMUTH_ERROR
+from lora_lightning.adaptation.closed_form import regressed
+from lora_lightning.report.metrics import AZIMUTH_ERROR
+from lora_lightning.report.results import Row, Run
+from lora_lightning.vision import methods
+from lora_lightning.vision.data.folders import Item
+from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.data.pose_domains import PoseDomains
+from lora_lightning.vision.experiment import Context
+from lora_lightning.vision.methods import aligned, check_training, fitted, say
+from lora_lightning.vision.pose_regressor import PoseRegressor, angle, circular_error, direction
+from lora_lightning.vision.pose_self_training import TransductivePose
+from lora_lightning.vision.recipe import Kind, run_kind
+from lora_lightning.vision.settings import MirrorTraining
+
+# The method of a pose run that looks at the target's pictures, not at their azimuths.
+
+
+def label_free(context: Any) -> list[Row]:
+    """Low-rank factors, trained on the target's pictures and their mirror images."""
+    settings, model = context.config.train.label_free, context.fresh()
+    pictures = context.data.on(train=context.data.target)
+    task = _task(model, settings, pictures.unlabelled(), pictures.unlabelled(True, settings.jitter))
+    rows = fitted(context, model, task, settings.epochs)
+    before, after = task.source_.plain, task.answers_.plain
+    say(context, task, before, after, [None] * len(after))
+    return rows
+
+
+def check(settings: MirrorTraining) -> None:
+    """Raise ConfigError for a value that cannot be."""
+    check_training(settings.epochs, settings.jitter)
+    _task(nn.Identity(), settings, torch.zeros(1, 1))
+
+
+def _task(
+    model: nn.Module, settings: MirrorTraining, target: object, training: object = None
+) -> TransductivePose:
+    return TransductivePose(
+        model,
+        target,
+        training=training,
+        tolerance=settings.tolerance,
+        batch_norm=settings.batch_norm,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        schedule=settings.schedule,
+    )
 
 
 class PoseContext(Context):

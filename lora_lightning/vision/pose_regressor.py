@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.training.optimised_module import Optimised
 
 
 def circular_error(angles: Tensor, others: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A run of adaptation between image domains: data, source model, methods, report.
 
-Reading order: `run`, then `lora_lightning.runs.methods`, where each line of the table is a
+Reading order: `run`, then `lora_lightning.vision.methods`, where each line of the table is a
 function. `run_kind` is what other kinds of runs over pictures share.
 """
 
@@ -16,20 +16,68 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_lightning.callback import LoRACallback
-from lora_lightning.data.images import ImageDomains
+from lora_lightning.adaptation.shift.measure import shift
+from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
+from lora_lightning.adaptation.shift.verdict import NAMES, Shift
 from lora_lightning.errors import ConfigError
-from lora_lightning.report import write_report
-from lora_lightning.results import Prediction, Row, Run
-from lora_lightning.runs import label_free
-from lora_lightning.runs.common import check_plan, make_trainer, versions
-from lora_lightning.runs.context import Context
-from lora_lightning.runs.methods import METHODS
-from lora_lightning.runs.progress import Stages, interruptible, quiet_lightning
-from lora_lightning.runs.ranked import method_of
-from lora_lightning.runs.settings import Config, DataSettings
-from lora_lightning.runs.shifts import measure_shifts
-from lora_lightning.tasks.backbones import create_backbone
+from lora_lightning.report.results import Prediction, Row, Run
+from lora_lightning.report.write import write_report
+from lora_lightning.runner.progress import Stages, interruptible, quiet_lightning
+from lora_lightning.runner.sweep import method_of
+from lora_lightning.runner.trainer import check_plan, make_trainer, versions
+from lora_lightning.training.lora_callback import LoRACallback
+from lora_lightning.vision import methods as label_free
+from lora_lightning.vision.backbones import create_backbone
+from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.experiment import Context
+from lora_lightning.vision.methods import METHODS
+from lora_lightning.vision.settings import Config, DataSettings
+
+# How far each target of a run lies from its source, and the file to ask it of other targets by.
+
+
+REPEATS = 20  # of the bootstrap
+
+
+def measure_shifts(context: Context) -> None:
+    """Save the source's statistics beside the source model, and measure every target by them.
+
+    The source is looked at on held-out pictures, each target on its training pictures, without
+    labels.
+    """
+    data = context.data.on(test=[context.data.source])
+    items = data.held_out()
+    if len(items) < FEWEST:
+        context.run.notes.append(
+            f"The source has {len(items)} held-out pictures: with fewer than {FEWEST} it is not "
+            "measured how far the targets are."
+        )
+        return
+    model = context.fresh()
+    pictures = data.predict_dataloader().dataset
+    size = 2 * data.batch_size
+    source = SourceStatistics.of(model, pictures, context.labels(items), batch_size=size)
+    source.save(Path(context.config.out) / f"{context.named('source_statistics')}.safetensors")
+    tick = context.stages.stage("how far are the targets?", "domains")
+    found = {}
+    for done, domain in enumerate(data.target, start=1):
+        target = data.on(train=[domain]).unlabelled()
+        found[domain] = shift(model, source, target, batch_size=size, repeats=REPEATS)
+        tick(done, len(data.target))
+    context.run.shifts[context.seed] = {name: s.as_dict() for name, s in found.items()}
+    if far := {name: s for name, s in found.items() if s.verdict == NAMES[-1]}:
+        _warn(context, far)
+
+
+def _warn(context: Context, far: dict[str, Shift]) -> None:
+    where = "" if context.first else f" (seed {context.seed})"
+    text = (
+        f"May be too far to adapt to without labels{where}: {', '.join(far)}. Label some items, or "
+        f"do not answer there. {next(iter(far.values())).caveat}"
+    )
+    context.run.notes.append(text)
+    context.stages.console.print(text, style="yellow", markup=False)
+
 
 # The adapted model that the predictions show: the last of these that was run.
 SHOWN = ("BatchNorm statistics", label_free.NAME, "full, target labels", "LoRA, target labels")
@@ -154,7 +202,7 @@ def _checked(given: DictConfig, kind: Kind) -> Config:
 
 def _render(data: DataSettings) -> Path:
     """The rendered set that the settings describe, from the cache where it is there."""
-    from lora_lightning.data.rendered import render_domains, worlds_of
+    from lora_lightning.vision.data.synthetic.rendered import render_domains, worlds_of
 
     number = data.render
     source = {"train": number.source_train, "test": number.source_test}

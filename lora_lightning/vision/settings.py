@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.config import LoRAConfig
+from lora_lightning.lora.config import LoRAConfig
 
 
 @dataclass
@@ -30,7 +30,7 @@ class RenderSettings:
 
 @dataclass
 class DataSettings:
-    """Pictures in folders by domain, as `lora_lightning.data.images.ImageDomains` takes them.
+    """Pictures in folders by domain, as `ImageDomains` takes them.
 
     Args:
         root: Folder that holds <domain>/<class>/*.png; null: rendered objects.
@@ -156,7 +156,7 @@ class Config:
         title: Title of table and report.
         out: Folder for all results.
         seeds: One run for each; they decide on heads, order, augmentation and factors.
-        methods: What is compared, keys of `lora_lightning.runs.methods.METHODS`.
+        methods: What is compared, keys of `lora_lightning.vision.methods.METHODS`.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
         batch_norm: BatchNorm statistics under the adapter: frozen, adapt or reset.
         data: The pictures.
@@ -191,3 +191,99 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     train: TrainStages = field(default_factory=TrainStages)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+# The typed configuration of a pose run; every field is a key of recipe.yaml.
+
+
+@dataclass
+class AngleTraining:
+    """One training, as `lora_lightning.vision.pose_regressor.PoseRegressor` takes it.
+
+    Args:
+        epochs: Passes over the training pictures.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "one-cycle"
+
+
+@dataclass
+class MirrorTraining:
+    """Training without labels, as `TransductivePose` takes it.
+
+    Args:
+        epochs: Passes over the target's pictures; after each the guard looks.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
+        tolerance: A picture is learnt from where the answers to it and to its mirror image lie
+            within so many degrees.
+        batch_norm: BatchNorm statistics before training: auto, source or target.
+        batch_size: Pictures in a batch.
+        jitter: Part by which brightness, contrast and saturation change at random in training; 0:
+            not.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    schedule: str = "one-cycle"
+    tolerance: float = 60.0
+    batch_norm: str = "auto"
+    batch_size: int = 32
+    jitter: float = 0.4
+
+
+@dataclass
+class PoseStages:
+    """The trainings of a run.
+
+    Args:
+        source: Of the source model, on the source domain.
+        lora: Of the adapter, on the target domains with their labels.
+        full: Of all weights, on the target domains with their labels.
+        label_free: Of the adapter, on the target domains without labels.
+    """
+
+    source: AngleTraining = field(default_factory=AngleTraining)
+    lora: AngleTraining = field(default_factory=AngleTraining)
+    full: AngleTraining = field(default_factory=AngleTraining)
+    label_free: MirrorTraining = field(default_factory=MirrorTraining)
+
+
+@dataclass
+class PoseConfig(Config):
+    """A whole run: a `Config` with trainings of its own.
+
+    Args:
+        methods: What is compared, keys of `lora_lightning.vision.pose_recipe.METHODS`.
+        train: The trainings.
+    """
+
+    kind: str = "pose"
+    name: str = "pose"
+    title: str = "Domain adaptation of a pose regressor"
+    out: str = "runs/pose"
+    methods: list[str] = field(
+        default_factory=lambda: [
+            "source_only",
+            "ridge",
+            "subspace",
+            "nmf_subspace",
+            "coral",
+            "batchnorm",
+            "label_free",
+            "lora",
+            "full",
+        ]
+    )
+    data: DataSettings = field(
+        default_factory=lambda: DataSettings(render=RenderSettings(shift="pose"))
+    )
+    train: PoseStages = field(default_factory=PoseStages)  # type: ignore[assignment]

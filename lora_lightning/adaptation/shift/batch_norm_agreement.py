@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lora_lightning.batchnorm import reestimated
-from lora_lightning.features import Forward
-from lora_lightning.probe import preserved
-from lora_lightning.transduction.target import Target, predicted
-from lora_lightning.transduction.task import SOURCE_ITEMS
-from lora_lightning.transduction.validators import agreement
+from lora_lightning.adaptation.shift.features import Forward
+from lora_lightning.adaptation.target import Target, predicted
+from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.adaptation.validators import agreement
+from lora_lightning.model.batch_norm import reestimated
+from lora_lightning.model.probing import preserved
 
 MOST = 500  # items that are asked; more are drawn from
 BATCH = 64

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.errors import ConfigError
-from lora_lightning.structure import block_list
-from lora_lightning.transduction.target import Predicted, Target, predicted
+from lora_lightning.model.introspection import block_list
 
 HEAD = "head"  # the layer that stands for what the classifier is given
 
@@ -45,7 +45,7 @@ def _checked(forward: Forward) -> Callable[[Tensor], Tensor]:
             f"got {what}. Give forward=, from a batch of inputs to such logits, as in "
             "forward=lambda x: model(x)[0] for a model that returns more, or model(x).mean(1) for "
             "frames (items, frames, classes). A regression has no confidence: compare its "
-            "features by lora_lightning.distances"
+            "features by lora_lightning.adaptation.shift.distances"
         )
 
     return call

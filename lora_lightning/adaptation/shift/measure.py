@@ -14,15 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import state as states
-from lora_lightning.distances import Interval, bootstrap, coral_distance, frechet_distance, mmd
+from lora_lightning.adaptation import validators as score
+from lora_lightning.adaptation.shift.batch_norm_agreement import Opinion, second_opinion
+from lora_lightning.adaptation.shift.distances import (
+    Interval,
+    bootstrap,
+    coral_distance,
+    frechet_distance,
+    mmd,
+)
+from lora_lightning.adaptation.shift.features import HEAD, Forward, features_of
+from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
+from lora_lightning.adaptation.shift.verdict import CONFIDENCE, STEADINESS, Shift, verdict
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.features import HEAD, Forward, features_of
-from lora_lightning.second_opinion import Opinion, second_opinion
-from lora_lightning.source_statistics import SourceStatistics
-from lora_lightning.switching import adapters, disabled
-from lora_lightning.transduction import validators as score
-from lora_lightning.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
+from lora_lightning.model import state as states
+from lora_lightning.model.switching import adapters, disabled
 
 PAIRS = 200  # items of a set of which all pairs are looked at in each repeat
 FOLDS = 5
@@ -51,7 +57,7 @@ def shift(
       that tells the domains apart, five-fold cross-validated (Ben-David et al. 2010, "A theory of
       learning from different domains"). It saturates long before harm is done, so it informs and
       decides nothing;
-    - MMD, CORAL and Fréchet distance, see `lora_lightning.distances`;
+    - MMD, CORAL and Fréchet distance, see `lora_lightning.adaptation.shift.distances`;
     - expected accuracy, see `expected_accuracy`: by how far the model agrees with itself once
       BatchNorm has the target's statistics; where it has no BatchNorm, by its confidence. The
       verdict is its fall from source to target: "near" below 5 points, "too far" from 40, or from

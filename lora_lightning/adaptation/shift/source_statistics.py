@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.decompose import truncated_svd
+from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
+from lora_lightning.adaptation.shift.features import Forward, features_of
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
-from lora_lightning.features import Forward, features_of
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.second_opinion import second_opinion
+from lora_lightning.linalg.decompose import truncated_svd
+from lora_lightning.model.fingerprint import fingerprint
 
 DIRECTIONS = 32
 SAMPLE = 500  # items of the source that are kept
 FEWEST = 8
-_FORMAT = "lora_lightning.source_statistics"
+_FORMAT = "lora_lightning.adaptation.shift.source_statistics"
 _ANEW = (
     "Load the source model that they lie beside, or make them anew with "
     "SourceStatistics.of(model, data, labels)"
@@ -84,9 +84,9 @@ class SourceStatistics:
         layers: Name → statistics, by depth, the last one ``"head"``.
         confidence: (N,) of the answers to the source's items: the likeliest class's probability.
         accuracy: Part of them that is right; None where no labels were given.
-        agreement: With the second opinion, see `lora_lightning.second_opinion`; None without
+        agreement: With the second opinion, see `shift.batch_norm_agreement`; None without
             BatchNorm.
-        model: Whose they are, see `lora_lightning.fingerprint`.
+        model: Whose they are, see `lora_lightning.model.fingerprint`.
     """
 
     layers: dict[str, LayerStatistics]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.distances import Interval
+from lora_lightning.adaptation.shift.distances import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ class Shift:
         expected_accuracy: Of the source model on the target; None where the source's labels were
             not known.
         source_accuracy: On the source's items, likewise.
-        nuclear_norm: Of the answers on the target, see `lora_lightning.transduction.validators`.
+        nuclear_norm: Of the answers on the target, see `lora_lightning.adaptation.validators`.
         proxy_a: Proxy A-distance, 0 (no classifier tells the domains apart) to 2.
         mmd: Squared maximum mean discrepancy.
         coral: CORAL distance.

@@ -1,4 +1,4 @@
-r"""Convolutions with low-rank factors, by the rules of `lora_lightning.ops`.
+r"""Convolutions with low-rank factors, by the rules of `lora_lightning.lora.fused.linear`.
 
 .. math:: y = (W + s\,BA) * x + b
 
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning import ops
-from lora_lightning.plan import LowRank, adds_exactly
+from lora_lightning.lora.fused import linear as ops
+from lora_lightning.lora.fused.plan import LowRank, adds_exactly
 
 How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 

@@ -8,7 +8,7 @@ x and y and keeps x. Here
 
 - nothing of that size is made: the product of the factors is added to W where there are many rows
   (an O × I matrix is small beside N × O), or to y in place where there are few;
-- x is not kept where the graph keeps what made it (`lora_lightning.producers`), nor where A is
+- x is not kept where the graph keeps what made it (`fused.recompute`), nor where A is
   frozen;
 - the thin products are written so that the long dimension is the last one, (r, N): ten times as
   fast on a CPU as the other way round.
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.plan import LowRank, Plan, adds_exactly, lowered, switches
-from lora_lightning.thin import across, along, cut, pieces
+from lora_lightning.lora.fused.plan import LowRank, Plan, adds_exactly, lowered, switches
+from lora_lightning.lora.fused.thin_matmul import across, along, cut, pieces
 
 # A thin product of rank r takes as long as r + 12 rows of a large one (measured on a CPU, rank 4 to
 # 64, linear layers and convolutions: x and g must be read whatever the rank).

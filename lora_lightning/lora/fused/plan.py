@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.producers import Recipe, recipe_for
-from lora_lightning.thin import cut, exact
+from lora_lightning.lora.fused.recompute import Recipe, recipe_for
+from lora_lightning.lora.fused.thin_matmul import cut, exact
 
 # W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O. On a CPU the two cost
 # the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives

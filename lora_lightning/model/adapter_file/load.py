@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning import injection, layers, shortcuts, switching
-from lora_lightning import state as states
-from lora_lightning.adapter import adapt, raw_tensor
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import (
     AdapterExistsError,
     AdapterFileError,
     BaseMismatchError,
     ConfigError,
 )
-from lora_lightning.factors import FactorSpec, matrix_shape
-from lora_lightning.fileformat import read
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.state import ModelState
-from lora_lightning.summary import InjectionReport, Row
-from lora_lightning.tree import Modules, find, join
-from lora_lightning.xs import Basis, basis_of
+from lora_lightning.lora import layers
+from lora_lightning.lora.adapted_module import adapt, raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import FactorSpec, matrix_shape
+from lora_lightning.lora.module_tree import Modules, find, join
+from lora_lightning.lora.xs import Basis, basis_of
+from lora_lightning.model import eval_caches, injection, switching
+from lora_lightning.model import state as states
+from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.injection_report import InjectionReport, Row
+from lora_lightning.model.state import ModelState
 
 
 def load_adapter(
@@ -73,8 +74,8 @@ def load_adapter(
     extras = {n: live[n].numel() for n in header["extras"]}
     report = InjectionReport(name, rows, extras, injection.count_parameters(live))
     state = states.state_of(model) or ModelState()
-    state.cachers = shortcuts.cachers(modules)
-    state.packers += shortcuts.keep_padded(modules)
+    state.cachers = eval_caches.cachers(modules)
+    state.packers += eval_caches.keep_padded(modules)
     injection.register(model, state, name, config, report, state.frozen, live, base)
     state.parked[name] = {n: tensors[n].clone() for n in [*extras, *header["buffers"]]}
     switching.switch(model, state, name, live, states.adapted_layers(model, modules).values())

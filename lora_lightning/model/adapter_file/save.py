@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning import state as states
-from lora_lightning import switching
-from lora_lightning.adapter import raw_tensor
 from lora_lightning.errors import AdapterError
-from lora_lightning.factors import Factors
-from lora_lightning.fileformat import FORMAT_VERSION, read, versions, write
-from lora_lightning.fingerprint import fingerprint
-from lora_lightning.state import ModelState
-from lora_lightning.summary import Row
-from lora_lightning.tree import find, join
-from lora_lightning.xs import XSFactors
+from lora_lightning.lora.adapted_module import raw_tensor
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.xs import XSFactors
+from lora_lightning.model import state as states
+from lora_lightning.model import switching
+from lora_lightning.model.adapter_file.format import FORMAT_VERSION, read, versions, write
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.injection_report import Row
+from lora_lightning.model.state import ModelState
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning.adapter import raw_tensor
+from lora_lightning.lora.adapted_module import raw_tensor
 
 Sink = Callable[[str, Tensor], None]  # the weight's path, rows (N, in·kernel) of its input
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning import ranks
-from lora_lightning import state as states
-from lora_lightning.adapter import located, raw_tensor
-from lora_lightning.compression import report_anew
-from lora_lightning.config import LoRAConfig
 from lora_lightning.errors import AdapterError, ConfigError, DataError
-from lora_lightning.factors import Factors
-from lora_lightning.patterns import Target
-from lora_lightning.probe import preserved
-from lora_lightning.ranks import Spectrum
-from lora_lightning.starting import Forward, Sample, call, gather_inputs, shown
-from lora_lightning.state import ModelState
-from lora_lightning.summary import InjectionReport
-from lora_lightning.switching import disabled
+from lora_lightning.lora import rank_rules
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.rank_rules import Spectrum
+from lora_lightning.model import state as states
+from lora_lightning.model.compress import report_anew
+from lora_lightning.model.data_driven.initialise import Forward, Sample, call, gather_inputs, shown
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.patterns import Target
+from lora_lightning.model.probing import preserved
+from lora_lightning.model.state import ModelState
+from lora_lightning.model.switching import disabled
 
 ROWS = 512  # of each layer's inputs, drawn from all that is seen
 
@@ -39,7 +39,7 @@ def choose_ranks(
 
     The source model sees each batch once, in eval mode, without labels; the rule and the budget
     are the configuration's (`rank_rule`, `rank_energy`, `parameter_budget`, `max_rank`), see
-    `lora_lightning.ranks.choose`. Layers whose inputs cannot be seen (embeddings, transposed
+    `rank_rules.choose`. Layers whose inputs cannot be seen (embeddings, transposed
     convolutions, bare parameters), and those that `rank_pattern` names, keep the rank they have;
     they count in the budget. The function stays the source's. The parameters stay the objects
     they were, with another shape.
@@ -72,7 +72,7 @@ def choose_ranks(
     budget = config.parameter_budget
     if budget is not None:
         budget -= sum(f.cost * f.spec.rank for p, f in factors.items() if p not in spectra)
-    chosen = ranks.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
+    chosen = rank_rules.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
     return set_ranks(root, state, name, chosen)
 
 
@@ -108,7 +108,7 @@ def _spectra(
             "no layer's inputs were seen on these batches: forward= must run the model itself"
         )
     return {
-        path: ranks.spectrum_of(g.result(), free[path].spec.rank, free[path].cost)
+        path: rank_rules.spectrum_of(g.result(), free[path].spec.rank, free[path].cost)
         for path, g in found.items()
     }
 

@@ -10,15 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapter import located, raw_tensor
 from lora_lightning.errors import AdapterError, ConfigError, DataError
-from lora_lightning.factors import Factors
-from lora_lightning.gathering import observed
-from lora_lightning.initialize import METHODS
-from lora_lightning.probe import preserved, training_only
-from lora_lightning.state import holder, merged_layers, named_factors
-from lora_lightning.streaming import StreamingSVD
-from lora_lightning.switching import disabled
+from lora_lightning.linalg.streaming_svd import StreamingSVD
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.model.data_driven.activations import observed
+from lora_lightning.model.probing import preserved, training_only
+from lora_lightning.model.state import holder, merged_layers, named_factors
+from lora_lightning.model.switching import disabled
 
 Forward = Callable[[nn.Module, Any], Any]
 SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled

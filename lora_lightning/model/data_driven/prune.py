@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_lightning.decompose import product_svd
-from lora_lightning.factors import Factors
+from lora_lightning.linalg.decompose import product_svd
+from lora_lightning.lora.factors import Factors
 
 SMOOTHING = 0.85  # of the importance and of its uncertainty, as in the paper's experiments
 EVENTS = 10  # how often directions are dropped

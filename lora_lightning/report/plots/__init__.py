@@ -16,15 +16,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lora_lightning.plots.angles import angle_plot
-from lora_lightning.plots.domains import domain_plot
-from lora_lightning.plots.items import confusion_plot, sample_plot
-from lora_lightning.plots.ranks import rank_plot
-from lora_lightning.plots.rounds import rounds_plot
-from lora_lightning.plots.spectra import spectrum_plot
-from lora_lightning.plots.speech import enrolment_plot, spectrogram_plot, target_plot
-from lora_lightning.plots.style import STYLE
-from lora_lightning.results import Run
+from lora_lightning.report.plots.angles import angle_plot
+from lora_lightning.report.plots.domains import domain_plot
+from lora_lightning.report.plots.items import confusion_plot, sample_plot
+from lora_lightning.report.plots.ranks import rank_plot
+from lora_lightning.report.plots.rounds import rounds_plot
+from lora_lightning.report.plots.spectra import spectrum_plot
+from lora_lightning.report.plots.speech import enrolment_plot, spectrogram_plot, target_plot
+from lora_lightning.report.plots.style import STYLE
+from lora_lightning.report.results import Run
 
 _STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
 Drawing = tuple[Figure, str]

@@ -6,12 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lightning.averages import Summary, severity
-from lora_lightning.plots.items import CLOSE, target_items
-from lora_lightning.plots.style import FAINT, QUIET, look
-from lora_lightning.results import Prediction, Run
-from lora_lightning.units import DEGREES, angle_between
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import DEGREES, angle_between, shorten
+from lora_lightning.report.plots.items import CLOSE, target_items
+from lora_lightning.report.plots.style import FAINT, QUIET, look
+from lora_lightning.report.results import Prediction, Run
+from lora_lightning.report.summary import Summary, severity
 
 TICKS = (-180, -90, 0, 90, 180)
 MOST_KINDS = 8

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lightning.averages import RANKED, Cell, Summary, severity
-from lora_lightning.plots.style import COLOURS, QUIET, colour, look
-from lora_lightning.results import Run
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import shorten
+from lora_lightning.report.plots.style import COLOURS, QUIET, colour, look
+from lora_lightning.report.results import Run
+from lora_lightning.report.summary import RANKED, Cell, Summary, severity
 
 MOST_DOMAINS = 40
 

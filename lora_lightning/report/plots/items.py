@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image, ImageOps
 
-from lora_lightning.averages import Summary
-from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG
-from lora_lightning.results import HELD_OUT, Prediction, Run
-from lora_lightning.units import DEGREES, angle_between
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import DEGREES, angle_between, shorten
+from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG
+from lora_lightning.report.results import HELD_OUT, Prediction, Run
+from lora_lightning.report.summary import Summary
 
 MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12
 

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from lora_lightning.averages import RANKED, Summary
-from lora_lightning.plots.style import INK, QUIET, colour, look
-from lora_lightning.results import Run
-from lora_lightning.wording import si
+from lora_lightning.report.metrics import si
+from lora_lightning.report.plots.style import INK, QUIET, colour, look
+from lora_lightning.report.results import Run
+from lora_lightning.report.summary import RANKED, Summary
 
 
 def rank_plot(run: Run) -> tuple[Figure, str] | None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lora_lightning.plots.style import QUIET, WRONG, look
-from lora_lightning.results import Run
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import shorten
+from lora_lightning.report.plots.style import QUIET, WRONG, look
+from lora_lightning.report.results import Run
 
 # Score → what a reader calls it; all lie between 0 and 1.
 SCORES = {
@@ -40,7 +40,7 @@ def rounds_figure(rounds: Sequence[dict[str, Any]], classes: Sequence[str] = ())
     """Scores by round, and the pseudo-labels' classes by round where there were labels.
 
     Args:
-        rounds: As `lora_lightning.transduction.rounds.Round` holds them, as dictionaries.
+        rounds: As `lora_lightning.adaptation.rounds.Round` holds them, as dictionaries.
         classes: Their names; numbers where there are none.
     """
     labelled = [r for r in rounds if r["histogram"]]

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from lora_lightning.decompose import effective_rank
-from lora_lightning.plots.style import COLOURS, FAINT, INK, QUIET
-from lora_lightning.results import Run
-from lora_lightning.wording import shorten
+from lora_lightning.linalg.decompose import effective_rank
+from lora_lightning.report.metrics import shorten
+from lora_lightning.report.plots.style import COLOURS, FAINT, INK, QUIET
+from lora_lightning.report.results import Run
 
 MOST_LABELS = 60
 BLUE = COLOURS[2]

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from lora_lightning.averages import Summary
-from lora_lightning.plots.style import INK, QUIET, RIGHT, WRONG, colour, look
-from lora_lightning.results import Run, Transcript
-from lora_lightning.transcripts import SAMPLE_RATE, errors, sound, telling
-from lora_lightning.wording import shorten
+from lora_lightning.report.metrics import shorten
+from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG, colour, look
+from lora_lightning.report.results import Run, Transcript
+from lora_lightning.report.summary import Summary
+from lora_lightning.report.word_errors import SAMPLE_RATE, errors, sound, telling
 
 Drawing = tuple[Figure, str]
 MOST_TARGETS = 40

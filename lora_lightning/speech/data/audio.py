@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_lightning.data.utterances import Utterance
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.speech.data.utterances import Utterance
 
 try:
     import soundfile

@@ -1,6 +1,6 @@
 """Batches of recordings, read as they are asked for, whatever happens to the files meanwhile.
 
-The parts of `lora_lightning.data.speech.SpeechData`: a dataset that takes the indices of a whole
+The parts of `SpeechData`: a dataset that takes the indices of a whole
 batch, the memory of what was read, and a loader that reports what could not be.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lightning.data.audio import read_audio
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.speech.data.audio import read_audio
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 
 Transform = Callable[[Tensor, Utterance], Tensor]
 Lost = list[tuple[str, str]]  # paths of recordings that could not be read, and which and why

@@ -139,7 +139,7 @@ def _check(seconds: Sequence[float], batch_seconds: float, max_batch: int, seed:
         if not 0 < length < math.inf:  # NaN included
             raise ConfigError(
                 f"seconds[{i}] must be a length in seconds, got {length}: check the recordings "
-                "first, as lora_lightning.data.audio.checked does"
+                "first, as lora_lightning.speech.data.audio.checked does"
             )
     if not batch_seconds > 0:
         raise ConfigError(f"batch_seconds must be above 0, got {batch_seconds}")

@@ -15,18 +15,18 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.audio import checked
-from lora_lightning.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
-from lora_lightning.data.buckets import BucketSampler
-from lora_lightning.data.utterances import Utterance, by_speaker
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.speech.data.audio import checked
+from lora_lightning.speech.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
+from lora_lightning.speech.data.buckets import BucketSampler
+from lora_lightning.speech.data.utterances import Utterance, by_speaker
 
 
 class SpeechData(LightningDataModule):
-    """Recordings for a Trainer; each batch is a `lora_lightning.data.utterances.AudioBatch`.
+    """Recordings for a Trainer; each batch is a `lora_lightning.speech.data.utterances.AudioBatch`.
 
     Training batches hold recordings of like length and are drawn anew in each epoch, as
-    `lora_lightning.data.buckets.BucketSampler` does; validation batches likewise, but always the
+    `BucketSampler` does; validation batches likewise, but always the
     same. Test and predict loaders give `test` in its order. A recording in `lost` is missing
     there: the `items` of a batch say what its rows are.
 
@@ -37,7 +37,7 @@ class SpeechData(LightningDataModule):
         train: Recordings to train on.
         validation: Recordings to measure on while training.
         test: Recordings to test on and to predict. All three are such as
-            `lora_lightning.data.audio.checked` gives; those whose seconds are NaN are
+            `lora_lightning.speech.data.audio.checked` gives; those whose seconds are NaN are
             checked by `setup`.
         sample_rate: Of the waveforms, in Hz.
         batch_seconds: Most sound in a batch, padding included; a longer recording goes alone.

@@ -15,9 +15,9 @@ import torchaudio
 from torch import Tensor, nn
 from torchaudio import models, pipelines
 
-from lora_lightning.config import unknown_key
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.backbones import read_weights
+from lora_lightning.lora.config import unknown_key
+from lora_lightning.vision.backbones import read_weights
 
 _ASSETS = "https://download.pytorch.org/torchaudio/"
 

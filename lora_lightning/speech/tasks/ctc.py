@@ -8,12 +8,12 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.decoding import beam_search, greedy
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.lexicon import Lexicon, LexiconSearch
-from lora_lightning.tasks.recognition import Recognition
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.decoding import beam_search, greedy
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.lexicon import Lexicon, LexiconSearch
+from lora_lightning.speech.tasks.recognition import Recognition
 
 
 class CTCRecognition(Recognition):

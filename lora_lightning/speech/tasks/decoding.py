@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
+from lora_lightning.speech.tasks.labels import Labels
 
 NEVER = -math.inf
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lora_lightning.data.phrases import phrases
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.decoding import NEVER, Prefix, prefixes, spoken_frames
-from lora_lightning.tasks.labels import Labels
+from lora_lightning.speech.data.synthetic.phrases import phrases
+from lora_lightning.speech.tasks.decoding import NEVER, Prefix, prefixes, spoken_frames
+from lora_lightning.speech.tasks.labels import Labels
 
 START, END = "<s>", "</s>"
 SEED = 99  # of the sentences of `spoken_lexicon`

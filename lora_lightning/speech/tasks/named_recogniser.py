@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.recognisers import load_recogniser
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.recognisers import load_recogniser
 
 
 @dataclass
@@ -46,7 +46,7 @@ def named_recogniser(name: str, checkpoint: Path | str | None = None) -> NamedRe
             raise ConfigError("a checkpoint is for a torchaudio bundle; give one or the other")
         model = load_recogniser("package" if name == "spoken" else name)
         return NamedRecogniser(name, model, model.labels, model.sample_rate)
-    from lora_lightning.tasks.audio_models import load_audio_model
+    from lora_lightning.speech.tasks.audio_models import load_audio_model
 
     found = load_audio_model(name, checkpoint)
     if found.labels is None:

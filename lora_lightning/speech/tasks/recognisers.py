@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
+from lora_lightning.speech.tasks.labels import Labels
 
 _Size = TypeVar("_Size", Tensor, int)
 FORMAT = 1  # of the file

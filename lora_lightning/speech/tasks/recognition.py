@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.optimisation import Optimised
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.training.optimised_module import Optimised
 
 
 class Transcription(NamedTuple):

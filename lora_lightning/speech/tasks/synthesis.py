@@ -9,12 +9,12 @@ import torchaudio
 from torch import Tensor, nn
 from torchaudio.models import Tacotron2
 
-from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.probe import preserved
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.tasks.recognisers import frame_mask
+from lora_lightning.model.probing import preserved
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.recognisers import frame_mask
+from lora_lightning.training.optimised_module import Optimised
 
 FLOOR = 1e-5  # of a mel magnitude
 

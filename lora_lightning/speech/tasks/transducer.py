@@ -10,11 +10,11 @@ import torchaudio
 from torch import Tensor, nn
 from torchaudio.models import RNNT, RNNTBeamSearch
 
-from lora_lightning.data.utterances import AudioBatch
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.labels import Labels
-from lora_lightning.tasks.recognisers import frame_mask
-from lora_lightning.tasks.recognition import Recognition
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.recognisers import frame_mask
+from lora_lightning.speech.tasks.recognition import Recognition
 
 
 class TransducerRecognition(Recognition):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy
 
-from lora_lightning.config import unknown_key
-from lora_lightning.data.utterances import AudioBatch, Utterance
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.tasks.optimisation import Optimised
-from lora_lightning.tasks.recognisers import frame_mask
+from lora_lightning.lora.config import unknown_key
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.recognisers import frame_mask
+from lora_lightning.training.optimised_module import Optimised
 
 
 class Pooled(nn.Module):

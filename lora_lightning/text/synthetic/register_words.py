@@ -1,4 +1,4 @@
-"""The words of `lora_lightning.data.registers`: English forms as tables, stems in Tavi by chance.
+"""The words of `synthetic.registers`: English forms as tables, stems in Tavi by chance.
 
 A noun is its singular and plural, a verb its base, third person, past and participle. A word
 under ``senses`` is an everyday word too, and means something else in the register.

@@ -42,8 +42,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_lightning.data.parallel import Pair
-from lora_lightning.data.register_words import (
+from lora_lightning.errors import ConfigError
+from lora_lightning.text.parallel import Pair
+from lora_lightning.text.synthetic.register_words import (
     GENDERS,
     HOURS,
     KINDS,
@@ -55,7 +56,6 @@ from lora_lightning.data.register_words import (
     TIMES,
     Word,
 )
-from lora_lightning.errors import ConfigError
 
 SEVERITIES = (1, 2, 3)
 DOMAINS = tuple(f"{register}-{level}" for register in REGISTERS for level in SEVERITIES)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.session import CachedForward
-from lora_lightning.prefix.store import Store
-from lora_lightning.trainer_checks import find_backbone
+from lora_lightning.training.checks import find_backbone
+from lora_lightning.training.prefix_cache.session import CachedForward
+from lora_lightning.training.prefix_cache.store import Store
 
 
 class PrefixCache(Callback):

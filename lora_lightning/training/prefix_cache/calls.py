@@ -3,7 +3,7 @@
 A model's forward is arbitrary code and is not cut. What can be replaced are the *calls* of its
 modules: `first_calls` watches one forward, operator by operator, up to the first that touches a
 trained tensor, and gives the outermost modules that had finished by then. What of their results
-is used afterwards, `lora_lightning.prefix.flow` finds out.
+is used afterwards, `lora_lightning.training.prefix_cache.flow` finds out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.observers import left, observed, silenced, wrote
-from lora_lightning.state import adapted_layers
-from lora_lightning.tree import walk
+from lora_lightning.lora.module_tree import walk
+from lora_lightning.model.state import adapted_layers
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.observers import left, observed, silenced, wrote
 
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

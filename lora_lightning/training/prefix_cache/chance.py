@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_lightning.prefix.inputs import Inputs
+from lora_lightning.training.prefix_cache.inputs import Inputs
 
 
 @contextmanager

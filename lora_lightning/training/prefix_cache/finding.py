@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Beginning, first_calls
-from lora_lightning.prefix.chance import aside
-from lora_lightning.prefix.flow import mark_used
-from lora_lightning.prefix.inputs import Inputs, autocast
-from lora_lightning.prefix.items import same
-from lora_lightning.prefix.learning import learn
-from lora_lightning.prefix.observers import attributes, silenced
-from lora_lightning.prefix.replay import Prefix, Record
-from lora_lightning.prefix.watch import Watch, modes, noise, recomputes, set_modes
-from lora_lightning.probe import floats, preserved
-from lora_lightning.state import merged_layers
+from lora_lightning.model.probing import floats, preserved
+from lora_lightning.model.state import merged_layers
+from lora_lightning.training.prefix_cache.calls import Beginning, first_calls
+from lora_lightning.training.prefix_cache.chance import aside
+from lora_lightning.training.prefix_cache.flow import mark_used
+from lora_lightning.training.prefix_cache.inputs import Inputs, autocast
+from lora_lightning.training.prefix_cache.items import same
+from lora_lightning.training.prefix_cache.learning import learn
+from lora_lightning.training.prefix_cache.observers import attributes, silenced
+from lora_lightning.training.prefix_cache.replay import Prefix, Record
+from lora_lightning.training.prefix_cache.watch import Watch, modes, noise, recomputes, set_modes
 
 
 @dataclass

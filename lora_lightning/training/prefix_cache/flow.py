@@ -14,12 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call, InOrder, Leaf, intercepted, storage, storages
-from lora_lightning.prefix.chance import generators
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.items import sort
-from lora_lightning.prefix.observers import left
-from lora_lightning.probe import floats
+from lora_lightning.model.probing import floats
+from lora_lightning.training.prefix_cache.calls import (
+    Call,
+    InOrder,
+    Leaf,
+    intercepted,
+    storage,
+    storages,
+)
+from lora_lightning.training.prefix_cache.chance import generators
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.items import sort
+from lora_lightning.training.prefix_cache.observers import left
 
 _SEEDED = torch.Tag.nondeterministic_seeded
 _RANDOM = 1  # the label of numbers that were drawn around the calls

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call, Leaf
-from lora_lightning.probe import difference
+from lora_lightning.model.probing import difference
+from lora_lightning.training.prefix_cache.calls import Call, Leaf
 
 
 def sort(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call
-from lora_lightning.prefix.items import alike
+from lora_lightning.training.prefix_cache.calls import Call
+from lora_lightning.training.prefix_cache.items import alike
 
 _MOST = 1000  # shapes; batches of older ones are computed anew
 

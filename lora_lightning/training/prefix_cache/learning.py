@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call, Leaf
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.items import same, sort
-from lora_lightning.prefix.replay import Prefix
+from lora_lightning.training.prefix_cache.calls import Call, Leaf
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.items import same, sort
+from lora_lightning.training.prefix_cache.replay import Prefix
 
 
 def learn(prefix: Prefix, inputs: Inputs, known: bool) -> None:

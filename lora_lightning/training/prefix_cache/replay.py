@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.calls import Call, InOrder, Leaf, Stop, intercepted
-from lora_lightning.prefix.chance import aside, generators
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.items import held, join, outline, part, varies
-from lora_lightning.prefix.layouts import Layout, Layouts
-from lora_lightning.prefix.observers import silenced
-from lora_lightning.tree import walk
+from lora_lightning.lora.module_tree import walk
+from lora_lightning.training.prefix_cache.calls import Call, InOrder, Leaf, Stop, intercepted
+from lora_lightning.training.prefix_cache.chance import aside, generators
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.items import held, join, outline, part, varies
+from lora_lightning.training.prefix_cache.layouts import Layout, Layouts
+from lora_lightning.training.prefix_cache.observers import silenced
 
 Outputs = list[list[Any]]  # of each call, the values that it gave
 Record = list[Tensor]  # the kept values of one item
@@ -28,7 +28,7 @@ class Prefix:
 
     Args:
         root: The model.
-        calls: From `lora_lightning.prefix.flow.mark_used`.
+        calls: From `lora_lightning.training.prefix_cache.flow.mark_used`.
         settled: Compute them in eval mode, whatever the model's is.
     """
 

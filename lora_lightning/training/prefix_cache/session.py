@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.prefix.finding import (
+from lora_lightning.training.prefix_cache.finding import (
     Found,
     check_stored,
     find,
@@ -21,11 +21,11 @@ from lora_lightning.prefix.finding import (
     refusal,
     trains,
 )
-from lora_lightning.prefix.hook import Hook, eager, hooked, last
-from lora_lightning.prefix.inputs import Inputs
-from lora_lightning.prefix.replay import Prefix, Record
-from lora_lightning.prefix.store import Store
-from lora_lightning.prefix.watch import Watch
+from lora_lightning.training.prefix_cache.hook import Hook, eager, hooked, last
+from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.replay import Prefix, Record
+from lora_lightning.training.prefix_cache.store import Store
+from lora_lightning.training.prefix_cache.watch import Watch
 
 _RENEWALS = 3  # in a row without a hit; then the weights change all the time
 _KINDS = 50  # of arguments; more, and one of them is another in each step

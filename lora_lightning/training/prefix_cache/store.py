@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.wording import si
+from lora_lightning.report.metrics import si
 
 _ALIGNMENT = 64  # bytes; any dtype can be viewed there
 

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lora_lightning.prefix.calls import storage
-from lora_lightning.prefix.observers import attributes, version
-from lora_lightning.prefix.replay import Prefix
-from lora_lightning.tree import join
+from lora_lightning.lora.module_tree import join
+from lora_lightning.training.prefix_cache.calls import storage
+from lora_lightning.training.prefix_cache.observers import attributes, version
+from lora_lightning.training.prefix_cache.replay import Prefix
 
 _ROWS = 4096  # of a weight that are summed at once
 

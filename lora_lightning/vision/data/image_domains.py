@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from lora_lightning.data.folders import Item, common_classes, find_domains, scan, split_items
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.vision.data.folders import Item, common_classes, find_domains, scan, split_items
 
 CROP = 0.875  # a picture is kept this much larger than what the network sees of it
 

@@ -109,7 +109,7 @@ def speak_all(jobs: Sequence[tuple[str, Voice]]) -> Iterator[tuple[NDArray[np.in
     Raises:
         ConfigError, DataError, MissingDependencyError: as `speak`.
     """
-    command = [sys.executable, "-m", "lora_lightning.data.espeak"]
+    command = [sys.executable, "-m", "lora_lightning.speech.data.synthetic.espeak"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None

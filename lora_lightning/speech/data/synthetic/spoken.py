@@ -1,6 +1,6 @@
 """Spoken digit strings and commands by eSpeak voices, `<speaker>/<index>.flac`, in a cache.
 
-The set has an `utterances.jsonl`, which `lora_lightning.data.manifests.load_utterances` reads
+The set has an `utterances.jsonl`, which `manifests.load_utterances` reads
 like any manifest. A speaker is on one side only: `data.voices` names those that a source model
 hears and those that it never hears.
 """
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.data import cache
-from lora_lightning.data.cache import made_set
-from lora_lightning.data.espeak import Voice, speak_all
-from lora_lightning.data.phrases import phrases
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.runner import generated_sets
+from lora_lightning.runner.generated_sets import made_set
+from lora_lightning.speech.data.synthetic.espeak import Voice, speak_all
+from lora_lightning.speech.data.synthetic.phrases import phrases
 
 EDITION = 1  # raise it whenever the same settings would give other sound
 LISTING = "utterances.jsonl"
@@ -65,12 +65,12 @@ def spoken_set(
 
     def make(folder: Path) -> Mapping[str, Any]:
         jobs = [(row["text"], speakers[row["speaker"]]) for row in rows]
-        with cache.progress(rows, f"speaking {len(rows)} sentences", progress) as shown:
+        with generated_sets.progress(rows, f"speaking {len(rows)} sentences", progress) as shown:
             for row, (samples, rate) in zip(shown, speak_all(jobs), strict=True):
                 _write(folder / row["path"], samples, rate, sample_rate)
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / LISTING).write_text("".join(lines), encoding="utf-8")
-        return {"versions": cache.versions("numpy", "espeakng-loader", "soundfile")}
+        return {"versions": generated_sets.versions("numpy", "espeakng-loader", "soundfile")}
 
     files = [*(row["path"] for row in rows), LISTING]
     return made_set(root, "spoken", settings, files, make, own=[*speakers, LISTING])

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_lightning.config import unknown_key
-from lora_lightning.data.espeak import Voice
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.config import unknown_key
+from lora_lightning.speech.data.synthetic.espeak import Voice
 
 _ENGLISH = (
     "en", "en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan",

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.data.solids import Floats, Rng
+from lora_lightning.vision.data.synthetic.solids import Floats, Rng
 
 TILE = 64  # width and height of a pattern
 KINDS = ("noise", "blobs", "foliage", "stripes", "checks", "plain", "speckles")

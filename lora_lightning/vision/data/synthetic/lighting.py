@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.data.solids import Floats, Rng, dot
+from lora_lightning.vision.data.synthetic.solids import Floats, Rng, dot
 
 GAMMA = 2.2
 REACH = 1.3  # half the width of the shadow map; objects lie within a unit ball

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lightning.data.fronts import FRONTS
-from lora_lightning.data.shapes import MAKERS
-from lora_lightning.data.solids import Floats, Rng, dot, skin, turned
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.vision.data.synthetic.shapes import FRONTS, MAKERS
+from lora_lightning.vision.data.synthetic.solids import Floats, Rng, dot, skin, turned
 
 if TYPE_CHECKING:
     import trimesh

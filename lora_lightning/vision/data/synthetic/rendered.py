@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_lightning.data import cache
-from lora_lightning.data.cache import made_set
-from lora_lightning.data.fronts import FRONTS
-from lora_lightning.data.meshes import CLASSES
-from lora_lightning.data.poses import LABELS, Pose, write_poses
-from lora_lightning.data.scene import Renderer
-from lora_lightning.data.worlds import WORLDS, Picture, World
 from lora_lightning.errors import ConfigError
+from lora_lightning.runner import generated_sets
+from lora_lightning.runner.generated_sets import made_set
+from lora_lightning.vision.data.pose_domains import LABELS, Pose, write_poses
+from lora_lightning.vision.data.synthetic.meshes import CLASSES
+from lora_lightning.vision.data.synthetic.scene import Renderer
+from lora_lightning.vision.data.synthetic.shapes import FRONTS
+from lora_lightning.vision.data.synthetic.worlds import WORLDS, Picture, World
 
 EDITION = 2  # raise it whenever the same settings would give other pictures
 SPLITS = ("train", "test")
@@ -157,7 +157,7 @@ def _write(
     from PIL import Image
 
     pixels, poses = hashlib.sha256(), dict[str, Pose]()
-    with cache.progress(items, f"rendering {len(items)} images", progress) as shown:
+    with generated_sets.progress(items, f"rendering {len(items)} images", progress) as shown:
         for item in shown:
             picture, azimuth, elevation = item.draw(renderer, worlds[item.domain], settings["seed"])
             poses[item.path] = Pose(azimuth, elevation)
@@ -166,5 +166,5 @@ def _write(
             Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
     if _faces(settings):
         write_poses(folder, poses)
-    versions = cache.versions("numpy", "panda3d", "pillow", "trimesh")
+    versions = generated_sets.versions("numpy", "panda3d", "pillow", "trimesh")
     return {"versions": versions, "pixels_sha256": pixels.hexdigest()}

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.data.backgrounds import TILE, Background, tile
-from lora_lightning.data.lighting import GAMMA, Lighting, ShadowMap, illuminate, sense
-from lora_lightning.data.meshes import Material, Part, face_corners, flat_texture
-from lora_lightning.data.solids import Floats, Rng
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.vision.data.synthetic.backgrounds import TILE, Background, tile
+from lora_lightning.vision.data.synthetic.lighting import (
+    GAMMA,
+    Lighting,
+    ShadowMap,
+    illuminate,
+    sense,
+)
+from lora_lightning.vision.data.synthetic.meshes import Material, Part, face_corners, flat_texture
+from lora_lightning.vision.data.synthetic.solids import Floats, Rng
 
 Bytes = NDArray[np.uint8]
 _CORNER = [("vertex", "<f4", 3), ("colour", "u1", 4), ("uv", "<f4", 2)]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_lightning.data.backgrounds import KINDS, Background, tile
-from lora_lightning.data.lighting import LIGHTINGS, Lighting
-from lora_lightning.data.meshes import make_mesh
-from lora_lightning.data.scene import Bytes, Camera, Renderer
-from lora_lightning.data.solids import Floats, Rng
+from lora_lightning.vision.data.synthetic.backgrounds import KINDS, Background, tile
+from lora_lightning.vision.data.synthetic.lighting import LIGHTINGS, Lighting
+from lora_lightning.vision.data.synthetic.meshes import make_mesh
+from lora_lightning.vision.data.synthetic.scene import Bytes, Camera, Renderer
+from lora_lightning.vision.data.synthetic.solids import Floats, Rng
 
 
 class Picture(NamedTuple):

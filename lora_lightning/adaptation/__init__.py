@@ -1,0 +1,1 @@
+"""An unlabelled target: objectives, pseudo-labels, guards, rounds, closed forms."""

@@ -1,0 +1,1 @@
+"""How far apart source and target are."""

@@ -1,0 +1,1 @@
+"""Decompositions: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Forward and backward passes of factorised layers that keep and compute less."""

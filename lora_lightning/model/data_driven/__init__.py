@@ -1,0 +1,1 @@
+"""What looks at data before training: activations, first factors, ranks."""

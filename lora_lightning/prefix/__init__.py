@@ -1,1 +1,0 @@
-"""`PrefixCache`: what lies before the first trained layer is computed once."""

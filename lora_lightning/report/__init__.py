@@ -1,0 +1,1 @@
+"""Results in; tables, files, plots and a page out. Knows no model."""

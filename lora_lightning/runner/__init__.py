@@ -1,0 +1,1 @@
+"""What runs a recipe: its YAML, its trainer, its progress."""

@@ -1,0 +1,1 @@
+"""Speech: data, tasks, methods and settings of the recipes."""

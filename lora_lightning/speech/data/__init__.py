@@ -1,0 +1,1 @@
+"""Recordings, manifests and batches."""

@@ -1,0 +1,1 @@
+"""Spoken sentences, rooms and noises that need no download."""

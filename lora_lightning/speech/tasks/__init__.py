@@ -1,0 +1,1 @@
+"""Models and LightningModules for recordings."""

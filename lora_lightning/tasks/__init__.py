@@ -1,1 +1,0 @@
-"""LightningModules that recipes need; each module imports what it needs only when it is used."""

@@ -1,0 +1,1 @@
+"""Translation: data, models, methods and settings of the recipe."""

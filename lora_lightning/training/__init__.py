@@ -1,0 +1,1 @@
+"""Lightning: the callbacks, and what they check, guard and save."""

@@ -1,0 +1,1 @@
+"""The frozen first part of a network, run once for every item."""

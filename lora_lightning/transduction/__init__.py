@@ -1,1 +1,0 @@
-"""Adaptation to an unlabelled target: pseudo-labels, objectives, validators, the guard."""

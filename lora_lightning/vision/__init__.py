@@ -1,0 +1,1 @@
+"""Images: data, tasks, methods and settings of the recipes."""

@@ -1,0 +1,1 @@
+"""Rendered images that need no download."""
