@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_lightning.adaptation import validators as score
 from lora_lightning.adaptation.shift.measure import compare
 from lora_lightning.adaptation.shift.source_statistics import LayerStatistics, SourceStatistics
-from lora_lightning.adaptation.shift.verdict import NAMES
+from lora_lightning.adaptation.shift.verdicts import NAMES
 from lora_lightning.report.plots.style import COLOURS, MARKERS, QUIET, STYLE
 
 Row = dict[str, Any]

@@ -9,6 +9,7 @@ Names load on first use, so that importing the package costs next to nothing.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from lora_lightning.lora.fused.plan import fused
     from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.model.adapter_file.save import read_header, save_adapter
-    from lora_lightning.model.combine import combine
-    from lora_lightning.model.compress import compress
-    from lora_lightning.model.data_driven.choose_ranks import choose_ranks
+    from lora_lightning.model.combination import combine
+    from lora_lightning.model.compression import compress
     from lora_lightning.model.data_driven.initialise import start_from_data
+    from lora_lightning.model.data_driven.rank_choice import choose_ranks
     from lora_lightning.model.injection import inject
     from lora_lightning.model.parameter_groups import parameter_groups
-    from lora_lightning.model.shrink import shrink
+    from lora_lightning.model.shrinkage import shrink
     from lora_lightning.model.switching import (
         adapters,
         disabled,
@@ -37,13 +38,11 @@ if TYPE_CHECKING:
         set_active,
         unmerge,
     )
-    from lora_lightning.model.verify import verify
-    from lora_lightning.training.cross_fit import cross_fit
+    from lora_lightning.model.verification import verify
+    from lora_lightning.training.cross_fitting import cross_fit
     from lora_lightning.training.fit_guard import FitGuard
     from lora_lightning.training.lora_callback import LoRACallback
     from lora_lightning.training.prefix_cache.callback import PrefixCache
-
-__version__ = "0.1.0"
 
 _HOME = {
     "AdapterBank": "bank.adapter_bank",
@@ -56,10 +55,10 @@ _HOME = {
     "SourceStatistics": "adaptation.shift.source_statistics",
     "TransductiveTask": "adaptation.transductive_task",
     "adapters": "model.switching",
-    "choose_ranks": "model.data_driven.choose_ranks",
-    "combine": "model.combine",
-    "compress": "model.compress",
-    "cross_fit": "training.cross_fit",
+    "choose_ranks": "model.data_driven.rank_choice",
+    "combine": "model.combination",
+    "compress": "model.compression",
+    "cross_fit": "training.cross_fitting",
     "disabled": "model.switching",
     "fused": "lora.fused.plan",
     "inject": "model.injection",
@@ -71,10 +70,10 @@ _HOME = {
     "save_adapter": "model.adapter_file.save",
     "set_active": "model.switching",
     "shift": "adaptation.shift.measure",
-    "shrink": "model.shrink",
+    "shrink": "model.shrinkage",
     "start_from_data": "model.data_driven.initialise",
     "unmerge": "model.switching",
-    "verify": "model.verify",
+    "verify": "model.verification",
 }
 
 __all__ = [
@@ -111,6 +110,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lora-lightning")
     if name not in _HOME:
         raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
     module = importlib.import_module(f"lora_lightning.{_HOME[name]}")

@@ -71,9 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    from lora_lightning import __version__
+    from importlib.metadata import version
 
-    parser.add_argument("--version", action="version", version=f"lora-lightning {__version__}")
+    ours = f"lora-lightning {version('lora-lightning')}"
+    parser.add_argument("--version", action="version", version=ours)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)
@@ -246,9 +247,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
-    from lora_lightning import load_adapter, merge
     from lora_lightning.model.adapter_file.format import read
+    from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.model.introspection import classifier_modules
+    from lora_lightning.model.switching import merge
     from lora_lightning.vision.backbones import create_backbone
 
     _, tensors = read(arguments.adapter)

@@ -1,18 +1,13 @@
-"""Shared pieces: tiny networks, data and a LightningModule, all real, all quick."""
+"""What holds for every test, and fixtures that rooms share."""
 
 from __future__ import annotations
 
 import os
-import warnings
 
-import lightning.pytorch as pl
 import pytest
-import timm
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import LoRACallback, fused
+from lora_lightning import fused
 from lora_lightning.lora.fused import thin_matmul
 
 torch.set_num_threads(1)
@@ -47,78 +42,3 @@ def as_if_inputs_were_large():
         patch.setattr(thin_matmul, "_WORTH", 0)
         patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
-
-
-def tiny_vit(classes: int = 4) -> nn.Module:
-    """A real timm ViT: 2 blocks, 32 pixels."""
-    return timm.create_model(
-        "test_vit", img_size=32, patch_size=8, depth=2, num_classes=classes
-    ).eval()
-
-
-class Module(pl.LightningModule):
-    """What a user writes: a network called `model`, a loss, an optimizer."""
-
-    def __init__(self, model: nn.Module | None = None, lr: float = 1e-2):
-        super().__init__()
-        self.model = model if model is not None else tiny_vit()
-        self.lr = lr
-
-    def forward(self, x):
-        return self.model(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = nn.functional.cross_entropy(self(x), y)
-        self.log("loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val_loss", nn.functional.cross_entropy(self(x), y))
-
-    def test_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("test_loss", nn.functional.cross_entropy(self(x), y))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0
-        )
-
-
-def lora(**options) -> LoRACallback:
-    """A callback of rank 2."""
-    return LoRACallback(**{"rank": 2, "seed": 0, **options})
-
-
-def loader(items: int = 8, size: int = 32, classes: int = 4, batch: int = 4) -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(items, 3, size, size, generator=generator)
-    y = torch.arange(items) % classes
-    return DataLoader(TensorDataset(x, y), batch_size=batch)
-
-
-def trainer(tmp_path, *callbacks, **options) -> pl.Trainer:
-    settings = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": tmp_path,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, std: float = 0.1, seed: int = 0) -> None:
-    """Give every B random values, so that adapters have an effect."""
-    from lora_lightning.lora.factors import Factors
-
-    generator = torch.Generator().manual_seed(seed)
-    for factors in (m for m in model.modules() if isinstance(m, Factors)):
-        factors.lora_B.copy_(std * torch.randn(factors.lora_B.shape, generator=generator))

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning import inject, merge, read_header, save_adapter
 from lora_lightning.cli import main
-from tests.conftest import randomise
-from tests.miniature import TINY, photos
+from tests.helpers.miniature import TINY, photos
+from tests.helpers.training import randomise
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ from lora_lightning.errors import BaseMismatchError, ConfigError
 from lora_lightning.model.patterns import matches
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
-from tests.conftest import Module, loader, randomise, tiny_vit, trainer
-from tests.test_every_timm import wake
-from tests.zoo import ZOO
+from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
+from tests.helpers.zoo import ZOO
+from tests.model.test_every_timm import wake
 
 pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 

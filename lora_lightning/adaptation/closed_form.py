@@ -157,7 +157,7 @@ def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
 
 
 def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int = 0) -> Pair:
-    from lora_lightning.linalg.nmf import nmf, semi_nmf
+    from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
     found = []
     signed = bool((source < 0).any() or (target < 0).any())

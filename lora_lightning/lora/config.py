@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.rank_rules import RULES
+from lora_lightning.registry import unknown
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
 NOMINAL_RANK = 8  # at which rank="auto" has the scaling that a fixed rank has
@@ -218,16 +218,8 @@ class LoRAConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
-                raise ConfigError(unknown_key(str(key), known))
+                raise ConfigError(unknown("key", str(key), known))
         return cls(**given)
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The sentence for a key that does not exist, with the nearest ones that do."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-    return f"unknown key {key!r}; {hint}"
 
 
 def _to_plain(config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def activation_nmf(s: Setting) -> Start:
     whose parts are signed. `data`: (N, in), a sample of the inputs. After Lee & Seung 1999,
     "Learning the parts of objects by non-negative matrix factorization", Nature 401.
     """
-    from lora_lightning.linalg.nmf import nmf, semi_nmf
+    from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
     rows: Tensor = s.data
     seed = int(torch.randint(2**31, (), generator=s.generator))

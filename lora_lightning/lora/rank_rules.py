@@ -2,7 +2,7 @@
 
 `choose` is the whole of it: a rule proposes a rank for each layer from its inputs' spectrum, and a
 budget of parameters, where there is one, is dealt out among all of them. The adapter's side is in
-`lora_lightning.model.data_driven.choose_ranks`.
+`lora_lightning.model.data_driven.rank_choice`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from lora_lightning.lora.factors import TENSORS, Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.module_tree import join
 from lora_lightning.model import state as states
-from lora_lightning.model.compress import report_anew
+from lora_lightning.model.compression import report_anew
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.introspection import base_parameters, live_tensors

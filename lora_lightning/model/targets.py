@@ -204,3 +204,9 @@ def _near(pattern: str, model: nn.Module) -> str:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     adaptable = sorted({t.name.split(".")[-1] for t in _layers(model)} - {""})
     return f"; adaptable layers end in {', '.join(adaptable[:12])}"
+
+
+def without_head(lora: LoRAConfig, model: nn.Module) -> LoRAConfig:
+    """The same adapter with the head left alone: the features are measured by it."""
+    left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
+    return LoRAConfig.make(lora, trainable=[], exclude_modules=left)

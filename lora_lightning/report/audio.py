@@ -22,7 +22,7 @@ def section(run: Run) -> str:
     """
     if run.texts == "translations":
         return _reading(telling(run.heard(), MOST))
-    chosen = _playable(telling(run.heard(), MOST))
+    chosen = _playable(run)
     if not chosen:
         return ""
     return (
@@ -73,22 +73,22 @@ def _marked(pieces: Sequence[Piece], reference: str) -> str:
     return " ".join(found) or "<i>nothing</i>"
 
 
-def _playable(transcripts: Sequence[Transcript]) -> list[tuple[Transcript, str]]:
+def _playable(run: Run) -> list[tuple[Transcript, str]]:
     """Those whose sound can be read and fits the page, with their sound."""
     found, room = [], MOST_CHARACTERS
-    for t in transcripts:
-        uri = _sound(t)
+    for t in telling(run.heard(), MOST):
+        uri = _sound(t, run)
         if uri and len(uri) <= room:
             found.append((t, uri))
             room -= len(uri)
     return found
 
 
-def _sound(t: Transcript) -> str:
+def _sound(t: Transcript, run: Run) -> str:
     """The recording as a data URI, in FLAC, which every browser plays; "" where it is gone."""
     import soundfile
 
-    samples = sound(t)
+    samples = sound(t, run)
     if samples is None:
         return ""
     file = io.BytesIO()

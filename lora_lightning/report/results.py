@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELD_OUT = "held-out"
 
@@ -107,6 +111,8 @@ class Run:
         skipped: (path, reason) of each input that was left out.
         command: what to type to repeat the run; made from the name where empty.
         texts: what `transcripts` are, and how their file is called.
+        read_audio: gives the samples (T,) of a transcript's audio file at a sampling rate in Hz;
+            raises DataError where it cannot. None: recordings are not played.
     """
 
     name: str
@@ -126,6 +132,7 @@ class Run:
     rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     texts: str = "transcripts"
     shifts: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    read_audio: Callable[[str, int], Tensor] | None = None
 
     def heard(self) -> list[Transcript]:
         """The first seed's held-out recordings, or sentences."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_lightning.errors import DataError
-from lora_lightning.report.results import Transcript
+from lora_lightning.report.results import Run, Transcript
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,17 +54,15 @@ def errors(reference: str, hypothesis: str) -> int:
     return sum(max(len(p.said.split()), len(p.heard.split())) for p in wrong)
 
 
-def sound(transcript: Transcript) -> Tensor | None:
+def sound(transcript: Transcript, run: Run) -> Tensor | None:
     """The recording, (T,) at `SAMPLE_RATE` in one channel; None where it cannot be read any more.
 
     A report is the end of a long run: no file that is gone since may spoil it.
     """
-    from lora_lightning.speech.data.audio import read_audio
-
-    if transcript.audio is None:
+    if transcript.audio is None or run.read_audio is None:
         return None
     try:
-        return read_audio(transcript.audio, SAMPLE_RATE)
+        return run.read_audio(transcript.audio, SAMPLE_RATE)
     except DataError:
         return None
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 
 if TYPE_CHECKING:
     from lora_lightning.report.results import Run
@@ -58,7 +58,7 @@ def find_recipe(name: str | Path) -> Path:
     path = path / "recipe.yaml" if path.is_dir() else path
     if path.is_file():
         return path
-    nearest = unknown_key(str(name), known).replace("unknown key", "there is no recipe")
+    nearest = unknown("key", str(name), known).replace("unknown key", "there is no recipe")
     raise ConfigError(f"{nearest} (or the path of a recipe.yaml, or of its folder)")
 
 
@@ -83,7 +83,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     known = set(settings(config))
     for key in _leaves(given):
         if key not in known and not _inside_free(key, config):
-            raise ConfigError(f"{path}: {unknown_key(key, known)}")
+            raise ConfigError(f"{path}: {unknown('key', key, known)}")
     return _merged(config, given, str(path))
 
 
@@ -100,7 +100,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if not equals:
             raise ConfigError(f"expected key=value, got {override!r}")
         if key not in known and key not in groups and not _inside_free(key, config):
-            raise ConfigError(unknown_key(key, known))
+            raise ConfigError(unknown("key", key, known))
         try:
             given = OmegaConf.from_dotlist([override])
         except Exception as error:  # PyYAML's, for a value such as "[1,"

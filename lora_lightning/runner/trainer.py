@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 from lora_lightning.runner.sweep import rank_of
 
 
@@ -73,7 +73,7 @@ def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[s
     """Raise ConfigError for a method that is not known, or seeds that cannot be used."""
     for name in methods:
         if name not in known and (rank_of(name) is None or "lora" not in known):
-            raise ConfigError(f"methods: {unknown_key(name, known).replace('key', 'method')}")
+            raise ConfigError(f"methods: {unknown('method', name, known)}")
     if not seeds or not methods:
         raise ConfigError("seeds and methods must not be empty")
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
@@ -82,9 +82,7 @@ def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[s
 
 def versions(*packages: str) -> dict[str, str]:
     """Name → version of what a run depends on; `packages` are further ones. Hardware last."""
-    import lora_lightning
-
-    found = {"lora-lightning": lora_lightning.__version__, "python": platform.python_version()}
+    found = {"lora-lightning": version("lora-lightning"), "python": platform.python_version()}
     found["torch"] = torch.__version__
     found |= {name: version(name) for name in ("lightning", *packages)}
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

@@ -187,7 +187,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
-    from lora_lightning import load_adapter
+    from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.speech.enrolment import transcribed
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import edit_distance
 
 from lora_lightning.adaptation.objectives import entropy, minimum_class_confusion
+from lora_lightning.adaptation.self_training import normalised_distance
 from lora_lightning.errors import ConfigError
 
 
@@ -28,11 +28,6 @@ def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
     inside = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
     said = (log_probs.argmax(dim=2) != blank) & inside
     return float(said.sum()) / max(int(inside.sum()), 1)
-
-
-def normalised_distance(a: str, b: str) -> float:
-    """Edit distance of characters over the length of the longer; 0 for two empty texts."""
-    return float(edit_distance(a, b)) / max(len(a), len(b), 1)
 
 
 def suta(

@@ -15,10 +15,11 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import nn
 
-from lora_lightning import merge
 from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import spectrum
 from lora_lightning.model.state import named_factors
+from lora_lightning.model.switching import merge
+from lora_lightning.model.targets import without_head
 from lora_lightning.report.results import Row, Transcript
 from lora_lightning.runner.sweep import Rank, at_rank
 from lora_lightning.runner.trainer import make_trainer
@@ -30,7 +31,6 @@ from lora_lightning.speech.settings import Config
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.lexicon import Lexicon
 from lora_lightning.training.lora_callback import LoRACallback
-from lora_lightning.vision.methods import without_head
 
 # The methods of a speech run that hear the target's recordings and read no transcript.
 

@@ -192,4 +192,5 @@ def _empty(config: Config, given: DictConfig, heard: Recordings, source: Conform
         versions=versions("torchaudio"),
         skipped=heard.skipped,
         notes=notes,
+        read_audio=read_audio,
     )

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.rounds import SOURCE_ROUND, Round
+from lora_lightning.adaptation.self_training import normalised_distance
 from lora_lightning.adaptation.teacher import Snapshot, Teacher
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.probing import preserved
-from lora_lightning.speech.ctc_objectives import dust, non_blank_rate, normalised_distance
+from lora_lightning.speech.ctc_objectives import dust, non_blank_rate
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition

@@ -19,6 +19,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.adapter_file.load import check_base
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
+from lora_lightning.model.targets import without_head
 from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
@@ -39,7 +40,6 @@ from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from lora_lightning.training.lora_callback import LoRACallback
-from lora_lightning.vision.methods import without_head
 
 # Learn a speaker from recordings that nobody wrote down.
 

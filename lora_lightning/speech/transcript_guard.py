@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean as mean
 
 from lora_lightning.adaptation.guard import Verdict
-from lora_lightning.speech.ctc_objectives import normalised_distance
+from lora_lightning.adaptation.self_training import normalised_distance
 
 
 @dataclass(frozen=True)

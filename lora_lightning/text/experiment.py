@@ -15,13 +15,13 @@ from torchmetrics.functional.text import sacre_bleu_score
 
 from lora_lightning.report.results import Row, Run
 from lora_lightning.runner.progress import Stages
+from lora_lightning.runner.settings import TrainSettings
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.text.decoding import Adjust
 from lora_lightning.text.parallel import Pair, ParallelData
 from lora_lightning.text.settings import Config
 from lora_lightning.text.translation import Translation
 from lora_lightning.text.translators import Translator
-from lora_lightning.vision.settings import TrainSettings
 
 
 @dataclass(frozen=True)

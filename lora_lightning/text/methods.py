@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from lora_lightning import merge
 from lora_lightning.linalg.decompose import spectrum
 from lora_lightning.model.state import named_factors
+from lora_lightning.model.switching import merge
+from lora_lightning.model.targets import without_head
 from lora_lightning.report.results import Row, Transcript
 from lora_lightning.runner.sweep import Rank, at_rank
 from lora_lightning.runner.trainer import make_trainer
@@ -27,9 +28,10 @@ from lora_lightning.text.translation import Translation
 from lora_lightning.text.translation_memory import TranslationMemory
 from lora_lightning.text.translators import Translator
 from lora_lightning.training.lora_callback import LoRACallback
-from lora_lightning.vision.methods import NAME, without_head
 
 _Method = Callable[[Context, Domain], Adapted]
+
+NAME = "LoRA, no labels"
 
 
 def source_only(context: Context) -> list[Row]:

@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 from lora_lightning.report.results import Run, Transcript
 from lora_lightning.report.write import write_report
 from lora_lightning.runner.progress import Stages, Ticks, interruptible, quiet_lightning
@@ -77,7 +77,7 @@ def _domains(config: Config) -> list[Domain]:
     wanted = others if config.data.target is None else list(config.data.target)
     for key, name, known in (("source", source, names), *(("target", w, others) for w in wanted)):
         if name not in known:
-            raise DataError(f"data.{key}: {unknown_key(name, known).replace('key', 'domain')}")
+            raise DataError(f"data.{key}: {unknown('domain', name, known)}")
     if not wanted:
         raise DataError(f"there is no target domain beside {source!r}")
     found = []

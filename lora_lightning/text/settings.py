@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.vision.settings import TrainSettings
+from lora_lightning.runner.settings import TrainSettings
 
 
 @dataclass

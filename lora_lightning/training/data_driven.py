@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.data_driven.choose_ranks import choose_ranks, set_ranks
 from lora_lightning.model.data_driven.initialise import Forward, call, start_from_data
+from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
 

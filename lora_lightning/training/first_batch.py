@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
 from lora_lightning.lora.factors import Factors
-from lora_lightning.model.verify import verify
+from lora_lightning.model.verification import verify
 
 _ITEMS = 2
 

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.compress import compress
-from lora_lightning.model.shrink import adapter_values, pull_to_source, restore, shrink, undone
+from lora_lightning.model.compression import compress
+from lora_lightning.model.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.training import checks
@@ -63,7 +63,7 @@ class FitGuard(Callback):
             the held-out batches may be unlabelled; they are then taken as they come.
         patience: Epochs without a lower held-out loss before training stops.
         shares: How far to go from the source, to choose from.
-        l2_sp: α of the pull, see `lora_lightning.model.shrink.pull_to_source`; None: 1/n for n
+        l2_sp: α of the pull, see `lora_lightning.model.shrinkage.pull_to_source`; None: 1/n for n
             training items, 0 where n is not known.
         lower_rank: Whether to try lower ranks at the end; None: with fewer than 50 training items.
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.model import state as states
-from lora_lightning.model.compress import compress, report_anew
+from lora_lightning.model.compression import compress, report_anew
 from lora_lightning.model.data_driven.prune import Pruner, rescale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall

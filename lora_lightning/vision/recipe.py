@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_lightning.adaptation.shift.measure import shift
 from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
-from lora_lightning.adaptation.shift.verdict import NAMES, Shift
+from lora_lightning.adaptation.shift.verdicts import NAMES, Shift
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Prediction, Row, Run
 from lora_lightning.report.write import write_report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.runner.settings import TrainSettings
 
 
 @dataclass
@@ -77,25 +78,6 @@ class ModelSettings:
     imagenet: str = "package"
     checkpoint: str | None = None
     pretrained: bool = False
-
-
-@dataclass
-class TrainSettings:
-    """One training, as `Classifier` and `Translation` in `lora_lightning.tasks` take it.
-
-    Args:
-        epochs: Passes over the training items.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
-        label_smoothing: Part of the target spread over all classes.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
-    """
-
-    epochs: int = 4
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    label_smoothing: float = 0.0
-    schedule: str = "one-cycle"
 
 
 @dataclass

@@ -25,7 +25,7 @@ from lora_lightning.adaptation.shift.distances import (
 )
 from lora_lightning.adaptation.shift.features import HEAD, Forward, features_of
 from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
-from lora_lightning.adaptation.shift.verdict import CONFIDENCE, STEADINESS, Shift, verdict
+from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model import state as states
 from lora_lightning.model.switching import adapters, disabled

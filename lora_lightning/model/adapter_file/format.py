@@ -10,13 +10,13 @@ import os
 import platform
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import lora_lightning
 from lora_lightning.errors import AdapterFileError
 
 FORMAT_VERSION = 1
@@ -138,7 +138,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def versions() -> dict[str, str]:
     """Versions of what made a file or a run."""
-    found = {"lora_lightning": lora_lightning.__version__, "python": platform.python_version()}
+    found = {"lora_lightning": version("lora-lightning"), "python": platform.python_version()}
     return found | {"torch": str(torch.__version__)}
 
 

@@ -112,7 +112,8 @@ def _mean(summary: Summary, method: str, domain: str) -> float:
 
 def spectrogram_plot(run: Run) -> Drawing | None:
     """Some recordings as pictures, with what was understood of them before and after."""
-    found = [(t, image) for t in telling(run.heard(), 4) if (image := _spectrogram(t)) is not None]
+    drawn = ((t, _spectrogram(t, run)) for t in telling(run.heard(), 4))
+    found = [(t, image) for t, image in drawn if image is not None]
     if not found:
         return None
     figure = Figure(figsize=(9, 2.5 * len(found)), layout="constrained")
@@ -154,11 +155,11 @@ def _fitted(text: str, size: float, weight: str = "normal") -> str:
     return text if width <= ROOM else shorten(text, int(0.97 * len(text) * ROOM / width))
 
 
-def _spectrogram(t: Transcript) -> tuple[np.ndarray, float] | None:
+def _spectrogram(t: Transcript, run: Run) -> tuple[np.ndarray, float] | None:
     """Decibels (mel band, time) and the length in seconds; nothing for what cannot be drawn."""
     from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 
-    waveform = sound(t)
+    waveform = sound(t, run)
     if waveform is None or len(waveform) < WINDOW:
         return None
     power = MelSpectrogram(SAMPLE_RATE, WINDOW, hop_length=160, n_mels=BANDS)(waveform)

@@ -1,8 +1,7 @@
 """From a manifest or a folder to recordings, and back: `load_utterances`, `write_manifest`.
 
-How a manifest is read is in `lora_lightning.runner.tables`, how the layouts look in
-`data.manifests`. What is found is not looked at: `audio.checked`
-does that.
+How a row becomes an `Utterance` is in `lora_lightning.speech.data.utterances`. What is found is not
+looked at: `lora_lightning.speech.data.audio.checked` does that.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.lora.config import unknown_key
-from lora_lightning.runner.tables import SUFFIXES, read_table, read_text
+from lora_lightning.registry import unknown
+from lora_lightning.runner.tables import SUFFIXES, read_text
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
-from lora_lightning.speech.data.utterances import Utterance
+from lora_lightning.speech.data.utterances import Utterance, read_table
 
 # Folders of recordings in the layouts that are in use, each found as a list of `Utterance`.
 #
@@ -133,7 +132,7 @@ def load_utterances(source: Path | str, layout: str = "auto") -> list[Utterance]
     """Find the recordings of a manifest or a folder; no audio is opened.
 
     Args:
-        source: A manifest (`.csv`, `.tsv` or `.jsonl`, see `tables.read_table`)
+        source: A manifest (`.csv`, `.tsv` or `.jsonl`, see `utterances.read_table`)
             or a folder.
         layout: "manifest", "librispeech", "commonvoice", "vctk" or "folder" (audio files, each
             with its text in a `.txt` beside it, or without). "auto": the first of these that fits.
@@ -149,7 +148,7 @@ def load_utterances(source: Path | str, layout: str = "auto") -> list[Utterance]
     """
     known = ["auto", *LOOKED_FOR]
     if layout not in known:
-        raise ConfigError(unknown_key(layout, known).replace("key", "layout"))
+        raise ConfigError(unknown("layout", layout, known))
     source = Path(source)
     if not source.exists():
         raise DataNotFoundError(f"there is no file or folder {source}")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchaudio import models, pipelines
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.config import unknown_key
-from lora_lightning.vision.backbones import read_weights
+from lora_lightning.registry import unknown
+from lora_lightning.runner.weights import read_weights
 
 _ASSETS = "https://download.pytorch.org/torchaudio/"
 
@@ -72,7 +72,7 @@ def load_audio_model(
     factory = getattr(models, name, None)
     if not callable(factory) or name.startswith("_"):
         known = [*bundles, *(n for n in models.__all__ if callable(getattr(models, n)))]
-        raise ConfigError(f"torchaudio has no such model: {unknown_key(name, known)[:300]}")
+        raise ConfigError(f"torchaudio has no such model: {unknown('key', name, known)[:300]}")
     try:
         model = factory(**settings)
     except TypeError as error:

@@ -12,7 +12,7 @@ from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.recognisers import frame_mask
 from lora_lightning.training.optimised_module import Optimised
@@ -176,7 +176,7 @@ class AudioClassification(_UtteranceTask):
         """The number of each recording's class."""
         for item in items:
             if item.target not in self.classes:
-                what = unknown_key(str(item.target), self.classes).replace("key", "class")
+                what = unknown("class", str(item.target), self.classes)
                 raise DataError(f"{item.path}: {what}" if item.target else f"{item.path}: no class")
         return torch.tensor([self.classes.index(str(item.target)) for item in items])
 

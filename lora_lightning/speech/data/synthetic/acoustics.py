@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 from lora_lightning.speech.data.synthetic.noises import NOISES, check_waveform, generator
 from lora_lightning.speech.data.synthetic.rooms import impulse_response
 from lora_lightning.speech.data.utterances import Utterance
@@ -160,7 +160,7 @@ class Noise(Step):
 
     def __post_init__(self) -> None:
         if self.kind not in NOISES:
-            raise ConfigError(f"Noise: {unknown_key(self.kind, NOISES)}")
+            raise ConfigError(f"Noise: {unknown('key', self.kind, NOISES)}")
         if not math.isfinite(self.snr_db):
             raise ConfigError(f"Noise: snr_db must be a finite number, got {self.snr_db!r}")
 
@@ -269,7 +269,7 @@ def environment(
         ConfigError: there is no such environment (the message has the nearest names).
     """
     if name not in ENVIRONMENTS:
-        raise ConfigError(f"environment: {unknown_key(name, ENVIRONMENTS)}")
+        raise ConfigError(f"environment: {unknown('key', name, ENVIRONMENTS)}")
     steps = [replace(s, sample_rate=sample_rate, seed=seed) for s in ENVIRONMENTS[name]]
     return Environment(*(replace(s, pool=pool) if isinstance(s, Noise) else s for s in steps))
 

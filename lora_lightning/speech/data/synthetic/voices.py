@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.config import unknown_key
+from lora_lightning.registry import unknown
 from lora_lightning.speech.data.synthetic.espeak import Voice
 
 _ENGLISH = (
@@ -71,5 +71,5 @@ def target_voices(names: Sequence[str] | None = None) -> dict[str, Voice]:
     """
     for name in names or ():
         if name not in TARGETS:
-            raise ConfigError(unknown_key(name, TARGETS).replace("key", "target voice"))
+            raise ConfigError(unknown("key", name, TARGETS).replace("key", "target voice"))
     return {name: TARGETS[name] for name in names} if names else dict(TARGETS)

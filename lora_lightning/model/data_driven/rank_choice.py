@@ -1,0 +1,124 @@
+"""`choose_ranks`: the rank of each layer of an adapter from target batches, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.lora import rank_rules
+from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.rank_rules import Spectrum
+from lora_lightning.model import state as states
+from lora_lightning.model.compression import report_anew
+from lora_lightning.model.data_driven.initialise import Forward, Sample, call, gather_inputs, shown
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.patterns import Target
+from lora_lightning.model.probing import preserved
+from lora_lightning.model.state import ModelState
+from lora_lightning.model.switching import disabled
+
+ROWS = 512  # of each layer's inputs, drawn from all that is seen
+
+
+def choose_ranks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None = None,
+    *,
+    forward: Forward | None = None,
+    max_batches: int = 20,
+    progress: bool = False,
+) -> InjectionReport:
+    """Give each layer of an adapter with ``rank="auto"`` its rank, from the target's inputs.
+
+    The source model sees each batch once, in eval mode, without labels; the rule and the budget
+    are the configuration's (`rank_rule`, `rank_energy`, `parameter_budget`, `max_rank`), see
+    `rank_rules.choose`. Layers whose inputs cannot be seen (embeddings, transposed
+    convolutions, bare parameters), and those that `rank_pattern` names, keep the rank they have;
+    they count in the budget. The function stays the source's. The parameters stay the objects
+    they were, with another shape.
+
+    Args:
+        model: With the adapter on, not trained yet.
+        batches: Of the target, as for `start_from_data`.
+        name: Of the adapter; None: the active one.
+        forward: From (model, batch) to anything; runs the model once.
+        max_batches: At most so many are looked at.
+        progress: Show a progress bar on the terminal.
+
+    Returns:
+        The report, with the ranks that were chosen.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+        AdapterError: the model is merged.
+        ConfigError: its rank is not "auto", or the budget is too small.
+        DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
+    """
+    root, state, name = states.holder(model, name, "to choose ranks for")
+    config = state.configs[name]
+    if config.rank != "auto":
+        raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
+    if states.merged_layers(root):
+        raise AdapterError("the model is merged; call unmerge(model) before ranks are chosen")
+    factors = states.named_factors(root, name)
+    spectra = _spectra(root, factors, config, shown(batches, max_batches, progress), forward)
+    budget = config.parameter_budget
+    if budget is not None:
+        budget -= sum(f.cost * f.spec.rank for p, f in factors.items() if p not in spectra)
+    chosen = rank_rules.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
+    return set_ranks(root, state, name, chosen)
+
+
+@torch.no_grad()
+def set_ranks(
+    root: nn.Module, state: ModelState, name: str, chosen: dict[str, int]
+) -> InjectionReport:
+    """Give factors other ranks, before training; the report is brought up to date."""
+    for path, rank in chosen.items():
+        module, tensor = located(root, path)
+        factors: Factors = module.lora[name][tensor]
+        factors.resize(rank, state.configs[name].scale(rank, factors.spec.alpha))
+        factors.reset(raw_tensor(module, tensor))
+    report_anew(state, name, states.named_factors(root, name))
+    state.unranked.discard(name)
+    return state.reports[name]
+
+
+def _spectra(
+    root: nn.Module,
+    factors: dict[str, Factors],
+    config: LoRAConfig,
+    batches: Iterable[Any],
+    forward: Forward | None,
+) -> dict[str, Spectrum]:
+    fixed = _fixed(root, config, factors)
+    free = {p: f for p, f in factors.items() if p not in fixed}
+    with preserved(root), disabled(root):
+        root.eval()
+        found = gather_inputs(root, free, batches, forward or call, lambda f: Sample(f, ROWS))
+    if not found and free:
+        raise DataError(
+            "no layer's inputs were seen on these batches: forward= must run the model itself"
+        )
+    return {
+        path: rank_rules.spectrum_of(g.result(), free[path].spec.rank, free[path].cost)
+        for path, g in found.items()
+    }
+
+
+def _fixed(root: nn.Module, config: LoRAConfig, factors: dict[str, Factors]) -> set[str]:
+    """The tensors whose rank `rank_pattern` names."""
+    found = set()
+    for path in factors:
+        owner, _, tensor = path.rpartition(".")
+        target = Target(owner, root.get_submodule(owner), tensor)
+        if any(target.hit_by(p) for p in config.rank_pattern):
+            found.add(path)
+    return found

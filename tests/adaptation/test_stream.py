@@ -1,0 +1,157 @@
+"""Adapting while predicting: a stream of pictures, a single utterance."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import disabled, inject
+from lora_lightning.adaptation.guard import Limits
+from lora_lightning.adaptation.stream import StreamAdapter
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.episodic import SingleUtterance
+from lora_lightning.speech.tasks.ctc import CTCRecognition
+from lora_lightning.speech.transcript_guard import SpeechLimits
+from tests.adaptation.test_transductive_task import accuracy, points, source  # noqa: F401 - a fixture
+from tests.speech.test_self_training import recogniser
+
+
+@pytest.fixture
+def model(source):  # noqa: F811
+    found = copy.deepcopy(source)
+    inject(found, rank=4, target_modules=["body.0"], trainable=[])
+    return found.train()
+
+
+def through(stream, x, size):
+    return torch.cat([stream(batch) for batch in x.split(size)])
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_stream_gets_better_as_it_goes(model, size):
+    x, y = points(512, 3, shift=1.5)
+    before = accuracy(copy.deepcopy(model), (x, y))
+    model.train()
+    stream = StreamAdapter(model, memory=32, learning_rate=2e-3)
+    found = through(stream, x, size)
+    late = float((found[256:].argmax(1) == y[256:]).double().mean())
+    assert before < 0.9
+    assert late > before + 0.02
+    assert (stream.seen_, stream.resets_) == (512, [])
+    assert len(stream._kept) == 32  # bounded
+    assert model.training  # the modes are the user's
+
+
+def test_reset_is_the_source_again_bit_for_bit(model):
+    x, _ = points(64, 3, shift=1.5)
+    with torch.no_grad():
+        source_says = copy.deepcopy(model).eval()(x)
+    stream = StreamAdapter(model, memory=16, learning_rate=1e-2)
+    first = through(stream, x, 16)
+    stream.reset()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), source_says)
+    assert stream.seen_ == 0
+    torch.testing.assert_close(through(stream, x, 16), first)
+
+
+def test_at_an_alarm_it_begins_anew(model):
+    x, _ = points(64, 3, shift=1.5)
+    stream = StreamAdapter(model, memory=16, learning_rate=5.0)
+    through(stream, x, 16)
+    assert stream.resets_
+    assert stream.resets_[0][0] == 16
+    with torch.no_grad(), disabled(model):
+        untouched = model.eval()(x)
+    assert torch.isfinite(untouched).all()
+    free = StreamAdapter(copy.deepcopy(model), memory=16, learning_rate=5.0, limits=None)
+    through(free, x, 16)
+    assert not free.resets_
+
+
+def test_one_item_alone_teaches_nothing(model):
+    x, _ = points(1, 3)
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(x).softmax(1)
+    assert torch.equal(StreamAdapter(model)(x), before)
+
+
+def test_what_a_stream_refuses(model, source):  # noqa: F811
+    with pytest.raises(ConfigError, match="at least 2"):
+        StreamAdapter(model, memory=1)
+    with pytest.raises(ConfigError, match="learning_rate"):
+        StreamAdapter(model, learning_rate=0)
+    frozen = copy.deepcopy(source)
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ConfigError, match="inject an adapter"):
+        StreamAdapter(frozen)
+    stream = StreamAdapter(model)
+    with pytest.raises(DataError, match="NaN"):
+        stream(torch.full((2, 16), torch.nan))
+    assert stream.seen_ == 0
+
+
+# ---- one utterance ----------------------------------------------------------------------------
+
+
+def sounds(count=3):
+    generator = torch.Generator().manual_seed(0)
+    waves = [0.1 * torch.randn(6000 + 1000 * i, generator=generator) for i in range(count)]
+    return AudioBatch.of(waves, [Utterance(f"{i}.wav") for i in range(count)])
+
+
+def test_a_single_utterance_leaves_no_trace():
+    module = CTCRecognition(recogniser())
+    before = copy.deepcopy(module.state_dict())
+    module.model.head.weight.requires_grad_(False)
+    grads = [p.requires_grad for p in module.parameters()]
+    batch = sounds()
+    texts = SingleUtterance(module, steps=3, learning_rate=1e-2)(batch)
+    assert len(texts) == 3
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert [p.requires_grad for p in module.parameters()] == grads
+    assert module.training
+    # What a recording becomes does not depend on those before it.
+    alone = AudioBatch(batch.waveforms[2:], batch.lengths[2:], batch.items[2:])
+    assert SingleUtterance(module, steps=3, learning_rate=1e-2)(alone) == texts[2:]
+
+
+def test_its_loss_falls():
+    from lora_lightning.speech import episodic
+
+    seen, module, real = [], CTCRecognition(recogniser()), episodic.suta
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episodic, "suta", lambda *a: seen.append(real(*a)) or seen[-1])
+        SingleUtterance(module, steps=8, learning_rate=1e-2)(sounds(1))
+    assert len(seen) == 8
+    assert seen[-1] < seen[0]
+
+
+def test_a_text_that_falls_silent_is_not_taken():
+    module = CTCRecognition(recogniser())
+    plain = SingleUtterance(module, steps=1, learning_rate=1e-9)(sounds())
+    wild = SingleUtterance(module, steps=5, learning_rate=100.0)
+    kept = wild(sounds())
+    wild.limits = SpeechLimits(least_rate=2.0, most_rate=3.0)  # nothing can pass
+    assert wild(sounds()) == plain
+    wild.limits = None
+    assert isinstance(kept, list)
+
+
+def test_what_a_single_utterance_refuses():
+    module = CTCRecognition(recogniser())
+    with pytest.raises(ConfigError, match="above 0"):
+        SingleUtterance(module, steps=0)
+    module.model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="no norm"):
+        SingleUtterance(module)
+
+
+def test_limits_are_checked():
+    with pytest.raises(ConfigError, match="steadiness"):
+        Limits(steadiness=2)

@@ -1,0 +1,312 @@
+"""Adapter files: there and back, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_lightning import (
+    disabled,
+    inject,
+    load_adapter,
+    merge,
+    read_header,
+    remove,
+    save_adapter,
+    set_active,
+)
+from lora_lightning.errors import (
+    AdapterExistsError,
+    AdapterFileError,
+    AdapterNotFoundError,
+    BaseMismatchError,
+    ConfigError,
+)
+from tests.helpers.training import randomise, tiny_vit
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    return tiny_vit()
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    """An adapter with a trained head on a copy of `base`, its file, and its output."""
+    model = copy.deepcopy(base)
+    inject(model, rank=2, seed=0, target_modules=["auto", "pos_embed"], name="alice")
+    randomise(model)
+    with torch.no_grad():
+        model.head.weight.add_(0.1)
+    path = save_adapter(model, tmp_path / "deep" / "alice.safetensors")
+    return model, path, model(X).detach()
+
+
+def untouched(model: nn.Module, base: nn.Module) -> bool:
+    return list(model.state_dict()) == list(base.state_dict()) and torch.equal(model(X), base(X))
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"freeze_a": True, "dropout": 0.1}])
+def test_there_and_back(base, tmp_path, options):
+    model = copy.deepcopy(base)
+    inject(model, rank=2, scaling="alpha/sqrt(r)", trainable=["head", "norms"], **options)
+    randomise(model)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.1)
+    save_adapter(model, tmp_path / "a.safetensors")
+    fresh = copy.deepcopy(base)
+    report = load_adapter(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(X), model(X))
+    assert report.trainable_parameters == sum(
+        p.numel() for p in fresh.parameters() if p.requires_grad
+    )
+    with disabled(fresh):
+        assert torch.equal(fresh(X), base(X))
+    remove(fresh)
+    assert untouched(fresh, base)
+
+
+def test_header_says_what_it_is(trained):
+    header = read_header(trained[1])
+    assert header["format_version"] == 1
+    assert header["name"] == "alice"
+    assert header["base"]["architecture"] == "test_vit"
+    assert header["config"]["rank"] == 2
+    assert header["extras"] == ["head.weight", "head.bias"]
+    assert header["versions"].keys() == {"lora_lightning", "python", "torch"}
+    assert {t["module"] for t in header["targets"]} >= {"", "blocks.0.attn.qkv"}
+
+
+def test_a_merged_model_saves_the_same_file(trained, tmp_path):
+    model, path, _ = trained
+    merge(model)
+    again = save_adapter(model, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_an_inactive_adapter_saves_the_same_file(trained, tmp_path):
+    model, path, _ = trained
+    inject(model, rank=1, name="bob", seed=0)
+    with torch.no_grad():
+        model.head.weight.add_(5)
+    again = save_adapter(model, tmp_path / "again.safetensors", "alice")
+    assert again.read_bytes() == path.read_bytes()
+    set_active(model, None)
+    with pytest.raises(AdapterNotFoundError, match="to save"):
+        save_adapter(model, tmp_path / "none.safetensors")
+
+
+def test_another_name_and_names_that_are_taken(trained, base):
+    _, path, output = trained
+    model = copy.deepcopy(base)
+    load_adapter(model, path, name="one")
+    load_adapter(model, path, name="two")
+    with pytest.raises(AdapterExistsError, match="overwrite=True"):
+        load_adapter(model, path, name="one")
+    load_adapter(model, path, name="one", overwrite=True)
+    assert torch.equal(model(X), output)
+
+
+def test_a_classifier_reset_after_injection_is_in_the_file(base, tmp_path):
+    model = copy.deepcopy(base)
+    inject(model, rank=2, seed=0)
+    model.reset_classifier(7)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    fresh = copy.deepcopy(base)
+    fresh.reset_classifier(7)
+    load_adapter(fresh, path)
+    assert torch.equal(fresh(X), model(X))
+
+
+def test_wrong_architecture(trained):
+    other = timm.create_model("test_vit2", num_classes=4)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(BaseMismatchError, match="was made for test_vit, and this model is test_v"):
+        load_adapter(other, trained[1])
+    assert list(other.state_dict()) == list(before)
+
+
+def test_same_architecture_other_weights(trained):
+    other = tiny_vit()
+    twin = copy.deepcopy(other)
+    with pytest.raises(BaseMismatchError, match="with other weights"):
+        load_adapter(other, trained[1])
+    assert untouched(other, twin)
+    load_adapter(other, trained[1], check="structure")
+    with pytest.raises(ConfigError, match="check must be"):
+        load_adapter(other, trained[1], check="none")
+
+
+def test_other_number_of_classes(trained, base):
+    other = copy.deepcopy(base)
+    other.reset_classifier(9)
+    with pytest.raises(AdapterFileError, match=r"head\.\w+ has shape .* same number of classes"):
+        load_adapter(other, trained[1])
+
+
+def test_half_precision_base_still_counts_as_the_same(trained, base):
+    load_adapter(copy.deepcopy(base).bfloat16(), trained[1])
+
+
+def rewrite(path, change):
+    """The same file with its tensors and header changed by `change(tensors, header)`."""
+    with safe_open(str(path), framework="pt") as file:
+        names = list(file.keys())
+        tensors = {k: file.get_tensor(k) for k in names}
+        header = json.loads(file.metadata()["lora_lightning"])
+    change(tensors, header)
+    save_file(tensors, str(path), metadata={"lora_lightning": json.dumps(header)})
+
+
+DAMAGE = {
+    "missing tensor": (lambda t, h: t.pop("blocks.0.attn.qkv.weight.lora_A"), "missing tensors"),
+    "extra tensor": (lambda t, h: t.update(more=torch.ones(1)), r"unexpected tensors \['more'\]"),
+    "misshapen": (
+        lambda t, h: t.update({"blocks.0.attn.qkv.weight.lora_B": torch.ones(3, 2)}),
+        "has shape",
+    ),
+    "header without targets": (lambda t, h: h.pop("targets"), "lacks or garbles targets"),
+    "target without rank": (lambda t, h: h["targets"][0].pop("rank"), r"targets\[0\]\.rank"),
+    "newer format": (lambda t, h: h.update(format_version=99), "upgrade lora-lightning"),
+    "unknown extra": (lambda t, h: h["extras"].append("nose"), "BaseMismatch|no place"),
+    "bad config": (lambda t, h: h["config"].update(rank=-1), "rank must be"),
+    "unknown config key": (lambda t, h: h["config"].update(rnk=1), "unknown key 'rnk'"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_damaged_contents_leave_the_model_alone(trained, base, damage):
+    change, message = DAMAGE[damage]
+    rewrite(trained[1], change)
+    model = copy.deepcopy(base)
+    with pytest.raises((AdapterFileError, ConfigError), match=message):
+        load_adapter(model, trained[1])
+    assert untouched(model, base)
+
+
+def test_another_adapters_head_is_no_part_of_the_base(base, tmp_path):
+    """Saved or loaded beside an active adapter with a trained head."""
+    model = copy.deepcopy(base)
+    inject(model, rank=2, name="a")
+    inject(model, rank=2, name="b", trainable=[])
+    set_active(model, "a")
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    path = save_adapter(model, tmp_path / "b.safetensors", "b")
+    load_adapter(copy.deepcopy(base), path)
+    load_adapter(model, path, name="again")
+
+
+def test_a_bad_file_does_not_cost_the_adapter_that_it_would_replace(trained):
+    model, path, output = trained
+    rewrite(path, lambda t, h: h["config"].update(rnk=1))
+    with pytest.raises(AdapterFileError, match="configuration is wrong"):
+        load_adapter(model, path, name="alice", overwrite=True)
+    assert torch.equal(model(X), output)
+
+
+def test_files_are_as_readable_as_any_other(trained, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert trained[1].stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 3000])
+def test_truncated_file(trained, base, length):
+    data = trained[1].read_bytes()
+    trained[1].write_bytes(data[:length] if length < 3000 else data[:-7])
+    with pytest.raises(AdapterFileError, match="damaged or no safetensors"):
+        load_adapter(copy.deepcopy(base), trained[1])
+
+
+def test_pickle_in_disguise(tmp_path, base):
+    path = tmp_path / "evil.safetensors"
+    torch.save({"a": 1}, path)
+    with pytest.raises(AdapterFileError, match="is a pickle"):
+        load_adapter(base, path)
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(AdapterFileError, match="is a pickle"):
+        load_adapter(base, path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_looks_like_a_pickle(trained, base, protocol):
+    """Its first bytes are a number, which may be any."""
+    rewrite(trained[1], lambda t, h: h.update(note=""))
+    size = int.from_bytes(trained[1].read_bytes()[:8], "little")
+    wanted = next(n for n in range(size, 2**20) if n % 2**16 == 128 + 256 * protocol)
+    rewrite(trained[1], lambda t, h: h.update(note="x" * (wanted - size)))
+    assert trained[1].read_bytes().startswith(bytes([128, protocol]))
+    load_adapter(copy.deepcopy(base), trained[1])
+
+
+def test_a_base_checkpoint_is_no_adapter(tmp_path, base):
+    path = tmp_path / "base.safetensors"
+    save_file(base.state_dict(), str(path))
+    with pytest.raises(AdapterFileError, match="holds no adapter of ours"):
+        load_adapter(base, path)
+
+
+def test_missing_file_and_folder(tmp_path, base):
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        load_adapter(base, tmp_path / "no.safetensors")
+    with pytest.raises(AdapterFileError, match="is a folder"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_changed_base_is_said(base, tmp_path):
+    model = copy.deepcopy(base)
+    inject(model, rank=2, freeze=False)
+    with torch.no_grad(), disabled(model):
+        model.blocks[0].attn.qkv.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="the base's weights changed since"):
+        save_adapter(model, tmp_path / "a.safetensors")
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    """A process killed while it writes: the old file is whole, whenever the kill came."""
+    path = tmp_path / "a.safetensors"
+    script = textwrap.dedent(f"""
+        import os, signal
+        from lora_lightning.model.adapter_file import format as fileformat
+        import torch
+        path = __import__("pathlib").Path({str(path)!r})
+        fileformat.write(path, {{"a": torch.zeros(4)}}, {{}})
+        real = os.fsync
+        def die(handle):
+            real(handle)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = die
+        fileformat.write(path, {{"a": torch.ones(4)}}, {{}})
+    """)
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with safe_open(str(path), framework="pt") as file:
+        assert torch.equal(file.get_tensor("a"), torch.zeros(4))
+
+
+def test_a_failing_write_leaves_no_litter(tmp_path, trained, monkeypatch):
+    def fail(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    before = sorted(trained[1].parent.iterdir())
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(trained[0], trained[1])
+    assert sorted(trained[1].parent.iterdir()) == before

@@ -1,0 +1,218 @@
+"""What stands for another model inside a block comes back whole, and switching never halves one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lora_lightning import (
+    AdapterBank,
+    adapters,
+    disabled,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    set_active,
+    unmerge,
+)
+from lora_lightning.errors import AdapterError, AdapterFileError
+from lora_lightning.model.probing import difference
+from tests.helpers.training import tiny_vit
+
+
+def two_adapters() -> nn.Module:
+    model = tiny_vit()
+    for name in ("one", "two"):
+        inject(model, name=name, rank=2, trainable=["head*"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+    return model
+
+
+CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "set_active": lambda model, path: set_active(model, "one"),
+    "none active": lambda model, path: set_active(model, None),
+    "merge": lambda model, path: merge(model),
+    "unmerge": lambda model, path: unmerge(model),
+    "remove": lambda model, path: remove(model),
+    "inject": lambda model, path: inject(model, name="three", rank=2),
+    "load_adapter": lambda model, path: load_adapter(model, path / "one", "three"),
+    "save_adapter": lambda model, path: save_adapter(model, path / "other"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_adapters_do_not_change_while_the_model_is_the_source(call, tmp_path):
+    """Each would be half undone at the end of the block, or keep the source's head as its own."""
+    model, x = two_adapters(), torch.randn(2, 3, 32, 32)
+    save_adapter(model, tmp_path / "one", "one")
+    expected = model(x)
+    with disabled(model):
+        source = model(x)
+        with pytest.raises(AdapterError, match=r"disabled\(model\).*leave the block"):
+            CALLS[call](model, tmp_path)
+        with disabled(model):  # which is the source already
+            assert torch.equal(model(x), source)
+        assert torch.equal(model(x), source)
+        twin = copy.deepcopy(model)
+    assert torch.equal(model(x), expected)
+    assert not (tmp_path / "other").exists()
+    CALLS["save_adapter"](twin, tmp_path)  # a copy is nobody's
+    CALLS[call](model, tmp_path)
+
+
+def test_a_failed_switch_leaves_the_model_as_it_was():
+    """And fails again: the second call must not take the first one's word."""
+    model, x = two_adapters(), torch.randn(2, 3, 32, 32)
+    model.head = nn.Linear(model.head.in_features, 9)
+    expected = model(x)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="shape"):
+            set_active(model, "one")
+        assert torch.equal(model(x), expected)
+    set_active(model, "two")
+    assert torch.equal(model(x), expected)
+
+
+def test_models_that_keep_what_they_computed_of_their_biases(tmp_path):
+    """timm's LeViT does in eval: what an adapter trained of it acts, and goes with the adapter."""
+    model, x = timm.create_model("levit_128s", num_classes=3).eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        source = model(x)  # fills them
+        inject(model, rank=2, trainable=["*attention_biases"])
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_(std=20)
+        save_adapter(model, tmp_path / "biases")
+        set_active(model, None)
+        assert torch.equal(model(x), source)
+        set_active(model, "default")
+        adapted = model(x)
+        assert difference([adapted], [source]) > 1e-6
+        with disabled(model):
+            assert torch.equal(model(x), source)
+        assert torch.equal(model(x), adapted)
+        remove(model)
+        assert torch.equal(model(x), source)
+        load_adapter(model, tmp_path / "biases")
+        assert torch.equal(model(x), adapted)
+        merge(model)
+        assert difference([model(x)], [adapted]) < 1e-5
+        unmerge(model)
+        assert torch.equal(model(x), adapted)
+
+
+def test_a_file_is_checked_against_all_layers_before_the_first_is_touched(tmp_path):
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = copy.deepcopy(base)
+    inject(model, rank=2, target_modules="all", trainable=[])
+    save_adapter(model, tmp_path / "file")
+    base[1].lora = "mine"
+    with pytest.raises(AdapterFileError, match=r"1\.weight.*'lora' of its own"):
+        load_adapter(base, tmp_path / "file")
+    assert type(base[0]) is nn.Linear
+
+
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    model = two_adapters()
+    path = tmp_path / ("n" * 255)
+    save_adapter(model, path)
+    load_adapter(model, path, "again")
+    assert adapters(model) == ["one", "two", "again"]
+    assert math.isfinite(model(torch.randn(1, 3, 32, 32)).sum().item())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("targets", ["all", ["layers.0.*"], ["layers.1.*"]])
+def test_padded_sequences_through_torchs_own_encoder(targets, tmp_path):
+    """Which packs them in eval where its first layer is free to, and asks no other layer."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+    mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    with torch.no_grad():
+        source = model(x, src_key_padding_mask=mask)
+        inject(model, rank=2, target_modules=targets, trainable=[])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        found = model(x, src_key_padding_mask=mask)
+        one_by_one = [model(x[:1]), model(x[1:, :3])]
+        assert difference([found[:1], found[1:, :3]], one_by_one) < 1e-5
+        save_adapter(model, tmp_path / "file")
+        remove(model)
+        assert torch.equal(model(x, src_key_padding_mask=mask), source)
+        load_adapter(model, tmp_path / "file")
+        again = model(x, src_key_padding_mask=mask)
+        assert torch.equal(again[~mask], found[~mask])
+
+
+def test_adapters_do_not_change_while_a_bank_is_in_force(tmp_path):
+    model, x = two_adapters(), torch.randn(2, 3, 32, 32)
+    names = ("one", "two")
+    files = {name: save_adapter(model, tmp_path / name, name) for name in names}
+    expected, plain = model(x), tiny_vit()
+    bank = AdapterBank(model, files)
+    with torch.no_grad(), bank["one"]:
+        inside = model(x)
+        for call in CALLS.values():
+            with pytest.raises(AdapterError, match=r"bank\[\.\.\.\]"):
+                call(model, tmp_path)
+        with pytest.raises(AdapterError, match=r"bank\[\.\.\.\]"), disabled(model):
+            pass
+        assert torch.equal(model(x), inside)
+    assert torch.equal(model(x), expected)
+    plain.load_state_dict({n: v for n, v in source(model).items() if n in plain.state_dict()})
+    with AdapterBank(plain, files)["one"], pytest.raises(AdapterError, match="leave the block"):
+        load_adapter(plain, files["one"])
+    assert adapters(plain) == []
+
+
+def source(model: nn.Module) -> dict[str, torch.Tensor]:
+    with disabled(model):
+        return {n: v.clone() for n, v in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_shortcuts_of_eval_under_a_bank(tmp_path):
+    """Kept biases and packed sequences see the adapter in force, and only that one."""
+    model, x = timm.create_model("levit_128s", num_classes=3).eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = [model(x)]
+        inject(model, rank=2, target_modules=["head*linear"], trainable=["*attention_biases"])
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_(std=20)
+        path = save_adapter(model, tmp_path / "biases.safetensors")
+        expected.append(model(x))
+        remove(model)
+        assert torch.equal(model(x), expected[0])
+        bank = AdapterBank(model, {"biases": path})
+        with bank["biases"]:
+            assert torch.equal(model(x), expected[1])
+        assert torch.equal(model(x), expected[0])
+
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+        mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+        inject(model, rank=2, target_modules=["layers.1.*"], trainable=[])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        expected = [model(x, src_key_padding_mask=mask)]
+        path = save_adapter(model, tmp_path / "later.safetensors")
+        remove(model)
+        with AdapterBank(model, {"later": path})["later"]:
+            found = model(x, src_key_padding_mask=mask)
+        assert difference([found[~mask]], [expected[0][~mask]]) < 1e-5
+        assert model.use_nested_tensor

@@ -1,0 +1,141 @@
+"""`ConformerCTC`: a recording is heard alike in every batch; its file; adapters in it."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAConfig, inject, merge, remove, verify
+from lora_lightning.errors import ConfigError
+from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.named_recogniser import named_recogniser
+from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from tests.helpers.training import randomise
+
+TINY = {"n_mels": 20, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "kernel_size": 7,
+        "channels": 4}  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ConformerCTC(**TINY).eval()
+
+
+def sounds(*seconds):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(int(16000 * s), generator=generator) / 10 for s in seconds]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_padding_changes_nothing(model, adapted):
+    if adapted:
+        inject(model, LoRAConfig(rank=2, target_modules="all"))
+        randomise(model)
+    waveforms = sounds(0.61, 1.4, 0.33)
+    batch = AudioBatch.of(waveforms, [])
+    together, frames = model(batch.waveforms, batch.lengths)
+    for row, waveform, count in zip(together, waveforms, frames, strict=True):
+        alone, own = model(waveform[None], torch.tensor([len(waveform)]))
+        assert own.item() == count.item() == alone.shape[1]
+        torch.testing.assert_close(row[:count], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_mask_padding_would_matter(model):
+    """The check above can fail: torchaudio's Conformer alone looks into the padding."""
+    for layer in model.encoder.conformer_layers:
+        layer.conv_module.sequential[1] = nn.GLU(dim=1)
+    waveforms = sounds(0.61, 1.4)
+    batch = AudioBatch.of(waveforms, [])
+    together, frames = model(batch.waveforms, batch.lengths)
+    alone, _ = model(waveforms[0][None], torch.tensor([len(waveforms[0])]))
+    assert not torch.allclose(together[0, : frames[0]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_may_be_left_out(model):
+    waveform = sounds(0.5)[0][None]
+    given, frames = model(waveform, torch.tensor([waveform.shape[1]]))
+    assumed, same = model(waveform)
+    assert torch.equal(given, assumed)
+    assert torch.equal(frames, same)
+
+
+def test_silence_and_a_single_sample_are_no_trouble(model):
+    logits, _ = model(torch.zeros(2, 4000), torch.tensor([4000, 1]))
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("targets", ["auto", "all"])
+def test_adapters_are_alive_and_merge(model, targets):
+    batch = AudioBatch.of(sounds(0.5, 0.7), [])
+    before, _ = model(batch.waveforms, batch.lengths)
+    report = inject(model, LoRAConfig(rank=2, target_modules=targets))
+    assert not any(row.module == "head" for row in report.rows)
+    verify(model, (batch.waveforms, batch.lengths))
+    randomise(model)
+    adapted, _ = model(batch.waveforms, batch.lengths)
+    assert not torch.allclose(before, adapted)
+    merge(model)
+    merged, _ = model(batch.waveforms, batch.lengths)
+    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    remove(model)
+    assert torch.equal(model(batch.waveforms, batch.lengths)[0], before)
+
+
+def test_the_augmentation_is_for_training_only(model):
+    class Mute(nn.Module):
+        def forward(self, x):
+            return x * 0
+
+    waveform = sounds(0.5)[0][None]
+    plain, _ = model(waveform)
+    model.augment = Mute()
+    assert torch.equal(model(waveform)[0], plain)
+    model.train()
+    assert not torch.allclose(model(waveform)[0], plain)
+
+
+def test_a_file_tells_how_the_model_is_built(model, tmp_path):
+    model = ConformerCTC(Labels(["_", " ", "b", "a"]), sample_rate=8000, **TINY).half().float()
+    path = tmp_path / "deep" / "model.safetensors"
+    save_recogniser(model, path)
+    again = load_recogniser(path)
+    assert again.labels == model.labels
+    assert again.sample_rate == 8000
+    assert not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_packaged_recogniser_is_found_by_its_name():
+    found = named_recogniser("spoken")
+    assert found.sample_rate == 16000
+    assert len(found.labels) == 29
+    assert found.model(torch.randn(1, 8000))[0].shape[2] == 29
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"no recogniser's file .*nowhere"):
+        load_recogniser(tmp_path / "nowhere.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="damaged"):
+        load_recogniser(tmp_path / "x.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(ConfigError, match="not written by save_recogniser"):
+        load_recogniser(tmp_path / "y.safetensors")
+    with pytest.raises(ConfigError, match="a checkpoint is for a torchaudio bundle"):
+        named_recogniser("spoken", tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 3}, "num_heads must divide dim; got num_heads=3, dim=16"),
+        ({"kernel_size": 8}, "kernel_size must be odd, got 8"),
+    ],
+)
+def test_sizes_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ConformerCTC(**{**TINY, **settings})

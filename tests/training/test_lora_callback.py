@@ -1,0 +1,439 @@
+"""The callback through the real Trainer: hooks, optimizers, checkpoints, resume, files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lora_lightning import (
+    LoRACallback,
+    LoRAConfig,
+    disabled,
+    inject,
+    load_adapter,
+    parameter_groups,
+    read_header,
+)
+from lora_lightning.errors import (
+    AdapterError,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    TargetError,
+    VerificationError,
+)
+from lora_lightning.lora.factors import Factors
+from lora_lightning.model.state import named_factors
+from tests.helpers.training import Module, loader, lora, tiny_vit, trainer
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_factors_and_head_train_and_the_base_stays(tmp_path):
+    module = Module()
+    before = weights(module)
+    callback = lora()
+    trainer(tmp_path, callback).fit(module, loader())
+    after = weights(module)
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"model.head.weight", "model.head.bias"}
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trainable == callback.report_.trainable_parameters
+
+
+def test_injection_in_setup_reaches_the_optimizer(tmp_path):
+    module, t = Module(), trainer(tmp_path, lora())
+    t.fit(module, loader())
+    held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
+    factors = [p for f in module.modules() if isinstance(f, Factors) for p in f.parameters()]
+    assert len(factors) == 16
+    assert all(id(p) in held for p in factors)
+
+
+@pytest.mark.parametrize("hook", ["configure_model", "setup"])
+def test_network_built_late(tmp_path, hook):
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            del self.model
+
+    def build(self, *_, **__):
+        if not hasattr(self, "model"):
+            torch.manual_seed(0)
+            self.model = tiny_vit()
+
+    setattr(Late, hook, build)
+    module, callback = Late(), lora()
+    trainer(tmp_path, callback).fit(module, loader())
+    assert len(callback.report_.rows) == 8
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+    assert "configure_model" not in module.__dict__, "the module's hooks are its own again"
+
+
+def test_wrong_backbone_names_what_there_is(tmp_path):
+    with pytest.raises(TargetError, match=r"no module there; its modules are \['model'\]"):
+        trainer(tmp_path, lora(backbone="network")).fit(Module(), loader())
+
+
+def test_optimizer_without_factors_is_an_error(tmp_path):
+    class Head(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+    with pytest.raises(AdapterError, match="holds 0 of 16 factors"):
+        trainer(tmp_path, lora()).fit(Head(), loader())
+
+
+@pytest.mark.filterwarnings("default:.*captured.*")
+def test_optimizer_with_frozen_parameters_warns(tmp_path):
+    class All(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match=r"captured \d+ frozen parameters"):
+        trainer(tmp_path, lora()).fit(All(), loader())
+
+
+def test_parameter_groups(tmp_path):
+    class Groups(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(
+                parameter_groups(self, lr=1e-3, weight_decay=0.1, lora_plus_ratio=16)
+            )
+
+    t = trainer(tmp_path, lora(trainable=["head", "norms"]))
+    t.fit(Groups(), loader())
+    groups = {g["name"]: g for g in t.optimizers[0].param_groups}
+    assert groups["lora_B"]["lr"] == pytest.approx(16 * groups["lora_A"]["lr"])
+    assert groups["no_decay"]["weight_decay"] == 0
+    assert all(p.dim() < 2 for p in groups["no_decay"]["params"])
+
+
+def test_backbone_finetuning_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="BackboneFinetuning unfreezes"):
+        trainer(tmp_path, lora(), BackboneFinetuning()).fit(Module(), loader())
+
+
+def test_an_unfrozen_base_is_noticed(tmp_path):
+    class Unfreezes(Module):
+        def on_train_start(self):
+            self.model.blocks.requires_grad_(True)
+
+    with pytest.raises(AdapterError, match="unfroze the base"):
+        trainer(tmp_path, lora()).fit(Unfreezes(), loader())
+
+
+def test_first_batch_finds_a_dead_adapter(tmp_path):
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(3 * 32 * 32, 4)
+            self.unused = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    module = Module(Skips())
+    with pytest.raises(VerificationError, match=r"unused\.weight: in training: the model never"):
+        trainer(tmp_path, lora(target_modules="all", trainable=[])).fit(module, loader())
+
+
+def test_first_batch_without_a_call_of_the_backbone(tmp_path):
+    class Features(Module):
+        def forward(self, x):
+            return self.model.forward_head(self.model.forward_features(x))
+
+    trainer(tmp_path, lora()).fit(Features(), loader())
+
+
+def test_verification_leaves_no_trace(tmp_path):
+    results = []
+    for verify in (True, False):
+        torch.manual_seed(0)
+        module = Module(tiny_vit())
+        trainer(tmp_path, lora(verify=verify)).fit(module, loader())
+        results.append(weights(module))
+    assert same(*results)
+
+
+def efficientnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_efficientnet", num_classes=4)
+
+
+@pytest.mark.parametrize("policy", ["frozen", "adapt", "reset"])
+def test_batchnorm_statistics_are_saved(tmp_path, policy):
+    """Train, save the adapter, load into a fresh base: the same output."""
+    module = Module(efficientnet())
+    callback = lora(batch_norm=policy, output_dir=tmp_path)
+    trainer(tmp_path, callback).fit(module, loader())
+    moved = not torch.equal(module.model.bn1.running_mean, efficientnet().bn1.running_mean)
+    assert moved == (policy != "frozen")
+    header = read_header(callback.adapter_path_)
+    assert bool(header["buffers"]) == moved
+    fresh = efficientnet()
+    load_adapter(fresh, callback.adapter_path_)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(fresh.eval()(x), module.model.eval()(x))
+    with disabled(module.model):
+        assert torch.equal(module.model(x), efficientnet().eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_checkpoint_holds_no_base_weight_and_resumes_bit_for_bit(tmp_path):
+    straight = Module(tiny_vit())
+    base = copy.deepcopy(straight.model)
+    trainer(tmp_path, lora(), max_epochs=4).fit(straight, loader())
+
+    saver = ModelCheckpoint(tmp_path / "c", filename="half", every_n_epochs=2, save_top_k=-1)
+    half = Module(copy.deepcopy(base))
+    trainer(tmp_path, lora(), saver, max_epochs=2, enable_checkpointing=True).fit(half, loader())
+    path = Path(saver.best_model_path)
+    keys = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert keys
+    assert all(".lora." in k or ".head." in k for k in keys)
+
+    resumed = Module(copy.deepcopy(base))
+    trainer(tmp_path, lora(), saver, enable_checkpointing=True, max_epochs=4).fit(
+        resumed, loader(), ckpt_path=path
+    )
+    assert same(weights(straight), weights(resumed))
+
+
+@pytest.mark.parametrize("policy", ["adapt", "reset"])
+def test_a_resumed_fit_keeps_its_checkpoints_statistics(tmp_path, policy):
+    def fit(module, epochs, ckpt=None):
+        t = trainer(tmp_path, lora(batch_norm=policy), max_epochs=epochs)
+        t.fit(module, loader(), ckpt_path=ckpt)
+        return t
+
+    straight, half, resumed = (Module(efficientnet()) for _ in range(3))
+    fit(straight, 3)
+    fit(half, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, 3, tmp_path / "half.ckpt")
+    assert same(weights(straight), weights(resumed))
+
+
+def test_checkpoint_of_another_base_is_refused(tmp_path):
+    module = Module()
+    t = trainer(tmp_path, lora())
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    other = Module(tiny_vit())
+    with pytest.raises(BaseMismatchError, match="build the module"):
+        trainer(tmp_path, lora(), max_epochs=3).fit(
+            other, loader(), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_checkpoint_of_another_rank_is_refused(tmp_path):
+    module = Module()
+    base = copy.deepcopy(module.model)
+    t = trainer(tmp_path, lora())
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(AdapterFileError, match="another rank"):
+        trainer(tmp_path, lora(rank=3), max_epochs=3).fit(
+            Module(base), loader(), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path):
+    module = Module()
+    base = copy.deepcopy(module.model)
+    t = trainer(tmp_path, lora())
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    expected = t.test(module, loader(), verbose=False)
+    fresh = Module(copy.deepcopy(base))
+    got = trainer(tmp_path, lora()).test(
+        fresh, loader(), ckpt_path=tmp_path / "small.ckpt", verbose=False
+    )
+    assert got == expected
+    assert (tmp_path / "small.ckpt").stat().st_size < 200_000
+
+
+def test_source_checkpoint_loads_strictly_before_and_after_injection(tmp_path):
+    source = Module()
+    trainer(tmp_path, max_epochs=1).fit(source, loader())
+    module = Module(tiny_vit())
+    trainer(tmp_path, lora(), max_epochs=0).fit(module, loader())
+    module.load_state_dict(source.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.eval()(x), source.eval()(x))
+    with disabled(module.model):
+        assert torch.equal(module(x), source(x))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_weight_averaging(tmp_path):
+    """EMA copies the module; the checkpoint holds no copy of the base, and resumes."""
+    base = tiny_vit()
+    saver = ModelCheckpoint(tmp_path / "c", filename="ema", every_n_epochs=2, save_top_k=-1)
+    module = Module(copy.deepcopy(base))
+    callbacks = [lora(), EMAWeightAveraging(decay=0.5), saver]
+    trainer(tmp_path, *callbacks, enable_checkpointing=True).fit(module, loader())
+    checkpoint = torch.load(saver.best_model_path, weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert all(".lora." in k or ".head." in k for k in checkpoint[part])
+    resumed = Module(copy.deepcopy(base))
+    path = saver.best_model_path
+    callbacks = [lora(), EMAWeightAveraging(decay=0.5), saver]
+    trainer(tmp_path, *callbacks, enable_checkpointing=True, max_epochs=3).fit(
+        resumed, loader(), ckpt_path=path
+    )
+    straight = Module(copy.deepcopy(base))
+    callbacks = [lora(), EMAWeightAveraging(decay=0.5)]
+    trainer(tmp_path, *callbacks, max_epochs=3).fit(straight, loader())
+    assert same(weights(resumed), weights(straight))
+
+
+def test_weight_averaging_before_us_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="put LoRACallback before EMAWeightAveraging"):
+        trainer(tmp_path, EMAWeightAveraging(), lora()).fit(Module(), loader())
+    with pytest.raises(ConfigError, match="put LoRACallback before StochasticWeightAveraging"):
+        trainer(tmp_path, swa(), lora()).fit(Module(), loader())
+
+
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=1e-6, swa_epoch_start=1, device=None)
+
+
+def test_stochastic_averaging_leaves_no_batchnorm_without_statistics(tmp_path):
+    def run(policy: str):
+        module = Module(timm.create_model("test_efficientnet", num_classes=4))
+        adapter = lora(batch_norm=policy, verify=False)
+        trainer(tmp_path, adapter, swa(), max_epochs=3).fit(module, loader())
+        return module.model
+
+    with pytest.raises(ConfigError, match=r"forgets the statistics of BatchNorm \(bn1 …\)"):
+        run("frozen")
+    assert run("adapt").bn1.running_mean.all()
+    module = Module()
+    trainer(tmp_path, lora(), swa()).fit(module, loader())  # has none to forget
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+
+
+def test_stochastic_averaging_needs_the_network_in_time(tmp_path):
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            self.model = None
+
+        def configure_model(self):
+            self.model = self.model or tiny_vit()
+
+    with pytest.raises(ConfigError, match="before backbone='model' is built: build it in"):
+        trainer(tmp_path, lora(), swa()).fit(Late(), loader())
+
+
+def test_gradient_accumulation_and_mixed_precision(tmp_path):
+    module = Module()
+    trainer(tmp_path, lora(), accumulate_grad_batches=2, precision="bf16-mixed").fit(
+        module, loader()
+    )
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+
+
+def test_logs_size_and_spectrum(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, lora(), logger=logger).fit(Module(), loader())
+    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
+    assert "lora/trainable_parameters" in header
+    assert "lora/blocks.0.attn.qkv.weight/sigma_1" in header
+    assert (Path(logger.log_dir) / "adapters" / "default.safetensors").exists()
+
+
+def test_adapter_file_at_each_checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_top_k=-1)
+    callback = lora(output_dir=tmp_path / "a")
+    trainer(tmp_path, callback, saver, enable_checkpointing=True).fit(Module(), loader())
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == [
+        "default-epoch=0-step=2.safetensors",
+        "default-epoch=1-step=4.safetensors",
+        "default.safetensors",
+    ]
+
+
+def test_two_callbacks_of_one_class(tmp_path):
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.second = tiny_vit()
+
+        def forward(self, x):
+            return self.model(x) + self.second(x)
+
+    module = Two()
+    callbacks = [lora(output_dir=tmp_path), lora(backbone="second", name="b", output_dir=tmp_path)]
+    assert callbacks[0].state_key != callbacks[1].state_key
+    t = trainer(tmp_path, *callbacks)
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "two.ckpt")
+    keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora." in k or ".head." in k for k in keys)
+    assert (tmp_path / "b.safetensors").exists()
+
+
+def test_two_callbacks_for_one_backbone_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="two LoRACallbacks for backbone='model'"):
+        trainer(tmp_path, lora(name="a"), lora(name="b")).fit(Module(), loader())
+
+
+def test_the_callbacks_adapter_is_the_one_that_trains(tmp_path):
+    module = Module()
+    for name in ("a", "b"):
+        inject(module.model, rank=2, seed=0, name=name)
+    trainer(tmp_path, lora(name="a")).fit(module, loader())
+    assert all(f.lora_B.any() for f in named_factors(module.model, "a").values())
+    assert not any(f.lora_B.any() for f in named_factors(module.model, "b").values())
+
+
+def test_a_failed_fit_leaves_no_hook_behind(tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("on purpose")
+
+    module = Fails(efficientnet())
+    momentum = module.model.bn1.momentum
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path, lora(batch_norm="reset")).fit(module, loader())
+    assert module.model.bn1.momentum == momentum
+    assert not module.model._forward_pre_hooks
+
+
+def test_setup_is_idempotent_over_stages(tmp_path):
+    module, t = Module(), trainer(tmp_path, lora())
+    t.fit(module, loader())
+    before = weights(module)
+    t.validate(module, loader(), verbose=False)
+    t.test(module, loader(), verbose=False)
+    assert same(before, weights(module))
+
+
+def test_config_object_and_bad_values():
+    assert LoRACallback(LoRAConfig(rank=3), alpha=3.0).config.rank == 3
+    with pytest.raises(ConfigError, match="did you mean 'rank'"):
+        LoRACallback(rnk=3)
+    with pytest.raises(ConfigError, match="batch_norm must be one of"):
+        LoRACallback(batch_norm="train")

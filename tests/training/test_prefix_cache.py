@@ -1,0 +1,343 @@
+"""`PrefixCache` through the real Trainer: the same losses, fewer passes, no wrong numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lora_lightning import LoRACallback, PrefixCache, TransductiveTask
+from lora_lightning.errors import ConfigError
+from tests.helpers.training import Module, trainer
+
+ITEMS, BATCH = 12, 4
+
+
+class Counted(nn.Identity):
+    """Counts the items that pass, as part of the prefix."""
+
+    items = 0
+
+    def forward(self, x):
+        type(self).items += len(x)
+        return x
+
+
+def vit(**options) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "test_vit", img_size=32, patch_size=8, depth=3, num_classes=4, **options
+    )
+    model.norm_pre = Counted()
+    Counted.items = 0
+    return model
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # a trained network has no norms at their zero start
+    return model
+
+
+class Losses(Module):
+    def __init__(self, model):
+        super().__init__(model)
+        self.losses: list[float] = []
+        self.val_losses: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.val_losses.append(nn.functional.cross_entropy(self(x), y).item())
+
+
+def items(number: int = ITEMS) -> TensorDataset:
+    x = torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, torch.arange(number) % 4)
+
+
+def loader(data: Dataset | None = None) -> DataLoader:
+    return DataLoader(items() if data is None else data, batch_size=BATCH, shuffle=True)
+
+
+def fit(tmp_path, *callbacks, model=None, data=None, val=None, blocks=(-1,), lora=None, **options):
+    """The module after a fit with these callbacks besides LoRACallback."""
+    module = Losses(vit() if model is None else model)
+    adapter = LoRACallback(
+        **{"rank": 2, "seed": 0, "blocks": list(blocks), "dropout": 0.1, **(lora or {})}
+    )
+    torch.manual_seed(2)
+    trainer(tmp_path, adapter, *callbacks, **{"max_epochs": 3, **options}).fit(
+        module, loader(data), val
+    )
+    return module
+
+
+def close(a: list[float], b: list[float]) -> bool:
+    return len(a) == len(b) > 0 and a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+# ---- the same training ------------------------------------------------------------------------
+
+
+def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
+    class Counts(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            counts.append(Counted.items)
+
+    plain = fit(tmp_path)
+    cache, counts = PrefixCache(10), []
+    cached = fit(tmp_path, cache, Counts())
+    assert close(plain.losses, cached.losses)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    assert cache.hit_rate_ == 1
+    assert cache.items_ == ITEMS
+    assert cache.megabytes_ == pytest.approx(ITEMS * 17 * 64 * 4 / 1e6)
+    assert cache.boundary_ == "blocks.2.attn.qkv"
+    assert not cache.termination_condition_
+    assert counts[1] - counts[0] == 2, "two items are computed anew and compared"
+    assert counts[2] == counts[1]
+
+
+def test_what_is_reported(tmp_path, caplog):
+    cache = PrefixCache(10)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, cache)
+    assert cache.seconds_before_ > 0
+    assert cache.seconds_after_ > 0
+    assert cache.speed_up_ == cache.seconds_before_ / cache.seconds_after_
+    assert "PrefixCache: features before blocks.2.attn.qkv, 12 items in 0.1 MB" in caplog.text
+    assert "times as fast" in caplog.text
+
+
+def test_a_network_with_batchnorm_and_a_validation(tmp_path):
+    val = DataLoader(items(5), batch_size=3)
+    settings = {"val": val, "lora": {"target_modules": "all"}, "accumulate_grad_batches": 2}
+    plain = fit(tmp_path, model=resnet(), **settings)
+    cache = PrefixCache(10)
+    cached = fit(tmp_path, cache, model=resnet(), **settings)
+    assert close(plain.losses, cached.losses)
+    assert close(plain.val_losses, cached.val_losses)
+    assert cache.items_ == ITEMS  # the validation's items are among them
+    assert cache.hit_rate_ == 1
+    assert cache.boundary_.startswith("layer4")
+
+
+def test_what_trains_besides_the_adapter_counts(tmp_path):
+    cache = PrefixCache(10)
+    fit(tmp_path, cache, lora={"trainable": ["head", "blocks.1.norm2"]})
+    assert cache.boundary_ == "blocks.1.norm2"
+
+
+def test_autocast(tmp_path):
+    settings = {"precision": "bf16-mixed", "lora": {"verify": False}}
+    plain = fit(tmp_path, **settings)
+    cache = PrefixCache(10)
+    assert close(plain.losses, fit(tmp_path, cache, **settings).losses)
+    assert (cache.items_, cache.hit_rate_) == (ITEMS, 1)
+
+
+def test_averaged_weights(tmp_path):
+    plain = fit(tmp_path, EMAWeightAveraging(decay=0.5))
+    cached = fit(tmp_path, PrefixCache(10), EMAWeightAveraging(decay=0.5))
+    assert close(plain.losses, cached.losses)
+    assert torch.allclose(plain.model.head.weight, cached.model.head.weight, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resuming(tmp_path):
+    plain = fit(tmp_path)
+    keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1)
+    fit(tmp_path, PrefixCache(10), keep, max_epochs=1, enable_checkpointing=True)
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    module = Losses(vit())
+    adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
+    cache = PrefixCache(10)
+    torch.manual_seed(2)
+    data = loader()
+    next(iter(data))  # the order of the first epoch is behind us
+    again = trainer(tmp_path, adapter, cache, keep, enable_checkpointing=True, max_epochs=3)
+    again.fit(module, data, ckpt_path=path)
+    assert len(module.losses) == 2 * len(plain.losses) // 3
+    assert cache.hit_rate_ == 1
+    assert "prefix" not in str(torch.load(path, weights_only=False)["state_dict"].keys())
+
+
+def test_without_labels(tmp_path):
+    x = items(16).tensors[0]
+
+    def adapt(*callbacks):
+        task = TransductiveTask(resnet(), x, batch_size=BATCH, limits=None, batch_norm="target")
+        adapter = LoRACallback(
+            rank=2, seed=0, blocks=[-1], target_modules="all", trainable=[], verify=False
+        )
+        torch.manual_seed(2)
+        trainer(tmp_path, adapter, *callbacks, max_epochs=3).fit(task)
+        return task.probabilities_
+
+    cache = PrefixCache(10)
+    torch.testing.assert_close(adapt(cache), adapt(), rtol=1e-4, atol=1e-5)
+    assert cache.hit_rate_ == 1
+    assert cache.items_ == 16, "the looks at the target are served from the same features"
+
+
+# ---- where it does not help --------------------------------------------------------------------
+
+
+def test_inputs_that_change_are_noticed(tmp_path):
+    class Noisy(Dataset):
+        def __len__(self):
+            return ITEMS
+
+        def __getitem__(self, index):
+            return torch.randn(3, 32, 32), index % 4
+
+    val = DataLoader(items(4), batch_size=4)  # which stays the same, and does not count
+    plain = fit(tmp_path, data=Noisy(), val=val)
+    cache = PrefixCache(10)
+    with pytest.warns(UserWarning, match="PrefixCache is off: .* inputs change in every epoch"):
+        cached = fit(tmp_path, cache, data=Noisy(), val=val)
+    assert close(plain.losses, cached.losses)
+    assert "inputs change" in cache.termination_condition_
+    assert cache.summary().startswith("off, no item")
+
+
+def test_a_budget_that_holds_a_part(tmp_path):
+    plain = fit(tmp_path)
+    cache = PrefixCache(5.5 * 17 * 64 * 4 / 1e6)
+    with pytest.warns(UserWarning, match="holds 5 items, and there was no room for others"):
+        cached = fit(tmp_path, cache)
+    assert close(plain.losses, cached.losses)
+    assert cache.items_ == 5
+    assert cache.hit_rate_ == pytest.approx(5 / ITEMS)
+
+
+def test_a_file(tmp_path):
+    plain = fit(tmp_path)
+    folder = tmp_path / "features"
+    cache = PrefixCache(10, folder)
+    assert close(plain.losses, fit(tmp_path, cache).losses)
+    assert cache.hit_rate_ == 1
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
+
+
+def test_a_network_that_is_never_called(tmp_path):
+    class Around(Losses):
+        def forward(self, x):
+            return self.model.forward_head(self.model.forward_features(x))
+
+    cache = PrefixCache(10)
+    module = Around(vit())
+    adapter = LoRACallback(rank=2, blocks=[-1], verify=False)
+    trainer(tmp_path, adapter, cache).fit(module, loader())
+    assert cache.summary() == "nothing stored: the network was not called in training"
+    assert math.isnan(cache.speed_up_)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "message"),
+    [
+        (lambda: vit(proj_drop_rate=0.1), {}, r"blocks.0.attn.proj_drop \(Dropout\) drops with"),
+        (resnet, {"target_modules": "all", "batch_norm": "adapt"}, "its statistics move"),
+        (vit, {"blocks": None, "target_modules": "patch_embed.proj"}, "patch_embed.proj is trai"),
+        (vit, {"blocks": None, "target_modules": "pos_embed"}, None),
+    ],
+)
+def test_what_cannot_be_stored_is_said_before_the_first_step(tmp_path, model, lora, message):
+    if message is None:  # what comes before the bare parameter is the patch embedding
+        cache = PrefixCache(10)
+        fit(tmp_path, cache, model=model(), lora=lora)
+        assert cache.megabytes_ == pytest.approx(ITEMS * 16 * 64 * 4 / 1e6)
+        return
+    module = model()
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, PrefixCache(10), model=module, lora=lora)
+    assert not any("forward" in m.__dict__ for m in module.modules())
+    assert not module._forward_pre_hooks
+
+
+def test_checkpointed_activations_are_refused(tmp_path):
+    model = vit()
+    model.set_grad_checkpointing()
+    with pytest.raises(ConfigError, match="grad_checkpointing is on"):
+        fit(tmp_path, PrefixCache(10), model=model)
+
+
+def test_a_prefix_with_dropout_in_eval_mode(tmp_path):
+    cache = PrefixCache(10, eval_prefix=True)
+    cached = fit(tmp_path, cache, model=vit(proj_drop_rate=0.3))
+    assert cache.hit_rate_ == 1
+
+    class Settled(Losses):
+        def training_step(self, batch, batch_idx):
+            for module in [self.model.patch_embed, self.model.pos_drop, *self.model.blocks[:2]]:
+                module.eval()
+            return super().training_step(batch, batch_idx)
+
+    plain = Settled(vit(proj_drop_rate=0.3))
+    adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
+    torch.manual_seed(2)
+    trainer(tmp_path, adapter, max_epochs=3).fit(plain, loader())
+    assert close(plain.losses, cached.losses)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
+def test_a_budget_must_be_positive(budget):
+    with pytest.raises(ConfigError, match="budget_mb must be above 0"):
+        PrefixCache(budget)
+
+
+def test_a_budget_beyond_the_machine(tmp_path):
+    model = vit()
+    with pytest.raises(ConfigError, match="is more memory than there is"):
+        PrefixCache(1e12).attach(model)
+    with pytest.raises(ConfigError, match="free: give a smaller budget"):
+        PrefixCache(1e12, tmp_path).attach(model)
+    assert not model._forward_pre_hooks
+
+
+# ---- copies ------------------------------------------------------------------------------------
+
+
+def test_copies_and_files_of_the_model_know_nothing_of_it():
+    model = vit().eval()
+    model.head.requires_grad_(True)
+    model.blocks.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    x = items().tensors[0]
+    with PrefixCache(10).attach(model) as cache:
+        expected = model(x)
+        twin = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        before = cache._forward.lookups
+        for other in (twin, loaded):
+            with torch.no_grad():
+                other.norm.bias.add_(1.0)
+            assert not torch.allclose(other(x), expected)
+        assert cache._forward.lookups == before
+        assert torch.allclose(model(x), expected)
+    assert torch.allclose(model(x), expected)
