@@ -14,7 +14,7 @@ from torch import nn
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.audio import checked, read_audio
 from lora_lightning.speech.data.batches import DataWarning
-from lora_lightning.speech.data.speech_data import SpeechData, split_by_speaker
+from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
 from tests.helpers.training import trainer
 
@@ -258,31 +258,3 @@ def test_mistakes_in_settings(tmp_path):
     for name in ("train", "test"):
         with pytest.raises(DataError, match=rf"no recordings .* SpeechData\({name}="):
             getattr(SpeechData(), f"{name}_dataloader")()
-
-
-def spoken(counts):
-    return [Utterance(f"{s}/{i}", speaker=s) for s, n in counts.items() for i in range(n)]
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_speaker_is_on_two_sides(seed):
-    items = spoken({f"s{i}": 1 + i % 4 for i in range(20)})
-    parts = split_by_speaker(items, (0.7, 0.2, 0.1), seed)
-    speakers = [{u.speaker for u in part} for part in parts]
-    assert [len(s) for s in speakers] == [14, 4, 2]
-    assert len(set.union(*speakers)) == 20
-    assert sorted(flat(parts), key=items.index) == items
-    assert all(part == sorted(part, key=items.index) for part in parts)
-    assert parts == split_by_speaker(items, (0.7, 0.2, 0.1), seed)
-    assert parts != split_by_speaker(items, (0.7, 0.2, 0.1), seed + 3)
-
-
-def test_splits_that_cannot_be():
-    assert [len(p) for p in split_by_speaker(spoken({"a": 9, "b": 9}), (0.99, 0.01))] == [9, 9]
-    with pytest.raises(DataError, match="2 speakers cannot be split into 3 parts"):
-        split_by_speaker(spoken({"a": 1, "b": 1}), (0.4, 0.3, 0.3))
-    with pytest.raises(DataError, match=r"x.wav has no speaker"):
-        split_by_speaker([Utterance("x.wav")])
-    for wrong in ((), (0.5, 0.4), (1.2, -0.2)):
-        with pytest.raises(ConfigError, match="sum to 1"):
-            split_by_speaker(spoken({"a": 1}), wrong)

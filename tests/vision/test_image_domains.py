@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.vision.data.folders import find_domains, scan
-from lora_lightning.vision.data.image_domains import ImageDomains, read_picture
+from lora_lightning.vision.data.folders import find_domains, read_picture, scan
+from lora_lightning.vision.data.image_domains import ImageDomains
 
 
 def draw(path, value=100, size=(40, 32), **options):

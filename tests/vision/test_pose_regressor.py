@@ -31,10 +31,9 @@ from lora_lightning.vision.data.pose_domains import (
     read_poses,
     write_poses,
 )
-from lora_lightning.vision.data.synthetic.meshes import make_mesh
+from lora_lightning.vision.data.synthetic.meshes import FRONTS, make_mesh
 from lora_lightning.vision.data.synthetic.rendered import render_domains
 from lora_lightning.vision.data.synthetic.scene import Renderer
-from lora_lightning.vision.data.synthetic.shapes import FRONTS
 from lora_lightning.vision.data.synthetic.worlds import WORLDS
 from lora_lightning.vision.pose_recipe import METHODS
 from lora_lightning.vision.pose_regressor import (

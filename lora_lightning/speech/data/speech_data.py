@@ -7,7 +7,6 @@ Every file is decoded once before training; what cannot be used is left out and 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.audio import checked
 from lora_lightning.speech.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
 from lora_lightning.speech.data.buckets import BucketSampler
-from lora_lightning.speech.data.utterances import Utterance, by_speaker
+from lora_lightning.speech.data.utterances import Utterance
 
 
 class SpeechData(LightningDataModule):
@@ -175,37 +174,3 @@ def _check_least(**least: tuple[float, float]) -> None:
     for name, (value, lowest) in least.items():
         if not value >= lowest:
             raise ConfigError(f"{name} must be at least {lowest:g}, got {value}")
-
-
-def split_by_speaker(
-    utterances: Sequence[Utterance], fractions: Sequence[float] = (0.8, 0.2), seed: int = 0
-) -> list[list[Utterance]]:
-    """Split recordings so that no speaker is in two parts.
-
-    Args:
-        utterances: Recordings, each with its speaker.
-        fractions: What part of the speakers, not of the recordings, goes where; their sum is 1.
-            Every part gets one speaker at least.
-        seed: Of the draw.
-
-    Returns:
-        One list for each fraction, with the recordings in the order given.
-
-    Raises:
-        ConfigError: the fractions are not valid.
-        DataError: a speaker is not known, or there are fewer speakers than parts.
-    """
-    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ConfigError(f"fractions must be above 0 and sum to 1, got {list(fractions)}")
-    speakers = sorted(by_speaker(utterances))
-    if len(speakers) < len(fractions):
-        raise DataError(f"{len(speakers)} speakers cannot be split into {len(fractions)} parts")
-    random.Random(seed).shuffle(speakers)
-    # Everyone gets one first; then whoever is furthest below their part gets the next.
-    part = {name: i for i, name in enumerate(speakers[: len(fractions)])}
-    counts = [1] * len(fractions)
-    for name in speakers[len(fractions) :]:
-        lacking = [f * len(speakers) - n for f, n in zip(fractions, counts, strict=True)]
-        part[name] = lacking.index(max(lacking))
-        counts[part[name]] += 1
-    return [[u for u in utterances if part[str(u.speaker)] == i] for i in range(len(fractions))]

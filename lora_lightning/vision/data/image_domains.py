@@ -8,20 +8,25 @@ square, stay in memory as bytes as long as they fit.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.vision.data.folders import Item, common_classes, find_domains, scan, split_items
+from lora_lightning.vision.data.folders import (
+    Item,
+    common_classes,
+    find_domains,
+    read_picture,
+    scan,
+    split_items,
+)
 
 CROP = 0.875  # a picture is kept this much larger than what the network sees of it
 
@@ -225,34 +230,6 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         picture = self.pictures.get(item.path)
         picture = read_picture(item.path, self.side) if picture is None else picture
         return self.transform(picture), self.index[item.class_name]
-
-
-def read_picture(path: Path, side: int) -> Tensor:
-    """A picture as bytes, (3, side, side): the middle square, resized; transparency on white.
-
-    Raises:
-        DataError: it cannot be read; says why.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palette and metadata oddities of no consequence
-            with Image.open(path) as opened:
-                picture = _rgb(ImageOps.exif_transpose(opened))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), path.name) or type(error).__name__
-        raise DataError(f"cannot be read: {reason}") from error
-    picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
-    pixels: Tensor = v2.functional.pil_to_tensor(picture)
-    return pixels
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        return picture.convert("F").point(lambda value: value / 256).convert("L").convert("RGB")
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
 
 
 def _transforms(

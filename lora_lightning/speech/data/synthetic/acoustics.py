@@ -15,133 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.errors import ConfigError
 from lora_lightning.registry import unknown
-from lora_lightning.speech.data.synthetic.noises import NOISES, check_waveform, generator
+from lora_lightning.speech.data.synthetic.noises import NOISES, check_waveform
 from lora_lightning.speech.data.synthetic.rooms import impulse_response
+from lora_lightning.speech.data.synthetic.steps import BandLimit, Clipping, Step, Telephone
 from lora_lightning.speech.data.utterances import Utterance
-
-# What a step of an acoustic environment is, and the steps of which a line consists.
-
-
-try:
-    import torchaudio.functional as audio
-except ImportError as error:
-    raise MissingDependencyError(
-        "acoustic environments need torchaudio, which is not installed: "
-        'pip install "lora-lightning[demo]"'
-    ) from error
-
-_LINE_RATE = 8000  # samples a second on a telephone line
-_FRAME_SECONDS = 0.02  # what one lost packet carries
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One change to a waveform; `sample_rate` is the waveform's, in hertz."""
-
-    sample_rate: int = 16_000
-    seed: int = 0
-
-    def __call__(self, waveform: Tensor, item: torch.Generator | object = "") -> Tensor:
-        """The waveform (T,) float32 changed, of the same length.
-
-        Args:
-            waveform: Samples in [-1, 1].
-            item: A generator, or whatever names the recording (printed, it seeds one).
-
-        Raises:
-            DataError: the waveform is not (T,) of finite floats.
-        """
-        check_waveform(waveform)
-        if not waveform.any():
-            return waveform.clone()
-        own = isinstance(item, torch.Generator)
-        rng = item if own else generator(self.seed, type(self).__name__, item)
-        return self.apply(waveform, rng)  # type: ignore[arg-type]
-
-    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """`__call__` for a waveform that is sound and not silent."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class BandLimit(Step):
-    """Only what lies between two frequencies in hertz, 12 dB an octave; ``None``: no limit."""
-
-    low_hz: float | None = None
-    high_hz: float | None = None
-
-    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Filter by torchaudio's biquads."""
-        for hertz, biquad in (
-            (self.low_hz, audio.highpass_biquad),
-            (self.high_hz, audio.lowpass_biquad),
-        ):
-            if hertz is not None and not 0 < hertz < self.sample_rate / 2:
-                raise ConfigError(
-                    f"BandLimit: {hertz} Hz is not between 0 and half the sample rate of "
-                    f"{self.sample_rate} Hz"
-                )
-            waveform = waveform if hertz is None else biquad(waveform, self.sample_rate, hertz)
-        return waveform
-
-
-@dataclass(frozen=True)
-class Telephone(Step):
-    """A telephone line: 300 to 3400 Hz, 8 kHz, mu-law in 8 bits; `loss` of the packets missing."""
-
-    loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.loss < 1:
-            raise ConfigError(f"Telephone: loss must lie in [0, 1), got {self.loss!r}")
-
-    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Down to the line's rate and back, by torchaudio."""
-        line = audio.highpass_biquad(
-            _resample(waveform, self.sample_rate, _LINE_RATE), _LINE_RATE, 300
-        )
-        line = audio.mu_law_decoding(audio.mu_law_encoding(line.clamp(-1, 1), 256), 256)
-        frame = round(_FRAME_SECONDS * _LINE_RATE)
-        kept = torch.rand(math.ceil(len(line) / frame), generator=rng) >= self.loss
-        line = line * kept.repeat_interleave(frame)[: len(line)]
-        return _resample(line, _LINE_RATE, self.sample_rate)[: len(waveform)]
-
-
-def _resample(waveform: Tensor, old: int, new: int) -> Tensor:
-    # A long filter that ends at the line's 3400 Hz: the usual one lets 3600 Hz through.
-    out: Tensor = audio.resample(waveform, old, new, lowpass_filter_width=64, rolloff=0.85)
-    return out
-
-
-@dataclass(frozen=True)
-class Gain(Step):
-    """Louder by so many decibels, or softer where `db` is below 0."""
-
-    db: float
-
-    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Amplify."""
-        amplified: Tensor = audio.gain(waveform, self.db)
-        return amplified
-
-
-@dataclass(frozen=True)
-class Clipping(Step):
-    """Samples beyond `level`, a share of the largest one, are cut off."""
-
-    level: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.level <= 1:
-            raise ConfigError(f"Clipping: level must lie in (0, 1], got {self.level!r}")
-
-    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Cut."""
-        limit = self.level * float(waveform.abs().max())
-        return waveform.clamp(-limit, limit)
-
 
 _PLACES = 8  # placements of source and microphone in one room
 
@@ -166,10 +45,12 @@ class Noise(Step):
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
         """Add it by `torchaudio.functional.add_noise`."""
+        from torchaudio.functional import add_noise
+
         noise = NOISES[self.kind](len(waveform), self.sample_rate, rng, self.pool)
         if not noise.any():  # a pool of silence, or too short to hold any of this noise
             return waveform.clone()
-        added: Tensor = audio.add_noise(waveform, noise, torch.tensor(float(self.snr_db)))
+        added: Tensor = add_noise(waveform, noise, torch.tensor(float(self.snr_db)))
         return added
 
 
@@ -195,9 +76,11 @@ class Room(Step):
             )
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Convolve with the impulse response of a placement."""
+        """Convolve with the impulse response of a random placement."""
+        from torchaudio.functional import fftconvolve
+
         response, direct = self.response(int(torch.randint(_PLACES, (), generator=rng)))
-        wet: Tensor = audio.fftconvolve(waveform, response)[direct : direct + len(waveform)]
+        wet: Tensor = fftconvolve(waveform, response)[direct : direct + len(waveform)]
         power = wet.square().mean()
         return wet * (waveform.square().mean() / power).sqrt() if power > 0 else wet
 
@@ -272,6 +155,3 @@ def environment(
         raise ConfigError(f"environment: {unknown('key', name, ENVIRONMENTS)}")
     steps = [replace(s, sample_rate=sample_rate, seed=seed) for s in ENVIRONMENTS[name]]
     return Environment(*(replace(s, pool=pool) if isinstance(s, Noise) else s for s in steps))
-
-
-get = environment

@@ -23,9 +23,8 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
 from lora_lightning.vision.data.pose_domains import LABELS, Pose, write_poses
-from lora_lightning.vision.data.synthetic.meshes import CLASSES
+from lora_lightning.vision.data.synthetic.meshes import CLASSES, FRONTS
 from lora_lightning.vision.data.synthetic.scene import Renderer
-from lora_lightning.vision.data.synthetic.shapes import FRONTS
 from lora_lightning.vision.data.synthetic.worlds import WORLDS, Picture, World
 
 EDITION = 2  # raise it whenever the same settings would give other pictures
