@@ -1,6 +1,6 @@
-"""`EffectiveWeight`: what `.weight` of an adapted layer returns, safe against lost writes.
+"""`EffectiveWeight`: the read-only tensor that `.weight` of an adapted layer returns.
 
-An effective weight W + sBA is made anew at each read, so a write into it would vanish. This
+An effective weight W + sBA is recomputed at each read, so a write into it would be lost. This
 tensor subclass computes like any tensor and raises on every write, through views as well.
 Compiled and exported graphs get a plain tensor: they read weights, they do not write them.
 """

@@ -57,7 +57,7 @@ def locate(module: nn.Module, key: str) -> Any:
 
 
 def place(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
-    """Put a parameter under this dotted key, whatever its class makes of the name."""
+    """Set a parameter under this dotted key, without its class's `__setattr__`."""
     path, _, name = key.rpartition(".")
     module.get_submodule(path)._parameters[name] = parameter
 

@@ -1,8 +1,8 @@
-"""`greedy`: translate by the likeliest next piece, each piece computed once.
+"""`greedy`: greedy decoding with a key-value cache.
 
-What attention needs of earlier pieces and of the sentence, keys and values, is kept from step to
-step. That reads the weights of `nn.MultiheadAttention` instead of calling it; an adapted weight is
-the adapted one there too. Shapes: as in `lora_lightning.text.translators`; H heads.
+The keys and values of earlier pieces and of the source sentence are cached. This reads the weights
+of `nn.MultiheadAttention` instead of calling it; an adapted layer gives its adapted weight.
+Shapes: as in `lora_lightning.text.translators`; H heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_lightning.text.subwords import BEGIN, END, PAD
 from lora_lightning.text.translators import Translator
 
-# From hidden states (B, D) and log-probabilities (B, V) of the next piece to better ones.
+# From hidden states (B, D) and log-probabilities (B, V) of the next piece to adjusted ones.
 Adjust = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,17 +25,17 @@ Adjust = Callable[[Tensor, Tensor], Tensor]
 def greedy(
     model: Translator, source: Tensor, most: int | None = None, adjust: Adjust | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Translate (B, S), always by the likeliest next piece.
+    """Translate (B, S) by the most likely next piece.
 
     Args:
         model: In eval mode.
         source: Padded sentences.
-        most: Pieces of a translation at most; None: one and a half times the source's, and 5.
-        adjust: Changes the probabilities of each next piece.
+        most: Maximum length of a translation; None: one and a half times the source's plus 5.
+        adjust: Changes the log-probabilities of each next piece.
 
     Returns:
         Pieces (B, T), `PAD` after each `END`; and (B,) the mean log-probability of a sentence's
-        pieces, its end included.
+        pieces, `END` included.
     """
     most = 3 * source.shape[1] // 2 + 5 if most is None else most
     steps = _Steps(model, source)
@@ -46,7 +46,7 @@ def greedy(
         hidden = steps(piece, place)
         log_probs = model.head(hidden).float().log_softmax(dim=1)
         log_probs = log_probs if adjust is None else adjust(hidden, log_probs)
-        likely, best = log_probs[:, END:].max(dim=1)  # neither padding nor another beginning
+        likely, best = log_probs[:, END:].max(dim=1)  # neither PAD nor BEGIN
         open_ = (piece != END) & (piece != PAD)
         total += torch.where(open_, likely, 0.0)
         piece = torch.where(open_, best + END, PAD)
@@ -58,7 +58,7 @@ def greedy(
 
 
 class _Steps:
-    """The decoder, a piece of each sentence at a time."""
+    """The decoder, one position at a time."""
 
     def __init__(self, model: Translator, source: Tensor):
         self.model = model
@@ -67,7 +67,7 @@ class _Steps:
         self.layers = [_Layer(layer, encoded, attended) for layer in layers]
 
     def __call__(self, piece: Tensor, place: int) -> Tensor:
-        """The latest pieces (B,), at this place → (B, D)."""
+        """The latest pieces (B,), at this position → (B, D)."""
         x = self.model.embedded(piece[:, None], place)
         for layer in self.layers:
             x = layer(x)
@@ -76,7 +76,7 @@ class _Steps:
 
 
 class _Layer:
-    """A `nn.TransformerDecoderLayer` with its norms last, and what it remembers."""
+    """A post-norm `nn.TransformerDecoderLayer` with its key-value cache."""
 
     def __init__(self, layer: Any, encoded: Tensor, attended: Tensor):
         self.layer, self.attended = layer, attended
@@ -95,9 +95,9 @@ class _Layer:
         query, *new = (self._split(y) for y in F.linear(x, *self.own).chunk(3, dim=2))
         pairs = zip(self.past, new, strict=True) if self.past else ()
         self.past = [torch.cat(pair, dim=2) for pair in pairs] or new
-        x = layer.norm1(x + self._read(layer.self_attn, query, self.past))
+        x = layer.norm1(x + self._attend(layer.self_attn, query, self.past))
         query = self._split(F.linear(x, *self.query))
-        x = layer.norm2(x + self._read(layer.multihead_attn, query, self.sentence, self.attended))
+        x = layer.norm2(x + self._attend(layer.multihead_attn, query, self.sentence, self.attended))
         out: Tensor = layer.norm3(x + layer.linear2(layer.activation(layer.linear1(x))))
         return out
 
@@ -106,7 +106,7 @@ class _Layer:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     @staticmethod
-    def _read(
+    def _attend(
         attention: nn.MultiheadAttention,
         query: Tensor,
         known: list[Tensor],

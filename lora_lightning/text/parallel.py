@@ -1,4 +1,4 @@
-"""Parallel text: `Pair`, files of pairs, and the batches that a translator is handed."""
+"""Parallel text: `Pair`, files of pairs, and the batches of a translator."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Pair:
 
     Attributes:
         source: the sentence.
-        target: its translation; "" where that is not known.
-        domain: which kind of text it is.
-        split: ``"train"`` or ``"test"``; "" where that is not decided.
+        target: its translation; "" where unknown.
+        domain: the kind of text.
+        split: ``"train"`` or ``"test"``; "" where not yet assigned.
     """
 
     source: str
@@ -39,14 +39,14 @@ class Pair:
 
 @dataclass
 class TextBatch:
-    """Pairs as numbers, padded on the right with `PAD`.
+    """Token ids of pairs, padded on the right with `PAD`.
 
     Lightning moves it to the device by `to`.
 
     Attributes:
-        source: (B, S) int64, each sentence with its end.
-        target: (B, T) int64, with beginning and end.
-        pairs: What each row is.
+        source: (B, S) int64, each ending in `END`.
+        target: (B, T) int64, from `BEGIN` to `END`.
+        pairs: The pair of each row.
     """
 
     source: Tensor
@@ -71,14 +71,14 @@ class TextBatch:
 
 
 class ParallelData(LightningDataModule):
-    """Pairs in batches; those of the training in another order in each epoch.
+    """A LightningDataModule of pairs; training pairs are shuffled in each epoch.
 
     Args:
-        subwords: How text becomes numbers.
-        train: Pairs to learn.
+        subwords: The tokeniser.
+        train: Pairs to train on.
         test: Sentences to translate, in this order.
         batch_size: Pairs in a batch.
-        dropped: Probability of leaving out a word of a sentence to learn, never all of them: the
+        dropped: Probability of dropping a word of a source sentence in training, never all: the
             noise of noisy self-training (He et al. 2020, arXiv:1909.13788).
         seed: Of the order and the noise.
     """
@@ -99,7 +99,7 @@ class ParallelData(LightningDataModule):
         self._noise = np.random.default_rng(seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Pairs to learn, shuffled."""
+        """Training pairs, shuffled."""
         return self._loader(self.train, self._noisy, shuffle=True, generator=self._order)
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -109,7 +109,7 @@ class ParallelData(LightningDataModule):
     test_dataloader = predict_dataloader
 
     def _loader(self, pairs: list[Pair], collate: Any, **order: Any) -> DataLoader[Any]:
-        found: Any = pairs  # a list will do as a Dataset
+        found: Any = pairs  # a list is a map-style dataset
         return DataLoader(found, batch_size=self.batch_size, collate_fn=collate, **order)
 
     def _batch(self, pairs: Sequence[Pair]) -> TextBatch:
@@ -129,8 +129,8 @@ class ParallelData(LightningDataModule):
 def read_pairs(path: Path | str) -> list[Pair]:
     """The pairs of a table, as TSV, CSV or JSON lines.
 
-    Columns: ``source`` and ``target``, the sentence and its translation; ``domain``; and, where
-    it is decided already, ``split`` with ``train`` or ``test``.
+    Columns: ``source`` and ``target``, the sentence and its translation; ``domain``; and optionally
+    ``split`` with ``train`` or ``test``.
 
     Raises:
         DataError: a column or a cell is missing, or a split that is neither; names the line.
@@ -153,10 +153,10 @@ def read_pairs(path: Path | str) -> list[Pair]:
 
 
 def held_out(pairs: Sequence[Pair], count: int, seed: int = 0) -> list[Pair]:
-    """The pairs with their splits decided: `count` sentences of each domain are held out.
+    """The pairs with a split: `count` sentences of each domain are held out.
 
-    A domain with a split of its own keeps it. A sentence that occurs more than once is on one
-    side only: what is held out is taken out of the training of every domain.
+    A domain that has a split keeps it. A sentence that occurs more than once is in one split only:
+    held-out sentences are removed from the training pairs of every domain.
 
     Raises:
         DataError: a domain has too few sentences.

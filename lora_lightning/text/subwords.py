@@ -1,4 +1,4 @@
-"""`Subwords`: text to numbers and back, by byte-pair encoding."""
+"""`Subwords`: tokenisation by byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _SPACE = "▁"  # before the first piece of a word
 
 
 class Subwords:
-    """Pieces of words; a word that was never seen is written with smaller ones.
+    """A byte-pair encoding; unseen words are split into smaller pieces.
 
-    Beginning with single characters, the two neighbours that occur most often are joined, again
-    and again. Sennrich et al. 2016, "Neural machine translation of rare words with subword
-    units", arXiv:1508.07909. Words are what stands between spaces; a character that was never
-    seen is unknown.
+    Starting from single characters, the most frequent pair of neighbours is merged, repeatedly.
+    Sennrich et al. 2016, "Neural machine translation of rare words with subword
+    units", arXiv:1508.07909. Words are separated by spaces; an unseen character is
+    `UNKNOWN`.
 
     Args:
-        characters: All that a text may hold.
-        merges: Pairs of pieces to join, the first first.
+        characters: The alphabet.
+        merges: Pairs of pieces to merge, in order.
     """
 
     def __init__(self, characters: Sequence[str], merges: Sequence[Sequence[str]]):
         self.characters = list(characters)
         self.merges = [(str(a), str(b)) for a, b in merges]
         joined = [a + b for a, b in self.merges]
-        # A text may hold "<s>", which is not the beginning of one.
+        # A text may contain "<s>", which is then no special token.
         self.pieces = [*SPECIAL, *dict.fromkeys([*self.characters, *joined])]
         self._ids = {piece: i for i, piece in enumerate(self.pieces) if i >= len(SPECIAL)}
         self._ranks = {pair: i for i, pair in enumerate(self.merges)}
@@ -40,7 +40,7 @@ class Subwords:
 
     @classmethod
     def learn(cls, texts: Iterable[str], merges: int = 500) -> Subwords:
-        """From texts: at most so many merges, fewer where no pair occurs twice."""
+        """Learn at most this many merges from texts; fewer where no pair occurs twice."""
         words = Counter(word for text in texts for word in text.split())
         spelt = {word: list(_SPACE + word) for word in words}
         characters = sorted({c for pieces in spelt.values() for c in pieces})
@@ -50,7 +50,7 @@ class Subwords:
             for word, pieces in spelt.items():
                 for pair in pairwise(pieces):
                     pairs[pair] += words[word]
-            # Of those that are as frequent, the first in the alphabet: no chance in it.
+            # Ties are broken alphabetically, so that the result is deterministic.
             best = min(pairs, key=lambda p: (-pairs[p], p), default=None)
             if best is None or pairs[best] < 2:
                 break
@@ -61,7 +61,7 @@ class Subwords:
         return cls(characters, joined)
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of a text's pieces, with `END` after them."""
+        """The token ids of a text, followed by `END`."""
         return [i for word in text.split() for i in self._word(word)] + [END]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -87,7 +87,7 @@ class Subwords:
         return self._known[word]
 
     def dumps(self) -> str:
-        """As JSON, for a model's file."""
+        """Serialise as JSON, for a model's file."""
         return json.dumps({"characters": self.characters, "merges": self.merges})
 
     @classmethod
@@ -97,7 +97,7 @@ class Subwords:
 
 
 def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    """The pieces with each occurrence of the pair made one."""
+    """The pieces with each occurrence of the pair merged."""
     found: list[str] = []
     for piece in pieces:
         if found and (found[-1], piece) == pair:

@@ -1,4 +1,4 @@
-"""`Translation`: a translator trained on pairs of sentences, and what it writes."""
+"""`Translation`: the LightningModule that trains a translator and translates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_lightning.training.optimised_module import Optimised
 
 
 class Translated(NamedTuple):
-    """What is written for a sentence.
+    """A predicted translation.
 
     Attributes:
         source: the sentence.
@@ -34,17 +34,17 @@ class Translation(Optimised):
     r"""Translation; the network is ``self.model``, and `LoRACallback` finds it there.
 
     The loss of a batch is the mean over all pieces :math:`y_t` of the translations of
-    :math:`-\log p(y_t \mid y_{<t}, x)`, its target smoothed; padding does not count.
+    :math:`-\log p(y_t \mid y_{<t}, x)` with label smoothing; padding is ignored.
 
     Args:
         model: From sentences (B, S) and translations so far (B, T) to logits (B, T, V).
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
-        label_smoothing: Part of the target spread over all pieces, in [0, 1).
+        label_smoothing: Of the cross-entropy, in [0, 1).
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
-        adjust: Changes the probabilities of each next piece, when it translates.
+        adjust: Changes the probabilities of each next piece in decoding.
 
-    Logs ``train_loss`` and ``test_bleu`` (a fraction; SacreBLEU's, of the whole epoch).
+    Logs ``train_loss`` and ``test_bleu`` (SacreBLEU over the whole epoch, as a fraction).
 
     Raises:
         ConfigError: a value is out of range.
@@ -93,12 +93,12 @@ class Translation(Optimised):
         self.log("test_bleu", self.test_bleu, on_epoch=True, batch_size=len(batch))
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[Translated]:
-        """What is written for each sentence."""
+        """The translation of each sentence."""
         return self.translate(batch)
 
     @torch.no_grad()
     def translate(self, batch: TextBatch) -> list[Translated]:
-        """What is written for each sentence, with the model as it is."""
+        """The translation of each sentence, by greedy decoding."""
         pieces, likely = greedy(self.model, batch.source, adjust=self.adjust)
         texts = map(self.model.subwords.decode, pieces.tolist())
         rows = zip(batch.pairs, texts, likely.tolist(), strict=True)

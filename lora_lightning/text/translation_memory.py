@@ -1,4 +1,4 @@
-"""`TranslationMemory`: known translations speak up while a model translates; nothing is trained."""
+"""`TranslationMemory`: nearest neighbours among known translations, without training (kNN-MT)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_lightning.text.translators import Translator
 class TranslationMemory:
     r"""k nearest neighbours among the pieces of known translations (kNN-MT).
 
-    The memory holds the decoder's output :math:`h` before each piece of a known translation,
-    and that piece. With the k nearest to :math:`h_t` at distances :math:`d_i`,
+    The memory holds the decoder's output :math:`h` before each piece of a known translation, and
+    that piece. With the k nearest to :math:`h_t` at distances :math:`d_i`,
 
     .. math:: p(y) = \lambda \sum_i \mathrm{softmax}(-d_i^2 / \tau)\,[y_i = y]
               + (1 - \lambda)\,p_\text{model}(y).
 
     Khandelwal et al. 2021, "Nearest neighbor machine translation", arXiv:2010.00710; the key here
-    is the decoder's output. :math:`\tau` is measured in mean squared distances to the nearest
-    other key of the memory, so that it suits any width.
+    is the decoder's output. :math:`\tau` is in units of the mean squared distance to the
+    nearest other key of the memory, so that it suits any width.
 
     Args:
         model: In eval mode.
@@ -68,7 +68,7 @@ class TranslationMemory:
 
 
 def check_memory(neighbours: int, weight: float, temperature: float) -> None:
-    """Raise ConfigError for a value that cannot be."""
+    """Raise ConfigError for a value out of range."""
     if neighbours < 1:
         raise ConfigError(f"neighbours must be at least 1, got {neighbours}")
     if not 0 <= weight <= 1:

@@ -1,6 +1,6 @@
-"""`Translator`: torch's own `nn.Transformer` from sentence to sentence, and its file.
+"""`Translator`: a translation model around `nn.Transformer`, and its file.
 
-Shapes: B sentences, S pieces of the source, T of the target, D the width, V the vocabulary.
+Shapes: B sentences, S pieces of the source, T of the target, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Translator(nn.Module):
     """Embedding (one for both languages), sinusoidal positions, `nn.Transformer`, linear head.
 
     Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762. Padding, on the right,
-    changes nothing: no sentence looks at it. No piece of a translation looks at a later one.
+    is masked; the decoder is causal.
 
     Args:
-        subwords: How text becomes numbers, for both languages.
+        subwords: The tokeniser of both languages.
         dim: Width D; even.
         num_layers: Of the encoder, and of the decoder.
         num_heads: Attention heads; must divide `dim`.
@@ -60,7 +60,7 @@ class Translator(nn.Module):
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.dropout = nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(dim, num_heads, ffn_dim, dropout, batch_first=True)
-        # Nested tensors would give outputs of another length, for nothing at these sizes.
+        # Nested tensors would change the length of outputs and save nothing at these sizes.
         encoder = nn.TransformerEncoder(
             layer, num_layers, nn.LayerNorm(dim), enable_nested_tensor=False
         )
@@ -89,7 +89,7 @@ class Translator(nn.Module):
     def decode(self, target: Tensor, encoded: Tensor, padding: Tensor) -> Tensor:
         """(B, T), (B, S, D) and where the source is padding, (B, S) → (B, T, D).
 
-        The target's own padding needs no mask: it lies after everything that may be looked at.
+        The target's padding needs no mask: it lies after every position that is attended to.
         """
         size = target.shape[1]
         later = torch.ones(size, size, dtype=torch.bool, device=target.device).triu(1)
@@ -99,7 +99,7 @@ class Translator(nn.Module):
         return decoded
 
     def embedded(self, ids: Tensor, place: int = 0) -> Tensor:
-        """Pieces (B, T), of which the first stands at `place` → (B, T, D)."""
+        """Pieces (B, T), the first at position `place` → (B, T, D)."""
         x = self.embedding(ids) * math.sqrt(self.settings["dim"])
         embedded: Tensor = self.dropout(x + positions(place + ids.shape[1], x)[place:])
         return embedded

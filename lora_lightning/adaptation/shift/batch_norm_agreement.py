@@ -1,4 +1,4 @@
-"""What a model says once BatchNorm has the statistics of the very items: a second opinion."""
+"""Second predictions of a model, with BatchNorm's statistics of the target: `second_opinion`."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from lora_lightning.adaptation.validators import agreement
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.probing import preserved
 
-MOST = 500  # items that are asked; more are drawn from
+MOST = 500  # items to predict; drawn at random from more
 BATCH = 64
 
 
 class Opinion(NamedTuple):
-    """A second opinion.
+    """Predictions with re-estimated BatchNorm statistics.
 
     Attributes:
-        items: (n,) which items were asked.
-        probabilities: (n, K) of them.
+        items: (n,) indices of the items.
+        probabilities: (n, K) of these.
     """
 
     items: Tensor
     probabilities: Tensor
 
     def agreement(self, probabilities: Tensor) -> float:
-        """With answers (N, K) to all items: the part of those asked that both label alike."""
+        """The part of these items that predictions (N, K) of all items label in the same way."""
         return agreement(probabilities[self.items], self.probabilities)
 
 
 @torch.no_grad()
 def second_opinion(model: nn.Module, data: Any, forward: Forward) -> Opinion | None:
-    """Ask the model again, with BatchNorm's statistics of these items; None without BatchNorm.
+    """Predict with BatchNorm's statistics re-estimated on these items; None without BatchNorm.
 
-    Two models that are equally good and differ by chance agree on as many items as they are right
-    about (Jiang et al. 2022, "Assessing generalization of SGD via disagreement",
+    Two equally accurate models that differ by randomness agree on as many items as they classify
+    correctly (Jiang et al. 2022, "Assessing generalization of SGD via disagreement",
     arXiv:2106.13799). The model is left as it was.
     """
     target = Target(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # Mixed: in batches of one class, as folders give them, the features vary too little.
+    # Shuffled: in batches of one class, as folders give them, the features vary too little.
     chosen = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[:MOST]
     some: Any = Subset(target, chosen.tolist())
     loader: DataLoader[Any] = DataLoader(some, BATCH, **target.settings)
     with preserved(model):
         if not reestimated(model, forward, (x.to(device) for x, _ in loader), SOURCE_ITEMS):
             return None
-        said = predicted(forward, model, loader, device)
+        found = predicted(forward, model, loader, device)
     # `predicted` puts them in the order of their indices.
-    return Opinion(chosen.sort().values, said.probabilities)
+    return Opinion(chosen.sort().values, found.probabilities)

@@ -1,4 +1,4 @@
-"""How far two sets of features lie apart: tensors in, numbers out.
+"""Distances between two sets of features.
 
 Legend of shapes: N source items, M target items, D features.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 from lora_lightning.errors import DataError
 
 Distance = Callable[[Tensor, Tensor], float]
-MOST = 2000  # items of a set that distances between all pairs look at; more are drawn from
+MOST = 2000  # items of a set for distances between all pairs; drawn at random from more
 
 
 class Moments(NamedTuple):
-    """What stands for a set of features where the items themselves are not at hand.
+    """Summary of a set of features, for distances that need no items.
 
     Attributes:
         items: N.
@@ -44,7 +44,7 @@ def moments(features: Tensor) -> Moments:
 
 @torch.no_grad()
 def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float:
-    r"""Squared maximum mean discrepancy with a Gaussian kernel, unbiased; about 0 for one set.
+    r"""Squared maximum mean discrepancy with a Gaussian kernel, unbiased; 0 for one distribution.
 
     .. math:: \overline{k(s, s')}_{s \ne s'} + \overline{k(t, t')}_{t \ne t'}
         - 2\,\overline{k(s, t)}, \qquad k(a, b) = \exp\left(-\frac{\|a - b\|^2}{2 h^2}\right)
@@ -84,9 +84,9 @@ def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float
 
 @torch.no_grad()
 def coral_distance(source: Tensor | Moments, target: Tensor | Moments) -> float:
-    r"""How far covariances lie apart, :math:`\|C_s - C_t\|_F^2 / 4D^2`.
+    r"""Distance of covariances, :math:`\|C_s - C_t\|_F^2 / 4D^2`.
 
-    Blind to a shift of the mean. Sun & Saenko 2016, "Deep CORAL", arXiv:1607.01719.
+    Invariant to a shift of the mean. Sun & Saenko 2016, "Deep CORAL", arXiv:1607.01719.
 
     Raises:
         DataError: see `moments`, or other features.
@@ -102,7 +102,7 @@ def frechet_distance(source: Tensor | Moments, target: Tensor | Moments) -> floa
 
     .. math:: \|\mu_s - \mu_t\|^2 + tr\left(C_s + C_t - 2\,(C_s C_t)^{1/2}\right)
 
-    In squared units of the features; few items make it larger than it is. Dowson & Landau 1982, J.
+    In squared units of the features; biased upwards with few items. Dowson & Landau 1982, J.
     Multivariate Analysis 12; for networks' features Heusel et al. 2017, arXiv:1706.08500.
 
     Raises:
@@ -118,7 +118,7 @@ def frechet_distance(source: Tensor | Moments, target: Tensor | Moments) -> floa
 
 
 class Interval(NamedTuple):
-    """A distance, and where it would lie with other items of the same kind."""
+    """A distance with its confidence interval."""
 
     value: float
     low: float
@@ -135,10 +135,10 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    r"""A distance with its interval, by items of both sets drawn anew, with replacement.
+    r"""A distance with its bootstrap interval: items of both sets are resampled with replacement.
 
-    Few items make sets look further apart than they are; items drawn anew do so once more, and so
-    tell by how much. With :math:`\hat d` of the items and :math:`d^*` of the draws the value is
+    Distances are biased upwards with few items; resampling adds the same bias once more, which
+    measures it. With :math:`\hat d` of the items and :math:`d^*` of the draws the value is
     :math:`2\hat d - \overline{d^*}`, the interval :math:`2\hat d` minus the draws' quantiles,
     each at least 0. Efron & Tibshirani 1993, chapter 10; Davison & Hinkley 1997, chapter 5.
 
@@ -146,11 +146,11 @@ def bootstrap(
         distance: From (N, D) and (M, D) to a number.
         source: (N, D).
         target: (M, D).
-        unbiased: The distance is right on average, as `mmd` is: the value stays, and the interval
-            lies around it.
-        repeats: How often, at least 2.
+        unbiased: The distance is unbiased, as `mmd` is: its value is not corrected, and the
+            interval lies around it.
+        repeats: Number of resamples, at least 2.
         confidence: Of the interval, in (0, 1).
-        seed: Of what is drawn.
+        seed: Of the resampling.
 
     Raises:
         DataError: see `moments`.

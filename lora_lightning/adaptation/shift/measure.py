@@ -1,4 +1,4 @@
-"""`shift`: how far a target lies from the source, as a model sees them.
+"""`shift`: distance of a target from the source in a model's features.
 
 Legend of shapes: N source items, M target items, D features, K classes.
 """
@@ -30,7 +30,7 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model import state as states
 from lora_lightning.model.switching import adapters, disabled
 
-PAIRS = 200  # items of a set of which all pairs are looked at in each repeat
+PAIRS = 200  # items of a set that enter the pairwise distances of each repeat
 FOLDS = 5
 _LAYER_REPEATS = 10
 
@@ -46,25 +46,25 @@ def shift(
     repeats: int = 100,
     seed: int = 0,
 ) -> Shift:
-    r"""Measure how far a target lies from the source, as a model sees them; no target label needed.
+    r"""Measure the shift from source to target in a model's features; needs no target labels.
 
         print(shift(model, "source_statistics.safetensors", target))
 
-    What the head is given, and each block's output, is projected on the source's leading
-    directions, and scaled by its deviation:
+    The head's input and each block's output are projected on the source's leading directions, and
+    scaled by its deviation:
 
     - proxy A-distance :math:`2(1 - 2\epsilon)`, with ε the balanced error of a logistic regression
-      that tells the domains apart, five-fold cross-validated (Ben-David et al. 2010, "A theory of
-      learning from different domains"). It saturates long before harm is done, so it informs and
-      decides nothing;
+      between the domains, five-fold cross-validated (Ben-David et al. 2010, "A theory of
+      learning from different domains"). It saturates long before accuracy suffers, so the
+      verdict does not use it;
     - MMD, CORAL and Fréchet distance, see `lora_lightning.adaptation.shift.distances`;
-    - expected accuracy, see `expected_accuracy`: by how far the model agrees with itself once
-      BatchNorm has the target's statistics; where it has no BatchNorm, by its confidence. The
-      verdict is its fall from source to target: "near" below 5 points, "too far" from 40, or from
+    - expected accuracy, see `expected_accuracy`: from the model's agreement with itself under the
+      target's BatchNorm statistics; without BatchNorm, from its confidence. The verdict is its
+      drop from source to target: "near" below 5 points, "too far" from 40, or from
       a Fréchet distance of 1.
 
-    A model with an adapter is looked at without it; and once more with it, for `agreement` and
-    `expected_adapted`, the mean of what is expected of the answers before and after.
+    A model with an adapter is measured without it, and once more with it for `agreement` and
+    `expected_adapted`, the mean of the expected accuracies without and with it.
 
     Args:
         model: The source model, a classifier.
@@ -73,18 +73,18 @@ def shift(
         target: Data of the target: a dataset, a loader or a tensor.
         labels: Of `source`, where it is data.
         forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
-        batch_size: Items that the model is run on at once.
+        batch_size: Of the forward passes.
         repeats: Of the bootstrap, at least 2.
-        seed: Of what is drawn.
+        seed: Of the bootstrap.
 
     Returns:
         The measures; ``print`` shows them.
 
     Raises:
-        ConfigError: the statistics are of another model, or the model gives no logits (B, K).
+        ConfigError: the statistics are of another model, or the model's output is not (B, K).
         DataError: too few items, or NaN.
         DataNotFoundError: there is no such file.
-        AdapterFileError: the file holds no statistics.
+        AdapterFileError: not a file of statistics.
     """
     has_adapter = bool(adapters(model)) and any(s.active for _, s in states.roots(model))
     as_source: AbstractContextManager[Any] = disabled(model) if has_adapter else nullcontext()
@@ -96,14 +96,16 @@ def shift(
                 model, source, labels, forward=forward, batch_size=batch_size
             )
         source.check(model)
-        found, said = features_of(model, target, batch_size, forward)
+        found, predictions = features_of(model, target, batch_size, forward)
         second = None
         if source.agreement is not None:
             second = second_opinion(model, target, forward or model)
     adapted = None
     if has_adapter:
         adapted = features_of(model, target, batch_size, forward)[1].probabilities
-    return compare(source, found, said.probabilities, second, adapted, repeats=repeats, seed=seed)
+    return compare(
+        source, found, predictions.probabilities, second, adapted, repeats=repeats, seed=seed
+    )
 
 
 def compare(
@@ -116,16 +118,16 @@ def compare(
     repeats: int = 100,
     seed: int = 0,
 ) -> Shift:
-    """`shift` from what the model said already.
+    """`shift` from features and predictions.
 
     Args:
         source: Of the source.
         features: Layer → (M, D) of the target.
         probabilities: (M, K) of the target, by the source model.
-        second: Its second opinion of them; None without BatchNorm.
+        second: Its predictions with re-estimated BatchNorm statistics; None without BatchNorm.
         adapted: (M, K) of the target, by the adapted model.
         repeats: Of the bootstrap.
-        seed: Of what is drawn.
+        seed: Of the bootstrap.
 
     Raises:
         DataError: fewer than two items.
@@ -136,7 +138,7 @@ def compare(
     pairs = {name: (s.sample, s.project(_of(features, name, len(s.mean))))
              for name, s in source.layers.items()}  # fmt: skip
     s, t = pairs.pop(HEAD)
-    again: Any = partial(bootstrap, repeats=repeats, seed=seed)
+    interval: Any = partial(bootstrap, repeats=repeats, seed=seed)
     blocks = {
         name: bootstrap(frechet_distance, *pair, repeats=_LAYER_REPEATS, seed=seed).value
         for name, pair in pairs.items()
@@ -144,7 +146,7 @@ def compare(
     expect = partial(expected_accuracy, source, second=second)
     expected = expect(probabilities)
     drop = expected_drop(source, probabilities, second)
-    frechet = again(frechet_distance, s, t)
+    frechet = interval(frechet_distance, s, t)
     return Shift(
         verdict(drop, frechet.value),
         drop,
@@ -152,8 +154,8 @@ def compare(
         source.accuracy,
         score.nuclear_norm(probabilities),
         proxy_a_distance(s, t, repeats=repeats, seed=seed),
-        again(mmd, _few(s), _few(t), unbiased=True),
-        again(coral_distance, s, t),
+        interval(mmd, _few(s), _few(t), unbiased=True),
+        interval(coral_distance, s, t),
         frechet,
         blocks,
         (len(s), len(t)),
@@ -169,7 +171,7 @@ def proxy_a_distance(
     r"""Proxy A-distance :math:`2(1 - 2\epsilon)` of features (N, D) and (M, D), 0 to 2.
 
     ε is the balanced error of a logistic regression, five-fold cross-validated; the interval comes
-    from drawing the held-out answers anew.
+    from resampling the held-out predictions.
 
     Raises:
         DataError: fewer than two items of a domain.
@@ -184,12 +186,12 @@ def proxy_a_distance(
         raise DataError(f"the proxy A-distance needs two items of each domain, got {n}")
     x = torch.cat([source, target]).double().cpu().numpy()
     y = np.repeat([0, 1], [len(source), len(target)])
-    # Balanced: as many of one domain as of the other count, whatever their numbers.
-    judge = make_pipeline(
+    # Balanced: both domains have the same weight, whatever their sizes.
+    classifier = make_pipeline(
         StandardScaler(), LogisticRegression(C=0.1, max_iter=500, class_weight="balanced")
     )
     folds = StratifiedKFold(min(FOLDS, n), shuffle=True, random_state=seed)
-    wrong = cross_val_predict(judge, x, y, cv=folds) != y
+    wrong = cross_val_predict(classifier, x, y, cv=folds) != y
     rng = np.random.default_rng(seed)
 
     def distance(s: Any, t: Any) -> float:
@@ -204,10 +206,10 @@ def proxy_a_distance(
 def expected_accuracy(
     source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
 ) -> float | None:
-    r"""Of a model's answers (M, K) to a target; None where the source's labels were not known.
+    r"""Expected accuracy of predictions (M, K); None where the source's labels are unknown.
 
     With a second opinion :math:`acc_s\, a_t / a_s`, where :math:`a_t` is the agreement with it on
-    the target, :math:`a_s` that on the source and :math:`acc_s` the accuracy there. Without,
+    the target, :math:`a_s` that on the source and :math:`acc_s` the accuracy there. Otherwise
     average thresholded confidence.
     """
     if source.accuracy is None:
@@ -221,7 +223,7 @@ def expected_accuracy(
 def expected_drop(
     source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
 ) -> float:
-    """Of accuracy; without the source's labels, of agreement or of confidence."""
+    """Expected drop of accuracy; without the source's labels, of agreement or of confidence."""
     expected = expected_accuracy(source, probabilities, second)
     if expected is not None and source.accuracy is not None:
         return source.accuracy - expected

@@ -1,8 +1,8 @@
-"""`SourceStatistics`: what is kept of a source so that its data need not be there later.
+"""`SourceStatistics`: a summary of a source, so that its data are not needed later.
 
 Of the head's input and of each block's output: mean, leading directions, and a sample of items
-along them; of the answers: how sure and steady they are, and with labels how often right. About a
-megabyte, in a file beside the source model's weights.
+projected on them; of the predictions: confidence and agreement, and with labels the accuracy. About
+a megabyte, in a file beside the source model's weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DIRECTIONS = 32
 SAMPLE = 500  # items of the source that are kept
 FEWEST = 8
 _FORMAT = "lora_lightning.adaptation.shift.source_statistics"
-_ANEW = (
-    "Load the source model that they lie beside, or make them anew with "
+_HINT = (
+    "Load the source model that they lie beside, or compute them again with "
     "SourceStatistics.of(model, data, labels)"
 )
 
@@ -39,7 +39,7 @@ class LayerStatistics:
     Attributes:
         mean: (D,).
         basis: (d, D), orthonormal, along which the source varies most.
-        scale: Root of the source's whole variance: the unit of distances.
+        scale: Root of the source's total variance, the unit of distances.
         sample: (S, d + 1), `project` of items of the source.
     """
 
@@ -50,10 +50,10 @@ class LayerStatistics:
 
     @classmethod
     def of(cls, features: Tensor, directions: int = DIRECTIONS) -> LayerStatistics:
-        """From features (N, D): directions by one half of them, N / 8 at most, items of the other.
+        """From features (N, D): at most N / 8 directions of one half, a sample of the other.
 
-        Items lie closer to the directions that were found by them than others of the same source
-        do, and would look like another domain.
+        Items lie closer to directions fitted to them than other items of the same source do, and
+        would look like another domain.
         """
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
         half = len(features) // 2
@@ -67,7 +67,7 @@ class LayerStatistics:
         return cls(mean, basis, scale, empty.project(second))
 
     def project(self, features: Tensor) -> Tensor:
-        """(N, D) → (N, d + 1): along the directions, and how far off them; the scale is 1."""
+        """(N, D) → (N, d + 1): coordinates and distance from their span, in units of the scale."""
         centred = features.float() - self.mean
         along = centred @ self.basis.T
         off = (centred - along @ self.basis).norm(dim=1, keepdim=True)
@@ -76,17 +76,17 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """What is kept of a source.
+    """Summary of a source.
 
         SourceStatistics.of(model, held_out, labels).save("source_statistics.safetensors")
 
     Attributes:
         layers: Name → statistics, by depth, the last one ``"head"``.
-        confidence: (N,) of the answers to the source's items: the likeliest class's probability.
-        accuracy: Part of them that is right; None where no labels were given.
+        confidence: (N,) probability of the predicted class of each source item.
+        accuracy: Of the predictions; None where no labels were given.
         agreement: With the second opinion, see `shift.batch_norm_agreement`; None without
             BatchNorm.
-        model: Whose they are, see `lora_lightning.model.fingerprint`.
+        model: Fingerprint of the model, see `lora_lightning.model.fingerprint`.
     """
 
     layers: dict[str, LayerStatistics]
@@ -105,45 +105,45 @@ class SourceStatistics:
         forward: Forward | None = None,
         batch_size: int = 64,
     ) -> SourceStatistics:
-        """Look at a source with the model that was trained on it.
+        """Compute the statistics of a source with the model that was trained on it.
 
         Args:
             model: A classifier; run in eval mode, on the device it is on.
             data: Of the source: a dataset of inputs (or of tuples that begin with one), a loader
                 over one or a tensor (N, …). Items that the model was **not** trained on: it is
-                surer of the others.
+                more confident on the others.
             labels: (N,) classes, in that order.
             forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
-            batch_size: Items that it is run on at once.
+            batch_size: Of the forward passes.
 
         Raises:
-            ConfigError: the model gives no logits (B, K); says what to pass.
+            ConfigError: the model's output is not (B, K); says what to pass.
             DataError: fewer than 8 items, NaN, or labels of another number.
         """
-        found, said = features_of(model, data, batch_size, forward)
-        n = len(said.probabilities)
+        found, predictions = features_of(model, data, batch_size, forward)
+        n = len(predictions.probabilities)
         if n < FEWEST:
             raise DataError(f"statistics of a source need {FEWEST} items or more, got {n}")
-        confidence, best = said.probabilities.max(dim=1)
+        confidence, best = predictions.probabilities.max(dim=1)
         if labels is not None and labels.shape != best.shape:
             raise DataError(f"{n} items and labels of shape {tuple(labels.shape)}; give one each")
         right = None if labels is None else float((best == labels.cpu()).double().mean())
         layers = {name: LayerStatistics.of(x) for name, x in found.items()}
         second = second_opinion(model, data, forward or model)
-        steady = None if second is None else second.agreement(said.probabilities)
+        steady = None if second is None else second.agreement(predictions.probabilities)
         return cls(layers, confidence, right, steady, fingerprint(model))
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError where they are of another model, or of other weights."""
+        """Raise ConfigError where they belong to another model, or to other weights."""
         now = fingerprint(model)
         if now["structure"] != self.model["structure"]:
             raise ConfigError(
                 f"the source statistics are of another model: of {self.model['architecture']}, "
-                f"this is {now['architecture']} (or has another head). {_ANEW}"
+                f"this is {now['architecture']} (or has another head). {_HINT}"
             )
         if now.get("weights") != self.model.get("weights"):
             raise ConfigError(
-                f"the source statistics are of a {now['architecture']} with other weights. {_ANEW}"
+                f"the source statistics are of a {now['architecture']} with other weights. {_HINT}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""`Shift`: what was measured of a target, and the verdict in words."""
+"""`Shift`: the result of `shift`, and its verdict."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ STEADINESS = "how steady the answers are"
 
 @dataclass(frozen=True)
 class Shift:
-    """What `shift` measured; intervals are of 95 %.
+    """The measures of `shift`; intervals are of 95 %.
 
     Attributes:
         verdict: ``"near"``, ``"adaptable"`` or ``"too far"``, see `verdict`.
         expected_drop: Accuracy that the source model is expected to lose from source to target.
-        expected_accuracy: Of the source model on the target; None where the source's labels were
-            not known.
+        expected_accuracy: Of the source model on the target; None where the source's labels are
+            unknown.
         source_accuracy: On the source's items, likewise.
-        nuclear_norm: Of the answers on the target, see `lora_lightning.adaptation.validators`.
-        proxy_a: Proxy A-distance, 0 (no classifier tells the domains apart) to 2.
+        nuclear_norm: Of the predictions on the target, see `lora_lightning.adaptation.validators`.
+        proxy_a: Proxy A-distance, 0 (a classifier cannot separate the domains) to 2.
         mmd: Squared maximum mean discrepancy.
         coral: CORAL distance.
-        frechet: Fréchet distance; 1 is the source's whole variance.
-        layers: Fréchet distance of each block's features: which depth moved.
+        frechet: Fréchet distance; 1 is the source's total variance.
+        layers: Fréchet distance of each block's features.
         items: Of the source's sample and of the target.
-        agreement: Where the model has an adapter in force: the part of the target's items that it
-            labels as the source model does. Else None.
+        agreement: Where the model has an active adapter: the part of the target's items that it
+            labels as the source model does. Otherwise None.
         expected_adapted: Its expected accuracy on the target, likewise.
-        way: What the expected accuracy rests on, in words.
+        way: The basis of the expected accuracy, in words.
     """
 
     verdict: str
@@ -97,11 +97,11 @@ class Shift:
         return table
 
     def sentence(self) -> str:
-        """The verdict in words, with what it rests on and how fallible it is."""
-        told = [_WORDS[self.verdict], self._expected()]
+        """The verdict in words, with its basis and its caveat."""
+        sentences = [_WORDS[self.verdict], self._expected()]
         if self.entry and self.verdict != NAMES[0]:
             first = self.entry == next(iter(self.layers))
-            told.append(
+            sentences.append(
                 f"The shift enters at {self.entry}, the first block: adapt every layer, the stem "
                 'too (target_modules="all").'
                 if first
@@ -112,15 +112,15 @@ class Shift:
             expected = "" if self.expected_adapted is None else (
                 f", expected accuracy {100 * self.expected_adapted:.0f} %"
             )  # fmt: skip
-            told.append(
+            sentences.append(
                 f"The adapter keeps {100 * self.agreement:.0f} % of the source model's answers"
                 f"{expected}."
             )
-        return " ".join([*told, self.caveat])
+        return " ".join([*sentences, self.caveat])
 
     @property
     def caveat(self) -> str:
-        """What the verdict rests on, and that it can be wrong."""
+        """The basis of the verdict, and that it can be wrong."""
         return f"Judged without labels, by {self.way}: it can be wrong (docs/shift.md)."
 
     def _expected(self) -> str:
@@ -142,13 +142,12 @@ class Shift:
 
 
 def verdict(drop: float, frechet: float = 0.0) -> str:
-    """In a word.
+    """The verdict, one of `NAMES`.
 
     Args:
         drop: The accuracy (or confidence) that the source model is expected to lose.
-        frechet: Fréchet distance. From 1 on the target is called too far whatever the drop: its
-            features lie farther off than the source's whole spread, and there a model can be as
-            sure as it likes.
+        frechet: Fréchet distance. From 1 on the target is too far whatever the drop: its features
+            lie outside the source's spread, where a model's confidence means nothing.
     """
     if drop >= FAR or frechet >= SPREAD:
         return NAMES[2]

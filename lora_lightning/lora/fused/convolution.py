@@ -7,7 +7,7 @@ come from the library's gradient G of the whole weight, :math:`\nabla A = s B^T 
 :math:`\nabla B = s\,G A^T`, where the weight is small; else from thin convolutions. x is kept, as
 torch keeps it for a frozen convolution.
 
-Legend of shapes: N pictures (or signals), I and O channels, r rank, P positions.
+Legend of shapes: N images (or signals), I and O channels, r rank, P positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
-    """Whether `convolution` can compute it; the plain formula can always."""
+    """Whether `convolution` supports this input; the plain formula always does."""
     return adds_exactly(x, weight) and not low.dropout and ops.applies(x, weight, low)
 
 
@@ -40,7 +40,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, ho
 
 
 def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
-    """Whether it is a matrix product of rows that lie one after another: pointwise, channels last.
+    """Whether it is a matrix product of contiguous rows: pointwise and channels last.
 
     Only where torch's own output would have that layout as well.
     """
@@ -58,7 +58,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
 def _gradients(
     g: Tensor, x: Tensor, weight: Tensor, how: How, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and of the weight, by the library."""
+    """The gradients of x and of the weight, by torch."""
     none = [0] * (x.dim() - 2)
     wanted = [of_x, of_weight, False]
     found = torch.ops.aten.convolution_backward(g, x, weight, None, *how, False, none, 1, wanted)

@@ -1,20 +1,20 @@
-r"""Low-rank products at the cost of the frozen layer and little more.
+r"""Linear layers with low-rank factors, at little more than the cost of the frozen layer.
 
 .. math:: y = x (W + s\,BA)^T + b, \qquad
           \nabla A = s\,(g B)^T x, \quad \nabla B = s\,g^T (x A^T), \quad \nabla x = g (W + s\,BA)
 
-with g the gradient of y. The plain formula, left to autograd, makes several tensors of the size of
+with g the gradient of y. The plain formula under autograd allocates several tensors of the size of
 x and y and keeps x. Here
 
-- nothing of that size is made: the product of the factors is added to W where there are many rows
-  (an O × I matrix is small beside N × O), or to y in place where there are few;
-- x is not kept where the graph keeps what made it (`fused.recompute`), nor where A is
-  frozen;
-- the thin products are written so that the long dimension is the last one, (r, N): ten times as
+- nothing of that size is allocated: the product of the factors is added to W with many rows (an
+  O × I matrix is small beside N × O), or to y in place with few;
+- x is not kept where it can be recomputed from what the graph keeps (`fused.recompute`), nor where
+  A is frozen;
+- the thin products are arranged so that the long dimension is the last one, (r, N): ten times as
   fast on a CPU as the other way round.
 
-Autocast, dropout (its mask is drawn again from its seed), and starts kept aside are covered.
-`fused` switches it off. Legend of shapes: N rows, I in, O out, r rank.
+Autocast, dropout (its mask is redrawn from its seed), and subtracted initial factors are supported.
+`fused` switches this module off. Legend of shapes: N rows, I in, O out, r rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _READING = 12
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
-    """Whether this module can compute the layer; the plain formula can always."""
+    """Whether this module supports this input; the plain formula always does."""
     if not switches.enabled or weight.requires_grad or x.is_nested or x.is_meta:
         return False
     out, into = weight.shape[:2]
@@ -80,7 +80,7 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and h = A xᵀ (r, N) where it was made."""
+    """The output, and h = A xᵀ (r, N) where it was computed."""
     low, x = plan.low, plan.cast(x)
     # The base's own function: while B is zero the output is the base's, bit for bit.
     out = plan.base(x, low.added_to(weight) if plan.whole else weight, bias)
@@ -91,17 +91,17 @@ def _linear(
         rows_NxO = plan.rows(out)
         rows_NxO.addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
         layout = torch.channels_last if plan.channels else torch.contiguous_format
-        if not out.is_contiguous(memory_format=layout):  # another of the library's: rows are copies
+        if not out.is_contiguous(memory_format=layout):  # another layout: rows are copies
             out.copy_(plan.unrolled(rows_NxO, out))
     return out, h_RxN
 
 
 def gradients(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """For a backward pass that cannot be differentiated or batched itself, in the dtypes of its
-    forward pass.
+    """Decorator of a backward pass that cannot be differentiated or batched; it runs in the
+    dtypes of its forward pass.
 
     Raises:
-        AdapterError: it is to be: ``create_graph=True``, ``is_grads_batched=True``.
+        AdapterError: with ``create_graph=True`` or ``is_grads_batched=True``.
     """
 
     @functools.wraps(backward)
@@ -137,7 +137,7 @@ class _Linear(torch.autograd.Function):
         weight = plan.cast(weight)
         out, h_RxN = _linear(x, weight, bias, plan)
         plan.keep(ctx, x, weight, A, B, h_RxN)
-        # For some shapes torch's own output is a view, in which no activation could work in place.
+        # For some shapes torch's output is a view, on which no activation could work in place.
         return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
     @staticmethod

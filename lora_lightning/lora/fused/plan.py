@@ -1,4 +1,4 @@
-"""How an adapted layer computes this time: the factors, the switches, and what is decided of them.
+"""Execution plan of an adapted layer: its factors, the global switches and what follows from them.
 
 Legend of shapes: N rows, I in, O out, r rank.
 """
@@ -21,18 +21,18 @@ from lora_lightning.lora.fused.thin_matmul import cut, exact
 # the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
 # the same output, bit for bit, whether gradients are wanted or not.
 _MANY = 5.0
-# Below so many numbers in x and y the interpreter's time is what counts: torch's own functions,
-# which keep what they like, are faster then.
+# Below so many numbers in x and y the interpreter's overhead dominates, and torch's own functions
+# are faster.
 _SMALL = 400_000
 
 
 @dataclass
 class Switches:
-    """What `fused` sets.
+    """The state that `fused` sets.
 
     Attributes:
-        enabled: Use the functions of this module, not the plain formula.
-        recompute: Make a layer's input again where that is possible, instead of keeping it.
+        enabled: Use the fused functions, not the plain formula.
+        recompute: Recompute a layer's input where possible, instead of keeping it.
         smallest: Numbers in a layer's input and output below which the plain formula is used.
     """
 
@@ -42,23 +42,23 @@ class Switches:
 
 
 switches = Switches()
-_inside = [Switches()]  # what each open block asks for, the latest last
+_inside = [Switches()]  # the settings of each open block, the latest last
 
 
 @contextmanager
 def fused(
     enabled: bool = True, *, recompute: bool = True, smallest: int = _SMALL
 ) -> Iterator[None]:
-    """Choose for a ``with`` block, in all threads, how adapted layers compute.
+    """Configure the computation of adapted layers in a ``with`` block, in all threads.
 
     Args:
         enabled: False: by the plain formula and autograd, which can be differentiated twice.
         recompute: False: the layer's input is kept for the backward pass, which takes memory and
-            saves the time of making it again.
+            saves the time to recompute it.
         smallest: The plain formula is used where a layer's input and output have fewer numbers: it
             is faster there.
 
-    Under activation checkpointing the backward pass runs the layers again: it belongs into the
+    Under activation checkpointing the backward pass runs the layers again, so it must be in the
     block as well.
     """
     own = Switches(enabled, recompute, smallest)
@@ -67,15 +67,15 @@ def fused(
     try:
         yield
     finally:
-        # Another thread's block may have begun since, and go on: the latest still open counts.
+        # Another thread's block may have been entered since: the latest open one counts.
         _inside[:] = [block for block in _inside if block is not own]
         vars(switches).update(vars(_inside[-1]))
 
 
 class LowRank(NamedTuple):
-    """s·(BA − B₀A₀) of one layer: B (O, r), A (r, I); the start B₀A₀ only where one is kept.
+    """s·(BA − B₀A₀) of one layer: B (O, r), A (r, I); B₀A₀ only where a start is kept.
 
-    `dropout` is the part of x's numbers that are zero on their way to A, now.
+    `dropout` is the probability for the input of A, 0 in eval mode.
     """
 
     lora_A: Tensor
@@ -95,7 +95,7 @@ class LowRank(NamedTuple):
 
 
 def lowered(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants here; ``None`` where it is off."""
+    """The dtype of autocast; ``None`` where it is off."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
@@ -103,21 +103,21 @@ def lowered(x: Tensor) -> torch.dtype | None:
 
 
 def adds_exactly(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product can be added to the weight with which x is computed, nothing lost."""
+    """Whether a product can be added to the weight without loss of precision."""
     return lowered(x) is None and exact(weight)
 
 
 class Plan(NamedTuple):
-    """How a layer computes this time.
+    """How a layer computes its output for one input.
 
     Attributes:
         low: The factors.
-        whole: Whether W + s·BA is made.
-        dtype: What autocast wants, if it is on.
+        whole: Whether W + s·BA is computed.
+        dtype: Of autocast, if it is on.
         seed: Of dropout's mask.
-        recipe: How to make x again, where it is not kept.
-        frozen_A: A does not train, and x is not needed: h is kept instead.
-        channels: x is (B, I, …), in memory (B, …, I): pictures for a pointwise convolution.
+        recipe: How to recompute x, where it is not kept.
+        frozen_A: A is frozen, so that h is kept instead of x.
+        channels: x is (B, I, …), in memory (B, …, I): the input of a pointwise convolution.
     """
 
     low: LowRank
@@ -130,31 +130,31 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, low: LowRank, channels: bool) -> Plan:
-        """For this input."""
+        """The plan for this input."""
         training, dtype = torch.is_grad_enabled(), lowered(x)
         ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
         many = ratio > _MANY or low.start_A is not None
         whole = many and adds_exactly(x, weight) and not low.dropout
-        # From the global generator, so that seeds and checkpointing govern it.
+        # From the global generator, so that it obeys seeds and checkpointing.
         seed = int(torch.randint(2**62, ())) if low.dropout else 0
         frozen_A = training and not low.lora_A.requires_grad
         # A frozen convolution's input is kept by torch too.
-        again = training and not frozen_A and not channels and switches.recompute
-        recipe = recipe_for(x) if again else None
+        may_recompute = training and not frozen_A and not channels and switches.recompute
+        recipe = recipe_for(x) if may_recompute else None
         return cls(low, whole, dtype, seed, recipe, frozen_A, channels)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """To autocast's dtype."""
+        """The tensor in autocast's dtype."""
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
-        """(N, ·) of what has the layout of x."""
+        """(N, ·) of a tensor with the layout of x."""
         if self.channels:
             x = x.permute(0, *range(2, x.dim()), 1)
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with this weight (O, I)."""
+        """The output with this weight (O, I)."""
         bias = None if bias is None else self.cast(bias)
         if not self.channels:
             return F.linear(x, weight, bias)
@@ -169,11 +169,11 @@ class Plan(NamedTuple):
         return rows.view(len(like), *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
     def dropped(self, x: Tensor) -> Tensor:
-        """What of x goes to A."""
+        """The input of A: x after dropout."""
         return x * self.mask(x, x.shape) if self.low.dropout else x
 
     def mask(self, like: Tensor, shape: torch.Size) -> Tensor:
-        """Dropout's for x of this shape, as rows; the same whenever it is asked for."""
+        """Dropout's mask for x of this shape, as rows; deterministic for a plan."""
         generator = torch.Generator(like.device).manual_seed(self.seed)
         keep = 1 - self.low.dropout
         width = shape[1 if self.channels else -1]
@@ -181,28 +181,28 @@ class Plan(NamedTuple):
         return drawn.bernoulli_(keep, generator=generator).div_(keep)
 
     def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
-        """Save `others`, x or what it can be made of, and this plan."""
+        """Save `others`, x or what it is recomputed from, and this plan."""
         made_of = (x,) if self.recipe is None else self.recipe.kept
         ctx.save_for_backward(*others, *(made_of if ctx.needs_input_grad[3] else ()))
         # In the plan they would outlive the backward pass, which frees what was saved.
         ctx.plan = self._replace(recipe=self.recipe and replace(self.recipe, kept=()))
 
     def reader(self, kept: Sequence[Tensor], shape: torch.Size) -> Callable[[slice], Tensor]:
-        """From a slice to these rows of x, of what `keep` saved."""
+        """A function from a slice to these rows of x, from what `keep` saved."""
         recipe = self.recipe
         parts = as_rows(kept, shape[:-1]) if recipe is not None and recipe.by_rows else None
         if recipe is None or parts is None:
             rows = self.rows(kept[0] if recipe is None else recipe.build(kept))
             return lambda at: self.cast(cut(rows, at))
-        # Piece by piece what is made again stays in the processor's cache.
+        # Recomputed piece by piece, x stays in the processor's cache.
         return lambda at: self.cast(
             recipe.build([t if shared else cut(t, at) for t, shared in parts])
         )
 
 
 def as_rows(kept: Sequence[Tensor], lead: torch.Size) -> list[tuple[Tensor, bool]] | None:
-    """Of an elementwise function of `kept` with output (*lead, ·): each seen as rows, and whether
-    one row is all it has, for every row of x; ``None`` where one is neither (a gate (B, 1, I))."""
+    """The inputs of an elementwise function with output (*lead, ·), each as rows, and whether it is
+    a single row, shared by all; ``None`` where one is neither (a gate (B, 1, I))."""
     parts = []
     for t in kept:
         if t.dim() and t.shape[:-1] == lead:

@@ -1,16 +1,18 @@
-"""Computing a layer's input again in the backward pass, from what the graph keeps anyway.
+"""Recomputing a layer's input in the backward pass, from what the graph keeps anyway.
 
-The gradient of A needs the input x of its layer. The frozen model does not: where W does not
-train, torch keeps no x. But it keeps what made x (a LayerNorm's input, a GELU's, …) for their own
-backward passes, and from there x is an elementwise step away, equal to rounding.
+The gradient of A needs the input x of its layer. The frozen model does not: where W is frozen,
+torch keeps no x. But it keeps the inputs of the operations that computed x (a LayerNorm's, a
+GELU's, …) for their backward passes, and from these x follows by an elementwise step, equal to
+rounding.
 
-`recipe_for` walks up from ``x.grad_fn``, over reshapes, transposes and products with what is kept
-(dropout's mask), until it finds such a tensor. Where the chain ends otherwise, where somebody's
-hooks pack saved tensors (activation checkpointing, offloading), or where x was written to since it
-was made, there is none and x is to be saved.
+`recipe_for` walks up from ``x.grad_fn``, over reshapes, transposes and products with kept tensors
+(dropout's mask), until it finds such a tensor. Where the chain ends otherwise, where hooks pack
+saved tensors (activation checkpointing, offloading), or where x was modified in place, there is
+none and x has to be saved.
 
-What the graph does not know cannot be known here either: a tensor further up that is overwritten
-under ``no_grad``, and only then multiplied or reshaped into x, is made again as it was before.
+Writes that the graph does not record are not seen here either: a tensor further up that is
+overwritten under ``no_grad``, and only then multiplied or reshaped into x, is recomputed with its
+old value.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_DEEPEST = 6  # nodes up: reshape, clone, transpose, dropout and what made it are five
+_DEEPEST = 6  # nodes: reshape, clone, transpose, dropout and the operation itself are five
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a tensor again.
+    """How to recompute a tensor.
 
     Attributes:
-        kept: What the graph holds in any case.
-        build: The tensor, from these; it holds none of them itself.
-        by_rows: Whether it works number by number or along the last dimension alone, so that some
-            of its rows can be made of the same rows of the kept tensors.
+        kept: Tensors that the graph keeps in any case.
+        build: Computes the tensor from these; holds no reference to them.
+        by_rows: Whether it is elementwise or along the last dimension alone, so that some of its
+            rows can be computed from the same rows of the kept tensors.
     """
 
     kept: tuple[Tensor, ...]
@@ -44,17 +46,17 @@ class Recipe:
 
 
 def recipe_for(x: Tensor) -> Recipe | None:
-    """How to make x again without keeping it; ``None``: it must be kept."""
-    # Saved tensors under hooks may lie elsewhere: to read them here would bring them back.
+    """How to recompute x; ``None``: it must be kept."""
+    # Saved tensors under hooks may be stored elsewhere: reading them here would fetch them.
     if x.grad_fn is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    if x._version:  # a mask set under no_grad, which the graph has not seen
+    if x._version:  # modified in place, perhaps under no_grad, which the graph does not record
         return None
     try:
         return _recipe(x.grad_fn, 0, 0)
     except (AttributeError, RuntimeError):
-        # Another version of torch, whose nodes keep something else; or what was kept is gone or
-        # overwritten, which is the user's to hear of where it is needed.
+        # Another version of torch, whose nodes keep something else; or a saved tensor was freed or
+        # overwritten, which autograd reports where it is needed.
         return None
 
 
@@ -72,7 +74,7 @@ def _above(node: Any, depth: int, side: int = 0) -> Recipe | None:
 
 
 def _saved(node: Any, name: str) -> Any:
-    """What the node keeps by this name.
+    """The tensor that the node saved under this name.
 
     Raises:
         RuntimeError: hooks packed it, so that reading it would compute or fetch it.
@@ -83,7 +85,7 @@ def _saved(node: Any, name: str) -> Any:
     return None if kept is None else kept.detach()
 
 
-# ---- what made it ------------------------------------------------------------------------------
+# ---- operations ---------------------------------------------------------------------------------
 
 
 def _result(node: Any, depth: int, name: str = "result") -> Recipe:
@@ -131,7 +133,7 @@ def _normalised(kept: Sequence[Tensor]) -> Tensor:
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
-    """Both sides are kept, or one is and the other can be made: dropout, gates, RMSNorm."""
+    """Both sides are kept, or one is and the other can be recomputed: dropout, gates, RMSNorm."""
     sides = [_saved(node, "self"), _saved(node, "other")]
     left, right = [
         _above(node, depth, i) if side is None else Recipe((side,), _first)
@@ -162,7 +164,7 @@ def _native_dropout(node: Any, depth: int) -> Recipe | None:
 
 
 def _reshaped(node: Any, depth: int) -> Recipe | None:
-    shape = tuple(node._input_metadata[0].shape)  # of the node's output, in torch's words
+    shape = tuple(node._input_metadata[0].shape)  # of the node's output, despite its name
     return _then(_above(node, depth), lambda x: x.reshape(shape))
 
 
@@ -188,11 +190,11 @@ def _then(inner: Recipe | None, step: Callable[[Tensor], Tensor]) -> Recipe | No
 
 
 def _signed(dim: int) -> int:
-    """Nodes give negative dimensions as unsigned numbers."""
+    """A dimension, which nodes save as an unsigned number."""
     return dim - 2**64 if dim >= 2**63 else dim
 
 
-# By the names of torch's own nodes: a custom function's ends in "Backward", without the zero.
+# By the names of torch's nodes; a custom function's ends in "Backward", without the zero.
 _RULES: dict[str, Callable[[Any, int], Recipe | None]] = {
     "ReluBackward0": _result,
     "SigmoidBackward0": _result,

@@ -1,7 +1,7 @@
 """Products with a side of rank r, on as many threads as torch may use.
 
-A CPU's BLAS gives a product whose result has r rows to one thread. Here the rows are divided. The
-long dimension is the last one, (r, N), ten times as fast there as the other way round.
+A CPU's BLAS computes a product whose result has r rows on one thread. Here the rows are divided.
+The long dimension is the last one, (r, N), which is ten times as fast as the other way round.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def exact(weight: Tensor) -> bool:
 
 
 def _threads(rows: Tensor) -> int:
-    """Between which this module divides the work itself; 0: not at all.
+    """The number of threads that this module divides the work between; 0: not at all.
 
-    On other devices that is the library's affair; and sums in half precision, which would be
-    rounded once for each part, are left whole.
+    Other devices do that themselves, and sums in half precision, which would be rounded once for
+    each part, are not divided.
     """
     return torch.get_num_threads() if rows.device.type == "cpu" and exact(rows) else 0
 
 
 def pieces(rows: Tensor, width: int) -> list[slice]:
-    """Even slices of rows that a processor's cache holds with those of x: g is read once."""
+    """Even slices of rows that fit into a processor's cache with those of x, to read g once."""
     count, workers = len(rows), _threads(rows)
     if not workers:
         return [ALL]
@@ -47,15 +47,14 @@ def pieces(rows: Tensor, width: int) -> list[slice]:
 
 
 def cut(rows: Tensor, at: slice) -> Tensor:
-    """These rows; a view takes its time even where it is of all."""
+    """These rows; without a view, which takes time, where it is all of them."""
     return rows if at is ALL else rows[at]
 
 
 def _parts(rows: Tensor, rank: int) -> int:
-    """Into how many the rows of a thin product are divided: as many threads as divide them.
+    """The number of parts that the rows of a thin product are divided into.
 
-    BLAS gives a product whose result has r rows to one thread: in parts it takes two thirds of the
-    time on two.
+    In parts the product takes two thirds of the time on two threads.
     """
     workers = _threads(rows)
     if workers < 2 or rows.numel() * rank < _WORTH:
@@ -74,7 +73,7 @@ def across(factor_RxI: Tensor, rows_NxI: Tensor) -> Tensor:
 
 
 def along(thin_RxN: Tensor, rows_NxO: Tensor, total_RxO: Tensor | None = None) -> Tensor:
-    """The sum over rows, (r, O), in the place of `total` and added to it where there is one."""
+    """The sum over rows, (r, O), added in place to `total` where it is given."""
     parts = _parts(rows_NxO, len(thin_RxN))
     if parts < 2:
         return thin_RxN @ rows_NxO if total_RxO is None else total_RxO.addmm_(thin_RxN, rows_NxO)

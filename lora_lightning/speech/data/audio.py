@@ -1,9 +1,7 @@
-"""One audio file: `read_audio` as a model takes it, `check_audio` before anything relies on it.
-
-`checked` does the latter for many.
+"""Audio files: `read_audio` decodes and resamples one, `check_audio` and `checked` validate them.
 
 Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), block by block, so
-that neither a long file nor a header that lies takes more memory than the sound itself.
+that neither a long file nor a wrong header takes more memory than the sound itself.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from lora_lightning.speech.data.utterances import Utterance
 
 try:
     import soundfile
-except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
+except (ImportError, OSError) as error:  # OSError: the package is installed, libsndfile is not
     raise MissingDependencyError(
         f"audio files need soundfile, which cannot be imported ({error}): pip install soundfile"
     ) from error
@@ -37,11 +35,11 @@ AUDIO = {
     ".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".sph", ".w64",
     ".wav",
 }  # fmt: skip
-SILENCE_DBFS = -80.0  # a recording whose peak lies below is taken for silent
+SILENCE_DBFS = -80.0  # a recording whose peak lies below counts as silent
 RATES = (1000, 768_000)  # Hz; what lies outside is a damaged header
 BLOCK = 2**16  # frames decoded at a time
-UNKNOWN = 2**48  # frames; more stands for a length that was not known when it was written
-CUT_SHORT = 0.95  # less than this part of what the header promises: the end is missing
+UNKNOWN = 2**48  # frames; more means that the length was unknown when the file was written
+CUT_SHORT = 0.95  # with less than this part of the length in the header the end is missing
 
 
 def read_audio(path: Path | str, sample_rate: int) -> Tensor:
@@ -49,15 +47,15 @@ def read_audio(path: Path | str, sample_rate: int) -> Tensor:
 
     Args:
         path: Of any format and sampling rate; several channels are averaged.
-        sample_rate: Of the result, in Hz.
+        sample_rate: Of the output, in Hz.
 
     Returns:
         (T,) float32, where full scale is 1.
 
     Raises:
         ConfigError: `sample_rate` is not a sampling rate.
-        DataError: the file cannot be read, is empty, or holds NaN or infinity; says which file
-            and why.
+        DataError: the file cannot be read, is empty, or holds NaN or infinity; names the
+            file and the reason.
     """
     _check_rate(sample_rate)
     try:
@@ -70,9 +68,9 @@ def read_audio(path: Path | str, sample_rate: int) -> Tensor:
 
 
 def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float = 60.0) -> float:
-    """Decode a file from end to end, and say how long it is.
+    """Decode a file completely and return its length.
 
-    That it is too long is decided by its header, without decoding all of it.
+    A file that is too long is refused by its header, before it is decoded.
 
     Args:
         path: Any audio file.
@@ -84,7 +82,7 @@ def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float =
 
     Raises:
         DataError: it cannot be read, is empty, silent, too short or too long, or holds NaN or
-            infinity; says why, without the path.
+            infinity; gives the reason, without the path.
     """
     with _opened(Path(path)) as file:
         rate = int(file.samplerate)
@@ -92,7 +90,7 @@ def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float =
         frames, peak = 0, 0.0
         for block in _blocks(file):
             frames, peak = frames + len(block), max(peak, float(np.abs(block).max()))
-            _check_length(frames / rate, 0.0, max_seconds)  # a header may lie
+            _check_length(frames / rate, 0.0, max_seconds)  # a header may be wrong
     _check_length(frames / rate, min_seconds, max_seconds)
     if peak < 10 ** (SILENCE_DBFS / 20):
         level = f"peak at {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "all zero"
@@ -106,16 +104,16 @@ def checked(
     max_seconds: float = 60.0,
     tick: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Utterance], list[tuple[str, str]]]:
-    """Decode every recording once, and leave out what cannot be used.
+    """Decode every recording once, and leave out those that cannot be used.
 
     Args:
-        utterances: Recordings, looked at or not.
+        utterances: Recordings, checked before or not.
         min_seconds: Shorter ones are left out.
         max_seconds: Longer ones are left out.
         tick: Called with (done, total) after each.
 
     Returns:
-        Those that can be used, with their seconds; and (path, reason) of the others.
+        The usable ones, with their seconds; and (path, reason) of the others.
     """
     kept, skipped = [], []
     for done, item in enumerate(utterances, start=1):
@@ -132,13 +130,13 @@ def checked(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file, open; whatever goes wrong with it becomes a DataError."""
+    """The open file; any error in reading it becomes a DataError."""
     try:
         with _open(path) as file:
             if not RATES[0] <= file.samplerate <= RATES[1]:
                 raise DataError(f"a sampling rate of {file.samplerate} Hz in its header")
             if file.frames > UNKNOWN:
-                raise DataError("no length in its header: write it anew, not to a pipe")
+                raise DataError("no length in its header: rewrite it to a file, not to a pipe")
             yield file
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().removeprefix("Error : ")
@@ -154,12 +152,12 @@ def _open(path: Path) -> Any:
         raise DataError("empty: 0 bytes")
     try:
         return soundfile.SoundFile(path)
-    except TypeError as error:  # it would need the rate of a headerless file
+    except TypeError as error:  # a headerless file needs a rate
         raise DataError("cannot be read: headerless audio; write it as WAV or FLAC") from error
 
 
 def _blocks(file: Any) -> Iterator[NDArray[np.float32]]:
-    """The sound, one channel, in blocks; at least one, and none empty.
+    """The samples of one channel in blocks; at least one, and none empty.
 
     Raises:
         DataError: there is no sound, it ends early, or it is not finite.
@@ -204,10 +202,10 @@ def _resampled(waveform: Tensor, rate: int, sample_rate: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _resampler(rate: int, sample_rate: int) -> Any:
-    """The resampler of a pair of rates; its filter is made once.
+    """The resampler of a pair of rates; its filter is computed once.
 
-    The filter's size goes with the terms of the reduced ratio: 44,101 Hz to 16,000 Hz would take
-    gigabytes. Such a ratio is replaced by a near one, off by a millionth, which nobody hears.
+    The filter's size grows with the terms of the reduced ratio: 44,101 Hz to 16,000 Hz would take
+    gigabytes. Such a ratio is approximated to within a millionth, which is inaudible.
     """
     import torchaudio
 

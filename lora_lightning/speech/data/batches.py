@@ -1,7 +1,7 @@
-"""Batches of recordings, read as they are asked for, whatever happens to the files meanwhile.
+"""The parts of `SpeechData`: dataset, cache and loader of batches of recordings.
 
-The parts of `SpeechData`: a dataset that takes the indices of a whole
-batch, the memory of what was read, and a loader that reports what could not be.
+The dataset takes the indices of a whole batch. Files that have become unreadable since they were
+checked are left out, and the loader reports them.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 
 Transform = Callable[[Tensor, Utterance], Tensor]
-Lost = list[tuple[str, str]]  # paths of recordings that could not be read, and which and why
+Lost = list[tuple[str, str]]  # (path, reason) of recordings that could not be read
 Found = list[tuple[Tensor, Utterance]]
 
 
 class DataWarning(UserWarning):
-    """A recording that was fine before is no longer, and is left out."""
+    """A recording has become unreadable since it was checked, and is left out."""
 
 
 @dataclass(eq=False)
 class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
-    """Batches by lists of indices; None where nothing of a batch can be read.
+    """Batches by lists of indices; None where no recording of a batch can be read.
 
     Args:
         items: The recordings.
         sample_rate: Of the waveforms, in Hz.
-        transform: Applied once to what was read.
+        transform: Applied once, after reading.
         augment: Applied each time.
-        training: Let another recording stand in for a batch of which nothing can be read.
-        cache: Where waveforms stay.
-        lost: What was reported; filled where the loader is, not in its workers.
+        training: Replace a batch of which nothing can be read by another recording.
+        cache: Of waveforms.
+        lost: Path → reason of what was reported; filled in the loader's process, not in workers.
     """
 
     items: Sequence[Utterance]
@@ -53,11 +53,11 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
         return len(self.items)
 
     def __getitem__(self, indices: list[int] | int) -> tuple[AudioBatch | None, Lost]:
-        # A single index comes from the sampler that Trainer(overfit_batches=...) puts in.
+        # A single index comes from the sampler of Trainer(overfit_batches=...).
         wanted = [indices] if isinstance(indices, int) else indices
         found, lost = self._read(wanted)
         if not found and self.training:
-            found, more = self._stand_in(wanted)
+            found, more = self._substitute(wanted)
             lost += more
         return AudioBatch.of(*zip(*found, strict=True)) if found else None, lost
 
@@ -70,11 +70,11 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
                 lost.append((str(item.path), str(error)))
         return found, lost
 
-    def _stand_in(self, gone: Sequence[int]) -> tuple[Found, Lost]:
+    def _substitute(self, gone: Sequence[int]) -> tuple[Found, Lost]:
         """The next recording that can be read.
 
-        A training batch less would upset Lightning, which counts them to know when to validate,
-        and leave other processes waiting.
+        Lightning counts training batches to schedule validation, and other processes would wait
+        for a missing one.
         """
         lost: Lost = []
         for step in range(1, len(self.items)):
@@ -96,7 +96,7 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
 
 
 class BatchLoader(DataLoader[Any]):
-    """Reports what could not be read, in the process that trains, and steps over empty batches."""
+    """Reports unreadable recordings in the training process, and skips empty batches."""
 
     def __iter__(self) -> Iterator[AudioBatch]:  # type: ignore[override]
         dataset: Any = self.dataset
@@ -107,10 +107,10 @@ class BatchLoader(DataLoader[Any]):
 
 
 class Cache:
-    """Waveforms, up to so many bytes.
+    """Waveforms in memory, up to a number of bytes.
 
-    What is in stays in: where each epoch goes through all recordings, throwing out those used
-    least recently would throw out each just before it is needed.
+    Nothing is evicted: as each epoch visits all recordings, evicting the least recently used one
+    would evict each just before it is needed.
     """
 
     def __init__(self, limit: int):
@@ -118,11 +118,11 @@ class Cache:
         self.waveforms: dict[Utterance, Tensor] = {}
 
     def get(self, item: Utterance) -> Tensor | None:
-        """The waveform, if it is there."""
+        """The waveform, if cached."""
         return self.waveforms.get(item)
 
     def put(self, item: Utterance, waveform: Tensor) -> None:
-        """Keep a waveform, if there is room."""
+        """Cache a waveform, if there is room."""
         size = waveform.untyped_storage().nbytes()
         if size <= self.free and item not in self.waveforms:
             self.waveforms[item] = waveform
@@ -140,7 +140,7 @@ def _applied(function: Transform | None, waveform: Tensor, item: Utterance) -> T
 
 
 def _report(lost: Lost, known: dict[str, str]) -> None:
-    """Warn of what is lost, by one line for each file, once."""
+    """Warn once for each recording that could not be read."""
     for path, reason in lost:
         if path not in known:
             known[path] = reason
@@ -151,5 +151,5 @@ def _report(lost: Lost, known: dict[str, str]) -> None:
 
 
 def unchanged(batch: Any) -> Any:
-    """The batch as it is: there is nothing left to collate."""
+    """The batch itself: it is collated already."""
     return batch

@@ -1,4 +1,4 @@
-"""`BucketSampler`: batches of recordings of like length, bounded by seconds rather than number."""
+"""`BucketSampler`: batches of recordings of similar length, bounded by seconds, not number."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ class BucketSampler(DistributedSampler[list[int]]):
     """Batches, as lists of indices, whose padded length stays within a budget of seconds.
 
     Recordings are sorted by length and cut, from the longest down, into buckets of similar
-    length. Each epoch draws a bucket's batches anew, and then the order of all batches; the draw
-    depends on (seed, epoch) alone. How many batches there are is the same in every epoch, as
-    Lightning takes for granted.
+    length. Each epoch redraws the batches of each bucket, and then the order of all batches; the
+    draw depends on (seed, epoch) alone. The number of batches is the same in every epoch, as
+    Lightning assumes.
 
-    It goes with ``DataLoader(dataset, sampler=BucketSampler(...), batch_size=None)``, and a
-    dataset that takes a list of indices. Being a `DistributedSampler`, it is then left in its
-    place by Lightning, which tells it the epoch. Each process gets its share of the batches, all
-    the same number; where they do not divide evenly, some of them come twice. It goes as well with
-    ``DataLoader(dataset, batch_sampler=...)``, where Lightning needs
-    ``Trainer(use_distributed_sampler=False)`` if there are several processes (it says so), and
-    `set_epoch` is to be called by hand.
+    Use it as ``DataLoader(dataset, sampler=BucketSampler(...), batch_size=None)``, with a dataset
+    that takes a list of indices. As it is a `DistributedSampler`, Lightning then keeps it and calls
+    its `set_epoch`. Each process gets the same number of batches; where they do not divide evenly,
+    some are repeated. ``DataLoader(dataset, batch_sampler=...)`` works as well, but there Lightning
+    needs ``Trainer(use_distributed_sampler=False)`` with several processes (it says so), and
+    `set_epoch` has to be called by hand.
 
     Args:
         seconds: Length of each recording.
-        batch_seconds: Most that a batch may take: its longest times their number. A recording
-            that is longer goes alone.
+        batch_seconds: Upper bound of a batch: its longest recording times their number. A longer
+            recording is a batch of its own.
         max_batch: Most recordings in a batch.
-        shuffle: Draw anew in each epoch; else from the shortest to the longest.
+        shuffle: Redraw in each epoch; otherwise from the shortest to the longest.
         seed: Of the draw.
-        drop_last: Leave out the one batch that is not full, and what does not divide evenly among
+        drop_last: Leave out the batch that is not full, and those that do not divide evenly among
             processes.
-        by_length: False: neighbours make a batch, in the order given, as predictions need it.
-            Only without `shuffle`.
-        num_replicas: Number of processes; by default what `torch.distributed` says, or 1.
-        rank: Which of them this one is; likewise.
+        by_length: False: batches of neighbours in the given order, as predictions need it; only
+            without `shuffle`.
+        num_replicas: Number of processes; by default that of `torch.distributed`, or 1.
+        rank: Of this process; likewise.
 
     Raises:
         ConfigError: a length, a limit or the seed is not valid.
@@ -70,10 +69,10 @@ class BucketSampler(DistributedSampler[list[int]]):
         world, own = num_replicas or world, own if rank is None else rank
         if not 0 <= own < world:
             raise ConfigError(f"rank must be one of 0 to {world - 1}, got {own}")
-        dataset: Any = seconds  # which is used for its length only
+        dataset: Any = seconds  # only its length is used
         super().__init__(dataset, world, own, shuffle, seed, drop_last)
         self.seconds, self.batch_seconds, self.max_batch = seconds, batch_seconds, max_batch
-        # Neighbours are fixed for good; buckets are drawn from in each epoch.
+        # Batches of neighbours are fixed; buckets are drawn from in each epoch.
         self._buckets = self._by_length() if by_length else self._neighbours()
 
     def __len__(self) -> int:
@@ -93,20 +92,20 @@ class BucketSampler(DistributedSampler[list[int]]):
         for bucket, size in self._buckets:
             order = rng.permutation(bucket).tolist() if self.shuffle else bucket
             rest = len(order) % size
-            # First what makes no full batch: sorted, these are the shortest recordings of all.
+            # The incomplete batch first: sorted, it has the shortest recordings of all.
             found += [order[:rest]] if rest and not self.drop_last else []
             found += [order[i : i + size] for i in range(rest, len(order), size)]
         return [found[i] for i in rng.permutation(len(found))] if self.shuffle else found
 
     def _by_length(self) -> list[tuple[list[int], int]]:
-        """Buckets (indices, size of a batch), shortest first; only the first is not full."""
+        """Buckets (indices, batch size), shortest first; only the first is not full."""
         rest = sorted(range(len(self.seconds)), key=lambda i: self.seconds[i])
         found = []
         while rest:
             longest = self.seconds[rest[-1]]
             size = max(1, min(self.max_batch, int(self.batch_seconds // longest)))
             similar = sum(self.seconds[i] >= SIMILAR * longest for i in rest[-BATCHES * size :])
-            # One batch is filled whatever the lengths. A bucket is of whole batches, but the last.
+            # One batch is filled whatever the lengths. All buckets but the last hold whole batches.
             whole = max(1, similar // size) * size
             count = len(rest) if similar == len(rest) else min(len(rest), whole)
             found.append((rest[len(rest) - count :], size))
@@ -114,7 +113,7 @@ class BucketSampler(DistributedSampler[list[int]]):
         return found[::-1]
 
     def _neighbours(self) -> list[tuple[list[int], int]]:
-        """Batches in the order given, each as a bucket of its own."""
+        """Batches in the given order, each as a bucket of its own."""
         found: list[list[int]] = []
         longest = 0.0
         for i, seconds in enumerate(self.seconds):
@@ -128,7 +127,7 @@ class BucketSampler(DistributedSampler[list[int]]):
 
 
 def _processes() -> tuple[int, int]:
-    """How many processes share the work, and which of them this one is."""
+    """World size and rank of this process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0

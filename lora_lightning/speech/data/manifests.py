@@ -1,7 +1,7 @@
-"""From a manifest or a folder to recordings, and back: `load_utterances`, `write_manifest`.
+"""Manifests and folders of recordings: `load_utterances` reads them, `write_manifest` writes one.
 
-How a row becomes an `Utterance` is in `lora_lightning.speech.data.utterances`. What is found is not
-looked at: `lora_lightning.speech.data.audio.checked` does that.
+`lora_lightning.speech.data.utterances` turns a row into an `Utterance`. No audio is opened here:
+`lora_lightning.speech.data.audio.checked` does that.
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ from lora_lightning.runner.tables import SUFFIXES, read_text
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
 from lora_lightning.speech.data.utterances import Utterance, read_table
 
-# Folders of recordings in the layouts that are in use, each found as a list of `Utterance`.
-#
-# `LAYOUTS` names them, in the order in which `manifests.load_utterances` tries
-# them. Each is a function from a folder to its recordings; none at all: it is not laid out so.
-
+# One function for each layout, from a folder to its recordings; empty: another layout.
 
 COMMON_VOICE = (
     "validated.tsv",
     "train.tsv",
     "dev.tsv",
     "test.tsv",
-)  # the first that is there is read
+)  # the first that exists is read
 
 
 def visible(root: Path, pattern: str = "*") -> list[Path]:
-    """Files under `root` whose names fit, sorted, without hidden ones and hidden folders."""
+    """Files under `root` whose names match, sorted, without hidden files and folders."""
     return sorted(
         path
         for path in root.rglob(pattern)
@@ -77,7 +73,7 @@ def common_voice(root: Path) -> list[Utterance]:
 
 
 def vctk(root: Path) -> list[Utterance]:
-    """`wav48*/<speaker>/*` with `txt/<speaker>/*.txt`; the first of two microphones is taken.
+    """`wav48*/<speaker>/*` with `txt/<speaker>/*.txt`; the first of two microphones is used.
 
     Yamagishi et al., "CSTR VCTK corpus", 2019.
     """
@@ -88,8 +84,8 @@ def vctk(root: Path) -> list[Utterance]:
     for path in recordings(folders[0]):  # _mic1 is sorted before _mic2
         speaker, name = path.parent.name, path.stem.removesuffix("_mic1").removesuffix("_mic2")
         if name not in found:
-            said = root / "txt" / speaker / f"{name}.txt"
-            found[name] = Utterance(path, _said(said), speaker)
+            transcript = root / "txt" / speaker / f"{name}.txt"
+            found[name] = Utterance(path, _transcript(transcript), speaker)
     return list(found.values())
 
 
@@ -102,15 +98,16 @@ def folder(root: Path) -> list[Utterance]:
     for path in recordings(root):
         parts = path.relative_to(root).parts
         speaker = parts[0] if len(parts) > 1 else None
-        found.append(Utterance(path, _said(path.with_suffix(".txt")), speaker))
+        found.append(Utterance(path, _transcript(path.with_suffix(".txt")), speaker))
     return found
 
 
-def _said(path: Path) -> str | None:
-    """What a file of text says, in one line; None where there is no file."""
+def _transcript(path: Path) -> str | None:
+    """The content of a text file as one line; None where there is no file."""
     return " ".join(read_text(path).split()) if path.is_file() else None
 
 
+# In the order in which `load_utterances` tries them.
 LAYOUTS: dict[str, Callable[[Path], list[Utterance]]] = {
     "librispeech": librispeech,
     "commonvoice": common_voice,
@@ -138,8 +135,8 @@ def load_utterances(source: Path | str, layout: str = "auto") -> list[Utterance]
             with its text in a `.txt` beside it, or without). "auto": the first of these that fits.
 
     Returns:
-        The recordings, in the manifest's order or sorted by path; their seconds are NaN unless
-        `write_manifest` wrote them.
+        The recordings, in the manifest's order or sorted by path; seconds are NaN unless
+        written by `write_manifest`.
 
     Raises:
         ConfigError: there is no such layout.
@@ -181,14 +178,14 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> Path:
     The file appears complete or not at all.
 
     Args:
-        path: Of the manifest, ending in `.jsonl`; its folder is made if need be.
+        path: Of the manifest, ending in `.jsonl`; its folder is created if missing.
         utterances: What to write, in this order.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: the path ends in something else.
+        ConfigError: the path has another suffix.
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl":

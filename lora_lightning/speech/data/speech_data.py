@@ -1,8 +1,8 @@
-"""`SpeechData`: recordings in batches of like length, for training, measuring and prediction.
+"""`SpeechData`: a LightningDataModule of recordings in batches of similar length.
 
-Every file is decoded once before training; what cannot be used is left out and listed in
-`skipped`. A file that is damaged or vanishes after that is left out of its batch, listed in
-`lost`, and reported by one line, so that no run dies in the middle of an epoch.
+Every file is decoded once before training; unusable ones are left out and listed in `skipped`. A
+file that is damaged or removed after that is left out of its batch, listed in `lost`, and reported
+by one warning, so that no run fails in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from lora_lightning.speech.data.utterances import Utterance
 class SpeechData(LightningDataModule):
     """Recordings for a Trainer; each batch is a `lora_lightning.speech.data.utterances.AudioBatch`.
 
-    Training batches hold recordings of like length and are drawn anew in each epoch, as
-    `BucketSampler` does; validation batches likewise, but always the
-    same. Test and predict loaders give `test` in its order. A recording in `lost` is missing
-    there: the `items` of a batch say what its rows are.
+    Training batches hold recordings of similar length and are redrawn in each epoch by
+    `BucketSampler`; validation batches likewise, but always the same. Test and predict loaders
+    give `test` in its order. A recording in `lost` is missing there: the `items` of a batch
+    identify its rows.
 
     With several processes each gets as many batches; where they do not divide evenly, some
-    recordings are measured twice.
+    recordings are evaluated twice.
 
     Args:
         train: Recordings to train on.
-        validation: Recordings to measure on while training.
-        test: Recordings to test on and to predict. All three are such as
-            `lora_lightning.speech.data.audio.checked` gives; those whose seconds are NaN are
-            checked by `setup`.
+        validation: Recordings to validate on.
+        test: Recordings to test on and to predict. All three as returned by
+            `lora_lightning.speech.data.audio.checked`; those whose seconds are NaN are checked by
+            `setup`.
         sample_rate: Of the waveforms, in Hz.
-        batch_seconds: Most sound in a batch, padding included; a longer recording goes alone.
+        batch_seconds: Most audio in a batch, padding included; a longer recording is a batch.
         max_batch: Most recordings in a batch.
         min_seconds: `setup` leaves out shorter recordings.
         max_seconds: `setup` leaves out longer recordings.
-        num_workers: Processes that load; 0 loads in this one.
-        cache_mb: Waveforms stay in memory as long as they take at most so many MiB, shared
-            among the workers of a loader; the others are read again each time.
+        num_workers: Worker processes of a loader; 0 loads in this process.
+        cache_mb: Waveforms stay in memory up to this many MiB, shared among the workers of a
+            loader; the others are read each time.
         transform: Called with (waveform (T,), utterance), returns a waveform: the acoustic
-            environment. It is applied to all recordings and must give the same each time.
-        augment: The same for training only, and may differ each time.
+            environment. Applied to all recordings; must be deterministic.
+        augment: The same for training only; may be random.
         seed: Of the draw of training batches.
 
     Attributes:
-        items: The recordings by split; after `setup`, those that can be used.
+        items: The recordings by split; after `setup`, the usable ones.
         skipped: (path, reason) of each recording that `setup` left out.
-        lost: Path → what was said of recordings that could not be read later on.
+        lost: Path → reason for each recording that could not be read later on.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -101,16 +101,16 @@ class SpeechData(LightningDataModule):
             self.val_dataloader = None  # type: ignore[method-assign, assignment]
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the recordings that were not; the second time there is nothing left to do.
+        """Check the recordings that are not checked yet; a second call does nothing.
 
         Raises:
-            DataError: none of a list can be used; says why.
+            DataError: none of a list can be used; gives the reason.
         """
         for name, items in self.items.items():
             fresh = [item for item in items if not item.seconds > 0]
             kept, skipped = checked(fresh, self.min_seconds, self.max_seconds)
             seconds = {item.path: item.seconds for item in kept}
-            # In the order given, whether they were checked now or before.
+            # In the given order, whether they were checked now or before.
             filled = [replace(i, seconds=seconds.get(i.path, i.seconds)) for i in items]
             self.items[name] = [item for item in filled if item.seconds > 0]
             self.skipped += skipped
@@ -121,7 +121,7 @@ class SpeechData(LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training recordings, drawn anew in each epoch, and augmented."""
+        """Training recordings, redrawn in each epoch, and augmented."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -148,8 +148,8 @@ class SpeechData(LightningDataModule):
         sampler = BucketSampler(
             seconds, self.batch_seconds, self.max_batch, seed=self.seed, **order
         )
-        # The sampler gives whole batches. In this place, and not as batch_sampler, Lightning
-        # leaves it alone with several processes too. Keywords only: it makes the loader again.
+        # The sampler yields whole batches. As `sampler`, not as `batch_sampler`, Lightning keeps it
+        # with several processes too. Keywords only: Lightning re-creates the loader.
         return BatchLoader(
             dataset=dataset,
             sampler=sampler,

@@ -1,4 +1,4 @@
-"""`Utterance`, one recording on disk, and `AudioBatch`, what a task is handed."""
+"""`Utterance`, one recording on disk, and `AudioBatch`, the input of a task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_lightning.errors import DataError
 from lora_lightning.runner.tables import Row, either, read_rows
 
-# What each column may be called; the first that is there is taken.
+# Accepted names of each column; the first that is present is used.
 PATH = ("path", "audio", "file", "audio_filepath", "filename")
 TEXT = ("text", "transcript", "transcription", "sentence")
 SPEAKER = ("speaker", "speaker_id", "client_id")
@@ -23,15 +23,15 @@ DOMAIN = ("domain", "environment")
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording, with whatever is known of it.
+    """One recording with its metadata.
 
     Attributes:
         path: The audio file.
-        text: What is said; None where it is not known.
-        speaker: Who speaks; None where it is not known.
-        domain: Where or how it was recorded; None where that does not matter.
+        text: The transcript; None where unknown.
+        speaker: The speaker's name; None where unknown.
+        domain: Where or how it was recorded; None where irrelevant.
         target: A class (str) or a number (float), for classification or regression.
-        seconds: How long it is; NaN until it was looked at.
+        seconds: Its length; NaN until measured.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class AudioBatch:
     Attributes:
         waveforms: (B, T) float32 in [-1, 1], mono; zero after each one's length.
         lengths: (B,) int64, in samples.
-        items: What each row is.
+        items: The recording of each row.
     """
 
     waveforms: Tensor
@@ -63,7 +63,7 @@ class AudioBatch:
 
     @property
     def texts(self) -> list[str]:
-        """What is said in each; "" where that is not known."""
+        """The transcripts; "" where unknown."""
         return [item.text or "" for item in self.items]
 
     def to(self, *args: Any, **kwargs: Any) -> AudioBatch:
@@ -99,16 +99,16 @@ def by_speaker(utterances: Sequence[Utterance]) -> dict[str, list[Utterance]]:
 def read_table(path: Path, root: Path | None = None) -> list[Utterance]:
     """Every row of a manifest.
 
-    A row holds a path (`PATH` has the names that its column may have) and, as far as they are
-    known, a text, a speaker, a domain, and a `target` or a `label`. A label is a class, a target
-    either that or a number. Other columns, such as a duration, are ignored.
+    A row holds a path (`PATH` has the accepted names of its column) and optionally a text, a
+    speaker, a domain, and a `target` or a `label`. A label is a class, a target either that or a
+    number. Other columns, such as a duration, are ignored.
 
-    In CSV and TSV an empty cell is what is not known, and targets are numbers if all of them
-    are; in TSV, quotation marks are part of the text, as Common Voice has them.
+    In CSV and TSV an empty cell means unknown, and targets are numbers if all of them are; in TSV,
+    quotation marks are part of the text, as Common Voice has them.
 
     Args:
-        path: The manifest; its suffix, `.csv`, `.tsv` or `.jsonl`, decides on the format.
-        root: What the paths in it are relative to; by default its folder.
+        path: The manifest; its suffix, `.csv`, `.tsv` or `.jsonl`, determines the format.
+        root: Folder that its paths are relative to; by default its own.
 
     Raises:
         DataError: the encoding, the header or a row is wrong; names the line.
@@ -137,7 +137,7 @@ def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
 
 
 def _target(row: dict[str, Any], where: str) -> str | float | None:
-    """A class from the column `label`, or from `target` what that holds."""
+    """The value of the column `target`, or else the class in `label`."""
     target = row.get("target")
     if target is None:
         return _string(row, ("label",), where)
@@ -147,13 +147,13 @@ def _target(row: dict[str, Any], where: str) -> str | float | None:
 
 
 def _seconds(value: Any) -> float:
-    """A length that `write_manifest` wrote, which was measured; NaN for anything else."""
+    """A length as `write_manifest` writes it; NaN for anything else."""
     measured = isinstance(value, float) and 0 < value < math.inf
     return value if measured else math.nan
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
-    """The cell of the first of these columns that has one."""
+    """The value of the first of these columns that has one."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
@@ -167,7 +167,7 @@ def _string(row: dict[str, Any], names: Sequence[str], where: str) -> str | None
 
 
 def _numbered(rows: Iterable[Row]) -> list[Row]:
-    """The rows, with targets as numbers if every one is a number."""
+    """The rows, with targets as numbers if all of them are."""
     found = list(rows)
     try:
         numbers = {n: float(row["target"]) for n, row in found if "target" in row}

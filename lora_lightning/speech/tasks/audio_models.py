@@ -24,14 +24,14 @@ _ASSETS = "https://download.pytorch.org/torchaudio/"
 
 @dataclass
 class AudioModel:
-    """A model with what its bundle says of it.
+    """A model with the metadata of its bundle.
 
     Attributes:
         model: In eval mode.
         labels: Symbols of its classes, the blank first; None where it has none.
-        sample_rate: Of its input, in Hz; 0 where that is not known.
+        sample_rate: Of its input, in Hz; 0 where unknown.
         kind: ``"ctc"``, ``"encoder"``, ``"transducer"``, ``"synthesis"``, ``"separation"``,
-            ``"quality"``, or ``"factory"`` for a model of no bundle.
+            ``"quality"``, or ``"factory"`` for a model without a bundle.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class AudioModel:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a type of bundle is loaded, and built without loading."""
+    """How to load a type of bundle, and how to build it without its weights."""
 
     kind: str
     load: Callable[[Any], nn.Module]
@@ -90,14 +90,14 @@ def _bundle(name: str, checkpoint: Path | str | None) -> AudioModel:
     else:
         model = recipe.build(bundle)
         weights = read_weights(Path(checkpoint))
-        if all(key.startswith("model.") for key in weights):  # of the wrapper that normalises
+        if all(key.startswith("model.") for key in weights):  # saved from the normalising wrapper
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
         _drop_unused_classes(bundle, weights, model)
         _fit(model, weights, str(checkpoint), name)
         if getattr(bundle, "_normalize_waveform", False):
             model = pipelines._wav2vec2.utils._extend_model(model, normalize_waveform=True)
     labels = _labels(bundle)
-    rate = getattr(bundle, "sample_rate", None) or 22050  # Tacotron2's bundles do not say
+    rate = getattr(bundle, "sample_rate", None) or 22050  # Tacotron2's bundles have none
     return AudioModel(model.eval(), labels, int(rate), recipe.kind)
 
 
@@ -155,7 +155,7 @@ def _recipe(bundle: Any) -> _Recipe:
 
 
 def _drop_unused_classes(bundle: Any, weights: dict[str, Tensor], model: nn.Module) -> None:
-    """torchaudio's files of some recognisers have classes that its models leave out."""
+    """Drop classes that some of torchaudio's files have and its models leave out."""
     axes = getattr(bundle, "_remove_aux_axis", ())
     own = model.state_dict().get("aux.weight")
     given = weights.get("aux.weight")

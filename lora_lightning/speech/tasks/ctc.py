@@ -26,20 +26,20 @@ class CTCRecognition(Recognition):
     Args:
         model: From waveforms (B, T) and samples (B,) to logits (B, F, C) and frames (B,), as
             `ConformerCTC` and torchaudio's ``Wav2Vec2Model`` do it.
-        labels: What the classes stand for; the model's own ``labels`` where it has some.
+        labels: The symbols of its classes; by default the model's own ``labels``.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
         decoder: ``"greedy"`` or ``"beam"``.
         beam_size: Prefixes that the beam search keeps.
-        lexicon: Words that may be written: the most likely sentence of them, in place of `decoder`.
+        lexicon: Decode to the most likely sentence of its words, in place of `decoder`.
 
     Logs ``train_loss``, ``val_wer``, ``val_cer``, ``test_wer``, ``test_cer``; rates are errors of
     the whole epoch over its words or characters.
 
     Raises:
         ConfigError: a value is out of range, there are no labels, not one for each class, or a
-            word of the lexicon that they cannot write.
+            word of the lexicon that they cannot spell.
         DataError: in training, a recording without a text.
     """
 
@@ -63,7 +63,7 @@ class CTCRecognition(Recognition):
         self.search: LexiconSearch | None = None
         if lexicon is not None:
             self.search = LexiconSearch(lexicon, self.labels, beam_size)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Waveforms (B, T), samples (B,) → log-probabilities (B, F, C), frames (B,)."""
@@ -74,7 +74,7 @@ class CTCRecognition(Recognition):
         return logits.float().log_softmax(dim=2), frames
 
     def transcribe(self, batch: AudioBatch) -> list[str]:
-        """What is understood of each recording."""
+        """The predicted text of each recording."""
         return self.decode(*self(batch.waveforms, batch.lengths))
 
     def decode(self, log_probs: Tensor, frames: Tensor) -> list[str]:
@@ -88,8 +88,8 @@ class CTCRecognition(Recognition):
     def loss(self, batch: AudioBatch) -> Tensor:
         """CTC's loss of a batch.
 
-        A text that has not enough frames (one for each character, and one between two equal
-        ones) has no alignment: it is left out, with a warning that names it.
+        A text with too few frames (one for each character, and one between two equal ones) has no
+        alignment: it is left out, with a warning that names its recording.
 
         Raises:
             DataError: a recording without a text.
@@ -97,7 +97,7 @@ class CTCRecognition(Recognition):
         texts = self.targets(batch)
         sizes = torch.tensor([len(text) for text in texts])
         log_probs, frames = self(batch.waveforms, batch.lengths)
-        self._tell_too_short(batch, texts, frames)
+        self._warn_too_short(batch, texts, frames)
         return nn.functional.ctc_loss(
             log_probs.transpose(0, 1),
             torch.cat(texts).to(log_probs.device),
@@ -107,12 +107,12 @@ class CTCRecognition(Recognition):
             zero_infinity=True,
         )
 
-    def _tell_too_short(self, batch: AudioBatch, texts: list[Tensor], frames: Tensor) -> None:
+    def _warn_too_short(self, batch: AudioBatch, texts: list[Tensor], frames: Tensor) -> None:
         needed = torch.tensor([len(t) + int((t[1:] == t[:-1]).sum()) for t in texts])
         for i in (needed > frames.cpu()).nonzero().flatten().tolist():
             path = str(batch.items[i].path)
-            if path not in self._told:
-                self._told.add(path)
+            if path not in self._warned:
+                self._warned.add(path)
                 warnings.warn(
                     f"{path} is too short for its text: {int(frames[i])} frames, {int(needed[i])} "
                     "needed; nothing is learnt from it",
@@ -126,8 +126,8 @@ def spec_augment(
     """SpecAugment for features (B, n_mels, F), by torchaudio's own masks.
 
     Park et al. 2019, "SpecAugment: a simple data augmentation method for automatic speech
-    recognition", arXiv:1904.08779. Each mask is 0, the mean of normalised features; a time mask
-    covers at most a fifth of the frames.
+    recognition", arXiv:1904.08779. The mask value is 0, the mean of normalised features; a time
+    mask covers at most a fifth of the frames.
 
     Args:
         bands: Widest mask over mel bands.
@@ -148,6 +148,6 @@ class _SpecAugment(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, n_mels, F), the same masks for the whole batch."""
+        """Mask features (B, n_mels, F), the same for the whole batch."""
         masked: Tensor = self.masks(features)
         return masked

@@ -1,4 +1,4 @@
-"""From CTC's probabilities to text: greedy, and the prefix beam search.
+"""CTC decoding: greedy, and by prefix beam search.
 
 Legend of shapes: B recordings, F frames, C classes.
 """
@@ -24,12 +24,12 @@ def greedy(log_probs: Tensor, lengths: Tensor, labels: Labels) -> list[str]:
     Args:
         log_probs: (B, F, C) log-probabilities, or logits.
         lengths: (B,) frames that are no padding.
-        labels: What the classes stand for.
+        labels: The symbols of the classes.
 
     Raises:
-        ConfigError: they hold NaN.
+        ConfigError: the log-probabilities hold NaN.
     """
-    best = (row.argmax(dim=1) for row in spoken_frames(log_probs, lengths))
+    best = (row.argmax(dim=1) for row in valid_frames(log_probs, lengths))
     paths = (torch.unique_consecutive(row) for row in best)
     return [labels.decode(path.tolist()) for path in paths]
 
@@ -41,7 +41,7 @@ def beam_search(
     beam_size: int = 16,
     threshold: float = -8.0,
 ) -> list[str]:
-    """The most likely text, all its alignments summed, as far as the beam sees.
+    """The most likely text, summed over all alignments within the beam.
 
     Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition using
     bi-directional recurrent DNNs", arXiv:1408.2873.
@@ -49,7 +49,7 @@ def beam_search(
     Args:
         log_probs: (B, F, C) log-probabilities (not logits: they are summed).
         lengths: (B,) frames that are no padding.
-        labels: What the classes stand for.
+        labels: The symbols of the classes.
         beam_size: Prefixes that are kept after each frame.
         threshold: Classes below this log-probability are not tried in a frame.
 
@@ -59,17 +59,17 @@ def beam_search(
     if beam_size < 1:
         raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
     found = []
-    for row in spoken_frames(log_probs, lengths):
+    for row in valid_frames(log_probs, lengths):
         ranked = prefixes(row.double().tolist(), labels.blank, beam_size, threshold)
         found.append(labels.decode(ranked[0][0]))
     return found
 
 
-def spoken_frames(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
-    """The frames (F, C) of each recording that are no padding; there, NaN does no harm.
+def valid_frames(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The frames (F, C) of each recording, without padding, which may hold NaN.
 
     Raises:
-        ConfigError: elsewhere there is NaN.
+        ConfigError: a frame holds NaN.
     """
     rows = [row[:n] for row, n in zip(log_probs.detach().cpu(), lengths.tolist(), strict=True)]
     for index, row in enumerate(rows):
@@ -84,7 +84,7 @@ def spoken_frames(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
 Prefix = tuple[int, ...]
 
 
-# (prefix, class) → what a language adds to the longer prefix's score, None where it forbids it.
+# (prefix, class) → what a language model adds to the longer prefix's score; None: not allowed.
 Grow = Callable[[Prefix, int], float | None]
 Sums = dict[Prefix, tuple[float, float]]
 
@@ -98,9 +98,9 @@ def prefixes(
 ) -> list[tuple[Prefix, float]]:
     """Prefixes with their score, the log of their summed probability, the best first.
 
-    Each prefix has two sums, over the alignments that end in the blank and over those that
-    end in its last class: only after a blank does the same class again make a longer prefix.
-    With `grow`, what it gives for a prefix is added to that prefix's score.
+    Each prefix has two sums, over the alignments that end in the blank and over those that end in
+    its last class: repeating that class extends the prefix only after a blank. The value of `grow`
+    is added to the score of a prefix.
     """
     bonus: dict[Prefix, float] = {(): 0.0}
     beam: Sums = {(): (0.0, NEVER)}
@@ -121,7 +121,7 @@ def _step(
     grow: Grow | None,
     bonus: dict[Prefix, float],
 ) -> Sums:
-    """The sums after a further frame, in which these classes have these log-probabilities."""
+    """The sums after another frame, given (class, log-probability) pairs."""
     after: Sums = defaultdict(lambda: (NEVER, NEVER))
     for prefix, (ended, going) in beam.items():
         either = add(ended, going)

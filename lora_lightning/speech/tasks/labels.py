@@ -1,4 +1,4 @@
-"""`Labels`: what a recogniser writes, from text to class numbers and back."""
+"""`Labels`: the symbols of a recogniser's classes; encodes and decodes texts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Labels:
     """The symbols of a recogniser's classes.
 
     Args:
-        symbols: One for each class, single characters all, the blank's own aside.
+        symbols: One for each class; single characters, except the blank's.
         blank: Class of the blank.
-        separator: The symbol that stands between words.
+        separator: The symbol between words.
 
     Raises:
-        ConfigError: symbols that are no single characters or occur twice, or no separator.
+        ConfigError: a symbol occurs twice, the separator is missing, or `blank` is no class.
     """
 
     def __init__(self, symbols: Sequence[str], blank: int = 0, separator: str = " "):
@@ -25,11 +25,11 @@ class Labels:
         self.blank, self.separator = blank, separator
         if not 0 <= blank < len(self.symbols):
             raise ConfigError(f"blank must be a class of 0 to {len(symbols) - 1}, got {blank}")
-        spoken = [s for i, s in enumerate(self.symbols) if i != blank]
-        if len(set(spoken)) < len(spoken):
-            twice = sorted({s for s in spoken if spoken.count(s) > 1})
+        used = [s for i, s in enumerate(self.symbols) if i != blank]
+        if len(set(used)) < len(used):
+            twice = sorted({s for s in used if used.count(s) > 1})
             raise ConfigError(f"each symbol may occur once; these occur again: {twice}")
-        if separator not in spoken:
+        if separator not in used:
             raise ConfigError(f"the separator of words, {separator!r}, is none of the symbols")
         self._classes = {s: i for i, s in enumerate(self.symbols) if i != blank and len(s) == 1}
         letters = [s for s in self._classes if s != separator]
@@ -65,7 +65,7 @@ class Labels:
             )
 
     def normalise(self, text: str) -> str:
-        """The text as the recogniser could write it: its case, its characters, single spaces."""
+        """The text in the recogniser's case and characters, with single spaces."""
         text = text.upper() if self._upper else text.lower() if self._lower else text
         kept = "".join(c if c in self._classes else " " if c.isspace() else "" for c in text)
         return " ".join(kept.replace(self.separator, " ").split())
@@ -75,7 +75,7 @@ class Labels:
         return [self._classes[self.separator if c == " " else c] for c in self.normalise(text)]
 
     def decode(self, classes: Iterable[int]) -> str:
-        """The text of classes (blanks and repetitions taken out before)."""
+        """The text of classes (repetitions removed before)."""
         text = "".join(self.symbols[c] for c in classes if c != self.blank)
         return " ".join(text.replace(self.separator, " ").split())
 

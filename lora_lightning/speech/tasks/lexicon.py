@@ -1,4 +1,4 @@
-"""Decoding with a list of words: a recogniser that may only write what is in a lexicon."""
+"""Lexicon-constrained CTC decoding with a bigram language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.synthetic.phrases import phrases
-from lora_lightning.speech.tasks.decoding import NEVER, Prefix, prefixes, spoken_frames
+from lora_lightning.speech.tasks.decoding import NEVER, Prefix, prefixes, valid_frames
 from lora_lightning.speech.tasks.labels import Labels
 
 START, END = "<s>", "</s>"
@@ -23,16 +23,15 @@ Node = dict[int, "Node"]
 
 
 class Lexicon:
-    r"""Words that may be said and, where texts are given, which tends to follow which.
+    r"""A vocabulary with, where texts are given, bigram probabilities.
 
     The probability of a word after another is the interpolated bigram
     :math:`p(w|v) = (1-\lambda)\,c(v,w)/c(v) + \lambda\,(c(w) + 1)/(N + V)` (Jelinek & Mercer
-    1980), of a list without texts :math:`1/V`.
+    1980), without texts :math:`1/V`.
 
     Args:
-        words: The words; those with a character that the recogniser cannot write are refused
-            when decoding begins.
-        texts: Sentences that are like what will be said; their words join the list.
+        words: The words; one that the recogniser cannot spell is refused by `LexiconSearch`.
+        texts: Sentences of the domain; their words are added to the list.
         smoothing: λ, in (0, 1].
 
     Raises:
@@ -59,7 +58,7 @@ class Lexicon:
 
     @classmethod
     def read(cls, path: Path | str) -> Lexicon:
-        """A text file: of one word a line, a list; of longer lines, sentences to count in.
+        """From a text file: a list of words, one a line, or else sentences.
 
         Raises:
             DataError: it cannot be read, or is empty.
@@ -85,15 +84,15 @@ class Lexicon:
 
 
 def spoken_lexicon(sentences: int = 2000) -> Lexicon:
-    """The words of the spoken data, and which tends to follow which in sentences of its kind.
+    """The lexicon of the spoken data, with bigrams of sentences of its kind.
 
-    The sentences are drawn by a seed of their own: what is spoken is among them only by chance.
+    The sentences have a seed of their own, so that few of them are in the spoken data.
     """
     return Lexicon(texts=phrases(sentences, np.random.default_rng(SEED)))
 
 
 class State(NamedTuple):
-    """Where a prefix stands: in the tree of letters, and after which word."""
+    """State of a prefix: its node in the trie, the previous word, and the score."""
 
     node: Node
     word: str
@@ -108,13 +107,13 @@ class LexiconSearch:
 
     Args:
         lexicon: The words.
-        labels: What the recogniser's classes stand for.
+        labels: The symbols of the recogniser's classes.
         beam_size: Prefixes that are kept after each frame.
-        weight: Of the words' probabilities.
-        bonus: For each word: above 0 it makes up for words that are lost.
+        weight: Of the language model.
+        bonus: Added for each word; above 0 it counteracts deletions.
 
     Raises:
-        ConfigError: a word cannot be written with the labels, or `beam_size` is below 1.
+        ConfigError: a word cannot be spelt with the labels, or `beam_size` is below 1.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class LexiconSearch:
 
     def decode(self, log_probs: Tensor, lengths: Tensor) -> list[str]:
         """(B, F, C) log-probabilities and frames (B,) → texts; "" where no word fits."""
-        return [self._one(row.double().tolist()) for row in spoken_frames(log_probs, lengths)]
+        return [self._one(row.double().tolist()) for row in valid_frames(log_probs, lengths)]
 
     def _one(self, frames: Sequence[Sequence[float]]) -> str:
         states: dict[Prefix, State] = {(): State(self._tree, START, 0.0)}
@@ -179,7 +178,7 @@ class LexiconSearch:
         return state.score + self.weight * p + self.bonus
 
     def _end(self, state: State) -> float:
-        """What the end adds: NEVER in the midst of a word."""
+        """What the end of the text adds to the score; NEVER in the middle of a word."""
         before, score = state.word, state.score
         if state.node is not self._tree:
             word = self._whole.get(id(state.node))

@@ -1,4 +1,4 @@
-"""`named_recogniser`: a recogniser by the name that a person types."""
+"""`named_recogniser`: load a recogniser by name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_lightning.speech.tasks.recognisers import load_recogniser
 
 @dataclass
 class NamedRecogniser:
-    """A recogniser with what it takes to use it.
+    """A recogniser with its labels and sample rate.
 
     Attributes:
-        name: As it was given.
+        name: As given.
         model: From waveforms and lengths to logits and frames.
-        labels: What its classes stand for.
+        labels: The symbols of its classes.
         sample_rate: Of its input, in Hz.
     """
 
@@ -33,7 +33,7 @@ def named_recogniser(name: str, checkpoint: Path | str | None = None) -> NamedRe
     """The recogniser of a name.
 
     Args:
-        name: ``"spoken"``, the small one that the package brings; a file that `save_recogniser`
+        name: ``"spoken"``, the small one in this package; a file that `save_recogniser`
             wrote, such as a recipe's ``source.safetensors``; or a bundle of
             ``torchaudio.pipelines`` for CTC recognition, such as ``WAV2VEC2_ASR_BASE_960H``.
         checkpoint: A local state dict for a bundle, in place of torchaudio's download.

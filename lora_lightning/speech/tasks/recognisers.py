@@ -1,7 +1,7 @@
 """`ConformerCTC`: a compact recogniser around torchaudio's Conformer, from waveform to logits.
 
-What it gives for a recording does not depend on what the recording is batched with: wherever
-something looks beyond a single frame, frames of padding are zero.
+The output for a recording does not depend on the rest of the batch: padding is zeroed before every
+layer that mixes frames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Size = TypeVar("_Size", Tensor, int)
 FORMAT = 1  # of the file
 # Trained by `lora-lightning run speaker model.checkpoint=null`.
 PACKAGED = Path(__file__).parents[1] / "weights" / "spoken_conformer.safetensors"
-FLOOR = 1e-6  # below which energy counts as silence, as a full-scale signal counts as about 1
+FLOOR = 1e-6  # energy below it counts as silence; that of a full-scale signal is about 1
 
 
 class LogMel(nn.Module):
@@ -40,8 +40,8 @@ class LogMel(nn.Module):
         self.hop = sample_rate // 100
         self.window = sample_rate // 40
         n_fft = 1 << (self.window - 1).bit_length()
-        # Padded by hand with zeros, not by reflection: a recording's own end must look as it
-        # looks in a batch, where zeros follow.
+        # Padded with zeros, not by reflection: the end of a recording must look as in a batch,
+        # where zeros follow.
         self.padding = n_fft // 2
         self.mel = torchaudio.transforms.MelSpectrogram(
             sample_rate, n_fft, self.window, self.hop, n_mels=n_mels, center=False
@@ -67,7 +67,7 @@ class ConformerCTC(nn.Module):
     arXiv:2005.08100; the encoder is `torchaudio.models.Conformer`.
 
     Args:
-        labels: What it writes.
+        labels: The symbols of its classes.
         sample_rate: Of the waveforms, in Hz.
         n_mels: Bands of the features.
         dim: Width of the encoder.
@@ -155,7 +155,7 @@ class _Subsampling(nn.Module):
 
 
 class _MaskedGLU(nn.GLU):
-    """A gate that closes on the padding, before the depthwise convolution looks around."""
+    """GLU that zeroes the padding before the depthwise convolution."""
 
     mask: Tensor | None = None
 
@@ -165,16 +165,16 @@ class _MaskedGLU(nn.GLU):
 
 
 def frame_mask(frames: Tensor, most: int) -> Tensor:
-    """(B,) → (B, most), true where a frame is no padding."""
+    """(B,) → (B, most), false in the padding."""
     return torch.arange(most, device=frames.device) < frames[:, None]
 
 
-def _half(size: _Size) -> _Size:  # what a stride of 2 leaves
+def _half(size: _Size) -> _Size:  # after a stride of 2
     return (size + 1) // 2
 
 
 def save_recogniser(model: ConformerCTC, path: Path | str) -> None:
-    """Write weights in half precision, and what the model must be built like, to safetensors."""
+    """Write weights in half precision, and the model's settings, to safetensors."""
     from safetensors.torch import save_file
 
     labels = model.labels
@@ -189,7 +189,7 @@ def save_recogniser(model: ConformerCTC, path: Path | str) -> None:
 
 
 def load_recogniser(path: Path | str = "package") -> ConformerCTC:
-    """A recogniser from a file of `save_recogniser`; "package": the one that the package brings.
+    """A recogniser from a file of `save_recogniser`; "package": the built-in one.
 
     Raises:
         ConfigError: there is no such file, or it holds something else.

@@ -1,4 +1,4 @@
-"""`Recognition`: what tasks of speech recognition share, the loss and the decoder aside."""
+"""`Recognition`: base class of the tasks of speech recognition."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lora_lightning.training.optimised_module import Optimised
 
 
 class Transcription(NamedTuple):
-    """The file of a recording, and what was understood of it."""
+    """The file of a recording, and its predicted text."""
 
     path: str
     text: str
 
 
 class Recognition(Optimised):
-    """A recogniser in ``self.model``, its loss in `loss`, its decoder in `transcribe`.
+    """A recogniser in ``self.model``; subclasses implement `loss` and `transcribe`.
 
     Args:
         model: The network.
-        labels: What its classes stand for; its own ``labels`` where it has some.
+        labels: The symbols of its classes; by default the model's own ``labels``.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: Of the learning rate.
@@ -64,7 +64,7 @@ class Recognition(Optimised):
         raise NotImplementedError
 
     def transcribe(self, batch: AudioBatch) -> list[str]:
-        """What is understood of each recording."""
+        """The predicted text of each recording."""
         raise NotImplementedError
 
     def targets(self, batch: AudioBatch) -> list[Tensor]:
@@ -93,14 +93,14 @@ class Recognition(Optimised):
         self._measure(batch, "test")
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[Transcription]:
-        """What is understood of each recording of a batch, beside its path."""
+        """The path and the predicted text of each recording."""
         paths = [str(item.path) for item in batch.items]
         return list(map(Transcription, paths, self.transcribe(batch)))
 
     def _measure(self, batch: AudioBatch, stage: str) -> None:
-        said = [self.labels.normalise(text) for text in batch.texts]
-        understood = self.transcribe(batch)
+        references = [self.labels.normalise(text) for text in batch.texts]
+        predicted = self.transcribe(batch)
         for name in (f"{stage}_wer", f"{stage}_cer"):
             rate: Any = self.rates[name]
-            rate.update(understood, said)
+            rate.update(predicted, references)
             self.log(name, rate, on_epoch=True, on_step=False, batch_size=len(batch))

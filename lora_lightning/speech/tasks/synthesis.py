@@ -1,4 +1,4 @@
-"""`Tacotron2Synthesis`: from text to a mel spectrogram, in the voice that it was trained on."""
+"""`Tacotron2Synthesis`: text to speech by mel spectrograms, fine-tuned to a voice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tacotron2Synthesis(Optimised):
     """Speech synthesis; the network is ``self.model``. A new voice is a new adapter.
 
     The loss is the mean squared error of the mel spectrogram, before and after the postnet, over
-    the frames that are no padding, and the binary cross-entropy of where it stops. Shen et al.
+    all frames but padding, and the binary cross-entropy of the stop token. Shen et al.
     2018, "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions",
     arXiv:1712.05884.
 
@@ -78,12 +78,12 @@ class Tacotron2Synthesis(Optimised):
     def features(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T), samples (B,) → log mel (B, n_mels, F), zero in the padding, and frames (B,)."""
         frames = lengths // self.hop + 1
-        with torch.autocast(waveforms.device.type, enabled=False):  # fp16 knows no such floor
+        with torch.autocast(waveforms.device.type, enabled=False):  # FLOOR underflows in fp16
             logs = self.mel(waveforms.float()).clamp_min(FLOOR).log()
         return logs * frame_mask(frames, logs.shape[2])[:, None], frames
 
     def loss(self, batch: AudioBatch) -> Tensor:
-        """The loss of a batch, the spectrogram so far given at each frame.
+        """The loss of a batch, with teacher forcing.
 
         Raises:
             DataError: a recording without a text.
@@ -131,9 +131,9 @@ class Tacotron2Synthesis(Optimised):
         """Samples (T,) of a spoken text, by the model in eval mode.
 
         Args:
-            text: What to say.
-            vocoder: From log mel (1, n_mels, F) to a waveform; by default Griffin and Lim's
-                estimate of the phases, which sounds metallic.
+            text: The text to speak.
+            vocoder: From log mel (1, n_mels, F) to a waveform; by default Griffin-Lim, which
+                sounds metallic.
         """
         tokens, counts = self._tokens([text])
         with preserved(self.model):  # a Trainer leaves it in training mode
@@ -147,7 +147,7 @@ class Tacotron2Synthesis(Optimised):
             bins, self.model.n_mels, self.sample_rate, f_max=self.top, norm="slaney",
             mel_scale="slaney", driver="gelsd",
         )  # fmt: skip
-        # A window's worth of frames at least, silence after what was spoken.
+        # At least a window of frames, padded with silence.
         short = max(self.n_fft // self.hop + 1 - mel.shape[2], 0)
         mel = nn.functional.pad(mel, (0, short), value=math.log(FLOOR))
         phases = torchaudio.transforms.GriffinLim(self.n_fft, hop_length=self.hop, power=1.0)

@@ -25,7 +25,7 @@ class TransducerRecognition(Recognition):
 
     Args:
         model: ``torchaudio.models.RNNT``, such as ``emformer_rnnt_model(…)``.
-        labels: What its classes stand for; the blank is the last one in torchaudio's models.
+        labels: The symbols of its classes; the blank is the last one in torchaudio's models.
         features: From waveforms (B, T) and samples (B,) to (B, n, F) and frames (B,); `RNNTMel`
             by default.
         learning_rate: Peak learning rate of AdamW.
@@ -37,7 +37,7 @@ class TransducerRecognition(Recognition):
 
     Raises:
         ConfigError: a value is out of range, there are no labels or not one for each class, or
-            the features are not those of the model.
+            the features do not fit the model.
         DataError: in training, a recording without a text.
     """
 
@@ -61,7 +61,7 @@ class TransducerRecognition(Recognition):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, T), samples (B,) → what `RNNT.transcribe` takes: (B, F, n), frames (B,).
 
-        Frames are a multiple of the model's time reduction, and its right context follows them.
+        Frames are padded to a multiple of the time reduction, followed by the right context.
         """
         features, frames = self.features(waveforms, lengths)
         stride, context = _reduction(self.model)
@@ -80,7 +80,7 @@ class TransducerRecognition(Recognition):
         device = batch.waveforms.device
         sizes = torch.tensor([len(text) for text in texts], dtype=torch.int32, device=device)
         padded = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device, torch.int32)
-        # The predictor starts from the blank, and sees the text from there on.
+        # The predictor's input is the blank, then the text.
         seen = nn.functional.pad(padded, (1, 0), value=self.labels.blank)
         features, frames = self(batch.waveforms, batch.lengths)
         logits, frames, _, _ = self.model(features, frames, seen, sizes + 1)
@@ -91,11 +91,11 @@ class TransducerRecognition(Recognition):
 
     @torch.no_grad()
     def transcribe(self, batch: AudioBatch) -> list[str]:
-        """What the beam search finds for each recording, one by one."""
+        """The texts by beam search, one recording at a time."""
         search = RNNTBeamSearch(self.model, self.labels.blank)
         features, frames = self(batch.waveforms, batch.lengths)
         _, context = _reduction(self.model)
-        # torchaudio's search fails where there are fewer continuations than it keeps.
+        # torchaudio's search fails with fewer continuations than the beam size.
         beam = min(self.beam_size, len(self.labels) - 1)
         texts = []
         for row, count in zip(features, frames, strict=True):
@@ -106,7 +106,7 @@ class TransducerRecognition(Recognition):
 
 
 def _reduction(model: RNNT) -> tuple[int, int]:
-    """Frames that become one in the encoder, and frames of right context that must follow."""
+    """Time reduction of the encoder, and the frames of right context that must follow."""
     encoder = model.transcriber
     stride = int(getattr(getattr(encoder, "time_reduction", None), "stride", 1))
     inner = getattr(encoder, "transformer", None)
@@ -115,7 +115,7 @@ def _reduction(model: RNNT) -> tuple[int, int]:
 
 def _must_take(model: RNNT, bands: int, stride: int) -> None:
     first = getattr(model.transcriber, "input_linear", None)
-    # The Conformer reduces time first: it sees the bands of several frames at once.
+    # The Conformer reduces time first: its input is the bands of several frames.
     if first is not None and first.in_features not in (bands, bands * stride):
         raise ConfigError(
             f"the features have {bands} bands, which the model's first layer, of "

@@ -1,4 +1,4 @@
-"""One answer for a whole recording: `AudioClassification` and `AudioRegression`."""
+"""Tasks with one output per recording: `AudioClassification` and `AudioRegression`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Pooled(nn.Module):
             their frames (B,), as torchaudio's ``Wav2Vec2Model`` and `ConformerCTC`; or to
             features (B, D) of the whole recording.
         dim: D.
-        outputs: Numbers that the head gives.
+        outputs: Width of the head's output.
 
     Raises:
-        ConfigError: D is another.
+        ConfigError: the encoder's features have another width.
     """
 
     def __init__(self, encoder: nn.Module, dim: int, outputs: int):
@@ -56,7 +56,7 @@ class Pooled(nn.Module):
 
 
 class _UtteranceTask(Optimised):
-    """What both tasks share: steps, and metrics that run over the whole epoch."""
+    """Base class of both tasks: steps, and metrics over the whole epoch."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class _UtteranceTask(Optimised):
         raise NotImplementedError
 
     def answer(self, output: Tensor) -> Tensor:
-        """What the metrics compare with the targets."""
+        """The predictions, which the metrics compare with the targets."""
         raise NotImplementedError
 
     def targets(self, items: Sequence[Utterance]) -> Tensor:
@@ -127,7 +127,7 @@ class AudioClassification(_UtteranceTask):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
-        label_smoothing: Part of the target spread over all classes, in [0, 1).
+        label_smoothing: Of the cross-entropy, in [0, 1).
 
     Logs ``train_loss`` (cross-entropy), ``val_accuracy`` and ``test_accuracy``.
 
@@ -169,11 +169,11 @@ class AudioClassification(_UtteranceTask):
         return nn.functional.cross_entropy(output, targets, label_smoothing=self.label_smoothing)
 
     def answer(self, output: Tensor) -> Tensor:
-        """The likeliest class."""
+        """The most likely class."""
         return output.argmax(dim=1)
 
     def targets(self, items: Sequence[Utterance]) -> Tensor:
-        """The number of each recording's class."""
+        """The class index of each recording."""
         for item in items:
             if item.target not in self.classes:
                 what = unknown("class", str(item.target), self.classes)

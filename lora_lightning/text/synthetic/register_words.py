@@ -1,4 +1,4 @@
-"""The words of `synthetic.registers`: English forms as tables, stems in Tavi by chance.
+"""The words of `synthetic.registers`: English forms as tables, Tavi stems drawn at random.
 
 A noun is its singular and plural, a verb its base, third person, past and participle. A word
 under ``senses`` is an everyday word too, and means something else in the register.
@@ -13,7 +13,7 @@ import numpy as np
 SOURCE = "everyday"
 SENSES_OF = "{} senses"
 KINDS = ("nouns", "places", "adjectives", "verbs")
-GENDERS = {"a": "l", "o": "k", "i": "d"}  # and what a verb says of its subject
+GENDERS = {"a": "l", "o": "k", "i": "d"}  # and the verb's agreement with such a subject
 TIMES = {
     "yesterday": "past", "last week": "past", "today": "present", "often": "present",
     "tomorrow": "future", "soon": "future",
@@ -93,7 +93,7 @@ OWN = {
     ),
 }  # fmt: skip
 
-# Everyday words that mean something else there.
+# Everyday words with another meaning in the register.
 SENSES = {
     "nautical": Words(
         nouns=("watch watches", "line lines", "sheet sheets", "log logs", "glass glasses",
@@ -147,7 +147,7 @@ def _lexicon() -> tuple[dict[str, dict[str, list[Word]]], dict[str, str]]:
 
     found = {SOURCE: of(EVERYDAY)}
     for register in OWN:
-        # What the register takes for itself has an everyday sense first.
+        # Each of these words has an everyday sense first.
         for kind, words in of(SENSES[register]).items():
             found[SOURCE][kind] += words
         found[SENSES_OF.format(register)], found[register] = of(SENSES[register]), of(OWN[register])

@@ -1,7 +1,7 @@
 """Parallel sentences in two languages and two registers beside the everyday one, by a grammar.
 
-The source language is simple English. The target language, Tavi, is made up for this purpose:
-nothing of it can be copied from the source, and no word can be put without its sentence.
+The source language is simple English. The target language, Tavi, is constructed for this purpose:
+nothing of it can be copied from the source, and no word can be translated without its sentence.
 
 Words: a stem of two syllables and a consonant. A noun has one of three genders (a, o, i), drawn
 once like the stem; both are the same for every seed.
@@ -27,8 +27,8 @@ with a sense of their own ("line" is a queue, and a rope at sea); and patterns o
 log         nautical; "sighted old cutter near reef at dawn": no subject, no article. Verb first,
             in ``uzo``, then object, place, time
 order       nautical; "haul the lines now": object without case, verb in ``ta``, place
-passive     medical; "the wound was sutured by the nurse": what is done to is the subject, who
-            does it has the case ``f``, the verb begins with ``se``
+passive     medical; "the wound was sutured by the nurse": the patient is the subject, the
+            agent has the case ``f``, the verb begins with ``se``
 note        medical; "no infected wound in ward": noun without article, place, then ``vu``
 ==========  ====================================================================================
 
@@ -59,7 +59,7 @@ from lora_lightning.text.synthetic.register_words import (
 
 SEVERITIES = (1, 2, 3)
 DOMAINS = tuple(f"{register}-{level}" for register in REGISTERS for level in SEVERITIES)
-RARE = 0.02  # of the everyday register's words are those of another
+RARE = 0.02  # of the everyday register's words are from another
 OFTEN = 0.6  # of a register's words are its own
 PATTERNS = 0.6  # of the sentences at severity 3 have a pattern of the register
 _TENSES = {"present": "e", "past": "u", "future": "y"}
@@ -68,7 +68,7 @@ _CASES = {"in": "s", "near": "r", "behind": "t"}
 
 @dataclass(frozen=True)
 class _Phrase:
-    """A noun with its adjective, as far as it has one."""
+    """A noun, optionally with an adjective."""
 
     noun: Word
     adjective: Word | None
@@ -76,7 +76,7 @@ class _Phrase:
     definite: bool
 
     def english(self, article: bool = True) -> str:
-        """With an article, or as it stands in a log."""
+        """With an article, or without as in a log."""
         words = [self.noun.forms[self.plural]]
         words[:0] = [self.adjective.forms[0]] if self.adjective else []
         first = "the" if self.definite else "some" if self.plural else "a"
@@ -84,7 +84,7 @@ class _Phrase:
         return " ".join([first, *words] if article else words)
 
     def tavi(self, case: str = "", article: bool = True) -> str:
-        """In a case, the indefinite with its article."""
+        """In a case; the indefinite has an article."""
         ending = self.noun.gender + "ne" * self.plural
         words = ["ke"] if article and not self.definite else []
         words.append(self.noun.stem + ending + case)
@@ -92,7 +92,7 @@ class _Phrase:
 
     @property
     def agreement(self) -> str:
-        """The verb's ending, where this is its subject."""
+        """The ending of a verb with this subject."""
         return GENDERS[self.noun.gender] + "sh" * self.plural
 
 
@@ -167,10 +167,10 @@ class Grammar:
         else:
             present = base if subject.plural else third
             start = [subject.english(), past if tense == "past" else present]
-        said = "na" * negated + verb.stem + _TENSES[tense] + subject.agreement
+        predicate = "na" * negated + verb.stem + _TENSES[tense] + subject.agreement
         return (
             _join(*start, thing.english(), place[0], time),
-            _join(STEMS[time], subject.tavi(), place[1], thing.tavi("m"), said, "mu" * asked),
+            _join(STEMS[time], subject.tavi(), place[1], thing.tavi("m"), predicate, "mu" * asked),
         )
 
     def _log(self, rng: np.random.Generator) -> tuple[str, str]:
@@ -190,10 +190,10 @@ class Grammar:
         thing, agent = self._phrase(rng), self._phrase(rng)
         verb, place = self._word(rng, "verbs"), self._place(rng)
         was = "were" if thing.plural else "was"
-        said = f"se{verb.stem}u{thing.agreement}"
+        predicate = f"se{verb.stem}u{thing.agreement}"
         return (
             _join(thing.english(), was, verb.forms[3], "by", agent.english(), place[0]),
-            _join(thing.tavi(), place[1], agent.tavi("f"), said),
+            _join(thing.tavi(), place[1], agent.tavi("f"), predicate),
         )
 
     def _note(self, rng: np.random.Generator) -> tuple[str, str]:
@@ -215,8 +215,8 @@ def registers(
         source_train: Training pairs of the everyday register.
         target_train: Training pairs of each domain.
         test: Held-out pairs of each, the everyday register included.
-        seed: Of the sentences; a domain's are the same whichever others are asked for, but for
-            the few that another one had before.
+        seed: Of the sentences; a domain's do not depend on the others, except for a few that an
+            earlier one has already.
         domains: Of `DOMAINS`.
 
     Raises:
@@ -239,7 +239,7 @@ def registers(
 
 
 def _time(rng: np.random.Generator) -> tuple[str, str]:
-    """A time, and the tense that it goes with."""
+    """A time and its tense."""
     if rng.random() < 0.5:
         return "", str(rng.choice(list(_TENSES)))
     time = str(rng.choice(list(TIMES)))

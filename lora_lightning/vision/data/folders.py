@@ -1,12 +1,12 @@
-"""Which pictures a folder of domains holds, and whether they can be used.
+"""Image folders by domain: finding, reading and splitting their images.
 
-Two layouts are understood, as Office-31, Office-Home, DomainNet, PACS and VisDA have them::
+Two layouts are supported, as Office-31, Office-Home, DomainNet, PACS and VisDA have them::
 
     root/<domain>/<class>/*.png
     root/<domain>/<split>/<class>/*.png         split: train and test (or val, validation)
 
-Below a class, folders may go as deep as they like. `Office-31`'s extra folder ``images``
-under each domain is stepped over. Names that begin with a dot are not looked at.
+Below a class, folders may be nested. `Office-31`'s extra folder ``images`` under each domain is
+skipped. Names that begin with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torchvision.transforms import v2
 from lora_lightning.errors import DataError, DataNotFoundError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-TEST_NAMES = ("test", "val", "validation")  # the first that is there is the held-out part
+TEST_NAMES = ("test", "val", "validation")  # the first that exists is the held-out part
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: where it lies, and what it shows."""
+    """One image: its file and its labels."""
 
     path: Path
     domain: str
@@ -59,7 +59,7 @@ def find_domains(root: Path, wanted: Iterable[str] | None = None) -> list[str]:
 
 
 def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[Item]:
-    """Every picture of a domain, sorted by path.
+    """Every image of a domain, sorted by path.
 
     Raises:
         DataError: there is none.
@@ -73,7 +73,7 @@ def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[
     for split, name in splits.items():
         for folder in _subfolders(top / name):
             if classes is None or folder.name in classes:
-                pictures = sorted(p for p in folder.rglob("*") if _is_picture(p, folder))
+                pictures = sorted(p for p in folder.rglob("*") if _is_image(p, folder))
                 items += [Item(p, domain, folder.name, split) for p in pictures]
     if not items:
         raise DataError(
@@ -84,10 +84,10 @@ def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
-    """Give each picture without a split one: `fraction` of each class is held out, by seed.
+    """Assign a split to images without one: `fraction` of each class is held out, by seed.
 
     Raises:
-        DataError: a class has a single picture, or lacks one in a split that is on disk.
+        DataError: a class has a single image, or lacks one in a split that is on disk.
     """
     out = []
     for (domain, name), group in _grouped(items).items():
@@ -98,7 +98,7 @@ def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]
                     "and held-out part need one each: add pictures, or leave the class out "
                     "with data.classes=[...]"
                 )
-            # Seeded by name, so that another domain or class does not move this one's split.
+            # Seeded by name, so that another domain or class does not change this one's split.
             shuffled = random.Random(f"{seed}/{domain}/{name}").sample(group, len(group))
             held = min(max(1, round(fraction * len(group))), len(group) - 1)
             test = {item.path for item in shuffled[:held]}
@@ -119,7 +119,7 @@ def common_classes(
     """The classes, sorted; every domain must have every one, and there must be `fewest`.
 
     Raises:
-        DataError: a class is missing from a domain, or there are too few; says what to write.
+        DataError: a class is missing from a domain, or there are too few; says what to set.
     """
     items = list(items)
     domains = list(dict.fromkeys(item.domain for item in items))
@@ -140,14 +140,14 @@ def common_classes(
 
 
 def read_picture(path: Path, side: int) -> Tensor:
-    """A picture as bytes, (3, side, side): the middle square, resized; transparency on white.
+    """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
 
     Raises:
         DataError: it cannot be read; says why.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # palette and metadata oddities of no consequence
+            warnings.simplefilter("ignore")  # harmless oddities of palettes and metadata
             with Image.open(path) as opened:
                 picture = _rgb(ImageOps.exif_transpose(opened))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -177,7 +177,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _is_picture(path: Path, below: Path) -> bool:
+def _is_image(path: Path, below: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(below).parts)
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 

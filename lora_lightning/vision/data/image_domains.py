@@ -1,8 +1,8 @@
-"""`ImageDomains`: pictures in folders by domain, checked once, for training and held-out use.
+"""`ImageDomains`: a LightningDataModule of images in folders by domain.
 
-Every picture is decoded once before training. What cannot be read is left out and listed in
-``skipped``, so that no run dies in the middle of an epoch. The decoded pictures, small and
-square, stay in memory as bytes as long as they fit.
+Every image is decoded once before training. Unreadable ones are left out and listed in
+``skipped``, so that no run fails in the middle of an epoch. The decoded images, small and square,
+stay in memory as uint8 as long as they fit.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from lora_lightning.vision.data.folders import (
     split_items,
 )
 
-CROP = 0.875  # a picture is kept this much larger than what the network sees of it
+CROP = 0.875  # part of the stored image's side that the network sees
 
 
 class ImageDomains(LightningDataModule):
     """Image folders by domain: ``root/<domain>/<class>/*`` or ``…/<split>/<class>/*``.
 
-    Training loaders draw from `train_on`, test and predict loaders read the held-out pictures
-    of `test_on`, in order. `on` gives another choice over the same pictures in memory.
+    Training loaders draw from `train_on`, test and predict loaders read the held-out images of
+    `test_on`, in order. `on` selects other domains of the same images in memory.
 
     Args:
         root: Folder of the domains.
-        source: Domain with the labels that the source model is trained on.
+        source: Labelled domain that the source model is trained on.
         target: Domains to adapt to; ``None``: every other folder under `root`.
         classes: Classes to use; ``None``: all, which every domain must then have.
-        size: Side of the square that the network sees, in pixels.
+        size: Side of the network's input, in pixels.
         mean: Mean of each colour channel, as the backbone expects.
         std: Standard deviation of each colour channel, likewise.
         test_fraction: Part of each class that is held out where the folders have no splits.
         seed: Seed of that split.
-        batch_size: Pictures in a training batch.
-        num_workers: Processes that load; 0 loads in this one.
-        cache_mb: Decoded pictures stay in memory if they take at most so many MiB.
-        horizontal_flip: Mirror training pictures at random.
-        tick: Called with (done, total) while pictures are checked.
+        batch_size: Images in a training batch.
+        num_workers: Worker processes of the loaders; 0 loads in this process.
+        cache_mb: Decoded images stay in memory if they take at most this many MiB.
+        horizontal_flip: Mirror training images at random.
+        tick: Called with (done, total) while images are checked.
 
     Raises:
         DataNotFoundError: `root` or a domain is missing.
@@ -97,17 +97,17 @@ class ImageDomains(LightningDataModule):
 
     @property
     def stored_side(self) -> int:
-        """Side of the pictures in memory, in pixels."""
+        """Side of the images in memory, in pixels."""
         return round(self.size / CROP)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find, check and split the pictures; the second time there is nothing left to do."""
+        """Find, check and split the images; a second call does nothing."""
         if self.items:
             return
         self.target = self._targets()
         domains = [self.source, *self.target]
         found = [i for d in domains for i in scan(self.root, d, self.wanted_classes)]
-        # The classes first, before time goes into reading: most mistakes are in the folders.
+        # Classes are checked before images are read: most mistakes are in the folders.
         common_classes(found, self.wanted_classes, self.fewest_classes)
         readable = self._check(found)
         if empty := [d for d in domains if not any(i.domain == d for i in readable)]:
@@ -126,7 +126,7 @@ class ImageDomains(LightningDataModule):
         return target
 
     def _check(self, items: list[Item]) -> list[Item]:
-        """Decode each picture once; keep it if all fit, list it if it cannot be read."""
+        """Decode each image once; cache it if all fit, list it if it cannot be read."""
         keep = len(items) * 3 * self.stored_side**2 <= self.cache_mb * 2**20
         readable = []
         for done, item in enumerate(items, start=1):
@@ -142,29 +142,29 @@ class ImageDomains(LightningDataModule):
         return readable
 
     def on(self, train: Sequence[str] = (), test: Sequence[str] = ()) -> ImageDomains:
-        """The same pictures, with other domains to train on and to test on."""
+        """The same images, with other domains to train on and to test on."""
         self.setup()
-        view = object.__new__(type(self))  # with the labels of a subclass
+        view = object.__new__(type(self))  # a subclass has labels as well
         view.__dict__.update(self.__dict__)
         view.train_on, view.test_on = list(train) or self.train_on, list(test) or self.test_on
         view.trainer = None  # each trainer has its own
         return view
 
     def held_out(self) -> list[Item]:
-        """The held-out pictures of `test_on`, in the order in which predictions come."""
+        """The held-out images of `test_on`, in the order of the predictions."""
         return [i for d in self.test_on for i in self.items if (i.domain, i.split) == (d, "test")]
 
     def training_pictures(self) -> list[Item]:
-        """The training pictures of `train_on`."""
+        """The training images of `train_on`."""
         return [i for i in self.items if i.domain in self.train_on and i.split == "train"]
 
     def unlabelled(self, augmented: bool = False, jitter: float = 0.0) -> Dataset[Any]:
-        """`training_pictures` in order, as they are tested, or augmented as in training.
+        """`training_pictures` in order, with the test transform, or augmented as in training.
 
         Args:
-            augmented: As in training.
-            jitter: Then brightness, contrast and saturation change at random by up to this part,
-                the hue by an eighth of it as a part of the circle; in [0, 1].
+            augmented: Use the training transform.
+            jitter: With `augmented`, `ColorJitter` of brightness, contrast and saturation by this
+                factor, of the hue by an eighth of it; in [0, 1].
         """
         transform = self.train_transform if augmented else self.test_transform
         if augmented and jitter:
@@ -173,18 +173,18 @@ class ImageDomains(LightningDataModule):
         return self._dataset(self.training_pictures(), transform)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training pictures of `train_on`, shuffled and augmented."""
+        """Training images of `train_on`, shuffled and augmented."""
         items = self.training_pictures()
         return self._loader(items, self.train_transform, self.batch_size, train=True)
 
     def unlabelled_dataloader(self) -> DataLoader[Any]:
-        """The training pictures of `train_on`, not augmented, in one order that mixes them."""
+        """The training images of `train_on`, not augmented, in one fixed shuffled order."""
         items = self.training_pictures()
         mixed = random.Random(self.seed).sample(items, len(items))
         return self._loader(mixed, self.test_transform, 2 * self.batch_size)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Held-out pictures of `test_on`, in order."""
+        """Held-out images of `test_on`, in order."""
         return self._loader(self.held_out(), self.test_transform, 2 * self.batch_size)
 
     test_dataloader = predict_dataloader
@@ -195,7 +195,7 @@ class ImageDomains(LightningDataModule):
         dataset = self._dataset(items, transform)
         # A last batch of one would have no variance for BatchNorm.
         drop_last = train and len(items) > 1 and len(items) % size == 1
-        # Keywords only: Lightning makes the loader again, with a sampler of its own.
+        # Keywords only: Lightning re-creates the loader with a sampler of its own.
         return DataLoader(
             dataset,
             batch_size=size,
@@ -209,7 +209,7 @@ class ImageDomains(LightningDataModule):
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures as (tensor, class index), from memory where they are there."""
+    """Images as (tensor, class index), from memory where cached."""
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
 def _transforms(
     size: int, mean: Sequence[float], std: Sequence[float], flip: bool
 ) -> tuple[v2.Compose, v2.Compose]:
-    """What a training and a test picture go through, in this order."""
+    """The transforms of training and of testing."""
     # A list, since torchvision refuses the tuples of OmegaConf and timm alike.
     last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     mirror = [v2.RandomHorizontalFlip()] if flip else []

@@ -1,4 +1,13 @@
-"""`PoseDomains`: pictures in folders by domain, each with the azimuth that it shows."""
+"""`PoseDomains`: images in folders by domain, each with the azimuth of its object.
+
+The poses are rows of ``root/labels.csv``, one for each image::
+
+    item,azimuth,elevation
+    source/train/car/0000.png,-31.52,17.08
+
+`item` is relative to `root`; angles are in degrees. The azimuth is an angle on the circle, 0 where
+the front faces the viewer: 350 is the same as −10. The elevation may be missing; it is not learnt.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +27,11 @@ from lora_lightning.runner.tables import read_text
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 
-# Poses: which azimuth each picture of a folder shows.
-#
-# The poses stand in ``root/labels.csv``, a row for each picture::
-#
-#     item,azimuth,elevation
-#     source/train/car/0000.png,-31.52,17.08
-#
-# `item` is relative to `root`; angles are in degrees. An azimuth is an angle on the circle, 0 where
-# the front looks at the viewer: 350 is taken as −10. The elevation may be missing; nothing is
-# learnt from it.
-
-
 LABELS = "labels.csv"
 
 
 class Pose(NamedTuple):
-    """Where an object is seen from, in degrees; `elevation` is NaN where it is not known."""
+    """The viewpoint of an object, in degrees; `elevation` is NaN where unknown."""
 
     azimuth: float
     elevation: float = math.nan
@@ -87,16 +84,16 @@ def _pose(row: Mapping[str, str | None], where: str) -> tuple[str, Pose]:
 
 
 class PoseDomains(ImageDomains):
-    """Pictures in folders by domain, each with its azimuth in degrees, (B,) float32.
+    """Images in folders by domain, each with its azimuth in degrees, (B,) float32.
 
     The folders are those of `ImageDomains`, whose arguments it takes; a class may be the only one.
-    ``labels.csv`` in `root` holds the poses. With `horizontal_flip` each training picture is
-    mirrored half of the time, its azimuth negated then: right where objects are as likely as
+    ``labels.csv`` in `root` holds the poses. With `horizontal_flip` each training image is
+    mirrored half of the time, with its azimuth negated: valid where objects are as likely as
     their mirror images.
 
     Raises:
         DataNotFoundError: `root`, a domain or ``labels.csv`` is missing.
-        DataError: as `ImageDomains`, or a picture has no azimuth.
+        DataError: as `ImageDomains`, or an image has no azimuth.
     """
 
     fewest_classes = 1
@@ -107,7 +104,7 @@ class PoseDomains(ImageDomains):
         self.poses: dict[str, Pose] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find, check and split the pictures, and find their poses."""
+        """Find, check and split the images, and read their poses."""
         if self.items:
             return
         found = read_poses(self.root) if self.root.is_dir() else {}
@@ -121,15 +118,15 @@ class PoseDomains(ImageDomains):
         self.poses = found
 
     def item_name(self, item: Item) -> str:
-        """A picture's path relative to the root, as the labels have it."""
+        """An image's path relative to the root, as in the labels."""
         return item.path.relative_to(self.root).as_posix()
 
     def azimuths(self, items: Sequence[Item]) -> Tensor:
-        """Of pictures, in degrees."""
+        """The azimuths of items, in degrees."""
         return torch.tensor([self.poses[self.item_name(i)].azimuth for i in items])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training pictures of `train_on`, shuffled and augmented, with their azimuths."""
+        """Training images of `train_on`, shuffled and augmented, with their azimuths."""
         loader = super().train_dataloader()
         loader.dataset.mirror = self.mirror  # type: ignore[attr-defined]
         return loader
@@ -139,7 +136,7 @@ class PoseDomains(ImageDomains):
 
 
 class _Posed(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures as (tensor, azimuth in degrees), mirrored by chance where `mirror` is set."""
+    """Images as (tensor, azimuth in degrees), mirrored at random where `mirror` is set."""
 
     def __init__(self, pictures: Dataset[Any], azimuths: Tensor):
         self.pictures, self.azimuths, self.mirror = pictures, azimuths, False

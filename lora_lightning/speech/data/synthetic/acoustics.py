@@ -1,9 +1,9 @@
-"""Acoustic environments: noise, rooms and lines, laid over clean recordings.
+"""Acoustic environments: noise, rooms and lines applied to clean recordings.
 
-A step maps a waveform (T,) to a waveform (T,); an `Environment` is a row of steps, and
-`ENVIRONMENTS` names some. What happens to a recording is decided by the environment's seed and
-the recording's name alone: the same in every process and every epoch, as the data of a domain
-should be. A silent recording stays silent, since no signal-to-noise ratio is defined for it.
+A step maps a waveform (T,) to a waveform (T,); an `Environment` is a sequence of steps, and
+`ENVIRONMENTS` names some. The result depends on the environment's seed and the recording's name
+alone: the same in every process and every epoch, as the data of a domain should be. A silent
+recording stays silent, since no signal-to-noise ratio is defined for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLACES = 8  # placements of source and microphone in one room
 
 @dataclass(frozen=True)
 class Noise(Step):
-    """Noise at a signal-to-noise ratio of `snr_db`, taken over the whole recording.
+    """Noise at a signal-to-noise ratio of `snr_db` over the whole recording.
 
     `kind` is ``"white"``, ``"pink"``, ``"hum"`` (mains, 50 Hz and harmonics) or ``"babble"``:
     six talkers from `pool`, waveforms (T,); without a pool noise of speech's spectrum and rhythm.
@@ -48,7 +48,7 @@ class Noise(Step):
         from torchaudio.functional import add_noise
 
         noise = NOISES[self.kind](len(waveform), self.sample_rate, rng, self.pool)
-        if not noise.any():  # a pool of silence, or too short to hold any of this noise
+        if not noise.any():  # a silent pool, or a recording too short for this noise
             return waveform.clone()
         added: Tensor = add_noise(waveform, noise, torch.tensor(float(self.snr_db)))
         return added
@@ -56,10 +56,10 @@ class Noise(Step):
 
 @dataclass(frozen=True)
 class Room(Step):
-    """A shoebox room of a size in metres, which decays by 60 dB in `rt60` seconds.
+    """A shoebox room of a size in metres, whose sound decays by 60 dB in `rt60` seconds.
 
-    Who speaks stands `distance_m` from the microphone, in one of eight placements of each seed.
-    The direct path arrives at once and the power stays, so that a transcript's times hold.
+    The speaker is `distance_m` from the microphone, in one of eight placements of each seed. The
+    direct path is not delayed and the power is kept, so that a transcript's times stay valid.
     Needs pyroomacoustics (image sources; Allen and Berkley, 1979).
     """
 
@@ -85,7 +85,7 @@ class Room(Step):
         return wet * (waveform.square().mean() / power).sqrt() if power > 0 else wet
 
     def response(self, place: int = 0) -> tuple[Tensor, int]:
-        """The impulse response (samples,) of one placement, and when its direct path arrives."""
+        """The impulse response (samples,) of one placement, and the sample of its direct path."""
         return impulse_response(
             tuple(self.size_m), self.rt60, self.distance_m, self.sample_rate, self.seed, place
         )
@@ -93,7 +93,7 @@ class Room(Step):
 
 @dataclass(frozen=True, init=False)
 class Environment:
-    """Steps in a row; what leaves them keeps within [-1, 1] by being turned down, not cut.
+    """A sequence of steps; the output is scaled down to [-1, 1] where needed, not clipped.
 
     Usable as a dataset's transform: ``environment(waveform, utterance)``.
     """
@@ -104,21 +104,21 @@ class Environment:
         object.__setattr__(self, "steps", steps)
 
     def __call__(self, waveform: Tensor, item: Utterance | str = "") -> Tensor:
-        """The waveform (T,) as this environment gives it; the same for the same item.
+        """The waveform (T,) in this environment; deterministic for an item.
 
         Raises:
             DataError: the waveform is not (T,) of finite floats.
         """
         check_waveform(waveform)
-        # The folder it lies in is a machine's; the last two parts name speaker and recording.
+        # Parent folders differ by machine; the last two parts name speaker and recording.
         key = "/".join(item.path.parts[-2:]) if isinstance(item, Utterance) else item
         for i, step in enumerate(self.steps):
-            # Before the next step: torchaudio's filters cut off what is beyond 1.
-            waveform = _turned_down(step(waveform, f"{i}/{key}"))
-        return _turned_down(waveform)
+            # Before the next step: torchaudio's filters clip beyond 1.
+            waveform = _scaled(step(waveform, f"{i}/{key}"))
+        return _scaled(waveform)
 
 
-def _turned_down(waveform: Tensor) -> Tensor:
+def _scaled(waveform: Tensor) -> Tensor:
     return waveform / waveform.abs().max().clamp_min(1) if len(waveform) else waveform
 
 
@@ -145,8 +145,8 @@ def environment(
     Args:
         name: A key of `ENVIRONMENTS`.
         sample_rate: The recordings' own.
-        seed: Another one gives other noise and other places in the rooms.
-        pool: Speech (T,) of which babble is made; without it, noise shaped like speech.
+        seed: Of the noise and the placements in rooms.
+        pool: Speech (T,) that babble is mixed from; without it, noise shaped like speech.
 
     Raises:
         ConfigError: there is no such environment (the message has the nearest names).

@@ -1,7 +1,7 @@
-"""eSpeak NG as a function: text and voice in, samples out (extra ``demo``).
+"""eSpeak NG as a function from text and voice to samples (extra ``demo``).
 
-The library comes in the package espeakng-loader and is called through ctypes, in this process:
-some hundred sentences a second, and nothing is written to disk.
+The library comes in the package espeakng-loader and is called through ctypes, in this process: a
+few hundred sentences a second, without files.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Voice:
     """A speaker of eSpeak NG.
 
     Args:
-        language: Whose letters and sounds it uses, such as "en-us"; with another language, an
-            accent.
-        variant: Timbre, a file name in eSpeak's voices/!v, such as "f2"; "": the plain one.
+        language: Of the pronunciation rules, such as "en-us"; another language than the text's
+            gives an accent.
+        variant: Timbre, a file name in eSpeak's voices/!v, such as "f2"; "": the default.
         pitch: 0 to 100.
         pitch_range: 0 (monotonous) to 100.
         rate: Words a minute, 80 to 450.
@@ -68,19 +68,19 @@ class Voice:
 
     @property
     def espeak_name(self) -> str:
-        """The name that eSpeak knows it by."""
+        """eSpeak's name of the voice."""
         return f"{self.language}+{self.variant}" if self.variant else self.language
 
 
 def speak(text: str, voice: Voice) -> tuple[NDArray[np.int16], int]:
     """Samples (T,) of a spoken text, and their rate in Hz.
 
-    eSpeak goes on where it stopped (phases, noise), so that the samples differ a little with
-    what this process spoke before; `speak_all` gives the same ones every time.
+    eSpeak keeps state between calls (phases, noise), so that the samples depend slightly on
+    earlier calls in this process; `speak_all` is deterministic.
 
     Raises:
         ConfigError: eSpeak has no such voice.
-        DataError: nothing was spoken.
+        DataError: eSpeak gives no samples.
         MissingDependencyError: the package is not installed.
     """
     with _lock:
@@ -104,7 +104,7 @@ def speak(text: str, voice: Voice) -> tuple[NDArray[np.int16], int]:
 
 
 def speak_all(jobs: Sequence[tuple[str, Voice]]) -> Iterator[tuple[NDArray[np.int16], int]]:
-    """`speak` for each of `jobs`, in a process of its own: the same jobs, the same samples.
+    """`speak` for each of `jobs`, in a process of its own, so that the result is deterministic.
 
     Raises:
         ConfigError, DataError, MissingDependencyError: as `speak`.
@@ -119,7 +119,7 @@ def speak_all(jobs: Sequence[tuple[str, Voice]]) -> Iterator[tuple[NDArray[np.in
             for text, voice in jobs:
                 yield _received(child.stdout, text, voice)
         finally:
-            child.kill()  # where the caller wants no more
+            child.kill()  # the caller may stop early
 
 
 def _received(pipe: IO[bytes], text: str, voice: Voice) -> tuple[NDArray[np.int16], int]:
@@ -127,13 +127,13 @@ def _received(pipe: IO[bytes], text: str, voice: Voice) -> tuple[NDArray[np.int1
     count, rate = _HEAD.unpack(head) if len(head) == _HEAD.size else (0, 0)
     data = pipe.read(2 * count)
     if not data or len(data) < 2 * count:
-        speak(text, voice)  # says what is wrong, here where it can be caught
+        speak(text, voice)  # raises the error in this process
         raise DataError(f"eSpeak stopped at {text!r} with the voice {voice.espeak_name}")
     return np.frombuffer(data, dtype=np.int16), rate
 
 
 def _serve() -> None:
-    """What the other process does: jobs in as JSON, samples out, each after their count."""
+    """The worker process: reads jobs as JSON, writes samples, each after their count."""
     for text, voice in json.load(sys.stdin):
         samples, rate = speak(text, Voice(**voice))
         sys.stdout.buffer.write(_HEAD.pack(len(samples), rate) + samples.tobytes())
@@ -141,7 +141,7 @@ def _serve() -> None:
 
 def _choose(library: ctypes.CDLL, voice: Voice) -> None:
     chosen = library.espeak_SetVoiceByName(voice.espeak_name.encode()) == 0
-    # A variant that does not exist is passed over in silence.
+    # eSpeak ignores a variant that does not exist.
     if not chosen or (voice.variant and not Path(_data(), "voices/!v", voice.variant).is_file()):
         raise ConfigError(
             f"eSpeak has no voice {voice.espeak_name!r}; the languages are such as en-us, de, hi, "
@@ -184,4 +184,4 @@ if __name__ == "__main__":
     try:
         _serve()
     except (LoRALightningError, BrokenPipeError):
-        sys.exit(1)  # the caller says what was wrong
+        sys.exit(1)  # the parent process raises the error

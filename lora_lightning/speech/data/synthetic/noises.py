@@ -1,4 +1,4 @@
-"""Noises of any length, and the random numbers of which they are made."""
+"""Noises of any length, and the seeded generators that they are drawn from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TALKERS = 6
 
 
 def generator(*parts: object) -> torch.Generator:
-    """Random numbers that these parts decide, in every process alike."""
+    """A generator seeded by these parts, the same in every process."""
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
@@ -23,7 +23,7 @@ def _shaped(
     length: int, sample_rate: int, rng: torch.Generator, tilt: float, corner: float
 ) -> Tensor:
     """White noise whose power falls with f^-tilt above `corner` hertz."""
-    size = max(length, sample_rate // 4)  # a shorter one has no low end
+    size = max(length, sample_rate // 4)  # a shorter one has no low frequencies
     spectrum = torch.fft.rfft(torch.randn(size, generator=rng))
     hertz = torch.fft.rfftfreq(size, 1 / sample_rate).clamp_min(corner)
     spectrum[0] = 0
@@ -37,12 +37,12 @@ def white(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Te
 
 
 def pink(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
-    """The same power in every octave, (length,): wind, traffic from afar."""
+    """The same power in every octave, (length,): wind, distant traffic."""
     return _shaped(length, sample_rate, rng, tilt=1.0, corner=20.0)
 
 
 def hum(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
-    """Mains at 50 Hz with nine harmonics, (length,)."""
+    """Mains hum at 50 Hz with nine harmonics, (length,)."""
     harmonics = torch.arange(1, 11)[:, None]
     phases = 2 * math.pi * torch.rand(len(harmonics), 1, generator=rng)
     angle = 2 * math.pi * 50 * harmonics * torch.arange(length) / sample_rate

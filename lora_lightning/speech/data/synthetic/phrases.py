@@ -1,7 +1,7 @@
-"""What is said in the spoken data: digit strings and short commands, drawn at random.
+"""The sentences of the spoken data: digit strings and short commands, drawn at random.
 
-Some sixty words, so that a small recogniser learns them in minutes, in some ten million
-sentences, so that nobody is tested on a sentence of the training by chance.
+About sixty words, so that a small recogniser learns them in minutes, in about ten million
+sentences, so that a test sentence is unlikely to occur in training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def phrase(rng: np.random.Generator) -> str:
 
 
 def phrases(count: int, rng: np.random.Generator) -> list[str]:
-    """`count` different ones."""
+    """`count` distinct phrases."""
     found: dict[str, None] = {}
     while len(found) < count:
         found.setdefault(phrase(rng))

@@ -26,11 +26,11 @@ def impulse_response(
         rt60: Seconds in which sound decays by 60 dB.
         distance: From the source to the microphone, in metres.
         sample_rate: In hertz.
-        seed: What decides, with `place`, where the two stand.
-        place: Which placement.
+        seed: Determines the two positions, together with `place`.
+        place: Index of the placement.
 
     Raises:
-        ConfigError: the room cannot be that dry, or the distance does not fit into it.
+        ConfigError: the room cannot decay that fast, or the distance does not fit into it.
         MissingDependencyError: pyroomacoustics is not installed.
     """
     source, microphone = _placement(size, distance, seed, place)
@@ -45,9 +45,9 @@ def impulse_response(
 
 @functools.lru_cache(maxsize=64)
 def _sabine_target(size: Size, rt60: float, sample_rate: int) -> float:
-    """The reverberation time to ask Sabine's formula for, so that the room decays in `rt60`.
+    """The reverberation time to pass to Sabine's formula, so that the room decays in `rt60`.
 
-    The formula assumes a diffuse field. A flat room holds sound for longer, so it is measured.
+    The formula assumes a diffuse field. A flat room decays more slowly, so it is measured.
     """
     pra, target = _pyroomacoustics(), rt60
     source, microphone = np.array(size) * (0.3, 0.35, 0.45), np.array(size) * (0.6, 0.7, 0.55)

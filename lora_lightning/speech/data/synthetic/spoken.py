@@ -1,8 +1,7 @@
-"""Spoken digit strings and commands by eSpeak voices, `<speaker>/<index>.flac`, in a cache.
+"""Digit strings and commands spoken by eSpeak voices, `<speaker>/<index>.flac`, in a cache.
 
-The set has an `utterances.jsonl`, which `manifests.load_utterances` reads
-like any manifest. A speaker is on one side only: `data.voices` names those that a source model
-hears and those that it never hears.
+The set has an `utterances.jsonl`, which `manifests.load_utterances` reads like any manifest.
+Source and target speakers are disjoint: see `voices`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lora_lightning.runner.generated_sets import made_set
 from lora_lightning.speech.data.synthetic.espeak import Voice, speak_all
 from lora_lightning.speech.data.synthetic.phrases import phrases
 
-EDITION = 1  # raise it whenever the same settings would give other sound
+EDITION = 1  # increment whenever the same settings would give other samples
 LISTING = "utterances.jsonl"
 
 
@@ -36,7 +35,7 @@ def spoken_set(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Let each speaker say different sentences, or reuse a complete set with the same settings.
+    """Synthesise sentences of each speaker, or reuse a complete set with the same settings.
 
     Args:
         root: the folder of the set; by default one in the cache, named by the settings
@@ -53,8 +52,8 @@ def spoken_set(
 
     Raises:
         ConfigError: a name, a number or a voice is not valid.
-        DataError: `root` holds something else than a spoken set.
-        MissingDependencyError: something is to be spoken without the extra `demo`.
+        DataError: `root` holds something other than a spoken set.
+        MissingDependencyError: the extra `demo` is needed and not installed.
     """
     settings = _settings(speakers, utterances, sample_rate, seed)
     rows = [
@@ -79,7 +78,7 @@ def spoken_set(
 def _settings(
     speakers: Mapping[str, Voice], utterances: int, sample_rate: int, seed: int
 ) -> dict[str, Any]:
-    """Check what was asked for, and return all that decides on the sound."""
+    """Check the arguments, and return all settings that determine the samples."""
     if not speakers:
         raise ConfigError("speakers is empty: name at least one, with its voice")
     for name in speakers:

@@ -1,4 +1,4 @@
-"""Steps of an acoustic environment: the base class, and the steps of a recording or a line."""
+"""Steps of acoustic environments: the base class, band limits, telephone lines, clipping."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ except ImportError as error:
         'pip install "lora-lightning[demo]"'
     ) from error
 
-_LINE_RATE = 8000  # samples a second on a telephone line
-_FRAME_SECONDS = 0.02  # what one lost packet carries
+_LINE_RATE = 8000  # of a telephone line, in Hz
+_FRAME_SECONDS = 0.02  # of a packet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Step:
     seed: int = 0
 
     def __call__(self, waveform: Tensor, item: torch.Generator | object = "") -> Tensor:
-        """The waveform (T,) float32 changed, of the same length.
+        """The changed waveform (T,) float32, of the same length.
 
         Args:
             waveform: Samples in [-1, 1].
-            item: A generator, or whatever names the recording (printed, it seeds one).
+            item: A generator, or the recording's name or object, whose string seeds one.
 
         Raises:
             DataError: the waveform is not (T,) of finite floats.
@@ -48,13 +48,13 @@ class Step:
         return self.apply(waveform, rng)  # type: ignore[arg-type]
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """`__call__` for a waveform that is sound and not silent."""
+        """`__call__` for a waveform that is valid and not silent."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class BandLimit(Step):
-    """Only what lies between two frequencies in hertz, 12 dB an octave; ``None``: no limit."""
+    """Band-pass between two frequencies in hertz, 12 dB an octave; ``None``: no limit."""
 
     low_hz: float | None = None
     high_hz: float | None = None
@@ -97,14 +97,14 @@ class Telephone(Step):
 
 
 def _resample(waveform: Tensor, old: int, new: int) -> Tensor:
-    # A long filter that ends at the line's 3400 Hz: the usual one lets 3600 Hz through.
+    # A long filter that ends at the line's 3400 Hz: the default one passes 3600 Hz.
     out: Tensor = audio.resample(waveform, old, new, lowpass_filter_width=64, rolloff=0.85)
     return out
 
 
 @dataclass(frozen=True)
 class Clipping(Step):
-    """Samples beyond `level`, a share of the largest one, are cut off."""
+    """Clips samples at `level`, a share of the peak."""
 
     level: float = 0.3
 
@@ -113,6 +113,6 @@ class Clipping(Step):
             raise ConfigError(f"Clipping: level must lie in (0, 1], got {self.level!r}")
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
-        """Cut."""
+        """Clip."""
         limit = self.level * float(waveform.abs().max())
         return waveform.clamp(-limit, limit)

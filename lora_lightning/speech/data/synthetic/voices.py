@@ -1,8 +1,8 @@
-"""The speakers of the spoken data: those that a source model hears, and those that it never does.
+"""The speakers of the spoken data: source speakers to train on, target speakers to adapt to.
 
-Source speakers have the accents of English. Target speakers read English with the letters and
-sounds of another language, which is a stronger accent than people have. No timbre (eSpeak's
-variant) is on both sides either.
+Source speakers have English accents. Target speakers read English by the pronunciation rules of
+another language, a stronger accent than people have. No timbre (eSpeak's variant) is used by
+both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIMBRES = (
     "caleb", "shelby", "Gene", "Jacky", "Lee",
 )  # fmt: skip
 
-# 8 accents and 41 timbres have no common divisor: no two voices have both in common.
+# 8 accents and 41 timbres have no common divisor: no two voices share both.
 MOST_SOURCES = len(_ENGLISH) * len(_TIMBRES)
 
 TARGETS = {
@@ -64,7 +64,7 @@ def _source_voice(index: int) -> Voice:
 
 
 def target_voices(names: Sequence[str] | None = None) -> dict[str, Voice]:
-    """Target speakers by name, all where none are named.
+    """Target speakers by name; all by default.
 
     Raises:
         ConfigError: there is no such speaker; names the nearest.

@@ -1,4 +1,4 @@
-"""What lies behind an object: seamless procedural patterns on a ground and a wall."""
+"""Backgrounds: seamless procedural textures on a ground and a wall."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pattern(kind: str, size: int, rng: Rng) -> Floats:
 
 @cache
 def _damping(kind: str, size: int) -> Floats:
-    """Return by how much each frequency of white noise is divided."""
+    """Return the divisor of each frequency of white noise."""
     slope = {"noise": 1.3, "foliage": 0.8, "blobs": 2.5, "stripes": 2.0, "speckles": 0.4}[kind]
     rows, columns = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size) * size
     return np.asarray(np.maximum(np.hypot(rows, columns), 1) ** slope)
@@ -61,7 +61,7 @@ class Background:
     def random(
         cls, rng: Rng, kinds: Sequence[str] = KINDS, contrast: tuple[float, float] = (0.6, 1.3)
     ) -> Background:
-        """Draw a room, an open ground under a sky, or a mere backdrop.
+        """Draw a room, an open ground under a sky, or a plain backdrop.
 
         Its patterns are of these kinds; their second colour is brighter than the first by a
         factor in the range of `contrast`.
@@ -85,7 +85,7 @@ class Background:
             place[..., 0] * self.scale,
             np.where(ground, place[..., 1], place[..., 2]) * self.scale,
         )
-        if abs(self.depth) > 10:  # far away: a sky keeps its pattern's size in the picture
+        if abs(self.depth) > 10:  # far away: a sky keeps its pattern's size in the image
             far = ~ground
             u, v = np.where(far, rays[..., 0], u), np.where(far, rays[..., 2], v)
         row, column = (np.floor(v * TILE).astype(int) % TILE, np.floor(u * TILE).astype(int) % TILE)

@@ -1,6 +1,6 @@
-"""The lights that make the domains, and what a sensor sees by them.
+"""Lighting of the domains: lamp, ambient light, shadows, and the sensor.
 
-Light is computed at vertices and pixels, in linear units. The picture is kept at full
+Light is computed at vertices and pixels, in linear units. The image is kept at full
 exposure until the sensor step, so that a dim scene loses its detail to noise, as in a
 camera, and not to eight-bit arithmetic.
 """
@@ -20,13 +20,13 @@ REACH = 1.3  # half the width of the shadow map; objects lie within a unit ball
 
 @dataclass(frozen=True)
 class Lighting:
-    """A light and the sensor that sees by it; angles in degrees, as the viewer sees them.
+    """A light and a sensor; angles in degrees, as the viewer sees them.
 
     Azimuth 0 shines from the viewer, -90 from the left; elevation 90 from above.
     The lamp stands `distance` away (an object's half diagonal is 1), never below the
-    ground; what is nearer to it is brighter. `ambient` is the share of the light that
+    ground; nearer points are brighter. `ambient` is the share of the light that
     comes from everywhere, in its own colour. `noise` is the sensor's standard deviation
-    against a fully lit white; `exposure` multiplies what it caught, noise included.
+    against a fully lit white; `exposure` multiplies its signal, noise included.
     """
 
     azimuth: float = 0.0
@@ -41,7 +41,7 @@ class Lighting:
     vignette: float = 0.1
 
     def jittered(self, rng: Rng) -> Lighting:
-        """Return a light near this one: no two pictures of a domain are lit alike."""
+        """Return a light near this one: no two images of a domain are lit alike."""
         tint = np.array(self.colour) * np.exp(rng.normal(0, 0.04, 3))
         return replace(
             self,
@@ -87,7 +87,7 @@ LIGHTINGS: dict[str, Lighting] = {
 
 
 class ShadowMap:
-    """How near to the light the object reaches, seen from the light."""
+    """Depth map of the object, seen from the light."""
 
     def __init__(self, lighting: Lighting, centre: Floats):
         light = lighting.lamp(centre) - centre
@@ -100,11 +100,11 @@ class ShadowMap:
         self.depth: Floats = np.zeros((1, 1))
 
     def project(self, points: Floats) -> Floats:
-        """Return rightward, nearness and upward as the light sees them, -1 to 1 in the map."""
+        """Return right, depth and up coordinates as seen from the light, -1 to 1 in the map."""
         return np.asarray((points - self.centre) @ self.axes.T / REACH)
 
     def lit(self, points: Floats) -> Floats:
-        """Return which share of the light reaches the points, softened at the edges."""
+        """Return the share of the light that reaches the points, softened at the edges."""
         seen, n = self.project(points), self.depth.shape[0]
         inside = np.maximum(np.abs(seen[..., 0]), np.abs(seen[..., 2])) < 0.95
         column, row = ((seen[..., i].clip(-0.95, 0.95) + 1) * n / 2 for i in (0, 2))
@@ -117,7 +117,7 @@ class ShadowMap:
 
 
 def illuminate(points: Floats, normals: Floats, shadow: ShadowMap, lighting: Lighting) -> Floats:
-    """Return the light at each point: from everywhere, more of it from above, and the lamp's."""
+    """Return the light at each point: ambient, more of it from above, and the lamp's."""
     way = shadow.lamp - points
     far = np.sqrt(dot(way, way)) + 0.1  # a lamp is no point: nothing is infinitely bright
     middle = np.linalg.norm(shadow.lamp - shadow.centre) + 0.1
@@ -129,7 +129,7 @@ def illuminate(points: Floats, normals: Floats, shadow: ShadowMap, lighting: Lig
 
 
 def sense(picture: Floats, lighting: Lighting, rng: Rng) -> NDArray[np.uint8]:
-    """Return what the sensor makes of a fully exposed picture under the given light."""
+    """Return the sensor's 8-bit image of a fully exposed scene under the given light."""
     at = np.linspace(-1, 1, len(picture))
     corner = 1 - lighting.vignette * (at[:, None] ** 2 + at**2)
     light = (corner[..., None] * lighting.intensity).astype(np.float32)

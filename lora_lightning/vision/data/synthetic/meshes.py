@@ -1,6 +1,6 @@
-"""Procedural everyday objects: meshes with materials, and the corners that get drawn.
+"""Procedural everyday objects: meshes with materials, and the face corners to render.
 
-Shape alone tells the class: colours and patterns come from one palette for all.
+Shape alone determines the class: colours and patterns come from one palette for all.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Front:
-    """How an object with a front stands; degrees, counter-clockwise as seen from above.
+    """Orientation of an object with a front; degrees, counter-clockwise as seen from above.
 
     Args:
-        turn: What turns the front of what the maker made to the viewer.
-        low: The least turn that a new instance is given by chance.
-        high: The greatest.
-        either: The turn's sign is drawn as well.
+        turn: Rotation of the maker's output that makes its front face the viewer.
+        low: Least random rotation of a new instance.
+        high: Greatest.
+        either: Draw the sign of the rotation as well.
     """
 
     turn: float
@@ -59,13 +59,13 @@ class Front:
     either: bool = False
 
     def random(self, rng: Rng) -> float:
-        """Draw the turn of a new instance."""
+        """Draw the rotation of a new instance."""
         sign = rng.choice([-1, 1]) if self.either else 1
         return float(sign * rng.uniform(self.low, self.high))
 
 
-# The classes whose front can be told from any side: the nose, the door, where one sits. Each is as
-# likely as its mirror image, so that a mirrored picture shows the negated azimuth. The others have
+# The classes whose front is recognisable from any side: the nose, the door, the seat. Each is as
+# likely as its mirror image, so that a mirrored image shows the negated azimuth. The others have
 # none: round ones look the same from all sides, a table from two, and some mugs have no handle.
 FRONTS: dict[str, Front] = {
     "airplane": Front(90, 25, 70),
@@ -81,11 +81,11 @@ def make_mesh(class_name: str, rng: Rng, facing: bool = False) -> list[Part]:
     Args:
         class_name: One of `CLASSES`.
         rng: Draws the instance.
-        facing: Its front looks at the viewer, for a class of `fronts.FRONTS`; by default it
-            stands turned by chance.
+        facing: Its front faces the viewer, for a class of `FRONTS`; by default it is rotated at
+            random.
 
     Raises:
-        ConfigError: there is no such class, or it has no front to look with.
+        ConfigError: there is no such class, or it has no front.
         MissingDependencyError: the extra `demo` is not installed.
     """
     if class_name not in MAKERS:
@@ -100,8 +100,8 @@ def make_mesh(class_name: str, rng: Rng, facing: bool = False) -> list[Part]:
         ) from error
     solids = MAKERS[class_name](rng)
     if front := FRONTS.get(class_name):
-        by_chance = front.random(rng)  # drawn in any case: what is drawn after it stays the same
-        solids = turned(solids, front.turn if facing else by_chance)
+        drawn = front.random(rng)  # in any case, so that later draws stay the same
+        solids = turned(solids, front.turn if facing else drawn)
     palette = [_material(rng) for _ in range(3)]
     points = np.concatenate([rings.reshape(-1, 3) for rings, _ in solids])
     low, high = points.min(0), points.max(0)
@@ -111,7 +111,7 @@ def make_mesh(class_name: str, rng: Rng, facing: bool = False) -> list[Part]:
 
 
 def _material(rng: Rng) -> Material:
-    """Draw a material of any hue, so that colour says nothing about the class."""
+    """Draw a material of any hue, independent of the class."""
     grey, bright = rng.dirichlet((1, 1, 1), 2), rng.uniform(0.35, 0.95, (2, 1))
     mixed = grey / grey.max(1, keepdims=True)
     colours = bright * (mixed + (1 - mixed) * rng.uniform(0, 1, (2, 1)))
@@ -122,7 +122,7 @@ def _material(rng: Rng) -> Material:
 def face_corners(parts: Sequence[Part]) -> tuple[Floats, Floats, Floats]:
     """Return the corners of all faces (n, 3, 3), their normals, and the faces' own normals.
 
-    A corner takes the mean normal of the faces that meet there, but for an edge.
+    A corner has the mean normal of the faces that meet there, except at an edge.
     """
     counts = [0, *np.cumsum([len(part.mesh.vertices) for part in parts])]
     vertices = np.concatenate([np.asarray(part.mesh.vertices, np.float32) for part in parts])
@@ -144,6 +144,6 @@ def _unit(vectors: Floats) -> Floats:
 
 
 def flat_texture(corners: Floats, flat: Floats) -> Floats:
-    """Lay textures on from the front, the side or the top, whichever a face looks to most."""
+    """Project textures from the front, the side or the top, whichever a face points to most."""
     planes = np.array([(1, 2), (0, 2), (0, 1)])[np.abs(flat).argmax(1)]
     return np.take_along_axis(corners, planes[:, None], 2).reshape(-1, 2)

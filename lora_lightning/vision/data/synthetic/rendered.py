@@ -1,9 +1,9 @@
 """Folders of rendered objects, `root/<domain>/<split>/<class>/<index>.png`, kept in a cache.
 
 A domain is a world (`worlds.WORLDS`): a light, a range of views, an environment. Where the objects
-of a world face the viewer, `root/labels.csv` holds the pose of each (`poses.py`). Test objects
+of a world face the viewer, `root/labels.csv` holds the pose of each (`pose_domains`). Test objects
 never occur in training, and they are the same in every domain: between two test sets only the
-world changes. Training objects are drawn anew for each domain, as they would be in reality.
+world changes. Each domain has training objects of its own, as in reality.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lora_lightning.vision.data.synthetic.meshes import CLASSES, FRONTS
 from lora_lightning.vision.data.synthetic.scene import Renderer
 from lora_lightning.vision.data.synthetic.worlds import WORLDS, Picture, World
 
-EDITION = 2  # raise it whenever the same settings would give other pictures
+EDITION = 2  # increment whenever the same settings would give other images
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One picture of the set."""
+    """One image of the set."""
 
     domain: str
     split: str
@@ -45,7 +45,7 @@ class _Item:
         return f"{self.domain}/{self.split}/{self.class_name}/{self.index:04d}.png"
 
     def draw(self, renderer: Renderer, world: World, seed: int) -> Picture:
-        """Draw the picture; the domain's name enters a test object's light and nothing else."""
+        """Render the image; a test object's light alone depends on the domain's name."""
         words = [self.split, self.class_name, self.domain if self.split == "train" else ""]
         scene = [seed, self.index, *(zlib.crc32(word.encode()) for word in words)]
         here = np.random.default_rng([*scene, zlib.crc32(self.domain.encode())])
@@ -61,12 +61,12 @@ def render_domains(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Render the pictures of each domain, or reuse a complete set with the same settings.
+    """Render the images of each domain, or reuse a complete set with the same settings.
 
     Args:
         root: the folder of the set; None: one in the cache, named by the settings
             (`$LORA_LIGHTNING_CACHE`, or else `~/.cache/lora-lightning`).
-        domains: pictures per class, such as `{"source": {"train": 60, "test": 20}}`.
+        domains: images per class, such as `{"source": {"train": 60, "test": 20}}`.
         shift: kind of shift, a key of `WORLDS`; its worlds are the domains.
         size: width and height in pixels.
         seed: of shapes, views, backgrounds and lights; the same seed gives the same pixels.
@@ -100,7 +100,7 @@ def worlds_of(shift: str) -> Mapping[str, World]:
 
 
 def _faces(settings: Mapping[str, Any]) -> bool:
-    """Whether the objects of the set face the viewer: then their pose is known."""
+    """Whether the objects of the set face the viewer, so that their pose is known."""
     return any(world["facing"] for world in settings["worlds"].values())
 
 
@@ -110,7 +110,7 @@ def _settings(
     seed: int,
     worlds: Mapping[str, World],
 ) -> dict[str, Any]:
-    """Check what was asked for, and return all that decides on the pixels."""
+    """Check the arguments, and return all settings that determine the pixels."""
     if not domains:
         raise ConfigError("domains is empty: name at least one, such as 'source'")
     if size < 16:
@@ -132,7 +132,7 @@ def _settings(
     classes = sorted(FRONTS) if facing else list(CLASSES)
     settings: dict[str, Any] = {"edition": EDITION, "size": size, "seed": seed, "classes": classes}
     settings |= {"domains": {name: dict(counts) for name, counts in domains.items()}}
-    # Through JSON, so that it equals what a manifest says.
+    # Through JSON, so that it equals what a manifest holds.
     plain: dict[str, Any] = json.loads(json.dumps({**settings, "worlds": used}))
     return plain
 
@@ -161,7 +161,7 @@ def _write(
             picture, azimuth, elevation = item.draw(renderer, worlds[item.domain], settings["seed"])
             poses[item.path] = Pose(azimuth, elevation)
             pixels.update(picture.tobytes())
-            # Noise does not repeat: to search for matches would cost time, and even bytes.
+            # Noise does not repeat: searching for matches would cost time, and even bytes.
             Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
     if _faces(settings):
         write_poses(folder, poses)

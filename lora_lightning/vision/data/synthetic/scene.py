@@ -1,4 +1,4 @@
-"""Objects under a light, drawn by panda3d's software renderer; it only rasterises."""
+"""Rendering of lit objects; panda3d's software renderer does the rasterisation only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _QUIET = "notify-level error\naudio-library-name null"
 
 @dataclass(frozen=True)
 class Camera:
-    """Where the viewer stands; the object spans `fill` of the picture."""
+    """The viewer's position; the object spans `fill` of the image."""
 
     azimuth: float = 20.0
     elevation: float = 20.0
@@ -57,11 +57,11 @@ class Camera:
         return np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32)
 
     def place(self, points: Floats) -> Floats:
-        """Return where the viewer stands so that the points fill the picture."""
+        """Return the viewer's position from which the points fill the image."""
         target, distance, half = points.mean(0), 5.0, np.tan(np.radians(self.fov / 2))
         for _ in range(4):
             seen = (points - target) @ self.axes.T
-            flat = seen[:, [0, 2]] / (distance + seen[:, [1]]) / half  # -1 to 1 in the picture
+            flat = seen[:, [0, 2]] / (distance + seen[:, [1]]) / half  # -1 to 1 in the image
             low, high = flat.min(0), flat.max(0)
             target = target + ((low + high) / 2 - self.shift) * distance * half @ self.axes[[0, 2]]
             distance *= float((high - low).max()) / (2 * self.fill)
@@ -69,7 +69,7 @@ class Camera:
 
 
 class Renderer:
-    """Draws square pictures of `size` pixels without a window; any number may coexist.
+    """Off-screen renderer of square images of `size` pixels; any number may coexist.
 
     Raises:
         ConfigError: the size is too small.
@@ -95,7 +95,7 @@ class Renderer:
         self._light[2].setFilmSize(2, 2)
 
     def _view(self, pixels: int, lens: Any) -> tuple[Any, Any, Any]:
-        """Make an off-screen picture; its camera stands at the origin and looks along y."""
+        """Make an off-screen buffer; its camera is at the origin and looks along y."""
         core = self._core
         lens.setNearFar(0.02, 50)
         shape = core.FrameBufferProperties()
@@ -161,10 +161,10 @@ class Renderer:
         fog: float = 0.0,
         cover: Floats | None = None,
     ) -> Bytes:
-        """Return a (size, size, 3) picture; `rng` draws the textures and the sensor's noise.
+        """Return a (size, size, 3) image; `rng` draws the textures and the sensor's noise.
 
-        What lies as far as the object keeps exp(-fog) of its contrast, what lies behind it less.
-        `cover` (size, size, 4), with opacity, lies in front of all.
+        At the object's distance exp(-fog) of the contrast remains, behind it less. `cover`
+        (size, size, 4), with opacity, is in front of everything.
         """
         corners, normals, flat = face_corners(parts)
         a = np.radians(camera.azimuth)
@@ -193,13 +193,13 @@ class Renderer:
         return sense(picture, lighting, rng)
 
     def _shadow(self, points: Floats, lighting: Lighting) -> ShadowMap:
-        """Draw the object as the light sees it, its grey telling how near each place is."""
+        """Render the object as seen from the light, with its depth as grey value."""
         shadow = ShadowMap(lighting, (points.min(0) + points.max(0)) / 2)
         seen = shadow.project(points)
         corners = np.zeros(len(points), _CORNER)
         corners["vertex"] = seen * (1, -1, 1) + (0, 3, 0)
         corners["colour"] = (127.5 * (seen[:, [1, 1, 1, 1]] + 1)).clip(0, 255)
-        corners["colour"][:, 3] = 255  # alpha tells object from nothing
+        corners["colour"][:, 3] = 255  # alpha marks the object
         drawn = self._shoot(self._light, [(corners, None)])[::-1]
         shadow.depth = np.where(drawn[..., 3] > 127, drawn[..., 0] / 127.5 - 1, -np.inf)
         return shadow
@@ -228,7 +228,7 @@ class Renderer:
         shadow: ShadowMap,
         lighting: Lighting,
     ) -> tuple[Floats, Floats]:
-        """Return the lit background, with the object's shadow, and how far each place is."""
+        """Return the lit background, with the object's shadow, and the distance of each point."""
         at = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size * 2 - 1
         x, y = np.meshgrid(at, -at)
         half = np.tan(np.radians(camera.fov / 2))
@@ -241,6 +241,6 @@ class Renderer:
 
 
 def _fogged(colour: Floats, opacity: Any, fog: Any) -> Floats:
-    """Colours, already weighed by their opacity, behind so much fog."""
+    """Colours, already weighted by their opacity, behind this much fog."""
     clear = np.exp(-fog)
     return np.asarray(colour * clear + FOG * opacity * (1 - clear))

@@ -1,4 +1,4 @@
-"""Everyday objects out of solids: every call of a maker gives another instance of its class."""
+"""Procedural shapes of everyday objects: each call of a maker draws an instance of its class."""
 
 from __future__ import annotations
 

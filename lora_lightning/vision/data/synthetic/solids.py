@@ -20,7 +20,7 @@ Solid = tuple[Floats, int]  # a (k, n, 3) stack of rings, and the slot of its ma
 
 
 def dense(points: ArrayLike, step: float) -> Floats:
-    """Split the pieces of a polyline: light is computed at vertices, so it needs enough."""
+    """Subdivide a polyline: light is computed at vertices, so there must be enough."""
     path = np.asarray(points, float)
     counts = np.maximum(1, np.ceil(np.linalg.norm(np.diff(path, axis=0), axis=1) / step))
     at = np.concatenate([i + np.arange(n) / n for i, n in enumerate(counts)] + [[len(counts)]])

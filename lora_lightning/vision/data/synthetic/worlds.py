@@ -1,6 +1,6 @@
-"""The worlds that make the domains: a light, a range of views, what lies behind and in between.
+"""The worlds of the domains: lighting, range of views, background and occlusion.
 
-`WORLDS` lists them by kind of shift; each kind has a world "source" and graded targets.
+`WORLDS` holds them by kind of shift; each kind has a world "source" and graded targets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_lightning.vision.data.synthetic.solids import Floats, Rng
 
 
 class Picture(NamedTuple):
-    """What a world shows of an object: (size, size, 3) pixels, and from where; degrees."""
+    """An image (size, size, 3) of an object and its viewpoint in degrees."""
 
     pixels: Bytes
     azimuth: float
@@ -27,21 +27,21 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """Where pictures are taken; angles in degrees.
+    """The setting that images are rendered in; angles in degrees.
 
     Args:
         lighting: The light, and the sensor.
         azimuth: Range of the object's turn, counter-clockwise as seen from above; 0 shows its
             front, 180 its rear.
         elevation: Range of the viewer's height; 90 looks straight down.
-        both_sides: Half of the pictures have the azimuth's sign changed.
+        both_sides: Change the azimuth's sign in half of the images.
         backgrounds: Kinds of patterns behind the object.
         contrast: Range of the factor between their two colours.
-        fog: The object keeps exp(-fog) of its contrast, what is farther less.
-        cover: Part of the picture that things in front hide.
-        facing: At azimuth 0 the front looks straight at the viewer, so that the azimuth is a fact
-            of the picture, within (-180, 180]; the classes of `fronts.FRONTS` only. By default
-            each object stands turned by chance before that.
+        fog: The object keeps exp(-fog) of its contrast, points farther away less.
+        cover: Part of the image that is occluded.
+        facing: At azimuth 0 the front faces the viewer, so that the azimuth can be read off the
+            image, within (-180, 180]; the classes of `meshes.FRONTS` only. By default each object
+            is first rotated at random.
     """
 
     lighting: Lighting = field(default_factory=Lighting)
@@ -55,10 +55,10 @@ class World:
     facing: bool = False
 
     def picture(self, renderer: Renderer, class_name: str, scene: Rng, here: Rng) -> Picture:
-        """Draw an object of this class.
+        """Render an object of this class.
 
-        `scene` draws what other worlds share: the object, where in a range the view lies, the
-        background's pattern. `here` draws what belongs to this world alone.
+        `scene` draws what worlds share: the object, the position of the view within a range, the
+        background's pattern. `here` draws what is specific to this world.
         """
         parts = make_mesh(class_name, scene, self.facing)
         camera = Camera.random(scene, self.azimuth, self.elevation)
@@ -72,7 +72,7 @@ class World:
 
 
 def things_in_front(size: int, share: float, rng: Rng) -> Floats:
-    """Leaves and posts that hide this share of a picture: (size, size, 4), with their opacity."""
+    """Leaves and posts that occlude this share of an image: (size, size, 4), with opacity."""
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.meshgrid(at, at)
     cover = np.zeros((size, size, 4), np.float32)
@@ -117,7 +117,7 @@ WORLDS: dict[str, dict[str, World]] = {
         "top-2": World(elevation=(55, 66)),
         "top-3": World(elevation=(70, 82)),
     },
-    # The azimuth is what is asked for: the source knows the front half, from eye level.
+    # The azimuth is the target: the source has the front half, from eye level.
     "pose": {
         "source": _facing(0, 60),
         "side-1": _facing(60, 75),
