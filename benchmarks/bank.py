@@ -1,4 +1,4 @@
-"""A batch in which every item has its own adapter: what it costs, ours and PEFT's.
+"""Cost of a batch in which every item has its own adapter, ours and PEFT's.
 
     python benchmarks/bank.py                        # ViT-Tiny and wav2vec2-base, an hour
     python benchmarks/bank.py --models vit --runs 5 --numbers 1 16 64 --batch 16
@@ -10,7 +10,7 @@ Every model gets files of adapters with random factors, the model's own choice o
 
 - *base*: the model without adapters;
 - *one adapter*: `set_active` of one, for all items;
-- *bank, k*: ``with bank[names]: model(batch)``, the block included, names drawn anew for each run
+- *bank, k*: ``with bank[names]: model(batch)``, the block included, names redrawn for each run
   from k adapters, all different where k is the batch or more;
 - *PEFT, k*: ``model(batch, adapter_names=names)``, on the same layers, up to k = batch.
 
@@ -58,7 +58,7 @@ def wav2vec2() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def small() -> tuple[nn.Module, tuple[int, ...]]:
-    """A model to see whether this script runs."""
+    """A small model to test this script."""
     import timm
 
     return timm.create_model("test_vit"), (3, 160, 160)
@@ -83,7 +83,7 @@ def write_files(base: nn.Module, folder: Path, number: int) -> tuple[list[Path],
 
 
 def peft_model(base: nn.Module, layers: list[str], number: int) -> Any:
-    """The base in PEFT's hands, with this many adapters of random factors."""
+    """The base as a PEFT model, with this many adapters of random factors."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, init_lora_weights=False)

@@ -1,4 +1,4 @@
-"""The models that `training_step.py` and `growth.py` measure, and who trains them: the variants."""
+"""The models and variants that `training_step.py` and `growth.py` measure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 
 def wav2vec2(classes: int | None = None) -> nn.Module:
-    """Of the base model's size, without dropout."""
+    """wav2vec2-base without dropout."""
     from torchaudio.models import wav2vec2_base
 
     return wav2vec2_base(

@@ -1,4 +1,4 @@
-"""How often does adapting without labels do harm? Targets that are meant to make it.
+"""How often adaptation without labels does harm, on targets that are chosen to provoke it.
 
     python benchmarks/do_no_harm.py --out runs/do_no_harm
 
@@ -209,15 +209,15 @@ def tent(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Pat
         affine += [norm.weight, norm.bias]
     optimizer = torch.optim.Adam(affine, lr=1e-3 * factor)
     items = data.domains.test_transform(pictures)
-    said = []
+    outputs = []
     for batch in items.split(64):
         logits = model(batch)
-        said.append(logits.detach())
+        outputs.append(logits.detach())
         loss = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    online = torch.cat(said)
+    online = torch.cat(outputs)
     after = torch.no_grad()(lambda x: torch.cat([model(b) for b in x.split(64)]))
     return lambda x: online if x.shape == items.shape and torch.equal(x, items) else after(x), None
 

@@ -1,4 +1,4 @@
-"""Does the guard do no harm with 5, 10, 20 or 50 labelled items? Beside plain LoRA, which does.
+"""Harm of adapting to 5, 10, 20 or 50 labelled items, with `cross_fit` and with plain LoRA.
 
     python benchmarks/few_labels.py --out runs/few_labels
 
@@ -100,7 +100,7 @@ def case(source: Any, data: Data, target: str, count: int, seed: int, given: Any
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def tell(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     """A line for each number of pictures, and one for all."""
     print("                mean accuracy            | harmed         | worst           |")
     print("items  cases  source   plain  guarded  | plain guarded  | plain  guarded  | adapted")
@@ -143,7 +143,7 @@ def main() -> None:
                     table.writerow(rows[-1])
                     file.flush()
                     print(*rows[-1].values(), flush=True)
-    tell(rows)
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How does an adapter's cost grow? With rank, batch, tokens and depth, on a small ViT.
+"""Growth of an adapter's cost with rank, batch, tokens and depth, on a small ViT.
 
     python benchmarks/growth.py            # about ten minutes; CSV and docs/images/growth.png
     python benchmarks/growth.py --rounds 3 --no-save

@@ -1,4 +1,4 @@
-"""Does it matter where the factors start? Accuracy by epoch, for each initialisation.
+"""Accuracy by epoch for each initialisation of the factors.
 
     python benchmarks/initialisations.py --out runs/initialisations
 
@@ -112,7 +112,7 @@ def course(
     ]  # fmt: skip
 
 
-def tell(rows: Sequence[dict[str, Any]], inits: Sequence[str], epochs: int) -> None:
+def show(rows: Sequence[dict[str, Any]], inits: Sequence[str], epochs: int) -> None:
     """A line for each initialisation: the mean accuracy by epoch, and the last one's spread."""
     seeds = sorted({r["seed"] for r in rows})
     print("init            " + "".join(f"{e:>7}" for e in range(epochs + 1)) + "   sd  seconds"
@@ -155,7 +155,7 @@ def main() -> None:
                     rows += course(source, data, target, init, seed, given)
                     table.writerows(rows[-given.epochs - 1 :])
                     file.flush()
-    tell(rows, given.inits, given.epochs)
+    show(rows, given.inits, given.epochs)
 
 
 if __name__ == "__main__":

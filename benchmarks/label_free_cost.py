@@ -1,9 +1,9 @@
-"""What adapting without labels costs: seconds for 550 pictures of 64 × 64, and the teacher's bytes.
+"""Cost of adapting without labels: seconds for 550 pictures of 64 × 64, and the teacher's bytes.
 
     python benchmarks/label_free_cost.py
 
 Each network adapts five times to the same random pictures, four epochs of batches of 32, with the
-guard's looks after each epoch; the first time is left out. The teacher is the moving average of
+guard's checks after each epoch; the first time is left out. The teacher is the moving average of
 what is trained; its bytes stand beside those of the model.
 """
 
@@ -29,7 +29,7 @@ TEACHERS = ("tf_efficientnet_lite0", "resnet50", "vit_tiny_patch16_224", "convne
 
 
 def seconds(name: str, pictures: torch.Tensor, epochs: int, folder: str) -> float:
-    """How long one adaptation takes."""
+    """Seconds of one adaptation."""
     seed_everything(0, verbose=False)
     model = timm.create_model(name, num_classes=10).eval()
     with torch.no_grad():  # a trained model has no norms at their zero start, which block gradients

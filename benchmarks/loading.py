@@ -1,4 +1,4 @@
-"""What putting an adapter on a model costs, and loading one from a file; PEFT's time beside it.
+"""Time to inject an adapter and to load one from a file, ours and PEFT's.
 
     pip install 'lora-lightning[bench]'     # for PEFT's rows; without it they are left out
     python benchmarks/loading.py            # about three minutes; writes a dated CSV

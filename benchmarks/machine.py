@@ -1,4 +1,4 @@
-"""What every benchmark says of its run: versions, hardware, load; and where its figures go."""
+"""Versions, hardware and load of a benchmark's run, and the files of its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against rank over recipes: a table and docs/images/ranks.png from what sweeps left.
+"""Accuracy against rank over recipes: a table and docs/images/ranks.png from the results of sweeps.
 
     for name in lighting viewpoint environment; do
       lora-lightning sweep $name 'seeds=[0,1]' out=runs/ranks/$name
@@ -76,7 +76,7 @@ def over_seeds(seeds: dict[int, tuple[float, float]]) -> tuple[float, float]:
     return fmean(v for v, _ in seeds.values()), fmean(n for _, n in seeds.values())
 
 
-def tell(recipe: str, found: dict[str, dict[int, tuple[float, float]]], lower: bool) -> None:
+def show(recipe: str, found: dict[str, dict[int, tuple[float, float]]], lower: bool) -> None:
     """Print a recipe's table and verdict, for seeds that have every rank."""
     fixed = sorted((r for r in found if r.isdigit()), key=int)
     for rank in ["", *fixed, "auto"]:
@@ -128,7 +128,7 @@ def _panel(axes: Axes, found: dict[str, dict[int, tuple[float, float]]]) -> None
 
 
 def main() -> None:
-    """Collect, tell, draw."""
+    """Collect, print, draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -145,7 +145,7 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         metric = next(r["metric"] for r in rows if r["recipe"] == recipe)
-        tell(recipe, points(rows, recipe), lower=metric == "WER")
+        show(recipe, points(rows, recipe), lower=metric == "WER")
     draw(rows, PLOT)
 
 

@@ -1,4 +1,4 @@
-"""Which of several adapted models would be chosen without labels, and how good is the choice?
+"""Regret of choosing among adapted models without labels.
 
     python benchmarks/selection.py --out runs/selection
 
@@ -96,7 +96,7 @@ def one_shift(source: Any, data: Data, domain: str, seed: int, out: Path) -> lis
     return rows
 
 
-def told(rows: list[dict[str, Any]]) -> tuple[float, float, float, float, bool]:
+def accuracies(rows: list[dict[str, Any]]) -> tuple[float, float, float, float, bool]:
     """(best, chosen, by nuclear norm, by entropy) accuracy, and whether the choice collapsed."""
     candidates = [r for r in rows if r["candidate"] != SOURCE]
     source = next(r["accuracy"] for r in rows if r["candidate"] == SOURCE)
@@ -129,7 +129,7 @@ def main() -> None:
             rows = one_shift(source, data, domain, given.seed, given.out)
             table.writerows(rows)
             file.flush()
-            best, chosen, sharp, sure, collapsed = told(rows)
+            best, chosen, sharp, sure, collapsed = accuracies(rows)
             mean = fmean(r["accuracy"] for r in rows)
             name = next(r["candidate"] for r in rows if r["chosen"])
             print(

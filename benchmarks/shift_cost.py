@@ -1,4 +1,4 @@
-"""What does `shift` cost? 2,000 pictures, the model's answers included; goal: under 20 seconds.
+"""Seconds of `shift` for 2,000 pictures, forward passes included; goal: under 20.
 
 python benchmarks/shift_cost.py
 python benchmarks/shift_cost.py --model tf_efficientnet_lite0 --size 112 --threads 2

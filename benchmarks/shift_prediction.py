@@ -1,14 +1,14 @@
-"""Can it be told without labels how good a model is on a target? Before and after adapting.
+"""Accuracy on a target predicted without labels, before and after adapting.
 
     python benchmarks/shift_prediction.py --out runs/shift_prediction
 
 EfficientNet-Lite0 with ImageNet weights is trained on the source of each kind of shift (600
-pictures of 64 × 64), looked at on 160 source pictures that it was not trained on, and on 160
+pictures of 64 × 64), measured on 160 source pictures that it was not trained on, and on 160
 unlabelled pictures of each target: the mildest and the most severe of every kind, 8 environments
 and 8 lights (``--kinds viewpoint`` has 6 views more). It is then adapted to each of them without
-labels (`TransductiveTask`, as in the recipes, for two epochs) and looked at again. The truth is the
-accuracy on all 280 pictures of the target, 120 of them held out. What was seen is kept in
-``--out``, so that a run that was cut off goes on.
+labels (`TransductiveTask`, as in the recipes, for two epochs) and measured again. The truth is the
+accuracy on all 280 pictures of the target, 120 of them held out. The results are kept in
+``--out``, so that an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ BATCH = 50  # pictures
 
 
 def look(model: nn.Module, data: Data, pictures: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What a model says of pictures; its second opinion; and its features."""
+    """Predictions, second opinion and features of pictures."""
     items = data.domains.test_transform(pictures)
-    found, said = features_of(model, items, BATCH)
+    found, predictions = features_of(model, items, BATCH)
     return {
         "features": {name: x.half() for name, x in found.items()},
-        "probabilities": said.probabilities,
+        "probabilities": predictions.probabilities,
         "second": second_opinion(model, items, model),
         "labels": labels,
     }
@@ -80,13 +80,13 @@ def adapted(source: nn.Module, data: Data, pictures: Tensor, given: Any) -> tupl
 
 
 def one(source: nn.Module, data: Data, domain: str, given: Any) -> dict[str, Any]:
-    """All that is looked at of a target."""
+    """All measurements of a target."""
     pictures, labels = data.target(domain)
     seen: dict[str, Any] = {"before": look(source, data, pictures, labels)}
     seen["accuracy_before"] = accuracy(source, data, domain)
     model, rounds = adapted(source, data, pictures, given)
-    said = evaluated(model)(data.domains.test_transform(pictures)).softmax(1)
-    seen["after"] = {"probabilities": said, "labels": labels}
+    probabilities = evaluated(model)(data.domains.test_transform(pictures)).softmax(1)
+    seen["after"] = {"probabilities": probabilities, "labels": labels}
     seen["accuracy_after"] = accuracy(model, data, domain)
     seen["accepted"], seen["end"] = rounds.accepted_, rounds.termination_condition_
     seen["rounds"] = [vars(r) for r in rounds.history_]
@@ -94,7 +94,7 @@ def one(source: nn.Module, data: Data, domain: str, given: Any) -> dict[str, Any
 
 
 def measure(seed: int, kind: str, given: Any) -> None:
-    """A kind of shift with one seed; what lies there already is not done again."""
+    """A kind of shift with one seed; existing results are kept."""
     folder = given.out / f"{kind}-{seed}"
     domains = [d for d in WORLDS[kind] if d.endswith(SEVERITIES)]
     todo = [d for d in ["source", *domains] if not (folder / f"{d}.pt").exists()]
@@ -120,7 +120,7 @@ def measure(seed: int, kind: str, given: Any) -> None:
 
 
 def main() -> None:
-    """Look at every target, then report."""
+    """Measure every target, then report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

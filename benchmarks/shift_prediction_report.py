@@ -1,4 +1,4 @@
-"""Table and figures of what `shift_prediction.py` saw; run by it.
+"""Table and figures of the measurements of `shift_prediction.py`; run by it.
 
 Every predictor is a number that needs no label of the target. They were compared on seeds 100 and
 above, other pictures and other source models; the figures are of the seeds that the table names.
@@ -29,7 +29,7 @@ CHOSEN = "expected"  # what `shift` tells
 
 
 def rows_of(out: Path, seeds: Sequence[int], kinds: Sequence[str]) -> list[Row]:
-    """A row for each target that was seen."""
+    """A row for each measured target."""
     found = []
     for seed in seeds:
         for kind in kinds:
@@ -79,7 +79,7 @@ def row_of(source: SourceStatistics, seen: dict[str, Any]) -> Row:
 
 
 def of_answers(source: SourceStatistics, p: Tensor) -> dict[str, float]:
-    """Predictors from answers alone."""
+    """Predictors from the predictions alone."""
     accuracy = source.accuracy or 0.0
     confidence = p.amax(dim=1)
     return {
@@ -111,14 +111,14 @@ def report(
         )
     print(f"{len(rows)} targets, seeds {', '.join(map(str, seeds))}")
     for stage in ("before", "after"):
-        tell(rows, stage)
+        show(rows, stage)
     tell_adapted(rows)
     tell_verdicts(rows)
     for stage in ("before", "after"):
         draw(rows, stage, pictures_to / f"shift-{stage}.png")
 
 
-def tell(rows: Sequence[Row], stage: str) -> None:
+def show(rows: Sequence[Row], stage: str) -> None:
     """A line for each predictor: all, those of each seed, and of each kind of shift."""
     kinds = list(dict.fromkeys(r["kind"] for r in rows))
     seeds = list(dict.fromkeys(r["seed"] for r in rows))
@@ -134,7 +134,7 @@ def tell(rows: Sequence[Row], stage: str) -> None:
 
 
 def tell_adapted(rows: Sequence[Row]) -> None:
-    """Of the targets that were adapted to alone: what the guard let pass."""
+    """The correlations on the targets that the guard let adapt."""
     of = [r for r in rows if not r["kept_source"]]
     rank = correlations(of, "after")[f"after_{CHOSEN}"]
     print(f"\nadapted, not kept as it was: {len(of)} targets, rank correlation {rank:.2f}")
@@ -169,7 +169,7 @@ def draw(rows: Sequence[Row], stage: str, path: Path) -> None:
             x, y = ([100 * r[k] for r in of] for k in (f"{stage}_{CHOSEN}", f"accuracy_{stage}"))
             axes.plot(x, y, MARKERS[i], color=COLOURS[i + 1], label=kind, markersize=5, alpha=0.8)
         axes.plot([0, 100], [0, 100], color=QUIET, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("expected accuracy, told without labels (%)")
+        axes.set_xlabel("expected accuracy, without labels (%)")
         axes.set_ylabel(f"accuracy on the target, {stage} adapting (%)")
         axes.grid(visible=True)
         rank = correlations(rows, stage)[f"{stage}_{CHOSEN}"]

@@ -1,4 +1,4 @@
-"""What lora-lightning adds to the start of a program: importing it, and injecting an adapter.
+"""Time that lora-lightning adds to the start of a program: the import, and injecting an adapter.
 
     python benchmarks/startup.py            # both, about two minutes; writes a dated CSV
     python benchmarks/startup.py --no-save
@@ -116,7 +116,7 @@ def table(found: dict[str, list[float]]) -> None:
 
 
 def verdict(values: list[float], goal: float) -> str:
-    """A difference of two long measurements may be too noisy to tell."""
+    """Whether the goal is met; undecided where the quartiles lie too far apart."""
     low, median, high = machine.quartiles(values)
     if low > goal:
         return "MISSED"

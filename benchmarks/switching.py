@@ -1,4 +1,4 @@
-"""A thousand speakers on one model: loading their adapters, and switching between them.
+"""Time to load the adapters of a thousand speakers on one model, and to switch between them.
 
     python benchmarks/switching.py                 # 1,000 adapters, about two minutes
     python benchmarks/switching.py --adapters 100 --out   # writes a dated JSON
@@ -92,7 +92,7 @@ def forwards(model: nn.Module, x: Tensor, times: int) -> list[float]:
 
 @torch.no_grad()
 def output(model: nn.Module, x: Tensor) -> Tensor:
-    """What the encoder gives for a batch (B, T, width) without padding."""
+    """The encoder's output for a batch (B, T, width) without padding."""
     out: Tensor = model(x, torch.full((len(x),), x.shape[1]))[0]
     return out
 

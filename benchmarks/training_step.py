@@ -1,4 +1,4 @@
-"""What does an adapter cost above the frozen model? A training step, memory, and inference.
+"""Cost of an adapter above the frozen model: training step, memory and inference.
 
     python benchmarks/training_step.py                        # all models, half an hour or more
     python benchmarks/training_step.py --models vit_tiny --rounds 5
@@ -96,7 +96,7 @@ def batch_of(case: Case, given: argparse.Namespace, device: str) -> Tensor:
 def in_turns(
     steps: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each, round by round; the order turns, so that nobody always follows another."""
+    """Seconds of each, round by round; the order rotates between rounds."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for number in range(rounds + 1):
