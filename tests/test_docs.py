@@ -8,6 +8,7 @@ reader need not see stands in ``<!-- test: setup … -->``. A block that cannot 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -21,6 +22,8 @@ from lora_lightning.runner import loading
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
+STUBS = sorted((ROOT / "lora_lightning").glob("*/**/__init__.pyi"))
+ROOMS = [".".join(stub.parent.relative_to(ROOT).parts) for stub in STUBS]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS, *RECIPES]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -83,10 +86,22 @@ def test_every_block_says_what_it_is(name):
 # ---- names, files, links ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_name_of_a_room_is_in_the_api_page_sorted(room):
+    page = (ROOT / "docs/api.md").read_text()
+    shown = re.findall(rf"^::: {re.escape(room)}\.(\w+)$", page, re.MULTILINE)
+    assert shown == importlib.import_module(room).__all__
+    assert f"From `{room}`:" in page
+
+
 def test_every_public_name_is_in_the_api_page_sorted():
     page = (ROOT / "docs/api.md").read_text()
-    shown = re.findall(r"^::: lora_lightning\.(\w+)$", page, re.MULTILINE)
-    assert [name for name in shown if name != "errors"] == lora_lightning.__all__
+    assert (
+        re.findall(r"^\[`(\w+)`\]\[lora_lightning\.", page, re.MULTILINE) == lora_lightning.__all__
+    )
+    linked = set(re.findall(r"\]\[(lora_lightning[\w.]+)\]", page))
+    errors = {name for name in linked if name.startswith("lora_lightning.errors.")}
+    assert linked - errors <= set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", named(PAGES))

@@ -1,1 +1,5 @@
 """What runs a recipe: its YAML, its trainer, its progress."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """Lightning: the callbacks, and what they check, guard and save."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

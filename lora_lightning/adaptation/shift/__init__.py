@@ -1,1 +1,5 @@
-"""Measuring the shift between source and target."""
+"""How far apart source and target are."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
 """Forward and backward passes of factorised layers that keep and compute less."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

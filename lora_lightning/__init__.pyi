@@ -1,0 +1,31 @@
+from .adaptation import PseudoLabelCallback as PseudoLabelCallback
+from .adaptation import TransductiveTask as TransductiveTask
+from .adaptation.shift import SourceStatistics as SourceStatistics
+from .adaptation.shift import shift as shift
+from .bank import AdapterBank as AdapterBank
+from .errors import LoRALightningError as LoRALightningError
+from .lora import LoRAConfig as LoRAConfig
+from .lora.fused import fused as fused
+from .model import adapters as adapters
+from .model import combine as combine
+from .model import compress as compress
+from .model import disabled as disabled
+from .model import inject as inject
+from .model import merge as merge
+from .model import parameter_groups as parameter_groups
+from .model import remove as remove
+from .model import set_active as set_active
+from .model import shrink as shrink
+from .model import unmerge as unmerge
+from .model import verify as verify
+from .model.adapter_file import load_adapter as load_adapter
+from .model.adapter_file import read_header as read_header
+from .model.adapter_file import save_adapter as save_adapter
+from .model.data_driven import choose_ranks as choose_ranks
+from .model.data_driven import start_from_data as start_from_data
+from .training import FitGuard as FitGuard
+from .training import LoRACallback as LoRACallback
+from .training import PrefixCache as PrefixCache
+from .training import cross_fit as cross_fit
+
+__version__: str

@@ -1,0 +1,16 @@
+from .batch_norm_agreement import Opinion as Opinion
+from .batch_norm_agreement import second_opinion as second_opinion
+from .distances import Interval as Interval
+from .distances import bootstrap as bootstrap
+from .distances import coral_distance as coral_distance
+from .distances import frechet_distance as frechet_distance
+from .distances import mmd as mmd
+from .measure import compare as compare
+from .measure import expected_accuracy as expected_accuracy
+from .measure import expected_drop as expected_drop
+from .measure import proxy_a_distance as proxy_a_distance
+from .measure import shift as shift
+from .source_statistics import LayerStatistics as LayerStatistics
+from .source_statistics import SourceStatistics as SourceStatistics
+from .verdicts import Shift as Shift
+from .verdicts import verdict as verdict

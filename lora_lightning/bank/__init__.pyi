@@ -1,0 +1,1 @@
+from .adapter_bank import AdapterBank as AdapterBank

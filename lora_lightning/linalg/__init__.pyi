@@ -1,0 +1,10 @@
+from .decompose import effective_rank as effective_rank
+from .decompose import energy_rank as energy_rank
+from .decompose import explained_variance as explained_variance
+from .decompose import optimal_hard_threshold as optimal_hard_threshold
+from .decompose import pivoted_qr as pivoted_qr
+from .decompose import truncated_svd as truncated_svd
+from .nonnegative import NMF as NMF
+from .nonnegative import nmf as nmf
+from .nonnegative import semi_nmf as semi_nmf
+from .streaming_svd import StreamingSVD as StreamingSVD

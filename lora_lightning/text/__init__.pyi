@@ -1,0 +1,11 @@
+from .parallel import Pair as Pair
+from .parallel import ParallelData as ParallelData
+from .parallel import read_pairs as read_pairs
+from .self_training import PseudoTranslationCallback as PseudoTranslationCallback
+from .subwords import Subwords as Subwords
+from .translation import Translation as Translation
+from .translation_guard import TranslationLimits as TranslationLimits
+from .translation_memory import TranslationMemory as TranslationMemory
+from .translators import Translator as Translator
+from .translators import load_translator as load_translator
+from .translators import save_translator as save_translator

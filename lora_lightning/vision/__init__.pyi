@@ -1,0 +1,10 @@
+from .backbones import create_backbone as create_backbone
+from .classifier import Classifier as Classifier
+from .data.image_domains import ImageDomains as ImageDomains
+from .data.pose_domains import Pose as Pose
+from .data.pose_domains import PoseDomains as PoseDomains
+from .data.pose_domains import read_poses as read_poses
+from .data.pose_domains import write_poses as write_poses
+from .pose_regressor import PoseRegressor as PoseRegressor
+from .pose_self_training import PoseLimits as PoseLimits
+from .pose_self_training import TransductivePose as TransductivePose
