@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,10 +254,9 @@ def _keyed(key: str, mapping: Any) -> dict[str, Any]:
     return {f"{key}[{pattern!r}]": value for pattern, value in mapping.items()}
 
 
-def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
-    names = list(choices)
-    if value not in names:
-        raise ConfigError(f"{key} must be one of {', '.join(map(repr, names))}; got {value!r}")
+def _check_choice(key: str, value: Any, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def _is_int(value: Any) -> bool:
