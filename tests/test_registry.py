@@ -73,7 +73,7 @@ def test_a_decorator_leaves_its_function_as_it_is():
 
 def test_plugins_are_loaded_on_the_first_miss_and_once(plugin, colours, tmp_path):
     log = tmp_path / "log"
-    plugin("counting", f"open({str(log)!r}, 'a').write('loaded ')")
+    plugin("counting", f"with open({str(log)!r}, 'a') as log: log.write('loaded ')")
     assert "red" in colours
     assert not log.exists()
     for _ in range(2):
