@@ -115,7 +115,7 @@ def test_a_plugin_adds_an_initialisation(plugin):
     x, weight = torch.randn(4, 6), model[0].weight.detach().clone()
     before = model(x)
     inject(model, rank=2, target_modules=["0"], init="halves")
-    assert torch.equal(named_factors(model)["0.weight"].lora_A, weight[:2] / 2)
+    assert torch.equal(named_factors(model, "default")["0.weight"].lora_A, weight[:2] / 2)
     assert torch.allclose(model(x), before)
     with pytest.raises(ConfigError, match=r"init must be one of 'zero', .*'corda', 'halves'; got"):
         LoRAConfig(init="half")
