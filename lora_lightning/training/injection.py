@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.injection import place
 from lora_lightning.model.injection_report import InjectionReport
-from lora_lightning.model.state import merged_layers, state_of
+from lora_lightning.model.state import ModelState, merged_layers, state_of
 from lora_lightning.model.switching import set_active
 from lora_lightning.training import checks
 from lora_lightning.training.data_driven import choose_in_trainer
@@ -41,11 +42,17 @@ def inject_in_trainer(
     # It may have been there, asleep behind another.
     set_active(network, name)
     # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
-    state = state_of(network)
-    unranked = state is not None and name in state.unranked
+    unranked = name in state_in(network).unranked
     if unranked and trainer.training and checks.is_new(trainer):
         return choose_in_trainer(trainer, pl_module, network, name, data)
     return report
+
+
+def state_in(network: nn.Module) -> ModelState:
+    """What an injected network remembers."""
+    state = state_of(network)
+    assert state is not None
+    return state
 
 
 def after_configure_model(pl_module: LightningModule, then: Callable[[], None]) -> None:
