@@ -79,6 +79,21 @@ def trainer(tmp_path, *callbacks, **options) -> pl.Trainer:
         return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
 
 
+def fitted(tmp_path, module, *callbacks, data=None, held_out=None, ckpt=None, **options):
+    """The trainer, after a fit with these callbacks."""
+    t = trainer(tmp_path, *callbacks, **options)
+    t.fit(module, loader() if data is None else data, held_out, ckpt_path=ckpt)
+    return t
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, std: float = 0.1, seed: int = 0) -> None:
     """Give every B random values, so that adapters have an effect."""
