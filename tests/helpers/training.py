@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import lightning.pytorch as pl
@@ -50,6 +51,12 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(
             [p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0
         )
+
+
+def alike(count: int) -> list[Module]:
+    """Modules with the same weights."""
+    model = tiny_vit()
+    return [Module(copy.deepcopy(model)) for _ in range(count)]
 
 
 def lora(**options) -> LoRACallback:

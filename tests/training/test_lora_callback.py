@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,17 @@ from lora_lightning.errors import (
 )
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, fitted, loader, lora, same, tiny_vit, trainer, weights
-
-
-def alike(count: int) -> list[Module]:
-    """Modules with the same weights."""
-    model = tiny_vit()
-    return [Module(copy.deepcopy(model)) for _ in range(count)]
+from tests.helpers.training import (
+    Module,
+    alike,
+    fitted,
+    loader,
+    lora,
+    same,
+    tiny_vit,
+    trainer,
+    weights,
+)
 
 
 def test_factors_and_head_train_and_the_base_stays(tmp_path):
