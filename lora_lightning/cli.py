@@ -1,6 +1,6 @@
 """The command ``lora-lightning``: run, list and copy recipes; inspect and merge adapters.
 
-The commands for speakers are in cli_speech.py.
+Those of one modality are in its own ``cli.py``.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import AdapterFileError, ConfigError, LoRALightningError
-from lora_lightning.speech.cli import add_commands
+from lora_lightning.errors import ConfigError, LoRALightningError
+from lora_lightning.speech import cli as speech
+from lora_lightning.vision import cli as vision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,14 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", metavar="ADAPTER.safetensors", type=Path)
     inspect.set_defaults(command=_inspect)
 
-    merge = commands.add_parser("merge", help="write a timm model with an adapter merged in")
-    merge.add_argument("--model", required=True, metavar="NAME", help="the base's name in timm")
-    merge.add_argument("--checkpoint", metavar="FILE", type=Path, help="the base's weights")
-    merge.add_argument("--adapter", required=True, metavar="FILE", type=Path)
-    merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
-    merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")
-    merge.set_defaults(command=_merge)
-    add_commands(commands)
+    vision.add_commands(commands)
+    speech.add_commands(commands)
     return parser
 
 
@@ -201,12 +196,9 @@ def _copy(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise ConfigError(f"{target} exists already; choose another folder, or remove it first")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    _console().print(
-        f"edit {target / 'recipe.yaml'}, then:\n  lora-lightning run ./{target}"
-        if not target.is_absolute()
-        else f"edit {target / 'recipe.yaml'}, then:\n  lora-lightning run {target}",
-        soft_wrap=True,
-    )
+    here = "" if target.is_absolute() else "./"
+    edited = f"edit {target / 'recipe.yaml'}, then:\n  lora-lightning run {here}{target}"
+    _console().print(edited, soft_wrap=True)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -242,36 +234,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         shape = "×".join(map(str, t["shape"]))
         table.add_row(Text(where), t["kind"], t["path"], shape, str(t["rank"]))
     console.print(table)
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
-
-    from lora_lightning.model.adapter_file.format import read
-    from lora_lightning.model.adapter_file.load import load_adapter
-    from lora_lightning.model.introspection import classifier_modules
-    from lora_lightning.model.switching import merge
-    from lora_lightning.vision.backbones import create_backbone
-
-    _, tensors = read(arguments.adapter)
-    classes = arguments.num_classes
-    if classes is None:
-        heads = classifier_modules(create_backbone(arguments.model, 2))
-        sizes = [tensors[f"{h}.weight"].shape[0] for h in heads if f"{h}.weight" in tensors]
-        if not sizes:
-            raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
-        classes = sizes[0]
-    model = create_backbone(arguments.model, classes, arguments.checkpoint)
-    load_adapter(model, arguments.adapter)
-    merge(model)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tensors that share memory, and non-contiguous ones.
-    weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, arguments.out)
-    _console().print(
-        f"{arguments.out}: {arguments.model} with {classes} classes, {len(weights)} tensors",
-        soft_wrap=True,
-    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
 """How names become things: tables to which this package, a user and other packages add by name.
 
-    INITIALISATIONS: Registry[Method] = Registry("initialisation")
+    RULES: Registry[Rule] = Registry("rank rule")
 
-    @INITIALISATIONS.register("svd")
-    def svd(...): ...
+    @RULES.register("explained-variance")
+    def by_explained_variance(...): ...
 
 Another package adds to them from a module that it names as an entry point of the group
-`lora_lightning.plugins`; such modules are imported when a name is not known otherwise.
+`lora_lightning.plugins`; these are imported where a name is not known otherwise, or all are listed.
 """
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lora_lightning.errors import ConfigError
 
-PLUGINS = "lora_lightning.plugins"
 T = TypeVar("T")
+Added = TypeVar("Added")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -30,7 +31,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Name → thing, in the order in which they were registered.
+    """Name → thing, in the order in which they were registered; those of plugins come last.
 
     Args:
         kind: What its things are called in an error.
@@ -40,12 +41,12 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._known: dict[str, T] = {}
+        self._known: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Added], Added]:
         """Decorator that adds a thing by this name; raises ConfigError where that is taken."""
 
-        def add(thing: T) -> T:
+        def add(thing: Added) -> Added:
             if self._known.setdefault(name, thing) is not thing:
                 raise ConfigError(f"there is another {self.kind} called {name!r}")
             return thing
@@ -56,7 +57,13 @@ class Registry(Generic[T]):
         """The thing of this name; raises ConfigError with the nearest names where there is none."""
         if name not in self:
             raise ConfigError(unknown(self.kind, name, self._known))
-        return self._known[name]
+        return self._known[name]  # type: ignore[no-any-return]
+
+    __getitem__ = get
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """All of them, each with its name."""
+        return ((name, self._known[name]) for name in self)
 
     def __contains__(self, name: object) -> bool:
         if name not in self._known:
@@ -64,13 +71,20 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __iter__(self) -> Iterator[str]:
+        Registry._load_plugins()
         return iter(self._known)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
     @staticmethod
     def _load_plugins() -> None:
-        if not Registry._plugins_are_loaded:
-            Registry._plugins_are_loaded = True  # first: a plugin may look a name up
-            from importlib.metadata import entry_points
+        from importlib.metadata import entry_points
 
-            for plugin in entry_points(group=PLUGINS):
+        # Noted first: a plugin may look a name up.
+        loaded, Registry._plugins_are_loaded = Registry._plugins_are_loaded, True
+        for plugin in () if loaded else entry_points(group="lora_lightning.plugins"):
+            try:
                 plugin.load()
+            except Exception as error:  # whatever another package's code may raise
+                warnings.warn(f"plugin {plugin.name!r} cannot be used: {error!r}", stacklevel=2)

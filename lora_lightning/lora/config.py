@@ -11,6 +11,7 @@ from typing import Any
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.rank_rules import RULES
+from lora_lightning.lora.values import check_choice, is_real, is_whole, keyed, patterns, plain
 from lora_lightning.registry import unknown
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
@@ -100,34 +101,34 @@ class LoRAConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self.target_modules = _patterns("target_modules", self.target_modules)
-        self.exclude_modules = _patterns("exclude_modules", self.exclude_modules)
-        self.trainable = _patterns("trainable", self.trainable)
+        self.target_modules = patterns("target_modules", self.target_modules)
+        self.exclude_modules = patterns("exclude_modules", self.exclude_modules)
+        self.trainable = patterns("trainable", self.trainable)
         for key, alpha in {
             "alpha": self.alpha,
-            **_keyed("alpha_pattern", self.alpha_pattern),
+            **keyed("alpha_pattern", self.alpha_pattern),
         }.items():
-            if not _is_real(alpha) or not 0 < alpha < math.inf:
+            if not is_real(alpha) or not 0 < alpha < math.inf:
                 raise ConfigError(f"{key} must be a number above 0, got {alpha!r}")
-        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"dropout must lie in [0, 1), got {self.dropout!r}; 0 switches it off"
             )
-        _check_choice("scaling", self.scaling, SCALING_RULES)
-        _check_choice("init", self.init, METHODS)
+        check_choice("scaling", self.scaling, SCALING_RULES)
+        check_choice("init", self.init, METHODS)
         self._check_ranks()
         if not self.target_modules:
             raise ConfigError('target_modules is empty; "auto" lets the library choose')
         self._check_flags()
 
     def _check_ranks(self) -> None:
-        given = {"max_rank": self.max_rank, **_keyed("rank_pattern", self.rank_pattern)}
+        given = {"max_rank": self.max_rank, **keyed("rank_pattern", self.rank_pattern)}
         if self.parameter_budget is not None:
             given["parameter_budget"] = self.parameter_budget
         for key, rank in given.items():
-            if not _is_int(rank) or rank < 1:
+            if not is_whole(rank) or rank < 1:
                 raise ConfigError(f"{key} must be a whole number of at least 1, got {rank!r}")
-        if self.rank != "auto" and (not _is_int(self.rank) or int(self.rank) < 1):
+        if self.rank != "auto" and (not is_whole(self.rank) or int(self.rank) < 1):
             raise ConfigError(
                 f'rank must be a whole number of at least 1, got {self.rank!r}; "auto" lets the '
                 "target's data decide"
@@ -138,12 +139,12 @@ class LoRAConfig:
             )
         if self.prune_to is not None:
             self._check_pruning(self.prune_to)
-        _check_choice("rank_rule", self.rank_rule, RULES)
-        if not _is_real(self.rank_energy) or not 0 < self.rank_energy <= 1:
+        check_choice("rank_rule", self.rank_rule, RULES)
+        if not is_real(self.rank_energy) or not 0 < self.rank_energy <= 1:
             raise ConfigError(f"rank_energy must lie in (0, 1], got {self.rank_energy!r}")
 
     def _check_pruning(self, to: float) -> None:
-        if not _is_real(to) or not 1 <= to < math.inf:
+        if not is_real(to) or not 1 <= to < math.inf:
             raise ConfigError(f"prune_to is a mean rank of at least 1, got {to!r}")
         if self.rank != "auto" and to >= int(self.rank):
             raise ConfigError(
@@ -159,7 +160,7 @@ class LoRAConfig:
         for key in ("dora", "freeze_a", "xs", "clamp_rank"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} must be true or false, got {getattr(self, key)!r}")
-        if self.seed is not None and (not _is_int(self.seed) or self.seed < 0):
+        if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
             raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         self._check_xs()
         if self.blocks is None:
@@ -167,7 +168,7 @@ class LoRAConfig:
         if isinstance(self.blocks, (str, Mapping)) or not isinstance(self.blocks, Iterable):
             raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
         self.blocks = list(self.blocks)
-        if not self.blocks or not all(_is_int(index) for index in self.blocks):
+        if not self.blocks or not all(is_whole(index) for index in self.blocks):
             raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
 
     def _check_xs(self) -> None:
@@ -207,11 +208,9 @@ class LoRAConfig:
             ConfigError: an unknown key (with the nearest known one), or a bad value.
         """
         if isinstance(config, LoRAConfig):
-            given: dict[str, Any] = {
-                f.name: getattr(config, f.name) for f in dataclasses.fields(cls)
-            }
+            given = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
         elif config is None or isinstance(config, Mapping):
-            given = _to_plain(config)
+            given = plain(config)
         else:
             raise ConfigError(f"expected a LoRAConfig or a mapping, got {type(config).__name__}")
         given.update(kwargs)
@@ -220,49 +219,3 @@ class LoRAConfig:
             if key not in known:
                 raise ConfigError(unknown("key", str(key), known))
         return cls(**given)
-
-
-def _to_plain(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if type(config).__module__.startswith("omegaconf"):
-        from omegaconf import OmegaConf
-
-        return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    return dict(config)
-
-
-def _patterns(key: str, value: Any) -> list[str]:
-    """A list of pattern strings from a string, a class, or an iterable of both."""
-    if isinstance(value, (str, type)):
-        value = [value]
-    if value is None or isinstance(value, Mapping) or not isinstance(value, Iterable):
-        raise ConfigError(f"{key} must be a string, a class or a list of them, got {value!r}")
-    patterns = []
-    for item in value:
-        if isinstance(item, type):
-            item = f"type:{item.__module__}.{item.__qualname__}"
-        if not isinstance(item, str) or not item.strip():
-            raise ConfigError(f"{key} holds {item!r}; expected a pattern (a string) or a class")
-        patterns.append(item)
-    return patterns
-
-
-def _keyed(key: str, mapping: Any) -> dict[str, Any]:
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{key} must map patterns to numbers, got {mapping!r}")
-    return {f"{key}[{pattern!r}]": value for pattern, value in mapping.items()}
-
-
-def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
-    names = list(choices)
-    if value not in names:
-        raise ConfigError(f"{key} must be one of {', '.join(map(repr, names))}; got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Starting values of the factors: one function a method, listed in `METHODS`.
+"""Starting values of the factors: one function a method, registered in `METHODS`.
 
 A method sees the layer's weight as a matrix W (out, in·kernel) and gives A and B. Where its
 product s·BA is not zero, the layer keeps that product aside, frozen, and adapts by
@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_lightning.errors import DecompositionError
 from lora_lightning.linalg.decompose import SVD, pivoted_qr, truncated_svd
+from lora_lightning.registry import Registry
 
 GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the start
 RANDOMISED_FROM = 512  # smaller side of a weight from which its SVD is randomised
@@ -66,10 +67,29 @@ class Method:
     """
 
     start: Callable[[Setting], Start]
-    needs: str = "nothing"
-    moves: bool = False
+    needs: str
+    moves: bool
 
 
+METHODS: Registry[Method] = Registry("initialisation")
+F = TypeVar("F", bound=Callable[[Setting], Start])
+
+
+def initialisation(name: str, *, needs: str = "nothing", moves: bool = False) -> Callable[[F], F]:
+    """Decorator that makes a function the initialisation ``init=name``; for the rest see `Method`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def add(start: F) -> F:
+        METHODS.register(name)(Method(start, needs, moves))
+        return start
+
+    return add
+
+
+@initialisation("zero")
 def uniform(s: Setting) -> Start:
     r"""B = 0 and A uniform in :math:`\pm 1/\sqrt{in}`.
 
@@ -82,6 +102,7 @@ def uniform(s: Setting) -> Start:
     return drawn.uniform_(-bound, bound, generator=s.generator), None
 
 
+@initialisation("orthogonal")
 def orthogonal(s: Setting) -> Start:
     r"""B = 0 and A with orthonormal rows, :math:`A A^T = I / 3`.
 
@@ -93,6 +114,7 @@ def orthogonal(s: Setting) -> Start:
     return q / math.sqrt(3), None
 
 
+@initialisation("pissa", moves=True)
 def pissa(s: Setting) -> Start:
     r"""The principal singular values and vectors: :math:`s\,BA = U_r S_r V_r^T`.
 
@@ -104,6 +126,7 @@ def pissa(s: Setting) -> Start:
     return lora_A, lora_B
 
 
+@initialisation("milora", moves=True)
 def milora(s: Setting) -> Start:
     r"""The smallest singular values and vectors, so that what the source does best is kept.
 
@@ -115,6 +138,7 @@ def milora(s: Setting) -> Start:
     return lora_A, lora_B
 
 
+@initialisation("olora", moves=True)
 def olora(s: Setting) -> Start:
     r"""An orthonormal B: :math:`s\,BA = Q_r R_r` of the weight's pivoted QR.
 
@@ -125,6 +149,7 @@ def olora(s: Setting) -> Start:
     return r / s.scaling, q
 
 
+@initialisation("eva", needs="inputs")
 def eva(s: Setting) -> Start:
     """B = 0 and A the right singular vectors of the layer's inputs on the target.
 
@@ -134,6 +159,7 @@ def eva(s: Setting) -> Start:
     return _directions(s, s.data), None
 
 
+@initialisation("activation-nmf", needs="rows")
 def activation_nmf(s: Setting) -> Start:
     """B = 0 and A the parts of which the layer's inputs on the target are sums, of unit length.
 
@@ -151,6 +177,7 @@ def activation_nmf(s: Setting) -> Start:
     return _directions(s, found.H / length.clamp_min(torch.finfo(length.dtype).tiny)), None
 
 
+@initialisation("lora-ga", needs="gradient", moves=True)
 def lora_ga(s: Setting) -> Start:
     r"""The first step is that of full fine-tuning, as far as rank r allows.
 
@@ -166,6 +193,7 @@ def lora_ga(s: Setting) -> Start:
     return size * vh[: s.rank], size * u[:, of_b]
 
 
+@initialisation("corda", needs="covariance", moves=True)
 def corda(s: Setting) -> Start:
     r"""What the weight does to this target: :math:`W C = U S V^T, s\,BA = U_r S_r V_r^T C^{-1}`.
 
@@ -191,16 +219,3 @@ def _directions(s: Setting, found: Tensor) -> Tensor:
     basis = torch.linalg.qr(found.T).Q
     rest = torch.linalg.qr((drawn - (drawn @ basis) @ basis.T).T).Q.T
     return torch.cat([found, rest])
-
-
-METHODS: dict[str, Method] = {
-    "zero": Method(uniform),
-    "orthogonal": Method(orthogonal),
-    "pissa": Method(pissa, moves=True),
-    "milora": Method(milora, moves=True),
-    "olora": Method(olora, moves=True),
-    "eva": Method(eva, needs="inputs"),
-    "activation-nmf": Method(activation_nmf, needs="rows"),
-    "lora-ga": Method(lora_ga, needs="gradient", moves=True),
-    "corda": Method(corda, needs="covariance", moves=True),
-}

@@ -21,6 +21,7 @@ from lora_lightning.linalg.decompose import (
     explained_variance,
     optimal_hard_threshold,
 )
+from lora_lightning.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,26 @@ class Spectrum:
         return found
 
 
+# From a `Spectrum` and a part of the variance to a number of directions.
+RULES: Registry[Callable[[Spectrum, float], int]] = Registry("rank rule")
+
+
+@RULES.register("explained-variance")
 def by_explained_variance(s: Spectrum, energy: float) -> int:
     """The fewest directions that hold this part of the inputs' variance."""
     return energy_rank(s.values, energy)
 
 
+@RULES.register("hard-threshold")
 def by_hard_threshold(s: Spectrum, energy: float) -> int:
     """The directions that stand out of noise, see `lora_lightning.linalg.decompose`."""
     return int((s.values > optimal_hard_threshold(s.values, s.shape)).sum())
 
 
+@RULES.register("effective-rank")
 def by_effective_rank(s: Spectrum, energy: float) -> int:
     """The exponential of the spectrum's entropy, rounded."""
     return round(effective_rank(s.values))
-
-
-# From a `Spectrum` and a part of the variance to a number of directions.
-RULES: dict[str, Callable[[Spectrum, float], int]] = {
-    "explained-variance": by_explained_variance,
-    "hard-threshold": by_hard_threshold,
-    "effective-rank": by_effective_rank,
-}
 
 
 def choose(

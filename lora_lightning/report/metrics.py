@@ -28,6 +28,7 @@ class Unit:
 PERCENT, DEGREES = Unit("%", " %", 100), Unit("degrees", "°", 1)
 # A metric that is not named here is a fraction, and shown in percent.
 UNITS = {AZIMUTH_ERROR: DEGREES}
+CLOSE = 15.0  # degrees: an angle as near as this counts as right
 
 
 def angle_between(one: float, other: float) -> float:

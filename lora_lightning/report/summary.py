@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
-from lora_lightning.report.results import Run
+from lora_lightning.report.results import HELD_OUT, Prediction, Run
 
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
@@ -186,6 +186,12 @@ class Summary:
         note = f"In {self.unit.name}, {spread}{targets}. "
         note += "Bold: best on the target, with and without its labels."
         return note + " *: seeds without a value for each domain are left out." * lost
+
+
+def target_items(run: Run) -> list[Prediction]:
+    """The held-out items of the target."""
+    source = Summary(run).source
+    return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
 
 
 def _source_of(run: Run) -> Any:

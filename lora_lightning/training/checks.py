@@ -118,6 +118,33 @@ def _check_average(trainer: Trainer, own: Any, other: Callback, early: bool) -> 
         )
 
 
+def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
+    """The one `LoRACallback` (`kind`) that a `FitGuard` stands behind.
+
+    Raises:
+        ConfigError: there is none or several, or something would undo the guard's choice.
+    """
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, AVERAGES):
+            raise ConfigError(
+                f"{type(other).__name__} copies its average over the model that FitGuard has "
+                "chosen at the end, or FitGuard drops the average: use one of the two"
+            )
+    found = [c for c in callbacks[: callbacks.index(guard)] if isinstance(c, kind)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"FitGuard watches one LoRACallback, and {len(found)} stand before it in "
+            "`callbacks`: use [LoRACallback(...), FitGuard()]"
+        )
+    if found[0].config.prune_to is not None:
+        raise ConfigError(
+            "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
+            "prune_to out (it lowers ranks itself, lower_rank=True), or the guard"
+        )
+    return found[0]
+
+
 def check_all_within(pl_module: LightningModule, path: str, who: str) -> None:
     """Refuse what changes in training outside the backbone, where `who` cannot take it back."""
     backbone = find_backbone(pl_module, path)

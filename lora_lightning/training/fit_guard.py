@@ -113,26 +113,7 @@ class FitGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the `LoRACallback` that is watched."""
-        callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-        for other in callbacks:
-            if isinstance(other, checks.AVERAGES):
-                raise ConfigError(
-                    f"{type(other).__name__} copies its average over the model that FitGuard has "
-                    "chosen at the end, or FitGuard drops the average: use one of the two"
-                )
-        before = callbacks[: callbacks.index(self)]
-        found = [c for c in before if isinstance(c, LoRACallback)]
-        if len(found) != 1:
-            raise ConfigError(
-                f"FitGuard watches one LoRACallback, and {len(found)} stand before it in "
-                "`callbacks`: use [LoRACallback(...), FitGuard()]"
-            )
-        self._adapter = found[0]
-        if self._adapter.config.prune_to is not None:
-            raise ConfigError(
-                "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
-                "prune_to out (it lowers ranks itself, lower_rank=True), or the guard"
-            )
+        self._adapter = checks.watched(trainer, self, LoRACallback)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is trained must be the guard's to take back."""

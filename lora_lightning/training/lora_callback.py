@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
-from lora_lightning.errors import AdapterError, ConfigError
+from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import effective_rank, spectrum
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.data_driven.initialise import Forward
-from lora_lightning.model.injection import place
 from lora_lightning.model.injection_report import InjectionReport
-from lora_lightning.model.state import ModelState, merged_layers, named_factors, state_of
-from lora_lightning.model.switching import set_active
-from lora_lightning.training import checks
+from lora_lightning.model.state import named_factors
+from lora_lightning.training import checks, injection
 from lora_lightning.training.checkpoint_hooks import Adapter
 from lora_lightning.training.checkpoint_hooks import install as install_hooks
-from lora_lightning.training.data_driven import choose_in_trainer, start_in_trainer
+from lora_lightning.training.data_driven import start_in_trainer
 from lora_lightning.training.first_batch import FirstBatch
 from lora_lightning.training.rank_schedule import RankSchedule
 
@@ -115,23 +113,12 @@ class LoRACallback(Callback):
         if checks.has_backbone(pl_module, self.backbone):
             self._inject(trainer, pl_module)
         if self.report_ is None or checks.builds_late(pl_module):
-            self._after_configure_model(trainer, pl_module)
+            injection.after_configure_model(pl_module, partial(self._inject, trainer, pl_module))
 
     def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        backbone = checks.find_backbone(pl_module, self.backbone)
-        state = state_of(backbone)
-        if state is not None and self.name in state.configs and merged_layers(backbone):
-            if trainer.training:
-                raise AdapterError("the model is merged; call unmerge(model) before training it")
-            self.report_ = state.reports[self.name]
-            return
-        self.report_ = place(backbone, self.config, self.name)
-        # It may have been there, asleep behind another.
-        set_active(backbone, self.name)
-        # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
-        state = self._state(backbone)
-        if self.name in state.unranked and trainer.training and checks.is_new(trainer):
-            self.report_ = choose_in_trainer(trainer, pl_module, backbone, self.name, self.data)
+        self.report_ = injection.inject_in_trainer(
+            trainer, pl_module, self.backbone, self.config, self.name, self.data
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""
@@ -141,17 +128,14 @@ class LoRACallback(Callback):
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
             self._first_batch = FirstBatch(backbone)
-        self.report_ = report = self._state(backbone).reports[self.name]
-        sizes = {
-            "lora/trainable_parameters": float(report.trainable_parameters),
-            "lora/factor_parameters": float(report.factor_parameters),
-        }
-        self._log(trainer, sizes)
+        self.report_ = report = injection.state_in(backbone).reports[self.name]
+        counts = ("trainable_parameters", "factor_parameters")
+        self._log(trainer, {f"lora/{name}": float(getattr(report, name)) for name in counts})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the target's batches, where `init` looks at them and none has before."""
         backbone = checks.find_backbone(pl_module, self.backbone)
-        if checks.is_new(trainer) and self.name in self._state(backbone).unstarted:
+        if checks.is_new(trainer) and self.name in injection.state_in(backbone).unstarted:
             start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
         self._ranks.start(trainer, backbone, self.name)
 
@@ -213,7 +197,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         self._batch_norm.stop(backbone)
         self._ranks.finish(backbone, self.name)
-        self.report_ = self._state(backbone).reports[self.name]
+        self.report_ = injection.state_in(backbone).reports[self.name]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / f"{self.name}.safetensors"
@@ -232,7 +216,7 @@ class LoRACallback(Callback):
         self._clean(pl_module)
 
     def _clean(self, pl_module: LightningModule) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        injection.put_back(pl_module)
         if self._first_batch is not None:  # the fit ended before its first backward pass
             self._first_batch.close()
             self._first_batch = None
@@ -259,22 +243,6 @@ class LoRACallback(Callback):
             backbone = checks.find_backbone(pl_module, self.backbone)
             save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
 
-    def _state(self, backbone: nn.Module) -> ModelState:
-        state = state_of(backbone)
-        assert state is not None
-        return state
-
     def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-    def _after_configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Inject right after the module's own ``configure_model``, until `teardown`."""
-        original = pl_module.configure_model
-
-        def wrapped() -> None:
-            original()
-            self._inject(trainer, pl_module)
-
-        # In __dict__: a module's __setattr__ has no business with it.
-        pl_module.__dict__["configure_model"] = wrapped

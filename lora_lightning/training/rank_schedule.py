@@ -14,6 +14,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.model import state as states
 from lora_lightning.model.compression import compress, report_anew
 from lora_lightning.model.data_driven.prune import Pruner, rescale
+from lora_lightning.training.injection import state_in
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
@@ -103,8 +104,7 @@ class RankSchedule:
                 f"{END:.0%} of the steps that the trainer announces: let it take them, or give it "
                 "no more than it will take (max_epochs, max_steps)"
             )
-        state = states.state_of(backbone)
-        assert state is not None
+        state = state_in(backbone)
         # A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank.
         scale = state.configs[name].scale
         for f in self._pruner.factors.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import lightning.pytorch as pl
@@ -52,6 +53,12 @@ class Module(pl.LightningModule):
         )
 
 
+def alike(count: int) -> list[Module]:
+    """Modules with the same weights."""
+    model = tiny_vit()
+    return [Module(copy.deepcopy(model)) for _ in range(count)]
+
+
 def lora(**options) -> LoRACallback:
     """A callback of rank 2."""
     return LoRACallback(**{"rank": 2, "seed": 0, **options})
@@ -77,6 +84,21 @@ def trainer(tmp_path, *callbacks, **options) -> pl.Trainer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def fitted(tmp_path, module, *callbacks, data=None, held_out=None, ckpt=None, **options):
+    """The trainer, after a fit with these callbacks."""
+    t = trainer(tmp_path, *callbacks, **options)
+    t.fit(module, loader() if data is None else data, held_out, ckpt_path=ckpt)
+    return t
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 @torch.no_grad()

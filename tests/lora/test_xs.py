@@ -39,7 +39,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.xs import Basis, XSFactors, leading_halves
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, tiny_vit, trainer
+from tests.helpers.training import Module, fitted, same, tiny_vit
 from tests.helpers.zoo import ZOO, targets
 from tests.model.test_state import calls
 
@@ -53,6 +53,12 @@ def move(model: nn.Module, seed: int = 0, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for factors in (m for m in model.modules() if isinstance(m, XSFactors)):
         factors.core.copy_(std * torch.randn(factors.core.shape, generator=generator))
+
+
+def moved_vit(base: nn.Module | None = None, seed: int = 0, **options) -> nn.Module:
+    model = xs_vit(base, **options)
+    move(model, seed)
+    return model
 
 
 def factors_of(model: nn.Module, name: str = "default") -> dict[str, XSFactors]:
@@ -204,8 +210,7 @@ def test_adapters_of_one_rank_share_what_is_frozen(tmp_path):
     base = tiny_vit()
     paths = []
     for seed in range(3):
-        model = xs_vit(base)
-        move(model, seed)
+        model = moved_vit(base, seed)
         paths.append((save_adapter(model, tmp_path / f"{seed}.safetensors"), model(X)))
     many = copy.deepcopy(base)
     for i, (path, _) in enumerate(paths):
@@ -260,8 +265,7 @@ def test_state_dicts_hold_cores_and_no_more():
 
 
 def test_a_source_checkpoint_after_injection_gives_its_vectors():
-    other, model = tiny_vit(), xs_vit()
-    move(model)
+    other, model = tiny_vit(), moved_vit()
     model.load_state_dict(other.state_dict(), strict=True)
     for path, f in factors_of(model).items():
         raw = other.get_parameter(path).reshape(f.matrix)
@@ -274,16 +278,14 @@ def test_a_source_checkpoint_after_injection_gives_its_vectors():
 
 def test_a_whole_state_dict_brings_base_and_core_together():
     """Another base and trained cores: the frozen factors must follow the base."""
-    trained, model = xs_vit(), xs_vit()
-    move(trained)
+    trained, model = moved_vit(), xs_vit()
     model.load_state_dict(trained.state_dict(), strict=True)
     assert torch.equal(model(X), trained(X))
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_injected_on_the_meta_device(whole):
-    trained = xs_vit()
-    move(trained)
+    trained = moved_vit()
     source = copy.deepcopy(trained)
     remove(source)
     with torch.device("meta"):
@@ -302,8 +304,7 @@ def test_injected_on_the_meta_device(whole):
 
 def test_a_file_is_refused_by_a_base_with_other_vectors(tmp_path, monkeypatch):
     base = tiny_vit()
-    model = xs_vit(base)
-    move(model)
+    model = moved_vit(base)
     path = save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(BaseMismatchError, match="other weights"):
         load_adapter(tiny_vit(), path)
@@ -324,8 +325,7 @@ def test_a_base_in_another_precision(tmp_path):
     base = tiny_vit()
     half = copy.deepcopy(base).bfloat16()
     kept = copy.deepcopy(half.state_dict())
-    model = xs_vit(base, rank=40)
-    move(model)
+    model = moved_vit(base, rank=40)
     path = save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(BaseMismatchError, match="holds cores alone"):
         load_adapter(half, path)
@@ -337,8 +337,7 @@ def test_a_base_in_another_precision(tmp_path):
 
 
 def test_an_inactive_and_a_merged_one_save_the_same_file(tmp_path):
-    model = xs_vit()
-    move(model)
+    model = moved_vit()
     path = save_adapter(model, tmp_path / "a.safetensors")
     merge(model)
     assert save_adapter(model, tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
@@ -356,8 +355,7 @@ def test_an_inactive_and_a_merged_one_save_the_same_file(tmp_path):
 
 def test_compress_makes_a_plain_one(tmp_path):
     base = tiny_vit()
-    model = xs_vit(base)
-    move(model)
+    model = moved_vit(base)
     before = {p: f.delta(f.matrix).detach() for p, f in factors_of(model).items()}
     found = compress(model, rank=2)
     assert found.parameters_before == 16 * len(before)
@@ -372,8 +370,7 @@ def test_compress_makes_a_plain_one(tmp_path):
 
 
 def test_combined_with_a_plain_one():
-    model = xs_vit(name="tiny")
-    move(model)
+    model = moved_vit(name="tiny")
     inject(model, rank=2, name="plain", trainable=[])
     with torch.no_grad():
         for f in named_factors(model, "plain").values():
@@ -394,9 +391,7 @@ def test_a_resumed_fit_is_an_uninterrupted_one(tmp_path):
     def fit(epochs, ckpt=None):
         module = Module(copy.deepcopy(base))
         callback = LoRACallback(rank=4, xs=True, output_dir=tmp_path)
-        t = trainer(tmp_path, callback, max_epochs=epochs)
-        t.fit(module, loader(), ckpt_path=ckpt)
-        return module, t, callback
+        return module, fitted(tmp_path, module, callback, max_epochs=epochs, ckpt=ckpt), callback
 
     whole, _, callback = fit(4)
     _, half, _ = fit(2)
@@ -404,8 +399,7 @@ def test_a_resumed_fit_is_an_uninterrupted_one(tmp_path):
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
     assert {k.rpartition(".")[2] for k in stored if ".lora." in k} == {"core"}
     resumed, _, _ = fit(4, tmp_path / "half.ckpt")
-    own = whole.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in resumed.state_dict().items())
+    assert same(whole.state_dict(), resumed.state_dict())
     assert all(f.core.any() for f in factors_of(whole.model).values())
     fresh = copy.deepcopy(base)
     load_adapter(fresh, callback.adapter_path_)

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from lora_lightning.report import plots
-from lora_lightning.report.plots.domains import _apart
-from lora_lightning.report.plots.items import MOST_LABELS, _confusion, sample
-from lora_lightning.report.plots.spectra import _without_common_prefix
+from lora_lightning.report.plots.domains import _apart, domain_plot
+from lora_lightning.report.plots.items import MOST_LABELS, _confusion, confusion_plot, sample
+from lora_lightning.report.plots.ranks import rank_plot
+from lora_lightning.report.plots.spectra import _without_common_prefix, spectrum_plot
 from lora_lightning.report.results import Prediction
 from tests.helpers.report_runs import make_run, row, three_seeds
 
@@ -22,7 +23,7 @@ def test_many_classes_are_thinned(tmp_path: Path) -> None:
     classes = [f"class {i}" for i in range(65)]
     answers = [Prediction("x", "dim-1", c, c, 0.5, classes[0], 0.5, 0) for c in classes[:60]]
     run = make_run(tmp_path, three_seeds(), classes=classes, predictions=answers)
-    figure, caption = plots.confusion_plot(run) or pytest.fail("no plot")
+    figure, caption = confusion_plot(run) or pytest.fail("no plot")
     labels = figure.axes[0].get_yticklabels()
     assert 10 < len(labels) <= MOST_LABELS
     assert "Only some" in caption
@@ -71,9 +72,9 @@ def test_sample_is_fixed_stratified_and_blind_to_the_outcome() -> None:
 
 def test_spectra_without_values_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path, three_seeds(), spectra={"a": [0.0], "b": [], "c": [math.nan]})
-    assert plots.spectrum_plot(run) is None
+    assert spectrum_plot(run) is None
     run.spectra["d"] = [1e-3]
-    assert plots.spectrum_plot(run) is not None
+    assert spectrum_plot(run) is not None
 
 
 def test_layer_names_lose_what_they_share() -> None:
@@ -107,7 +108,7 @@ def test_ranks_are_drawn_by_size_and_the_chosen_one_apart(tmp_path: Path) -> Non
     run = make_run(tmp_path, rows, predictions=[], spectra={})
     drawn = [plot.name for plot in plots.draw(run)]
     assert "ranks" in drawn
-    figure, caption = plots.rank_plot(run) or pytest.fail("no plot")
+    figure, caption = rank_plot(run) or pytest.fail("no plot")
     axes = figure.axes[0]
     fixed, chosen = axes.containers
     assert [list(map(float, c[0].get_xdata())) for c in (fixed, chosen)] == [
@@ -117,7 +118,7 @@ def test_ranks_are_drawn_by_size_and_the_chosen_one_apart(tmp_path: Path) -> Non
     assert list(fixed[0].get_ydata()) == pytest.approx([91, 92, 93])
     assert [t.get_text() for t in axes.get_xticklabels()] == ["10 k", "40 k", "160 k"]
     assert "higher is better" in caption
-    assert plots.rank_plot(make_run(tmp_path, three_seeds())) is None
+    assert rank_plot(make_run(tmp_path, three_seeds())) is None
 
 
 def test_closed_forms_are_thin_where_there_are_many_methods(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_closed_forms_are_thin_where_there_are_many_methods(tmp_path: Path) -> N
     few = make_run(tmp_path, rows[:9])
     many = make_run(tmp_path, [*rows, *three_seeds()])
     for run, thin in ((few, 0), (many, 6)):
-        figure, caption = plots.domain_plot(run) or pytest.fail("no plot")
+        figure, caption = domain_plot(run) or pytest.fail("no plot")
         lines = [line for line in figure.axes[0].lines if line.get_linewidth() == 0.7]
         assert len(lines) == thin
         assert ("closed form 0, closed form 1" in caption) == bool(thin)

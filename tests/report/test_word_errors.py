@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_lightning.report import audio as listen
 from lora_lightning.report import plots
+from lora_lightning.report.plots.speech import enrolment_plot, spectrogram_plot, target_plot
 from lora_lightning.report.plots.style import STYLE
 from lora_lightning.report.results import Prediction, Row, Run, Transcript
 from lora_lightning.report.summary import Summary
@@ -160,13 +161,13 @@ def test_sound_of_any_rate_and_channels_is_played_and_drawn(run, tmp_path, chann
     # The mean of both channels, still at 440 Hz.
     assert np.abs(samples[2000:-2000]).max() == pytest.approx(0.5 / channels, abs=0.01)
     assert np.abs(np.fft.rfft(samples)).argmax() == 440
-    assert plots.spectrogram_plot(run) is not None
+    assert spectrogram_plot(run) is not None
 
 
 def test_a_tone_is_drawn_at_its_frequency(run, tmp_path):
     soundfile.write(tmp_path / "tone.wav", np.sin(np.arange(16_000) * np.pi / 8) / 2, 16_000)
     run.transcripts = [dataclasses.replace(run.transcripts[0], audio=str(tmp_path / "tone.wav"))]
-    figure, _ = plots.spectrogram_plot(run)
+    figure, _ = spectrogram_plot(run)
     axes = figure.axes[0]
     [image] = axes.get_images()
     loudest = np.asarray(image.get_array()).mean(axis=1).argmax()
@@ -183,7 +184,7 @@ def test_long_sentences_fit_the_picture(run, word):
     said = 60 * word
     run.transcripts = [dataclasses.replace(run.transcripts[0], reference=said, source=said + "x")]
     with matplotlib.rc_context(STYLE):
-        figure, _ = plots.spectrogram_plot(run)
+        figure, _ = spectrogram_plot(run)
         figure.savefig(io.BytesIO())
     [axes] = figure.axes
     assert axes.get_position().width > 0.9  # the sentences do not push the picture aside
@@ -195,7 +196,7 @@ def test_long_sentences_fit_the_picture(run, word):
 def test_a_recording_too_short_to_draw_is_left_out(run, tmp_path):
     soundfile.write(tmp_path / "click.wav", np.ones(200) / 2, 16_000)
     run.transcripts = [dataclasses.replace(run.transcripts[0], audio=str(tmp_path / "click.wav"))]
-    assert plots.spectrogram_plot(run) is None
+    assert spectrogram_plot(run) is None
     assert len(played(listen.section(run))) == 1
 
 
@@ -208,7 +209,7 @@ def test_long_recordings_do_not_swell_the_page(run, tmp_path, monkeypatch):
 def test_a_method_that_gave_no_value_is_left_out_of_the_plots(run):
     lost = "full, 5 target labels"
     run.rows = [dataclasses.replace(r, value=np.nan) if r.method == lost else r for r in run.rows]
-    figure, _ = plots.enrolment_plot(run)
+    figure, _ = enrolment_plot(run)
     sizes = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
     assert sizes["full"] == [20, 100]
     assert sizes["LoRA"] == [5, 20, 100]
@@ -220,7 +221,7 @@ def test_targets_that_are_not_drawn_are_owned_up_to(run):
         for m, n in (("source only", None), ("LoRA, 5 target labels", 5))
         for i in range(41)
     ]
-    figure, caption = plots.target_plot(run)
+    figure, caption = target_plot(run)
     assert len(figure.axes[0].get_yticks()) == 40
     assert "Only the 40 worst" in caption
     assert figure.axes[0].get_yticklabels()[0].get_text() == "v00"

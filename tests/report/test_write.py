@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from lora_lightning.report import plots
+from lora_lightning.report.plots.domains import domain_plot
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.write import (
     Prediction,
@@ -111,7 +112,7 @@ def test_columns_of_free_domain_names(tmp_path: Path, domains: list[str], shown:
         shown = [name.replace("webcam", "amazon") for name in shown]
     heads = table_text(run).splitlines()[2]
     assert all(name in heads for name in shown)
-    assert plots.domain_plot(run) is not None
+    assert domain_plot(run) is not None
 
 
 @pytest.mark.usefixtures("undrawn")

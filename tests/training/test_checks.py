@@ -22,7 +22,7 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, BaseMismatchError, ConfigError, VerificationError
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, lora, randomise, tiny_vit, trainer
+from tests.helpers.training import Module, alike, fitted, loader, lora, randomise, tiny_vit, trainer
 
 
 def fresh(**options) -> Module:
@@ -87,23 +87,12 @@ def test_verify_leaves_what_trains_as_it_was():
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_checkpoint_of_another_base_is_refused(tmp_path, weights_only):
-    t = trainer(tmp_path, lora())
-    module = Module()
-    t.fit(module, loader())
-    t.save_checkpoint(tmp_path / "it.ckpt", weights_only=weights_only)
-    trainer(tmp_path, lora()).test(
-        Module(tiny_vit_like(module.model)), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False
-    )
+    (module, twin), path = alike(2), tmp_path / "it.ckpt"
+    fitted(tmp_path, module, lora()).save_checkpoint(path, weights_only=weights_only)
+    trainer(tmp_path, lora()).test(twin, loader(), ckpt_path=path, verbose=False)
     torch.manual_seed(9)
     with pytest.raises(BaseMismatchError, match="same pretrained weights"):
-        trainer(tmp_path, lora()).test(Module(tiny_vit()), loader(), ckpt_path=tmp_path / "it.ckpt")
-
-
-def tiny_vit_like(model: nn.Module) -> nn.Module:
-    twin = tiny_vit()
-    names = twin.state_dict().keys()
-    twin.load_state_dict({n: v for n, v in model.state_dict().items() if n in names})
-    return twin
+        trainer(tmp_path, lora()).test(Module(), loader(), ckpt_path=path)
 
 
 def test_two_callbacks_that_would_write_one_file_are_refused(tmp_path):
@@ -159,9 +148,9 @@ def test_a_first_backward_pass_of_another_network(tmp_path):
 
 def test_an_adapter_file_beside_checkpoints_of_a_validation(tmp_path):
     save = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
-    fit = trainer(tmp_path, lora(output_dir=tmp_path / "files"), save, max_epochs=1,
-                  enable_checkpointing=True, val_check_interval=2)  # fmt: skip
-    fit.fit(Module(), loader(items=16), loader())
+    options = {"max_epochs": 1, "enable_checkpointing": True, "val_check_interval": 2}
+    fitted(tmp_path, Module(), lora(output_dir=tmp_path / "files"), save,
+           data=loader(items=16), held_out=loader(), **options)  # fmt: skip
     steps = sorted(p.stem.rpartition("step=")[2] for p in tmp_path.glob("*.ckpt"))
     files = sorted(p.stem.rpartition("step=")[2] for p in (tmp_path / "files").glob("*step=*"))
     assert steps == files == ["2", "4"]
@@ -233,8 +222,8 @@ def test_strict_loading_of_tied_and_shared_modules(tmp_path):
 
 
 def test_a_head_frozen_meanwhile_stays_in_the_checkpoint(tmp_path):
-    module, t = Module(), trainer(tmp_path, lora())
-    t.fit(module, loader())
+    module = Module()
+    t = fitted(tmp_path, module, lora())
     module.model.head.requires_grad_(False)
     t.save_checkpoint(tmp_path / "it.ckpt")
     held = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]

@@ -38,6 +38,7 @@ from lora_lightning.model.state import named_factors
 from lora_lightning.training.gain_test import Look, choose, diagnose
 from lora_lightning.training.validation_losses import losses_of, one_by_one
 from tests.helpers.training import Module, randomise, tiny_vit, trainer
+from tests.helpers.training import fitted as fit_with
 
 KINDS = {
     "zero": {},
@@ -224,10 +225,14 @@ def bright(items: int, seed: int) -> DataLoader:
     return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
-def fitted(tmp_path, module, *callbacks, data=None, held_out=None, **options):
-    t = trainer(tmp_path, *callbacks, **options)
-    t.fit(module, data or noise(16, seed=1), held_out)
-    return t
+def fitted(*given, **options):
+    return fit_with(*given, **{"data": noise(16, seed=1), **options})
+
+
+def learning(tmp_path, module, guard, *more, rank=4, **options):
+    """A fit to what can be learnt."""
+    options = {"data": bright(32, 1), "held_out": bright(12, 2), **options}
+    return fitted(tmp_path, module, LoRACallback(rank=rank), guard, *more, **options)
 
 
 def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
@@ -241,18 +246,14 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
     assert guard.termination_condition_ == "the held-out loss has not fallen for 4 epochs"
     with torch.no_grad():
         assert torch.equal(module.model.eval()(X), source_output(module.model))
-    load_adapter(module.model, adapter.adapter_path_, name="again")  # the file says so too
-    set_active(module.model, "again")
-    with torch.no_grad():
+        load_adapter(module.model, adapter.adapter_path_, name="again")  # the file says so too
+        set_active(module.model, "again")
         assert torch.equal(module.model(X), source_output(module.model))
 
 
 def test_what_can_be_learnt_is_kept(tmp_path):
     module, guard = Module(), FitGuard()
-    fitted(
-        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
-        max_epochs=5,
-    )  # fmt: skip
+    learning(tmp_path, module, guard, max_epochs=5)
     assert guard.shrinkage_ > 0
     held = losses_of(module, bright(12, 2), None).mean()
     assert held < guard.history_[0].held_out
@@ -262,9 +263,7 @@ def test_what_can_be_learnt_is_kept(tmp_path):
 
 def test_underfitting_is_said_in_words(tmp_path):
     module, guard = Module(lr=1e-7), FitGuard()
-    fitted(
-        tmp_path, module, LoRACallback(rank=2), guard, data=bright(32, 1), held_out=bright(8, 2),
-    )  # fmt: skip
+    learning(tmp_path, module, guard, rank=2, held_out=bright(8, 2))
     assert guard.verdict_.startswith("underfitting: the training loss is hardly below")
     assert "raise the learning rate" in guard.verdict_
     assert guard.termination_condition_ == "all epochs"
@@ -282,10 +281,7 @@ def test_the_best_epoch_comes_back(tmp_path):
             return loss if self.current_epoch < 2 or not self.training else -loss
 
     module, guard = Spoils(), FitGuard(patience=1, shares=[1], lower_rank=False)
-    fitted(
-        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
-        max_epochs=6,
-    )  # fmt: skip
+    learning(tmp_path, module, guard, max_epochs=6)
     assert [look.epoch for look in guard.history_] == [0, 1, 2, 3]
     assert guard.shrinkage_ == 1
     held = float(losses_of(module, one_by_one(bright(12, 2)), None).mean())
@@ -306,13 +302,13 @@ def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
     def run(epochs: int, *callbacks, **options):
         torch.manual_seed(0)
         module, guard = Module(lr=3e-3), FitGuard(lower_rank=False)
-        t = trainer(tmp_path, LoRACallback(rank=2), guard, *callbacks, max_epochs=epochs)
-        t.fit(module, bright(16, 1), bright(12, 2), **options)
+        options |= {"rank": 2, "data": bright(16, 1), "max_epochs": epochs}
+        learning(tmp_path, module, guard, *callbacks, **options)
         return module, guard
 
     whole, one = run(3)
     run(1, Saves(tmp_path / "half.ckpt"))
-    resumed, two = run(3, ckpt_path=tmp_path / "half.ckpt")
+    resumed, two = run(3, ckpt=tmp_path / "half.ckpt")
     assert [look.epoch for look in two.history_] == [0, 1, 2, 3]
     assert one.history_ == two.history_
     assert one.shrinkage_ == two.shrinkage_
@@ -345,7 +341,7 @@ def test_a_loss_without_labels_on_unlabelled_batches(tmp_path):
 
     unlabelled = DataLoader(TensorDataset(bright(12, 2).dataset.tensors[0]), batch_size=24)
     guard = FitGuard(unlabelled, loss=spread)
-    fitted(tmp_path, Module(), LoRACallback(rank=4), guard, data=bright(32, 1), max_epochs=4)
+    learning(tmp_path, Module(), guard, held_out=None, max_epochs=4)
     assert guard.shrinkage_ > 0
     assert guard.history_[-1].held_out < guard.history_[0].held_out < 0
 
@@ -406,23 +402,17 @@ def test_what_is_trained_outside_the_backbone_cannot_go_back_and_is_refused(tmp_
 
 
 def test_a_head_of_the_module_goes_back_with_the_module_as_backbone(tmp_path):
-    module = Headed().eval()
+    module, adapter = Headed().eval(), LoRACallback(rank=2, backbone="", batch_norm="adapt")
     before = module(X)
     with pytest.warns(UserWarning, match="the source model is kept"):
-        fitted(
-            tmp_path, module, LoRACallback(rank=2, backbone="", batch_norm="adapt"), FitGuard(),
-            held_out=noise(12), max_epochs=3,
-        )  # fmt: skip
+        fitted(tmp_path, module, adapter, FitGuard(), held_out=noise(12), max_epochs=3)
     assert torch.equal(module.eval()(X), before)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
 def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
     module, guard = Module(), FitGuard()
-    fitted(
-        tmp_path, module, LoRACallback(rank=4), guard, data=bright(32, 1), held_out=bright(12, 2),
-        max_epochs=4, precision=precision,
-    )  # fmt: skip
+    learning(tmp_path, module, guard, max_epochs=4, precision=precision)
     assert guard.shrinkage_ > 0
     held = losses_of(module, bright(12, 2), None).mean()
     assert held < guard.history_[0].held_out
@@ -430,10 +420,8 @@ def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
 
 def test_validation_batches_are_found_before_their_epoch(tmp_path):
     guard = FitGuard()
-    fitted(
-        tmp_path, Module(), LoRACallback(rank=2), guard, data=bright(16, 1), held_out=bright(8, 2),
-        check_val_every_n_epoch=2, num_sanity_val_steps=0,
-    )  # fmt: skip
+    options = {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0, "held_out": bright(8, 2)}
+    learning(tmp_path, Module(), guard, rank=2, data=bright(16, 1), **options)
     assert len(guard.history_) == 3
 
 
@@ -472,8 +460,10 @@ def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
     trainer(tmp_path, same).test(other, noise(4), ckpt_path=after)
     torch.testing.assert_close(other.eval()(X), adapted, rtol=1e-5, atol=1e-5)
     again = Generous(lower_rank=False)
-    t = trainer(tmp_path, same, again, max_epochs=7)
-    t.fit(module(), bright(32, 1), bright(12, 2), ckpt_path=after)
+    fitted(
+        tmp_path, module(), same, again, data=bright(32, 1), held_out=bright(12, 2), max_epochs=7,
+        ckpt=after,
+    )  # fmt: skip
     assert len(again.history_) == len(guard.history_) + 1
 
 
@@ -537,7 +527,7 @@ def fit(tmp_path, epochs=6):
     def run(module, items):
         adapter = LoRACallback(rank=2, output_dir=tmp_path)
         data = DataLoader(items, batch_size=8, shuffle=True)
-        trainer(tmp_path, adapter, max_epochs=epochs).fit(module, data)
+        fitted(tmp_path, module, adapter, data=data, max_epochs=epochs)
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -36,22 +35,23 @@ from lora_lightning.errors import (
 )
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, lora, tiny_vit, trainer
-
-
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+from tests.helpers.training import (
+    Module,
+    alike,
+    fitted,
+    loader,
+    lora,
+    same,
+    tiny_vit,
+    trainer,
+    weights,
+)
 
 
 def test_factors_and_head_train_and_the_base_stays(tmp_path):
     module = Module()
     before = weights(module)
-    callback = lora()
-    trainer(tmp_path, callback).fit(module, loader())
+    fitted(tmp_path, module, callback := lora())
     after = weights(module)
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved == {"model.head.weight", "model.head.bias"}
@@ -61,8 +61,8 @@ def test_factors_and_head_train_and_the_base_stays(tmp_path):
 
 
 def test_injection_in_setup_reaches_the_optimizer(tmp_path):
-    module, t = Module(), trainer(tmp_path, lora())
-    t.fit(module, loader())
+    module = Module()
+    t = fitted(tmp_path, module, lora())
     held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
     factors = [p for f in module.modules() if isinstance(f, Factors) for p in f.parameters()]
     assert len(factors) == 16
@@ -83,7 +83,7 @@ def test_network_built_late(tmp_path, hook):
 
     setattr(Late, hook, build)
     module, callback = Late(), lora()
-    trainer(tmp_path, callback).fit(module, loader())
+    fitted(tmp_path, module, callback)
     assert len(callback.report_.rows) == 8
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
     assert "configure_model" not in module.__dict__, "the module's hooks are its own again"
@@ -91,7 +91,7 @@ def test_network_built_late(tmp_path, hook):
 
 def test_wrong_backbone_names_what_there_is(tmp_path):
     with pytest.raises(TargetError, match=r"no module there; its modules are \['model'\]"):
-        trainer(tmp_path, lora(backbone="network")).fit(Module(), loader())
+        fitted(tmp_path, Module(), lora(backbone="network"))
 
 
 def test_optimizer_without_factors_is_an_error(tmp_path):
@@ -100,7 +100,7 @@ def test_optimizer_without_factors_is_an_error(tmp_path):
             return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
 
     with pytest.raises(AdapterError, match="holds 0 of 16 factors"):
-        trainer(tmp_path, lora()).fit(Head(), loader())
+        fitted(tmp_path, Head(), lora())
 
 
 @pytest.mark.filterwarnings("default:.*captured.*")
@@ -110,7 +110,7 @@ def test_optimizer_with_frozen_parameters_warns(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     with pytest.warns(UserWarning, match=r"captured \d+ frozen parameters"):
-        trainer(tmp_path, lora()).fit(All(), loader())
+        fitted(tmp_path, All(), lora())
 
 
 def test_parameter_groups(tmp_path):
@@ -120,8 +120,7 @@ def test_parameter_groups(tmp_path):
                 parameter_groups(self, lr=1e-3, weight_decay=0.1, lora_plus_ratio=16)
             )
 
-    t = trainer(tmp_path, lora(trainable=["head", "norms"]))
-    t.fit(Groups(), loader())
+    t = fitted(tmp_path, Groups(), lora(trainable=["head", "norms"]))
     groups = {g["name"]: g for g in t.optimizers[0].param_groups}
     assert groups["lora_B"]["lr"] == pytest.approx(16 * groups["lora_A"]["lr"])
     assert groups["no_decay"]["weight_decay"] == 0
@@ -130,7 +129,7 @@ def test_parameter_groups(tmp_path):
 
 def test_backbone_finetuning_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="BackboneFinetuning unfreezes"):
-        trainer(tmp_path, lora(), BackboneFinetuning()).fit(Module(), loader())
+        fitted(tmp_path, Module(), lora(), BackboneFinetuning())
 
 
 def test_an_unfrozen_base_is_noticed(tmp_path):
@@ -139,7 +138,7 @@ def test_an_unfrozen_base_is_noticed(tmp_path):
             self.model.blocks.requires_grad_(True)
 
     with pytest.raises(AdapterError, match="unfroze the base"):
-        trainer(tmp_path, lora()).fit(Unfreezes(), loader())
+        fitted(tmp_path, Unfreezes(), lora())
 
 
 def test_first_batch_finds_a_dead_adapter(tmp_path):
@@ -154,7 +153,7 @@ def test_first_batch_finds_a_dead_adapter(tmp_path):
 
     module = Module(Skips())
     with pytest.raises(VerificationError, match=r"unused\.weight: in training: the model never"):
-        trainer(tmp_path, lora(target_modules="all", trainable=[])).fit(module, loader())
+        fitted(tmp_path, module, lora(target_modules="all", trainable=[]))
 
 
 def test_first_batch_without_a_call_of_the_backbone(tmp_path):
@@ -162,17 +161,17 @@ def test_first_batch_without_a_call_of_the_backbone(tmp_path):
         def forward(self, x):
             return self.model.forward_head(self.model.forward_features(x))
 
-    trainer(tmp_path, lora()).fit(Features(), loader())
+    fitted(tmp_path, Features(), lora())
 
 
 def test_verification_leaves_no_trace(tmp_path):
-    results = []
-    for verify in (True, False):
+    def run(verify: bool):
         torch.manual_seed(0)
-        module = Module(tiny_vit())
-        trainer(tmp_path, lora(verify=verify)).fit(module, loader())
-        results.append(weights(module))
-    assert same(*results)
+        module = Module()
+        fitted(tmp_path, module, lora(verify=verify))
+        return weights(module)
+
+    assert same(run(True), run(False))
 
 
 def efficientnet() -> nn.Module:
@@ -183,9 +182,8 @@ def efficientnet() -> nn.Module:
 @pytest.mark.parametrize("policy", ["frozen", "adapt", "reset"])
 def test_batchnorm_statistics_are_saved(tmp_path, policy):
     """Train, save the adapter, load into a fresh base: the same output."""
-    module = Module(efficientnet())
-    callback = lora(batch_norm=policy, output_dir=tmp_path)
-    trainer(tmp_path, callback).fit(module, loader())
+    module, callback = Module(efficientnet()), lora(batch_norm=policy, output_dir=tmp_path)
+    fitted(tmp_path, module, callback)
     moved = not torch.equal(module.model.bn1.running_mean, efficientnet().bn1.running_mean)
     assert moved == (policy != "frozen")
     header = read_header(callback.adapter_path_)
@@ -200,31 +198,22 @@ def test_batchnorm_statistics_are_saved(tmp_path, policy):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_checkpoint_holds_no_base_weight_and_resumes_bit_for_bit(tmp_path):
-    straight = Module(tiny_vit())
-    base = copy.deepcopy(straight.model)
-    trainer(tmp_path, lora(), max_epochs=4).fit(straight, loader())
-
+    straight, half, resumed = alike(3)
+    fitted(tmp_path, straight, lora(), max_epochs=4)
     saver = ModelCheckpoint(tmp_path / "c", filename="half", every_n_epochs=2, save_top_k=-1)
-    half = Module(copy.deepcopy(base))
-    trainer(tmp_path, lora(), saver, max_epochs=2, enable_checkpointing=True).fit(half, loader())
+    fitted(tmp_path, half, lora(), saver, enable_checkpointing=True)
     path = Path(saver.best_model_path)
     keys = torch.load(path, weights_only=True)["state_dict"].keys()
     assert keys
     assert all(".lora." in k or ".head." in k for k in keys)
-
-    resumed = Module(copy.deepcopy(base))
-    trainer(tmp_path, lora(), saver, enable_checkpointing=True, max_epochs=4).fit(
-        resumed, loader(), ckpt_path=path
-    )
+    fitted(tmp_path, resumed, lora(), saver, ckpt=path, enable_checkpointing=True, max_epochs=4)
     assert same(weights(straight), weights(resumed))
 
 
 @pytest.mark.parametrize("policy", ["adapt", "reset"])
 def test_a_resumed_fit_keeps_its_checkpoints_statistics(tmp_path, policy):
     def fit(module, epochs, ckpt=None):
-        t = trainer(tmp_path, lora(batch_norm=policy), max_epochs=epochs)
-        t.fit(module, loader(), ckpt_path=ckpt)
-        return t
+        return fitted(tmp_path, module, lora(batch_norm=policy), max_epochs=epochs, ckpt=ckpt)
 
     straight, half, resumed = (Module(efficientnet()) for _ in range(3))
     fit(straight, 3)
@@ -234,49 +223,32 @@ def test_a_resumed_fit_keeps_its_checkpoints_statistics(tmp_path, policy):
 
 
 def test_checkpoint_of_another_base_is_refused(tmp_path):
-    module = Module()
-    t = trainer(tmp_path, lora())
-    t.fit(module, loader())
-    t.save_checkpoint(tmp_path / "last.ckpt")
-    other = Module(tiny_vit())
+    fitted(tmp_path, Module(), lora()).save_checkpoint(path := tmp_path / "last.ckpt")
     with pytest.raises(BaseMismatchError, match="build the module"):
-        trainer(tmp_path, lora(), max_epochs=3).fit(
-            other, loader(), ckpt_path=tmp_path / "last.ckpt"
-        )
+        fitted(tmp_path, Module(), lora(), max_epochs=3, ckpt=path)
 
 
 def test_checkpoint_of_another_rank_is_refused(tmp_path):
-    module = Module()
-    base = copy.deepcopy(module.model)
-    t = trainer(tmp_path, lora())
-    t.fit(module, loader())
-    t.save_checkpoint(tmp_path / "last.ckpt")
+    module, other = alike(2)
+    fitted(tmp_path, module, lora()).save_checkpoint(path := tmp_path / "last.ckpt")
     with pytest.raises(AdapterFileError, match="another rank"):
-        trainer(tmp_path, lora(rank=3), max_epochs=3).fit(
-            Module(base), loader(), ckpt_path=tmp_path / "last.ckpt"
-        )
+        fitted(tmp_path, other, lora(rank=3), max_epochs=3, ckpt=path)
 
 
 def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path):
-    module = Module()
-    base = copy.deepcopy(module.model)
-    t = trainer(tmp_path, lora())
-    t.fit(module, loader())
-    t.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    module, fresh = alike(2)
+    t, path = fitted(tmp_path, module, lora()), tmp_path / "small.ckpt"
+    t.save_checkpoint(path, weights_only=True)
     expected = t.test(module, loader(), verbose=False)
-    fresh = Module(copy.deepcopy(base))
-    got = trainer(tmp_path, lora()).test(
-        fresh, loader(), ckpt_path=tmp_path / "small.ckpt", verbose=False
-    )
+    got = trainer(tmp_path, lora()).test(fresh, loader(), ckpt_path=path, verbose=False)
     assert got == expected
-    assert (tmp_path / "small.ckpt").stat().st_size < 200_000
+    assert path.stat().st_size < 200_000
 
 
 def test_source_checkpoint_loads_strictly_before_and_after_injection(tmp_path):
-    source = Module()
-    trainer(tmp_path, max_epochs=1).fit(source, loader())
-    module = Module(tiny_vit())
-    trainer(tmp_path, lora(), max_epochs=0).fit(module, loader())
+    source, module = Module(), Module()
+    fitted(tmp_path, source, max_epochs=1)
+    fitted(tmp_path, module, lora(), max_epochs=0)
     module.load_state_dict(source.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(module.eval()(x), source.eval()(x))
@@ -287,31 +259,26 @@ def test_source_checkpoint_loads_strictly_before_and_after_injection(tmp_path):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_weight_averaging(tmp_path):
     """EMA copies the module; the checkpoint holds no copy of the base, and resumes."""
-    base = tiny_vit()
     saver = ModelCheckpoint(tmp_path / "c", filename="ema", every_n_epochs=2, save_top_k=-1)
-    module = Module(copy.deepcopy(base))
-    callbacks = [lora(), EMAWeightAveraging(decay=0.5), saver]
-    trainer(tmp_path, *callbacks, enable_checkpointing=True).fit(module, loader())
+    module, resumed, straight = alike(3)
+
+    def fit(module, *more, **options):
+        fitted(tmp_path, module, lora(), EMAWeightAveraging(decay=0.5), *more, **options)
+
+    fit(module, saver, enable_checkpointing=True)
     checkpoint = torch.load(saver.best_model_path, weights_only=True)
     for part in ("state_dict", "current_model_state"):
         assert all(".lora." in k or ".head." in k for k in checkpoint[part])
-    resumed = Module(copy.deepcopy(base))
-    path = saver.best_model_path
-    callbacks = [lora(), EMAWeightAveraging(decay=0.5), saver]
-    trainer(tmp_path, *callbacks, enable_checkpointing=True, max_epochs=3).fit(
-        resumed, loader(), ckpt_path=path
-    )
-    straight = Module(copy.deepcopy(base))
-    callbacks = [lora(), EMAWeightAveraging(decay=0.5)]
-    trainer(tmp_path, *callbacks, max_epochs=3).fit(straight, loader())
+    fit(resumed, saver, enable_checkpointing=True, max_epochs=3, ckpt=saver.best_model_path)
+    fit(straight, max_epochs=3)
     assert same(weights(resumed), weights(straight))
 
 
 def test_weight_averaging_before_us_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="put LoRACallback before EMAWeightAveraging"):
-        trainer(tmp_path, EMAWeightAveraging(), lora()).fit(Module(), loader())
+        fitted(tmp_path, Module(), EMAWeightAveraging(), lora())
     with pytest.raises(ConfigError, match="put LoRACallback before StochasticWeightAveraging"):
-        trainer(tmp_path, swa(), lora()).fit(Module(), loader())
+        fitted(tmp_path, Module(), swa(), lora())
 
 
 def swa() -> StochasticWeightAveraging:
@@ -322,14 +289,14 @@ def test_stochastic_averaging_leaves_no_batchnorm_without_statistics(tmp_path):
     def run(policy: str):
         module = Module(timm.create_model("test_efficientnet", num_classes=4))
         adapter = lora(batch_norm=policy, verify=False)
-        trainer(tmp_path, adapter, swa(), max_epochs=3).fit(module, loader())
+        fitted(tmp_path, module, adapter, swa(), max_epochs=3)
         return module.model
 
     with pytest.raises(ConfigError, match=r"forgets the statistics of BatchNorm \(bn1 …\)"):
         run("frozen")
     assert run("adapt").bn1.running_mean.all()
     module = Module()
-    trainer(tmp_path, lora(), swa()).fit(module, loader())  # has none to forget
+    fitted(tmp_path, module, lora(), swa())  # has none to forget
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
 
 
@@ -343,20 +310,18 @@ def test_stochastic_averaging_needs_the_network_in_time(tmp_path):
             self.model = self.model or tiny_vit()
 
     with pytest.raises(ConfigError, match="before backbone='model' is built: build it in"):
-        trainer(tmp_path, lora(), swa()).fit(Late(), loader())
+        fitted(tmp_path, Late(), lora(), swa())
 
 
 def test_gradient_accumulation_and_mixed_precision(tmp_path):
     module = Module()
-    trainer(tmp_path, lora(), accumulate_grad_batches=2, precision="bf16-mixed").fit(
-        module, loader()
-    )
+    fitted(tmp_path, module, lora(), accumulate_grad_batches=2, precision="bf16-mixed")
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
 
 
 def test_logs_size_and_spectrum(tmp_path):
     logger = CSVLogger(tmp_path)
-    trainer(tmp_path, lora(), logger=logger).fit(Module(), loader())
+    fitted(tmp_path, Module(), lora(), logger=logger)
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     assert "lora/trainable_parameters" in header
     assert "lora/blocks.0.attn.qkv.weight/sigma_1" in header
@@ -365,8 +330,8 @@ def test_logs_size_and_spectrum(tmp_path):
 
 def test_adapter_file_at_each_checkpoint(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_top_k=-1)
-    callback = lora(output_dir=tmp_path / "a")
-    trainer(tmp_path, callback, saver, enable_checkpointing=True).fit(Module(), loader())
+    files = lora(output_dir=tmp_path / "a")
+    fitted(tmp_path, Module(), files, saver, enable_checkpointing=True)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == [
         "default-epoch=0-step=2.safetensors",
@@ -387,9 +352,7 @@ def test_two_callbacks_of_one_class(tmp_path):
     module = Two()
     callbacks = [lora(output_dir=tmp_path), lora(backbone="second", name="b", output_dir=tmp_path)]
     assert callbacks[0].state_key != callbacks[1].state_key
-    t = trainer(tmp_path, *callbacks)
-    t.fit(module, loader())
-    t.save_checkpoint(tmp_path / "two.ckpt")
+    fitted(tmp_path, module, *callbacks).save_checkpoint(tmp_path / "two.ckpt")
     keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
     assert all(".lora." in k or ".head." in k for k in keys)
     assert (tmp_path / "b.safetensors").exists()
@@ -397,14 +360,14 @@ def test_two_callbacks_of_one_class(tmp_path):
 
 def test_two_callbacks_for_one_backbone_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="two LoRACallbacks for backbone='model'"):
-        trainer(tmp_path, lora(name="a"), lora(name="b")).fit(Module(), loader())
+        fitted(tmp_path, Module(), lora(name="a"), lora(name="b"))
 
 
 def test_the_callbacks_adapter_is_the_one_that_trains(tmp_path):
     module = Module()
     for name in ("a", "b"):
         inject(module.model, rank=2, seed=0, name=name)
-    trainer(tmp_path, lora(name="a")).fit(module, loader())
+    fitted(tmp_path, module, lora(name="a"))
     assert all(f.lora_B.any() for f in named_factors(module.model, "a").values())
     assert not any(f.lora_B.any() for f in named_factors(module.model, "b").values())
 
@@ -417,14 +380,14 @@ def test_a_failed_fit_leaves_no_hook_behind(tmp_path):
     module = Fails(efficientnet())
     momentum = module.model.bn1.momentum
     with pytest.raises(RuntimeError, match="on purpose"):
-        trainer(tmp_path, lora(batch_norm="reset")).fit(module, loader())
+        fitted(tmp_path, module, lora(batch_norm="reset"))
     assert module.model.bn1.momentum == momentum
     assert not module.model._forward_pre_hooks
 
 
 def test_setup_is_idempotent_over_stages(tmp_path):
-    module, t = Module(), trainer(tmp_path, lora())
-    t.fit(module, loader())
+    module = Module()
+    t = fitted(tmp_path, module, lora())
     before = weights(module)
     t.validate(module, loader(), verbose=False)
     t.test(module, loader(), verbose=False)

@@ -9,37 +9,19 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from lora_lightning.report.plots.angles import angle_plot
-from lora_lightning.report.plots.domains import domain_plot
-from lora_lightning.report.plots.items import confusion_plot, sample_plot
-from lora_lightning.report.plots.ranks import rank_plot
-from lora_lightning.report.plots.rounds import rounds_plot
-from lora_lightning.report.plots.spectra import spectrum_plot
-from lora_lightning.report.plots.speech import enrolment_plot, spectrogram_plot, target_plot
+# In the order in which the page has them; each file registers its own.
+from lora_lightning.report.plots import domains, ranks, speech, angles, items, rounds, spectra  # noqa: F401  # isort: skip
+from lora_lightning.report.plots.style import PLOTS as PLOTS
 from lora_lightning.report.plots.style import STYLE
 from lora_lightning.report.results import Run
 
 _STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
-Drawing = tuple[Figure, str]
-PLOTS: dict[str, tuple[str, Callable[[Run], Drawing | None]]] = {
-    "accuracy": ("How good is each method, and where?", domain_plot),
-    "ranks": ("Which rank?", rank_plot),
-    "enrolment": ("How much labelled speech does it take?", enrolment_plot),
-    "targets": ("Who gains, and how much?", target_plot),
-    "spectrograms": ("What does it look like?", spectrogram_plot),
-    "angles": ("How far off are the angles?", angle_plot),
-    "confusion": ("What is taken for what?", confusion_plot),
-    "samples": ("What does it look like?", sample_plot),
-    "rounds": ("How did it go without labels?", rounds_plot),
-    "spectrum": ("Which layers changed, and was the rank enough?", spectrum_plot),
-}
 
 
 @dataclass(frozen=True)

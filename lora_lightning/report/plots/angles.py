@@ -6,17 +6,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lightning.report.metrics import DEGREES, angle_between, shorten
-from lora_lightning.report.plots.items import CLOSE, target_items
-from lora_lightning.report.plots.style import FAINT, QUIET, look
+from lora_lightning.report.metrics import CLOSE, DEGREES, angle_between, shorten
+from lora_lightning.report.plots.style import FAINT, QUIET, Drawing, look, plot
 from lora_lightning.report.results import Prediction, Run
-from lora_lightning.report.summary import Summary, severity
+from lora_lightning.report.summary import Summary, severity, target_items
 
 TICKS = (-180, -90, 0, 90, 180)
 MOST_KINDS = 8
 
 
-def angle_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("angles", "How far off are the angles?")
+def angle_plot(run: Run) -> Drawing | None:
     """A dot for each target item, one panel before and one after."""
     if Summary(run).unit != DEGREES:
         return None

@@ -10,14 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lightning.report.metrics import shorten
-from lora_lightning.report.plots.style import COLOURS, QUIET, colour, look
+from lora_lightning.report.plots.style import COLOURS, QUIET, Drawing, colour, look, plot
 from lora_lightning.report.results import Run
 from lora_lightning.report.summary import RANKED, Cell, Summary, severity
 
 MOST_DOMAINS = 40
 
 
-def domain_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("accuracy", "How good is each method, and where?")
+def domain_plot(run: Run) -> Drawing | None:
     """The metric by severity, one panel a kind of shift; by domain where none is graded."""
     summary = Summary(run)
     # A sweep's many ranks have a plot of their own (plots/ranks.py).

@@ -12,24 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image, ImageOps
 
-from lora_lightning.report.metrics import DEGREES, angle_between, shorten
-from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG
-from lora_lightning.report.results import HELD_OUT, Prediction, Run
-from lora_lightning.report.summary import Summary
+from lora_lightning.report.metrics import CLOSE, DEGREES, angle_between, shorten
+from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG, Drawing, plot
+from lora_lightning.report.results import Prediction, Run
+from lora_lightning.report.summary import Summary, target_items
 
 MOST_SAMPLES, MOST_LABELS, MOST_NUMBERS = 24, 30, 12
 
 
-CLOSE = 15.0  # degrees: an angle as near as this counts as right
-
-
-def target_items(run: Run) -> list[Prediction]:
-    """The held-out items of the target."""
-    source = Summary(run).source
-    return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
-
-
-def confusion_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("confusion", "What is taken for what?")
+def confusion_plot(run: Run) -> Drawing | None:
     """Two row-normalised confusion matrices on the target, before and after."""
     items = target_items(run)
     if not items or Summary(run).unit == DEGREES:
@@ -100,7 +92,8 @@ def sample(items: list[Prediction], count: int = MOST_SAMPLES, seed: int = 0) ->
     return sorted(drawn, key=lambda p: (p.domain, p.label, p.item))
 
 
-def sample_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("samples", "What does it look like?")
+def sample_plot(run: Run) -> Drawing | None:
     """Target images with the predictions before and after."""
     items = target_items(run)
     if not items:

@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from lora_lightning.report.metrics import si
-from lora_lightning.report.plots.style import INK, QUIET, colour, look
+from lora_lightning.report.plots.style import INK, QUIET, Drawing, colour, look, plot
 from lora_lightning.report.results import Run
 from lora_lightning.report.summary import RANKED, Summary
 
 
-def rank_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("ranks", "Which rank?")
+def rank_plot(run: Run) -> Drawing | None:
     """Fixed ranks as a line, the chosen ones as a star; where several ranks were compared."""
     summary = Summary(run)
     found = [(m, match) for m in summary.methods if (match := RANKED.fullmatch(m))]

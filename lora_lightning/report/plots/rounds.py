@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lora_lightning.report.metrics import shorten
-from lora_lightning.report.plots.style import QUIET, WRONG, look
+from lora_lightning.report.plots.style import QUIET, WRONG, Drawing, look, plot
 from lora_lightning.report.results import Run
 
 # Score → what a reader calls it; all lie between 0 and 1.
@@ -23,7 +23,8 @@ SCORES = {
 }
 
 
-def rounds_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("rounds", "How did it go without labels?")
+def rounds_plot(run: Run) -> Drawing | None:
     """The first seed's rounds, where there were some."""
     if not run.rounds:
         return None

@@ -12,14 +12,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lora_lightning.linalg.decompose import effective_rank
 from lora_lightning.report.metrics import shorten
-from lora_lightning.report.plots.style import COLOURS, FAINT, INK, QUIET
+from lora_lightning.report.plots.style import COLOURS, FAINT, INK, QUIET, Drawing, plot
 from lora_lightning.report.results import Run
 
 MOST_LABELS = 60
 BLUE = COLOURS[2]
 
 
-def spectrum_plot(run: Run) -> tuple[Figure, str] | None:
+@plot("spectrum", "Which layers changed, and was the rank enough?")
+def spectrum_plot(run: Run) -> Drawing | None:
     """Singular values of each layer's delta above, effective rank against the rank below."""
     spectra = {name: _clean(values) for name, values in run.spectra.items()}
     if not any(values.size for values in spectra.values()):

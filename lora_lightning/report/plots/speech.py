@@ -11,18 +11,18 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from lora_lightning.report.metrics import shorten
-from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG, colour, look
+from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG, Drawing, colour, look, plot
 from lora_lightning.report.results import Run, Transcript
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.word_errors import SAMPLE_RATE, errors, sound, telling
 
-Drawing = tuple[Figure, str]
 MOST_TARGETS = 40
 WINDOW, BANDS = 512, 80  # samples of a Fourier transform, bands of the spectrogram
 ROOM = 560  # points that a line of text may take; hinting makes it wider than measured
 TICKS = (0.5, 1, 2, 4, 8)  # kHz
 
 
+@plot("enrolment", "How much labelled speech does it take?")
 def enrolment_plot(run: Run) -> Drawing | None:
     """The metric against the number of labelled items, a line for each kind of method."""
     summary = Summary(run)
@@ -78,6 +78,7 @@ def _family(method: str) -> str:
     return method.partition(",")[0]
 
 
+@plot("targets", "Who gains, and how much?")
 def target_plot(run: Run) -> Drawing | None:
     """The metric of each target: before, with the adapter, with all weights."""
     summary = Summary(run)
@@ -110,6 +111,7 @@ def _mean(summary: Summary, method: str, domain: str) -> float:
     return summary.cell(method, [domain]).mean
 
 
+@plot("spectrograms", "What does it look like?")
 def spectrogram_plot(run: Run) -> Drawing | None:
     """Some recordings as pictures, with what was understood of them before and after."""
     drawn = ((t, _spectrogram(t, run)) for t in telling(run.heard(), 4))

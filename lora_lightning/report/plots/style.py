@@ -1,8 +1,18 @@
-"""Colours, markers and matplotlib settings that all plots share."""
+"""What all plots share: how they are registered, colours, markers and matplotlib settings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from matplotlib.figure import Figure
+
+from lora_lightning.registry import Registry
+from lora_lightning.report.results import Run
+
+Drawing = tuple[Figure, str]  # with its caption
+Plotter = Callable[[Run], Drawing | None]
+PLOTS: Registry[tuple[str, Plotter]] = Registry("plot")  # each with its title, as the page has them
 
 INK, QUIET, FAINT = "#1f2933", "#616e7c", "#d9dee3"
 RIGHT, WRONG = "#00755a", "#b8400a"
@@ -32,6 +42,16 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+
+
+def plot(name: str, title: str) -> Callable[[Plotter], Plotter]:
+    """Decorator that adds a plot to every report: its file's name, and its title on the page."""
+
+    def add(figure_of: Plotter) -> Plotter:
+        PLOTS.register(name)((title, figure_of))
+        return figure_of
+
+    return add
 
 
 def look(i: int) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.registry import unknown
+from lora_lightning.registry import Registry, unknown
 from lora_lightning.runner.tables import SUFFIXES, read_text
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
 from lora_lightning.speech.data.utterances import Utterance, read_table
 
-# One function for each layout, from a folder to its recordings; empty: another layout.
-
+# Functions from a folder to its recordings, none where it is laid out otherwise; in the order in
+# which `load_utterances` tries them.
+LAYOUTS: Registry[Callable[[Path], list[Utterance]]] = Registry("layout")
 COMMON_VOICE = (
     "validated.tsv",
     "train.tsv",
@@ -43,6 +44,7 @@ def recordings(root: Path) -> list[Path]:
     return [path for path in visible(root) if path.suffix.lower() in AUDIO]
 
 
+@LAYOUTS.register("librispeech")
 def librispeech(root: Path) -> list[Utterance]:
     """`<speaker>/<chapter>/*.trans.txt` with a line `<name> <TEXT>` for each `<name>.flac`.
 
@@ -61,6 +63,7 @@ def librispeech(root: Path) -> list[Utterance]:
     return found
 
 
+@LAYOUTS.register("commonvoice")
 def common_voice(root: Path) -> list[Utterance]:
     """`validated.tsv`, or else `train.tsv`, `dev.tsv` or `test.tsv`, beside the folder `clips`.
 
@@ -72,6 +75,7 @@ def common_voice(root: Path) -> list[Utterance]:
     return read_table(tables[0], root / "clips") if tables else []
 
 
+@LAYOUTS.register("vctk")
 def vctk(root: Path) -> list[Utterance]:
     """`wav48*/<speaker>/*` with `txt/<speaker>/*.txt`; the first of two microphones is used.
 
@@ -89,6 +93,7 @@ def vctk(root: Path) -> list[Utterance]:
     return list(found.values())
 
 
+@LAYOUTS.register("folder")
 def folder(root: Path) -> list[Utterance]:
     """Audio files at any depth, each with its text in a `.txt` of the same name, if there is one.
 
@@ -107,13 +112,6 @@ def _transcript(path: Path) -> str | None:
     return " ".join(read_text(path).split()) if path.is_file() else None
 
 
-# In the order in which `load_utterances` tries them.
-LAYOUTS: dict[str, Callable[[Path], list[Utterance]]] = {
-    "librispeech": librispeech,
-    "commonvoice": common_voice,
-    "vctk": vctk,
-    "folder": folder,
-}
 LOOKED_FOR = {
     "manifest": "a .csv, .tsv or .jsonl file",
     "librispeech": "<speaker>/<chapter>/*.trans.txt beside *.flac",
@@ -143,15 +141,14 @@ def load_utterances(source: Path | str, layout: str = "auto") -> list[Utterance]
         DataError: nothing is found, or a row cannot be used; names the line.
         DataNotFoundError: `source` does not exist.
     """
-    known = ["auto", *LOOKED_FOR]
-    if layout not in known:
-        raise ConfigError(unknown("layout", layout, known))
+    if layout not in ("auto", "manifest") and layout not in LAYOUTS:
+        raise ConfigError(unknown("layout", layout, ["auto", "manifest", *LAYOUTS]))
     source = Path(source)
     if not source.exists():
         raise DataNotFoundError(f"there is no file or folder {source}")
     found = _from_folder(source, layout) if source.is_dir() else _from_file(source, layout)
     if not found:
-        looked = LOOKED_FOR if layout == "auto" else {layout: LOOKED_FOR[layout]}
+        looked = LOOKED_FOR if layout == "auto" else {layout: LOOKED_FOR.get(layout, layout)}
         lines = "\n".join(f"  {name}: {what}" for name, what in looked.items())
         raise DataError(f"no recordings in {source}; looked for\n{lines}")
     return found

@@ -1,0 +1,72 @@
+"""An adapter onto the backbone of a LightningModule, also where that is built late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.model.injection import place
+from lora_lightning.model.injection_report import InjectionReport
+from lora_lightning.model.state import ModelState, merged_layers, state_of
+from lora_lightning.model.switching import set_active
+from lora_lightning.training import checks
+from lora_lightning.training.data_driven import choose_in_trainer
+
+
+def inject_in_trainer(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: str,
+    config: LoRAConfig,
+    name: str,
+    data: Iterable[Any] | None,
+) -> InjectionReport:
+    """`inject` into the network at this attribute path, with ranks from the target where asked for.
+
+    Raises:
+        AdapterError: the model is merged, and about to be trained.
+        TargetError: see `checks.find_backbone` and `lora_lightning.inject`.
+    """
+    network = checks.find_backbone(pl_module, backbone)
+    state = state_of(network)
+    if state is not None and name in state.configs and merged_layers(network):
+        if trainer.training:
+            raise AdapterError("the model is merged; call unmerge(model) before training it")
+        return state.reports[name]
+    report = place(network, config, name)
+    # It may have been there, asleep behind another.
+    set_active(network, name)
+    # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
+    unranked = name in state_in(network).unranked
+    if unranked and trainer.training and checks.is_new(trainer):
+        return choose_in_trainer(trainer, pl_module, network, name, data)
+    return report
+
+
+def state_in(network: nn.Module) -> ModelState:
+    """What an injected network remembers."""
+    state = state_of(network)
+    assert state is not None
+    return state
+
+
+def after_configure_model(pl_module: LightningModule, then: Callable[[], None]) -> None:
+    """Call `then` right after the module's own ``configure_model``, until that is put back."""
+    original = pl_module.configure_model
+
+    def wrapped() -> None:
+        original()
+        then()
+
+    # In __dict__: a module's __setattr__ has no business with it.
+    pl_module.__dict__["configure_model"] = wrapped
+
+
+def put_back(pl_module: LightningModule) -> None:
+    """Undo `after_configure_model`."""
+    pl_module.__dict__.pop("configure_model", None)
