@@ -18,8 +18,9 @@ from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.data_driven.initialise import Forward
 from lora_lightning.model.injection import place
 from lora_lightning.model.injection_report import InjectionReport
-from lora_lightning.model.state import ModelState, merged_layers, named_factors, state_of
+from lora_lightning.model.state import ModelState, named_factors, state_of
 from lora_lightning.model.switching import set_active
+from lora_lightning.model.view import View
 from lora_lightning.training import checks
 from lora_lightning.training.checkpoint_hooks import Adapter
 from lora_lightning.training.checkpoint_hooks import install as install_hooks
@@ -120,7 +121,7 @@ class LoRACallback(Callback):
     def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
         backbone = checks.find_backbone(pl_module, self.backbone)
         state = state_of(backbone)
-        if state is not None and self.name in state.configs and merged_layers(backbone):
+        if state is not None and self.name in state.configs and View(backbone).merged:
             if trainer.training:
                 raise AdapterError("the model is merged; call unmerge(model) before training it")
             self.report_ = state.reports[self.name]
