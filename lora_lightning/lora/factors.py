@@ -1,54 +1,20 @@
-"""The factors themselves: their shapes, their product, and DoRA's magnitudes."""
+"""The factors themselves: their product, their start, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.initialisation import METHODS, Setting
+from lora_lightning.lora.spec import FactorSpec
 
 # What factors may hold; the starts where the product began away from zero, LoRA-XS's core, DoRA's
 # magnitude.
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "core", "magnitude")
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """What decides one pair of factors: sizes, scaling and options."""
-
-    rank: int
-    alpha: float
-    scaling: float
-    dropout: float = 0.0
-    dora: bool = False
-    freeze_a: bool = False
-    init: str = "zero"
-    seed: int = 0
-    key: str = ""  # the tensor's full name: each tensor draws other numbers from one seed
-    offset: bool = False  # the start's product is kept aside and subtracted
-    xs: bool = False  # a core between frozen factors, see `lora_lightning.lora.xs`
-
-    def trained(self, rows: int, columns: int) -> int:
-        """How many numbers train on a matrix of this size."""
-        plain = self.rank * (rows if self.freeze_a else rows + columns)
-        return (self.rank**2 if self.xs else plain) + (rows if self.dora else 0)
-
-
-def matrix_shape(shape: tuple[int, ...], bare: bool = False) -> tuple[int, int]:
-    """The (rows, columns) in which a weight of this shape is seen: out × in·kernel.
-
-    A bare parameter such as ``pos_embed`` (1, N, D) is seen without its leading ones.
-    """
-    while bare and len(shape) > 2 and shape[0] == 1:
-        shape = shape[1:]
-    return shape[0], math.prod(shape[1:])
 
 
 class Factors(nn.Module):
@@ -180,14 +146,13 @@ class Factors(nn.Module):
         method = METHODS[self.spec.init]
         if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
             method = METHODS["zero"]
-        name_hash = zlib.crc32(self.spec.key.encode())
-        generator = torch.Generator().manual_seed((self.spec.seed * 0x9E3779B1 + name_hash) % 2**63)
         matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
         matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
         # Drawn in float32 on the CPU wherever the factors are, so that a seed means one start.
         fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
         room = own if fits else None
-        setting = Setting(matrix, self.spec.rank, self.spec.scaling, generator, data, room)
+        spec = self.spec
+        setting = Setting(matrix, spec.rank, spec.scaling, spec.generator(), data, room)
         lora_A, lora_B = method.start(setting)
         if lora_A is not room:
             own.copy_(lora_A)

@@ -11,7 +11,8 @@ from torch import nn
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import Factors, FactorSpec
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.model import state as states
 from lora_lightning.model.injection import check_free, register
 from lora_lightning.model.injection_report import InjectionReport, Row

@@ -18,8 +18,8 @@ from lora_lightning.errors import (
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import FactorSpec, matrix_shape
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.xs import check_weights
 from lora_lightning.model import eval_caches, state_dict, switching
 from lora_lightning.model import state as states

@@ -12,8 +12,8 @@ from lora_lightning.errors import AdapterFileError, BaseMismatchError, ConfigErr
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import matrix_shape
 from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.spec import matrix_shape
 from lora_lightning.lora.xs import Basis, basis_of
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import source_values

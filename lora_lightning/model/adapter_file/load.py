@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterExistsError, ConfigError
 from lora_lightning.lora.adapted_module import adapt
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import FactorSpec
 from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model import injection, switching
 from lora_lightning.model.adapter_file.checks import checked
