@@ -91,9 +91,9 @@ class Factors(nn.Module):
         spec: FactorSpec,
         values: Mapping[str, Tensor],
     ) -> bool:
-        """Become what these would make anew, under ``no_grad``, if that is a matter of copying.
+        """Become what these would create, under ``no_grad``, where copying is enough.
 
-        Parameters stay the objects that they were; their gradients are void. Otherwise (other
+        Parameters stay the objects that they were; their gradients are dropped. Otherwise (other
         sizes, precision, device, a tensor that is not plain) nothing changes.
         """
         own, device, dtype = self.tensors(), weight.device, weight.dtype
@@ -171,9 +171,9 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def resize(self, rank: int, scaling: float) -> None:
-        """Make room for another rank; values are void until they are set.
+        """Make room for another rank; values are undefined until they are set.
 
-        Parameters stay the objects they were, so that an optimizer which holds them goes on.
+        Parameters stay the objects they were, so that an optimizer which holds them stays valid.
         """
         self._rows_of(lambda rows: rows.new_zeros(rank, rows.shape[1]))
         self.spec = dataclasses.replace(self.spec, scaling=scaling)
@@ -211,7 +211,7 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def rebase(self, weight: Tensor) -> None:
-        """Start anew from a new base weight what looks at it, unless training has begun."""
+        """Reset what depends on the base weight from a new one, unless training has begun."""
         if self._moved():
             return
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
@@ -220,7 +220,7 @@ class Factors(nn.Module):
             self.magnitude.copy_(self.row_norm(weight))
 
     def follow(self, weight: Tensor) -> None:
-        """Compute anew what is a function of the base's weight at all times: nothing here."""
+        """Recompute what depends on the base's weight at all times: nothing here."""
 
     def _moved(self) -> bool:
         """Whether training has changed the product."""

@@ -59,7 +59,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Compression:
-    r"""Decompose an adapter's deltas anew, at the smallest rank that serves.
+    r"""Replace an adapter's deltas by their truncated SVD, at the smallest rank that serves.
 
     .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s'\,B'A', \qquad
         A' = \sqrt{\sigma_{1..r}/s'}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s'}

@@ -1,4 +1,4 @@
-"""A short identity of a base model: does this adapter belong to these weights?"""
+"""A fingerprint of a base model, by which an adapter file knows its weights."""
 
 from __future__ import annotations
 

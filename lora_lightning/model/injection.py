@@ -1,4 +1,4 @@
-"""Adapters on a whole model: put them on, switch, merge, combine and take them off."""
+"""`inject`: from a configuration to factors on every target of a model."""
 
 from __future__ import annotations
 

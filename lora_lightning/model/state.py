@@ -33,7 +33,7 @@ class ModelState:
     # Name → whether it required a gradient before the first injection.
     required_grad: dict[str, bool] = field(default_factory=dict)
     # Name → (the live tensor object, the source's values): another object means that the user
-    # replaced it, a classifier reset for instance, and then the old values are void.
+    # replaced it, a classifier reset for instance, and then the old values no longer hold.
     source: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Modules whose shortcuts would miss the adapters: see `lora_lightning.model.eval_caches`.
     cachers: list[nn.Module] = field(default_factory=list)

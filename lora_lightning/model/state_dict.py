@@ -3,7 +3,7 @@
 A state dict may hold all of the model; or no factors (a *source checkpoint*, written before
 injection); or factors and no base weights (an *adapter checkpoint*, as `LoRACallback` writes).
 The hook below completes the latter two with the model's own values, so that ``strict=True``
-goes on meaning what it says. Anything in between is an error that names the keys.
+keeps its meaning. Anything in between is an error that names the keys.
 """
 
 from __future__ import annotations

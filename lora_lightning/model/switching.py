@@ -95,7 +95,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     changed nor saved here.
 
     Raises:
-        AdapterError: an `AdapterBank` is in force on the model.
+        AdapterError: an `AdapterBank` is active on the model.
     """
     view = View(model)
     holders = states.roots(view)

@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: reading them warily, writing them atomically."""
+"""The bytes of an adapter file: validated reading, atomic writing."""
 
 from __future__ import annotations
 
