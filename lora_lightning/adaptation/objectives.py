@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.state import adapted_layers
+from lora_lightning.model.view import View
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def pull_to_source(model: nn.Module) -> Tensor:
     """
     norms = [
         factors.spec.scaling**2 * ((B.T @ B) * (A @ A.T)).sum()
-        for layer in adapted_layers(model).values()
+        for layer in View(model).adapted.values()
         if layer.lora_active is not None
         for factors in layer.lora[layer.lora_active].values()
         for B, A in [factors.low_rank()]

@@ -24,6 +24,7 @@ from lora_lightning.lora.merging import is_merged
 from lora_lightning.model import eval_caches
 from lora_lightning.model import state as states
 from lora_lightning.model.switching import disabled
+from lora_lightning.model.view import View
 
 
 class AdapterBank:
@@ -206,7 +207,7 @@ class AdapterBank:
             adapters: dict[str | None, dict[str, Part]] = {None: {}}
             adapters.update(taken)
             batch = Batch(self.model, names, adapters, self._looks.last, self._room)
-        modules = states.base_modules(self.model)
+        modules = View(self.model).modules
         cachers = eval_caches.cachers(modules)
         stack.callback(eval_caches.forget_computed, cachers)
         stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
@@ -237,7 +238,7 @@ class AdapterBank:
 def _check(model: nn.Module) -> bool:
     """Raise where a bank cannot be in force; whether an adapter of the model's own is active."""
     active = False
-    for path, module in states.base_modules(model):
+    for path, module in View(model).modules:
         where = path or type(model).__name__
         if module.training:
             raise AdapterError(f"{where} is in training mode, a bank is for eval: model.eval()")

@@ -16,21 +16,16 @@ from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.module_tree import join
 from lora_lightning.lora.xs import Basis
+from lora_lightning.model.adapter_file.checks import checked
 from lora_lightning.model.adapter_file.format import read
-from lora_lightning.model.adapter_file.load import checked
+from lora_lightning.model.view import View
 
 
 @torch.no_grad()
 def parts_of(
-    model: nn.Module,
-    path: Path,
-    live: dict[str, Tensor],
-    check: str,
-    known: dict[tuple[str, int], Basis],
+    view: View, path: Path, check: str, known: dict[tuple[str, int], Basis]
 ) -> dict[str, Part]:
-    """Tensor's path → what the adapter of this file does to it.
-
-    `live` is `base_tensors`; `check` and `known` are those of `load.checked`.
+    """Tensor's path → what the adapter of this file does to it; arguments as for `checked`.
 
     Raises:
         AdapterFileError: it is damaged, does not fit, or holds NaN.
@@ -38,8 +33,9 @@ def parts_of(
     """
     header, tensors = read(path)
     _check_finite(tensors, path)
-    _, bases, _ = checked(model, header, tensors, check, path, live, known)
-    own = _owned(model, header, tensors, live, path)
+    model = view.model
+    _, bases, _ = checked(view, header, tensors, check, path, known)
+    own = _owned(view, header, tensors, path)
     whole = {id(value): Part(full=value) for value in own.values()}
     parts = {key: whole[id(value)] for key, value in own.items()}
     targets = {join(t["module"], t["tensor"]): t for t in header["targets"]}
@@ -61,21 +57,17 @@ def parts_of(
 
 
 def _owned(
-    model: nn.Module,
-    header: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    live: dict[str, Tensor],
-    path: Path,
+    view: View, header: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
     """What the adapter replaces in full, under each name that such a tensor has."""
     names: dict[int, list[str]] = {}
-    for name, tensor in live.items():
+    for name, tensor in view.tensors.items():
         names.setdefault(id(tensor), []).append(name)
     found: dict[str, Tensor] = {}
     for key in [*header["extras"], *header["buffers"]]:
         if tensors[key].is_floating_point():
-            value = _like(tensors[key], located(model, key))
-            found |= dict.fromkeys(names[id(live[key])], value)
+            value = _like(tensors[key], located(view.model, key))
+            found |= dict.fromkeys(names[id(view.tensors[key])], value)
         elif not key.endswith("num_batches_tracked"):  # which counts, and is not computed with
             raise AdapterFileError(f"{path} holds {key} of dtype {tensors[key].dtype}")
     return found

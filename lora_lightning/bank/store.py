@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.bank.mix import Part
 from lora_lightning.bank.reading import parts_of
@@ -22,7 +22,7 @@ from lora_lightning.errors import (
     ConfigError,
 )
 from lora_lightning.lora.xs import Basis
-from lora_lightning.model import state as states
+from lora_lightning.model.view import View
 from lora_lightning.report.metrics import si
 
 Source = (
@@ -85,17 +85,17 @@ class Store:
             )
         self._follow()
         new = [name for name in names if name not in self.held]
-        live = states.base_tensors(self._model) if new else {}
+        view = View(self._model)
         # All of them before any is held: a file that cannot be read leaves no others behind.
-        self.held |= {name: self._read(self.files[name], live) for name in new}
+        self.held |= {name: self._read(self.files[name], view) for name in new}
         for name in names:
             self.held.move_to_end(name)
         found = {name: self.held[name] for name in names}
         self._drop(names)
         return found
 
-    def _read(self, path: Path, live: dict[str, Tensor]) -> dict[str, Part]:
-        return parts_of(self._model, path, live, self._check, self._bases)
+    def _read(self, path: Path, view: View) -> dict[str, Part]:
+        return parts_of(view, path, self._check, self._bases)
 
     def _follow(self) -> None:
         """Forget what was read for a model in another precision or on another device."""

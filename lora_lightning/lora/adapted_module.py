@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.effective_weight import EffectiveWeight
-from lora_lightning.lora.factors import Factors, FactorSpec, matrix_shape
+from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides
 from lora_lightning.lora.module_tree import find
+from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
 

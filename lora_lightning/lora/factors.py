@@ -1,54 +1,20 @@
-"""The factors themselves: their shapes, their product, and DoRA's magnitudes."""
+"""The factors themselves: their product, their start, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.initialisation import METHODS, Setting
+from lora_lightning.lora.spec import FactorSpec
 
 # What factors may hold; the starts where the product began away from zero, LoRA-XS's core, DoRA's
 # magnitude.
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "core", "magnitude")
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """What decides one pair of factors: sizes, scaling and options."""
-
-    rank: int
-    alpha: float
-    scaling: float
-    dropout: float = 0.0
-    dora: bool = False
-    freeze_a: bool = False
-    init: str = "zero"
-    seed: int = 0
-    key: str = ""  # the tensor's full name: each tensor draws other numbers from one seed
-    offset: bool = False  # the start's product is kept aside and subtracted
-    xs: bool = False  # a core between frozen factors, see `lora_lightning.lora.xs`
-
-    def trained(self, rows: int, columns: int) -> int:
-        """How many numbers train on a matrix of this size."""
-        plain = self.rank * (rows if self.freeze_a else rows + columns)
-        return (self.rank**2 if self.xs else plain) + (rows if self.dora else 0)
-
-
-def matrix_shape(shape: tuple[int, ...], bare: bool = False) -> tuple[int, int]:
-    """The (rows, columns) in which a weight of this shape is seen: out × in·kernel.
-
-    A bare parameter such as ``pos_embed`` (1, N, D) is seen without its leading ones.
-    """
-    while bare and len(shape) > 2 and shape[0] == 1:
-        shape = shape[1:]
-    return shape[0], math.prod(shape[1:])
 
 
 class Factors(nn.Module):
@@ -125,9 +91,9 @@ class Factors(nn.Module):
         spec: FactorSpec,
         values: Mapping[str, Tensor],
     ) -> bool:
-        """Become what these would make anew, under ``no_grad``, if that is a matter of copying.
+        """Become what these would create, under ``no_grad``, where copying is enough.
 
-        Parameters stay the objects that they were; their gradients are void. Otherwise (other
+        Parameters stay the objects that they were; their gradients are dropped. Otherwise (other
         sizes, precision, device, a tensor that is not plain) nothing changes.
         """
         own, device, dtype = self.tensors(), weight.device, weight.dtype
@@ -180,14 +146,13 @@ class Factors(nn.Module):
         method = METHODS[self.spec.init]
         if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
             method = METHODS["zero"]
-        name_hash = zlib.crc32(self.spec.key.encode())
-        generator = torch.Generator().manual_seed((self.spec.seed * 0x9E3779B1 + name_hash) % 2**63)
         matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
         matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
         # Drawn in float32 on the CPU wherever the factors are, so that a seed means one start.
         fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
         room = own if fits else None
-        setting = Setting(matrix, self.spec.rank, self.spec.scaling, generator, data, room)
+        spec = self.spec
+        setting = Setting(matrix, spec.rank, spec.scaling, spec.generator(), data, room)
         lora_A, lora_B = method.start(setting)
         if lora_A is not room:
             own.copy_(lora_A)
@@ -206,9 +171,9 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def resize(self, rank: int, scaling: float) -> None:
-        """Make room for another rank; values are void until they are set.
+        """Make room for another rank; values are undefined until they are set.
 
-        Parameters stay the objects they were, so that an optimizer which holds them goes on.
+        Parameters stay the objects they were, so that an optimizer which holds them stays valid.
         """
         self._rows_of(lambda rows: rows.new_zeros(rank, rows.shape[1]))
         self.spec = dataclasses.replace(self.spec, scaling=scaling)
@@ -246,7 +211,7 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def rebase(self, weight: Tensor) -> None:
-        """Start anew from a new base weight what looks at it, unless training has begun."""
+        """Reset what depends on the base weight from a new one, unless training has begun."""
         if self._moved():
             return
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
@@ -255,7 +220,7 @@ class Factors(nn.Module):
             self.magnitude.copy_(self.row_norm(weight))
 
     def follow(self, weight: Tensor) -> None:
-        """Compute anew what is a function of the base's weight at all times: nothing here."""
+        """Recompute what depends on the base's weight at all times: nothing here."""
 
     def _moved(self) -> bool:
         """Whether training has changed the product."""

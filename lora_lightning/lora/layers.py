@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora import parametrizations
-from lora_lightning.lora.factors import Factors, matrix_shape
+from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.fused import convolution
 from lora_lightning.lora.fused import linear as ops
 from lora_lightning.lora.fused.plan import LowRank
+from lora_lightning.lora.spec import matrix_shape
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_METHODS = ("forward", "_conv_forward")

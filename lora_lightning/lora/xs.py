@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lora_lightning.errors import TargetError
 from lora_lightning.linalg.decompose import checked, signs
 from lora_lightning.lora import parametrizations
-from lora_lightning.lora.factors import Factors, matrix_shape
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.spec import matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
 AGREEMENT = 3e-2  # by which `Basis.probe` may differ: moved to bfloat16 it does; others are far off

@@ -55,7 +55,7 @@ def reestimated(
     batches: Iterable[Tensor],
     source_items: float = 0.0,
 ) -> bool:
-    r"""Take BatchNorm's statistics anew: the plain average over `batches`; all else in eval mode.
+    r"""Re-estimate BatchNorm's statistics: the plain average over `batches`; all else in eval mode.
 
     Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN),
     arXiv:1603.04779.

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigError
-from lora_lightning.lora.adapted_module import adapt
+from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import Factors, FactorSpec
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.model import state as states
 from lora_lightning.model.injection import check_free, register
 from lora_lightning.model.injection_report import InjectionReport, Row
-from lora_lightning.model.introspection import live_tensors
+from lora_lightning.model.owned_tensors import extras, owned_names, snapshot
 from lora_lightning.model.state import ModelState
-from lora_lightning.model.switching import set_active
+from lora_lightning.model.switching import switch
+from lora_lightning.model.view import View
 
 
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
@@ -31,10 +33,10 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
         AdapterError: an adapter is not linear in its factors (DoRA) or moved buffers, so that
             a weighted sum has no meaning.
     """
-    weights = dict(weights)
-    state = _check(model, weights, name)
-    stacks = _stacks(model, weights)
-    values = _extras(model, state, weights)
+    weights, view = dict(weights), View(model)
+    state = _check(view, weights, name)
+    stacks = _stacks(view, weights)
+    values = _extras(view, state, weights)
     rows = []
     for path, parts in stacks.items():
         owner, _, tensor = path.rpartition(".")
@@ -44,19 +46,19 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
     config.trainable = sorted({p for n in weights for p in state.configs[n].trainable})
     total = state.reports[first].total_parameters
     report = InjectionReport(name, tuple(rows), {n: v.numel() for n, v in values.items()}, total)
-    register(model, state, name, config, report, state.frozen)
+    register(view, state, config, report, state.frozen)
     state.parked[name] = values
-    set_active(model, name)
+    switch(view, state, name)
     return report
 
 
-def _check(model: nn.Module, weights: dict[str, float], name: str) -> ModelState:
-    state = states.state_of(model)
+def _check(view: View, weights: dict[str, float], name: str) -> ModelState:
+    state = states.state_of(view.model)
     unknown = sorted(set(weights) - set(state.configs if state else ()))
     if state is None or unknown or not weights:
         have = list(state.configs) if state else []
         raise AdapterNotFoundError(f"cannot combine {unknown or 'nothing'}; there are {have}")
-    check_free(model, name)
+    check_free(view, name)
     if name in state.configs:
         raise ConfigError(f"adapter {name!r} exists; remove it or choose another name")
     dora = sorted(n for n in weights if state.configs[n].dora)
@@ -65,7 +67,7 @@ def _check(model: nn.Module, weights: dict[str, float], name: str) -> ModelState
             f"{dora} use DoRA, whose weights are not linear in the factors: a weighted sum has no "
             "meaning. Merge one of them and train on, or combine adapters without DoRA"
         )
-    buffers = sorted(n for n in weights if _moved_buffers(model, state, n))
+    buffers = sorted(n for n in weights if _moved_buffers(view, state, n))
     if buffers:
         raise AdapterError(
             f"{buffers} moved buffers (BatchNorm statistics), of which a weighted sum has no "
@@ -74,17 +76,17 @@ def _check(model: nn.Module, weights: dict[str, float], name: str) -> ModelState
     return state
 
 
-def _moved_buffers(model: nn.Module, state: ModelState, name: str) -> list[str]:
-    whole = set(states.extras(model, state, name))
+def _moved_buffers(view: View, state: ModelState, name: str) -> list[str]:
+    whole = set(extras(view, state, name))
     if state.active == name:
-        return [n for n in states.owned_names(model, state, name) if n not in whole]
+        return [n for n in owned_names(view, state, name) if n not in whole]
     return [n for n in state.parked.get(name, {}) if n not in whole]
 
 
-def _stacks(model: nn.Module, weights: dict[str, float]) -> dict[str, list[tuple[float, Factors]]]:
+def _stacks(view: View, weights: dict[str, float]) -> dict[str, list[tuple[float, Factors]]]:
     stacks: dict[str, list[tuple[float, Factors]]] = {}
     for name, weight in weights.items():
-        for path, factors in states.named_factors(model, name).items():
+        for path, factors in states.named_factors(view, name).items():
             stacks.setdefault(path, []).append((weight, factors))
     return stacks
 
@@ -111,21 +113,17 @@ def _place(
 
 
 def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
-    from lora_lightning.lora.adapted_module import raw_tensor
-
     return tuple(raw_tensor(module, tensor).shape)
 
 
 @torch.no_grad()
-def _extras(
-    model: nn.Module, state: ModelState, weights: dict[str, float]
-) -> dict[str, torch.Tensor]:
+def _extras(view: View, state: ModelState, weights: dict[str, float]) -> dict[str, torch.Tensor]:
     """Source + Σ w (own − source) of each tensor that an adapter trains in full."""
-    live = live_tensors(model)
-    states.snapshot(model, state, live=live)  # of a layer that was replaced, what is there now
+    live = view.tensors
+    snapshot(view, state)  # of a layer that was replaced, what is there now
     sums: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
-        for key in states.extras(model, state, name):
+        for key in extras(view, state, name):
             source = state.source[key][1].to(live[key].device)
             own = live[key].data if state.active == name else state.parked[name].get(key, source)
             if own.shape != source.shape:

@@ -16,6 +16,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import join
 from lora_lightning.model import state as states
 from lora_lightning.model.state import ModelState
+from lora_lightning.model.view import View
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Compression:
-    r"""Decompose an adapter's deltas anew, at the smallest rank that serves.
+    r"""Replace an adapter's deltas by their truncated SVD, at the smallest rank that serves.
 
     .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s'\,B'A', \qquad
         A' = \sqrt{\sigma_{1..r}/s'}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s'}
@@ -86,7 +87,7 @@ def compress(
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
     root, state, name = states.holder(model, name, "to compress")
-    if states.merged_layers(root):
+    if View(root).merged:
         raise AdapterError("the model is merged; call unmerge(model) before compressing")
     before = states.named_factors(root, name)
     scale = state.configs[name].scale

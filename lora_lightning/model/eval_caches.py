@@ -18,7 +18,7 @@ def cachers(modules: Modules) -> list[nn.Module]:
 
 
 def forget_computed(modules: Iterable[nn.Module]) -> None:
-    """Let `cachers` compute it anew, since the biases are others now."""
+    """Let `cachers` compute it again: the biases have changed."""
     for module in modules:
         module.__dict__[_CACHE] = {}
 

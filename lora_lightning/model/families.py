@@ -1,43 +1,37 @@
 """`target_modules="auto"`: the layers that a family's table names, or a rule for the rest.
 
-`model.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`,
-the projections of
-attention and feed-forward modules and the convolutions that mix channels. A model of no family,
-or one in which the family's patterns match nothing, is judged by structure (`by_structure`).
+`model.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`, the
+projections of attention and feed-forward modules and the convolutions that mix channels. A model
+of no family, or one in which the family's patterns match nothing, is judged by structure
+(`by_structure`).
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.lora.module_tree import Modules, walk
 from lora_lightning.model.family_tables import TIMM, TORCH, TORCHAUDIO
 from lora_lightning.model.introspection import below, block_list
 from lora_lightning.model.patterns import Target, matches
+from lora_lightning.model.view import View
 
 # Gates and squeeze-excitation: tiny, and they scale channels rather than mix features.
 _GATES = {"se", "se_module", "attn_last", "gate_fn"}
 
 
-def auto(model: nn.Module, layers: list[Target], modules: Modules | None = None) -> list[Target]:
-    """The layers of `layers` that ``"auto"`` adapts (the caller leaves out the classifier).
-
-    `modules` is `walk`, here and below, for a caller who has it already.
-    """
-    found = by_table(model, layers, modules)
-    return found or by_structure(model, layers)
+def auto(view: View, layers: list[Target]) -> list[Target]:
+    """The layers of `layers` that ``"auto"`` adapts (the caller leaves out the classifier)."""
+    return by_table(view, layers) or by_structure(view.model, layers)
 
 
-def by_table(
-    model: nn.Module, layers: list[Target], modules: Modules | None = None
-) -> list[Target]:
+def by_table(model: nn.Module | View, layers: list[Target]) -> list[Target]:
     """Layers that the patterns of their family match; empty where there is no table.
 
     The outermost family decides; of several side by side, each for its own layers.
     """
     found: list[Target] = []
     done: list[str] = []
-    for prefix, module in walk(model) if modules is None else modules:
+    for prefix, module in View.of(model).modules:
         if any(_within(prefix, d) for d in done):
             continue
         if patterns := _table(module):

@@ -1,4 +1,4 @@
-"""A short identity of a base model: does this adapter belong to these weights?"""
+"""A fingerprint of a base model, by which an adapter file knows its weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.view import View
 
 _SAMPLES = 16
 
 
 @torch.no_grad()
-def fingerprint(
-    model: nn.Module, exclude: Iterable[str] = (), live: dict[str, Tensor] | None = None
-) -> dict[str, str]:
+def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str, str]:
     """Hashes of the base's structure and of a sample of its weights.
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
@@ -26,9 +24,9 @@ def fingerprint(
     same (float16 rounds otherwise: load with ``check="structure"`` there).
     `exclude` names what an adapter trains in full: it is no part of the base.
     """
-    whole = set(exclude)
+    view, whole = View.of(model), set(exclude)
     names, samples = [], []
-    for name, parameter in base_parameters(model, live).items():
+    for name, parameter in view.parameters.items():
         if name in whole:
             continue
         shape, number, step = _seen(parameter.shape)
@@ -38,7 +36,7 @@ def fingerprint(
             values = flat.as_strided((number,), (step,))
             samples.append(values if values.dtype is torch.float32 else values.float())
     structure = _digest("\n".join(names).encode())
-    found = {"structure": structure, "architecture": architecture(model)}
+    found = {"structure": structure, "architecture": architecture(view.model)}
     if samples:
         rounded = torch.cat(samples).bfloat16().float().cpu()
         found["weights"] = _digest(rounded.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Adapters on a whole model: put them on, switch, merge, combine and take them off."""
+"""`inject`: from a configuration to factors on every target of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.errors import (
     AdapterError,
@@ -18,10 +18,8 @@ from lora_lightning.errors import (
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import FactorSpec, matrix_shape
 from lora_lightning.lora.initialisation import METHODS
-from lora_lightning.lora.merging import is_merged
-from lora_lightning.lora.module_tree import Modules
+from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.xs import check_weights
 from lora_lightning.model import eval_caches, state_dict, switching
 from lora_lightning.model import state as states
@@ -29,10 +27,11 @@ from lora_lightning.model.data_driven.initialise import Forward, start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport, Row
-from lora_lightning.model.introspection import base_parameters
+from lora_lightning.model.owned_tensors import all_extras, chosen, snapshot
 from lora_lightning.model.patterns import Target
 from lora_lightning.model.state import ModelState, state_of
-from lora_lightning.model.targets import select, trainable_names
+from lora_lightning.model.targets import select
+from lora_lightning.model.view import View
 
 
 def inject(
@@ -105,9 +104,8 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
             "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
         )
-    # The base's modules and tensors are the same objects before and after: looked up once.
-    modules = states.base_modules(model)
-    state = check_free(model, name, modules)
+    view = View(model)
+    state = check_free(view, name)
     if name in state.configs:
         if state.configs[name] == config:
             return state.reports[name]
@@ -115,47 +113,40 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             f"adapter {name!r} exists with another configuration; remove(model, {name!r}) first "
             "or choose another name"
         )
-    live = states.base_tensors(model, modules)
-    targets = select(model, config, modules)
+    targets = select(view, config)
     specs = _specs(targets, config)
-    whole = trainable_names(model, config.trainable, targets, live, modules)
-    report = _report(name, targets, specs, {n: live[n].numel() for n in whole}, live)
+    adapted = {t.path for t in targets}
+    whole = [n for n in chosen(view, state, config.trainable) if n not in adapted]
+    report = report_of(view, name, _rows(targets, specs), whole)
     _put(name, targets, specs)
-    state.cachers = eval_caches.cachers(modules)
-    state.packers += eval_caches.keep_padded(modules)
-    register(model, state, name, config, report, freeze, live)
+    register(view, state, config, report, freeze)
     if config.rank == "auto":
         state.unranked.add(name)
     if METHODS[config.init].needs != "nothing":
         state.unstarted.add(name)
-    adapted = states.adapted_layers(model, modules).values()
-    switching.activate(model, state, name, live, adapted)
+    switching.activate(view, state, name)
     if freeze:
-        switching.freeze(model, state, set(whole), live, adapted=adapted)
+        switching.freeze(view, state)
     return report
 
 
-def check_free(model: nn.Module, name: str, modules: Modules | None = None) -> ModelState:
-    """The state to enter an adapter of this name in; raises where the model cannot take one.
-
-    `modules` is `base_modules`, for a caller who has them already.
-    """
+def check_free(view: View, name: str) -> ModelState:
+    """The state to enter an adapter of this name in; raises where the model cannot take one."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
             "method of torch modules"
         )
-    state = states.state_of(model)
-    modules = states.base_modules(model) if modules is None else modules
-    states.check_home(modules, f"putting adapter {name!r} on the model")
+    state = state_of(view.model)
+    states.check_home(view, f"putting adapter {name!r} on the model")
     if state is None:
-        inner = [n for n, m in modules if states.state_of(m)]
+        inner = [n for n, m in view.modules if state_of(m)]
         if inner:
             raise AdapterError(
                 f"{inner[0]!r} inside this model has adapters; inject into that module"
             )
         return ModelState()
-    if any(is_merged(m) for _, m in modules):
+    if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
     return state
 
@@ -212,62 +203,44 @@ def _put(name: str, targets: list[Target], specs: dict[str, FactorSpec]) -> None
 
 
 def register(
-    model: nn.Module,
+    view: View,
     state: ModelState,
-    name: str,
     config: LoRAConfig,
     report: InjectionReport,
     freeze: bool,
-    live: dict[str, Tensor] | None = None,
     base: dict[str, str] | None = None,
 ) -> None:
-    """Enter a new adapter in the model's state.
+    """Enter a new adapter, whose factors are in their places, in the model's state.
 
-    `base` is the base's fingerprint without the report's extras, for a caller who has it already.
+    `base` is the base's fingerprint without the report's extras, where it was compared already.
     """
-    live = states.base_tensors(model) if live is None else live
-    first = not state.configs
-    if first:
-        state.required_grad = {n: p.requires_grad for n, p in base_parameters(model, live).items()}
-        states.attach(model, state)
-        state_dict.register(model)
-    state.enter(name, config, report)
+    if not state.configs:
+        state.required_grad = {n: p.requires_grad for n, p in view.parameters.items()}
+        states.attach(view.model, state)
+        state_dict.register(view.model)
+    state.cachers = eval_caches.cachers(view.modules)
+    state.packers += eval_caches.keep_padded(view.modules)
+    state.enter(report.name, config, report)
     state.frozen = freeze
-    owned = set(report.extras) if first else states.all_extras(model, state, live)
-    states.snapshot(model, state, owned, live)
+    snapshot(view, state)
+    owned = all_extras(view, state)
     if base is None or owned != set(report.extras):
-        base = fingerprint(model, owned, live)
+        base = fingerprint(view, owned)
     state.fingerprint = base
 
 
-def _report(
-    name: str,
-    targets: list[Target],
-    specs: dict[str, FactorSpec],
-    extras: dict[str, int],
-    live: dict[str, Tensor],
-) -> InjectionReport:
-    rows = []
+def _rows(targets: list[Target], specs: dict[str, FactorSpec]) -> Iterable[Row]:
     for t in targets:
-        spec = specs[t.path]
-        out, columns = matrix_shape(tuple(raw_tensor(t.module, t.tensor).shape), t.bare)
-        base = layers.base_class(t.module)
+        spec, kind = specs[t.path], layers.base_class(t.module).__name__
         path = "effective" if t.bare else layers.path_of(t.module)
-        rows.append(
-            Row(
-                t.name,
-                t.tensor,
-                base.__name__,
-                path,
-                spec.rank,
-                spec.alpha,
-                spec.trained(out, columns),
-                (out, columns),
-            )
-        )
-    return InjectionReport(name, tuple(rows), extras, count_parameters(live))
+        shape = matrix_shape(tuple(raw_tensor(t.module, t.tensor).shape), t.bare)
+        size = spec.trained(*shape)
+        yield Row(t.name, t.tensor, kind, path, spec.rank, spec.alpha, size, shape)
 
 
-def count_parameters(live: dict[str, Tensor]) -> int:
-    """Elements of the base's parameters, tied ones once."""
-    return sum({id(p): p.numel() for p in live.values() if isinstance(p, nn.Parameter)}.values())
+def report_of(view: View, name: str, rows: Iterable[Row], whole: Iterable[str]) -> InjectionReport:
+    """The report of an adapter with these rows that trains the tensors `whole` in full."""
+    # Tied parameters count once.
+    total = sum({id(p): p.numel() for p in view.parameters.values()}.values())
+    extras = {n: view.tensors[n].numel() for n in whole}
+    return InjectionReport(name, tuple(rows), extras, total)

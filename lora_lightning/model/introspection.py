@@ -1,4 +1,4 @@
-"""What can be read off a model: its own tensors, its classifier, its outermost blocks."""
+"""What can be read off a model: its classifier, its outermost blocks."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.lora import layers
-from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import Modules, join, walk
 from lora_lightning.model.family_tables import TORCHAUDIO_HEADS
 from lora_lightning.model.patterns import matches
+from lora_lightning.model.view import View
 
 _HEAD_NAMES = frozenset(
     ("head", "heads", "fc", "classifier", "last_linear", "logits", "head_dist", "pre_classifier")
 )
 
 
-def classifier_modules(model: nn.Module, modules: Modules | None = None) -> set[str]:
+def classifier_modules(model: nn.Module | View) -> set[str]:
     """Paths of the final classifier's layers; empty where the model ends without one.
 
     Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``) or
     looked up for a family of torchaudio, else the last adaptable layer under a customary name
     (``head``, ``fc``, ``classifier`` …) or, failing that, at the very end and outside every list
-    of blocks. `modules` is `walk`, for a caller who has it already.
+    of blocks.
     """
-    modules = walk(model) if modules is None else modules
+    view = View.of(model)
+    model, modules = view.model, view.modules
     for prefix, module in modules:
         if callable(getattr(module, "get_classifier", None)):
             inside = modules if module is model else walk(module)
@@ -112,37 +113,6 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
         members = [join(name, child) for _, child in group]
         if len(members) > 1:
             yield members
-
-
-def live_tensors(model: nn.Module, modules: Modules | None = None) -> dict[str, Tensor]:
-    """Name → every parameter and persistent buffer of the base, factors left out.
-
-    `modules` is `walk`, for a caller who has it already.
-    """
-    found: dict[str, Tensor] = {}
-    for path, module in walk(model) if modules is None else modules:
-        parameters, buffers = module._parameters, module._buffers
-        if isinstance(module, Factors) or not (parameters or buffers):
-            continue
-        prefix = f"{path}." if path else ""
-        for name, parameter in parameters.items():
-            if parameter is not None:
-                found[prefix + name] = parameter
-        for name, buffer in buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[prefix + name] = buffer
-    return found
-
-
-def base_parameters(
-    model: nn.Module, live: dict[str, Tensor] | None = None
-) -> dict[str, nn.Parameter]:
-    """Name → every parameter of the base, factors left out; tied ones under each name.
-
-    `live` is `live_tensors`, for a caller who has them already.
-    """
-    live = live_tensors(model) if live is None else live
-    return {n: p for n, p in live.items() if isinstance(p, nn.Parameter)}
 
 
 def _layer_sizes(model: nn.Module) -> dict[str, int]:

@@ -12,7 +12,9 @@ from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model import state as states
+from lora_lightning.model.owned_tensors import extras, like, snapshot
 from lora_lightning.model.state import ModelState
+from lora_lightning.model.view import View
 
 
 @torch.no_grad()
@@ -38,48 +40,48 @@ def shrink(model: nn.Module, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share must lie in [0, 1], got {share}")
-    root, state, name = _unmerged_holder(model, "to shrink")
+    view, state, name = _unmerged_holder(model, "to shrink")
     if share == 1:
         return
     if share == 0:  # no number times 0 is no number
-        for factors in states.named_factors(root, name).values():
+        for factors in states.named_factors(view, name).values():
             factors.lora_A.nan_to_num_(posinf=0, neginf=0)
-    for tensor, source in _with_source(root, state, name):
+    for tensor, source in _with_source(view, state, name):
         if share == 0:  # exactly, whatever the adapter holds
             tensor.copy_(source)
         elif tensor.is_floating_point():  # a count of batches stays
             tensor.copy_(source + share * (tensor - source))
 
 
-def _with_source(root: nn.Module, state: ModelState, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _with_source(view: View, state: ModelState, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Each of the adapter's own tensors, and the value with which it is the source's."""
-    for path, factors in states.named_factors(root, name).items():
+    for path, factors in states.named_factors(view, name).items():
         for part in factors.linear_in():
             yield part, torch.zeros_like(part)
         if factors.magnitude is not None:
-            yield factors.magnitude, _source_magnitude(root, path, factors)
-    for live, value in _owned(root, state, name).values():
-        yield live, states.like(value, live)
+            yield factors.magnitude, _source_magnitude(view, path, factors)
+    for live, value in _owned(view, state, name).values():
+        yield live, like(value, live)
 
 
-def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _owned(view: View, state: ModelState, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Name → (live, source's) of what the adapter trains in full, and of the buffers."""
-    live = states.base_tensors(root)
-    states.snapshot(root, state, live=live)
-    extras = states.extras(root, state, name, live)
+    live = view.tensors
+    snapshot(view, state)
     buffers = [n for n in state.source if n in live and not isinstance(live[n], nn.Parameter)]
-    return {n: (live[n], state.source[n][1]) for n in [*extras, *buffers]}
+    return {n: (live[n], state.source[n][1]) for n in [*extras(view, state, name), *buffers]}
 
 
-def _source_magnitude(root: nn.Module, path: str, factors: Factors) -> Tensor:
-    return factors.row_norm(raw_tensor(*located(root, path)).detach())
+def _source_magnitude(view: View, path: str, factors: Factors) -> Tensor:
+    return factors.row_norm(raw_tensor(*located(view.model, path)).detach())
 
 
-def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[nn.Module, ModelState, str]:
+def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, str]:
     root, state, name = states.holder(model, None, purpose)
-    if states.merged_layers(root):
+    view = View(root)
+    if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) first")
-    return root, state, name
+    return view, state, name
 
 
 def adapter_values(model: nn.Module) -> dict[str, Tensor]:
@@ -96,23 +98,23 @@ def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    root, state, name = _unmerged_holder(model, "to copy")
-    factors = states.named_factors(root, name).items()
+    view, state, name = _unmerged_holder(model, "to copy")
+    factors = states.named_factors(view, name).items()
     own = {f"{path}.{key}": t for path, f in factors for key, t in f.tensors().items()}
-    return own | {n: live for n, (live, _) in _owned(root, state, name).items()}
+    return own | {n: live for n, (live, _) in _owned(view, state, name).items()}
 
 
 @contextmanager
 def undone(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the active adapter may be shrunk or compressed; then it is as it was."""
-    root, state, name = _unmerged_holder(model, "to try")
+    view, state, name = _unmerged_holder(model, "to try")
     report, values = state.reports[name], adapter_values(model)
-    factors = states.named_factors(root, name)
+    factors = states.named_factors(view, name)
     try:
         yield model
     finally:
         for path, kept in factors.items():
-            module, tensor = located(root, path)
+            module, tensor = located(view.model, path)
             module.lora[name][tensor] = kept
         state.reports[name] = report
         restore(model, values)
@@ -135,16 +137,16 @@ def pull_to_source(model: nn.Module, strength: float) -> None:
         model: With an active adapter, after the backward pass.
         strength: α; 0 adds nothing.
     """
-    root, state, name = _unmerged_holder(model, "to pull")
-    for path, factors in states.named_factors(root, name).items():
+    view, state, name = _unmerged_holder(model, "to pull")
+    for path, factors in states.named_factors(view, name).items():
         for parameter, gradient in factors.frobenius_gradients():
             _add(parameter, strength * gradient)
         if factors.magnitude is not None:
-            away = factors.magnitude - _source_magnitude(root, path, factors)
+            away = factors.magnitude - _source_magnitude(view, path, factors)
             _add(factors.magnitude, strength * away)
-    for live, value in _owned(root, state, name).values():
+    for live, value in _owned(view, state, name).values():
         if isinstance(live, nn.Parameter):
-            _add(live, strength * (live - states.like(value, live)))
+            _add(live, strength * (live - like(value, live)))
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:

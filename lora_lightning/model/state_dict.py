@@ -3,7 +3,7 @@
 A state dict may hold all of the model; or no factors (a *source checkpoint*, written before
 injection); or factors and no base weights (an *adapter checkpoint*, as `LoRACallback` writes).
 The hook below completes the latter two with the model's own values, so that ``strict=True``
-goes on meaning what it says. Anything in between is an error that names the keys.
+keeps its meaning. Anything in between is an error that names the keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lora_lightning.model import state as states
 from lora_lightning.model.compression import report_anew
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
-from lora_lightning.model.introspection import base_parameters, live_tensors
+from lora_lightning.model.owned_tensors import all_extras, snapshot
+from lora_lightning.model.view import View
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
@@ -50,7 +51,8 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
     """(full tensor path, factors) of every adapter."""
     state = states.state_of(model)
     names = list(state.configs) if state else []
-    return [pair for n in names for pair in states.named_factors(model, n).items()]
+    view = View(model)
+    return [pair for n in names for pair in states.named_factors(view, n).items()]
 
 
 def factor_keys(model: nn.Module) -> dict[str, Tensor]:
@@ -75,13 +77,14 @@ def _complete(
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None
-    base = live_tensors(module)
+    view = View(module)
+    base = view.tensors
     any_factor = any(_FACTOR_KEY.search(k) for k in given)
     state.loads_source = set() if any_factor else given & base.keys()
-    _take_ranks(module, state, {k: state_dict[prefix + k] for k in factors})
-    whole = states.all_extras(module, state)
+    _take_ranks(view, state, {k: state_dict[prefix + k] for k in factors})
+    whole = all_extras(view, state)
     trained = {id(base[n]) for n in whole}  # a tied parameter has several names
-    frozen = {n for n, t in base.items() if isinstance(t, nn.Parameter) and id(t) not in trained}
+    frozen = {n for n, p in view.parameters.items() if id(p) not in trained}
     state.loads_base = bool(given & frozen)
     if strict:
         _check(module, state_dict, prefix, given, own)
@@ -100,17 +103,17 @@ def _complete(
         state_dict.update({f"{prefix}{n}": t.detach() for n, t in fill.items()})
 
 
-def _take_ranks(module: nn.Module, state: states.ModelState, given: dict[str, Tensor]) -> None:
+def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) -> None:
     """Ranks that were found from data, fell in training or were lowered are the state dict's."""
     for name, config in state.configs.items():
         free = config.rank == "auto" or config.prune_to is not None
         if not free and not _lowered(config, state.reports[name]):
             continue
-        factors = states.named_factors(module, name)
+        factors = states.named_factors(view, name)
         moves = METHODS[config.init].moves
         if any(f.spec.offset != moves or f.spec.xs != config.xs for f in factors.values()):
             continue  # `compress` has made them of another kind than those that began
-        for path, rank in _ranks_in(module, name, factors, given).items():
+        for path, rank in _ranks_in(view.model, name, factors, given).items():
             if rank != factors[path].spec.rank:
                 factors[path].resize(rank, config.scale(rank, factors[path].spec.alpha))
         report_anew(state, name, factors)
@@ -173,16 +176,17 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
     state = states.state_of(module)
     if state is None:
         return
+    view = View(module)
     for path, factors in all_factors(module):
         if factors.matrices()[0].is_meta:
-            _materialise(path, factors, module)
+            _materialise(path, factors, view)
         if state.loads_base:
             factors.follow(_weight(module, path))
         if state.loads_source:
             factors.rebase(_weight(module, path))
-    states.snapshot(module, state, renew=state.loads_source)
+    snapshot(view, state, renew=state.loads_source)
     state.loads_source, state.loads_base = set(), False
-    state.fingerprint = fingerprint(module, states.all_extras(module, state))
+    state.fingerprint = fingerprint(view, all_extras(view, state))
 
 
 def _weight(module: nn.Module, path: str) -> Any:
@@ -191,9 +195,9 @@ def _weight(module: nn.Module, path: str) -> Any:
     return raw_tensor(owner, tensor)
 
 
-def _materialise(path: str, factors: Factors, module: nn.Module) -> None:
+def _materialise(path: str, factors: Factors, view: View) -> None:
     """Base weights were assigned to a model on the meta device: give the factors numbers."""
-    device = next((p.device for p in base_parameters(module).values() if not p.is_meta), None)
+    device = next((p.device for p in view.parameters.values() if not p.is_meta), None)
     if device is not None:
         factors.to_empty(device=device)
-        factors.reset(raw_tensor(*located(module, path)))
+        factors.reset(raw_tensor(*located(view.model, path)))

@@ -11,147 +11,133 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.errors import TargetError
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.module_tree import Modules, walk
 from lora_lightning.model import families
-from lora_lightning.model.introspection import base_parameters, block_list, classifier_modules
+from lora_lightning.model.introspection import block_list, classifier_modules
 from lora_lightning.model.patterns import Target, matches
+from lora_lightning.model.view import View
 
 KEYWORDS = ("auto", "all")
 
 
-def select(model: nn.Module, config: LoRAConfig, modules: Modules | None = None) -> list[Target]:
+def select(model: nn.Module | View, config: LoRAConfig) -> list[Target]:
     """The tensors of `model` that `config` adapts, in the model's own order.
-
-    `modules` is `walk`, here and below, for a caller who has it already.
 
     Raises:
         TargetError: a pattern matches nothing, a block index does not exist, nothing is left
             after the exclusions, or something named cannot be adapted (with the reason).
     """
-    modules = walk(model) if modules is None else modules
+    view = View.of(model)
     chosen: dict[str, Target] = {}
     for pattern in config.target_modules:
         keyword = pattern in KEYWORDS
-        found = _keyword(model, pattern, config, modules) if keyword else _named(model, pattern)
+        found = _keyword(view, pattern, config) if keyword else _named(view, pattern)
         chosen |= {target.path: target for target in found}
-    _check_exclusions(model, config.exclude_modules)
+    _check_exclusions(view, config.exclude_modules)
     chosen = {path: t for path, t in chosen.items() if not _excluded(t, config.exclude_modules)}
     if config.blocks is not None:
-        prefixes = _block_prefixes(model, config.blocks)
+        prefixes = _block_prefixes(view.model, config.blocks)
         chosen = {p: t for p, t in chosen.items() if p.startswith(prefixes)}
     if not chosen:
         raise TargetError(
             f"no layer is left to adapt: target_modules={config.target_modules}, "
             f"exclude_modules={config.exclude_modules}, blocks={config.blocks}"
         )
-    order = {name: i for i, (name, _) in enumerate(modules)}
+    order = {name: i for i, (name, _) in enumerate(view.modules)}
     targets = sorted(chosen.values(), key=lambda t: (order[t.name], t.tensor))
     _refuse(targets)
     return targets
 
 
-def trainable_names(
-    model: nn.Module,
-    patterns: Iterable[str],
-    targets: list[Target],
-    live: dict[str, Tensor] | None = None,
-    modules: Modules | None = None,
-) -> list[str]:
-    """Names of the parameters that `trainable` selects, less those that are adapted.
+def trainable_names(view: View, patterns: Iterable[str]) -> list[str]:
+    """Names of the parameters that `trainable` selects, whether they are adapted or not.
 
     Raises:
         TargetError: a name or pattern matches no module and no parameter.
     """
-    parameters = list(base_parameters(model, live))
-    adapted = {t.path for t in targets}
     chosen: set[str] = set()
     for pattern in patterns:
-        found = set(_trainable(model, pattern, parameters, modules))
+        found = set(_trainable(view, pattern))
         if not found and pattern not in ("head", "norms", "biases"):
             raise TargetError(
-                f"trainable: {pattern!r} matches no module and no parameter{_near(pattern, model)}"
+                f"trainable: {pattern!r} matches no module and no parameter{_near(pattern, view)}"
             )
         chosen |= found
-    return [n for n in parameters if n in chosen and n not in adapted]
+    return [n for n in view.parameters if n in chosen]
 
 
-def _trainable(
-    model: nn.Module, pattern: str, parameters: list[str], modules: Modules | None
-) -> Iterable[str]:
+def _trainable(view: View, pattern: str) -> Iterable[str]:
+    parameters = list(view.parameters)
     if pattern == "head":
-        heads = classifier_modules(model, modules)
+        heads = classifier_modules(view)
         return [p for p in parameters if any(p.startswith(f"{h}.") or not h for h in heads)]
     if pattern == "biases":
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
-        hit = [n for n, m in modules or walk(model) if _is_norm(m)]
+        hit = [n for n, m in view.modules if _is_norm(m)]
     else:
-        hit = [n for n, m in modules or walk(model) if n and matches(pattern, n, m)]
+        hit = [n for n, m in view.modules if n and matches(pattern, n, m)]
     prefixes = tuple(f"{n}." for n in hit)
     return [p for p in parameters if p.startswith(prefixes) or matches(pattern, p)]
 
 
-def _keyword(model: nn.Module, keyword: str, config: LoRAConfig, modules: Modules) -> list[Target]:
-    every = list(_layers(model, modules))
+def _keyword(view: View, keyword: str, config: LoRAConfig) -> list[Target]:
+    every = list(_layers(view))
     if keyword == "all":
-        whole = set(trainable_names(model, config.trainable, [], None, modules))
+        whole = set(trainable_names(view, config.trainable))
         found = [t for t in every if t.path not in whole]
     else:
-        heads = classifier_modules(model, modules)
-        found = [t for t in families.auto(model, every, modules) if t.name not in heads]
+        heads = classifier_modules(view)
+        found = [t for t in families.auto(view, every) if t.name not in heads]
     if not found:
         raise TargetError(
-            f'target_modules="{keyword}" finds no adaptable layer in {type(model).__name__}; '
+            f'target_modules="{keyword}" finds no adaptable layer in {type(view.model).__name__}; '
             "name the modules to adapt"
         )
     return found
 
 
-def _named(model: nn.Module, pattern: str) -> list[Target]:
-    found = [t for t in _layers(model) if matches(pattern, t.name, t.module)]
-    found = found or [t for t in _bare(model) if matches(pattern, t.path)]
+def _named(view: View, pattern: str) -> list[Target]:
+    found = [t for t in _layers(view) if matches(pattern, t.name, t.module)]
+    found = found or [t for t in _bare(view) if matches(pattern, t.path)]
     if found:
         return found
-    other = [n for n, m in walk(model) if n and matches(pattern, n, m)]
+    other = [n for n, m in view.modules if n and matches(pattern, n, m)]
     if other:
-        kinds = sorted({type(model.get_submodule(n)).__name__ for n in other})
+        kinds = sorted({type(view.model.get_submodule(n)).__name__ for n in other})
         raise TargetError(
             f"target_modules: {pattern!r} matches only modules without a weight of their own to "
             f"adapt ({', '.join(kinds)}; first: {other[0]}). For the layers inside write "
             f"{other[0] + '.*'!r}; to train them in full, list them in `trainable`"
         )
-    raise TargetError(f"target_modules: {pattern!r} matches nothing{_near(pattern, model)}")
+    raise TargetError(f"target_modules: {pattern!r} matches nothing{_near(pattern, view)}")
 
 
-def _layers(model: nn.Module, modules: Modules | None = None) -> Iterable[Target]:
-    for name, module in walk(model) if modules is None else modules:
+def _layers(view: View) -> Iterable[Target]:
+    for name, module in view.modules:
         for tensor in layers.tensors_of(module):
             yield Target(name, module, tensor)
 
 
-def _bare(model: nn.Module) -> Iterable[Target]:
-    for name, module in walk(model):
+def _bare(view: View) -> Iterable[Target]:
+    for name, module in view.modules:
         known = layers.tensors_of(module)
         for tensor, value in module._parameters.items():
-            if value is not None and tensor not in known and not isinstance(module, Factors):
+            if value is not None and tensor not in known:
                 yield Target(name, module, tensor, bare=True)
 
 
-def _check_exclusions(model: nn.Module, patterns: list[str]) -> None:
-    names: list[tuple[str, nn.Module | None]] = list(walk(model)) if patterns else []
-    names += [(n, None) for n in base_parameters(model)] if patterns else []
+def _check_exclusions(view: View, patterns: list[str]) -> None:
+    names: list[tuple[str, nn.Module | None]] = list(view.modules) if patterns else []
+    names += [(n, None) for n in view.parameters] if patterns else []
     for pattern in patterns:
         if not any(matches(pattern, n, m) for n, m in names):
-            raise TargetError(
-                f"exclude_modules: {pattern!r} matches nothing{_near(pattern, model)}"
-            )
+            raise TargetError(f"exclude_modules: {pattern!r} matches nothing{_near(pattern, view)}")
 
 
 def _excluded(target: Target, patterns: list[str]) -> bool:
@@ -195,14 +181,13 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not layers.tensors_of(module)
 
 
-def _near(pattern: str, model: nn.Module) -> str:
+def _near(pattern: str, view: View) -> str:
     """The nearest last components of the model's own names, to suggest."""
-    names = {n.split(".")[-1] for n, _ in walk(model) if n}
-    names |= {n for n, _ in walk(model) if n}
+    names = {part for n, _ in view.modules if n for part in (n, n.split(".")[-1])}
     near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    adaptable = sorted({t.name.split(".")[-1] for t in _layers(model)} - {""})
+    adaptable = sorted({t.name.split(".")[-1] for t in _layers(view)} - {""})
     return f"; adaptable layers end in {', '.join(adaptable[:12])}"
 
 

@@ -31,6 +31,7 @@ from lora_lightning.model.probing import (
     run,
     without_noise,
 )
+from lora_lightning.model.view import View
 
 # Largest accepted difference, relative to the largest output, by precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -190,7 +191,7 @@ def _without_effect(
     model: nn.Module, result: Verification, batch: Any, source: list[Tensor]
 ) -> dict[str, str]:
     """Which tensors lose their effect without gradients: each switched on alone."""
-    layers = states.adapted_layers(model)
+    layers = View(model).adapted
     failing: dict[str, str] = {}
     with adapters.disabled(model):
         for path, layer in layers.items():
@@ -208,7 +209,7 @@ def _unmergeable(
 ) -> dict[str, str]:
     """Which layers change the output when merged alone."""
     failing: dict[str, str] = {}
-    for path, layer in states.adapted_layers(model).items():
+    for path, layer in View(model).adapted.items():
         merge_layer(layer)
         try:
             error = difference(run(model, batch), plain)

@@ -10,13 +10,13 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.report.files import atomic_write
 from lora_lightning.report.metrics import PERCENT, shorten
 from lora_lightning.report.results import Prediction, Row, Run, Transcript
 from lora_lightning.report.summary import Summary
@@ -155,21 +155,21 @@ def write_report(run: Run, out: Path) -> None:
     from lora_lightning.report import html, plots
 
     results = [asdict(row) for row in run.rows]
-    _write(out / "results.json", _json(results).encode())
-    _write(out / "results.csv", _csv(Row, results))
+    atomic_write(out / "results.json", _json(results).encode())
+    atomic_write(out / "results.csv", _csv(Row, results))
     if run.shifts:
-        _write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
+        atomic_write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
     if run.transcripts:
-        _write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
+        atomic_write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:
         answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
-        _write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
+        atomic_write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
-        _write(out / "plots" / f"{plot.name}.png", plot.png)
-    _write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
+        atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
+    atomic_write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
@@ -197,13 +197,3 @@ def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

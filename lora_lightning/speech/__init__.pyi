@@ -1,14 +1,13 @@
 from .data.manifests import load_utterances as load_utterances
 from .data.manifests import write_manifest as write_manifest
 from .data.speech_data import SpeechData as SpeechData
-from .data.synthetic.acoustics import BandLimit as BandLimit
-from .data.synthetic.acoustics import Clipping as Clipping
 from .data.synthetic.acoustics import Environment as Environment
-from .data.synthetic.acoustics import Gain as Gain
 from .data.synthetic.acoustics import Noise as Noise
 from .data.synthetic.acoustics import Room as Room
-from .data.synthetic.acoustics import Telephone as Telephone
 from .data.synthetic.acoustics import environment as environment
+from .data.synthetic.steps import BandLimit as BandLimit
+from .data.synthetic.steps import Clipping as Clipping
+from .data.synthetic.steps import Telephone as Telephone
 from .data.utterances import AudioBatch as AudioBatch
 from .data.utterances import Utterance as Utterance
 from .episodic import SingleUtterance as SingleUtterance

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_lightning.errors import AdapterFileError, DataError
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.model.adapter_file.load import check_base
+from lora_lightning.model.adapter_file.checks import check_base
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head

@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_lightning.errors import BaseMismatchError
 from lora_lightning.model.fingerprint import fingerprint
-from lora_lightning.model.introspection import base_parameters
-from lora_lightning.model.state import all_extras, merged_layers, state_of
+from lora_lightning.model.owned_tensors import all_extras
+from lora_lightning.model.state import state_of
+from lora_lightning.model.view import View
 from lora_lightning.training import checks
 
 _PARTS = ("state_dict", "current_model_state")
@@ -79,10 +80,10 @@ class SaveHook(_Hook):
 
 def _frozen(path: str, backbone: nn.Module, extras: set[str]) -> list[str]:
     """Names of its frozen base weights; `extras` are kept, even where the user froze them."""
-    if merged_layers(backbone):  # without factors the base is all there is
+    if View(backbone).merged:  # without factors the base is all there is
         return []
     prefix = f"{path}." if path else ""
-    own = base_parameters(backbone).items()
+    own = View(backbone).parameters.items()
     return [f"{prefix}{n}" for n, p in own if not p.requires_grad and n not in extras]
 
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.model.batch_norm import tracking
-from lora_lightning.model.introspection import base_parameters
-from lora_lightning.model.state import all_extras, named_factors, state_of
+from lora_lightning.model.owned_tensors import all_extras
+from lora_lightning.model.state import named_factors, state_of
+from lora_lightning.model.view import View
 
 AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
@@ -198,7 +199,7 @@ def check_optimizers(
     whole = all_extras(backbone, state) if state else set()
     left = [
         n
-        for n, p in base_parameters(backbone).items()
+        for n, p in View(backbone).parameters.items()
         if n in whole and p.requires_grad and id(p) not in captured
     ]
     if left:
@@ -235,7 +236,7 @@ def check_still_frozen(backbone: nn.Module) -> None:
     if state is None or not state.frozen:
         return
     whole = all_extras(backbone, state)
-    own = base_parameters(backbone)
+    own = View(backbone).parameters
     trained = {id(own[n]) for n in whole}  # a tied parameter has several names
     loose = [n for n, p in own.items() if p.requires_grad and id(p) not in trained]
     if loose:

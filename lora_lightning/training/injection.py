@@ -12,8 +12,9 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.injection import place
 from lora_lightning.model.injection_report import InjectionReport
-from lora_lightning.model.state import ModelState, merged_layers, state_of
+from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.switching import set_active
+from lora_lightning.model.view import View
 from lora_lightning.training import checks
 from lora_lightning.training.data_driven import choose_in_trainer
 
@@ -34,7 +35,7 @@ def inject_in_trainer(
     """
     network = checks.find_backbone(pl_module, backbone)
     state = state_of(network)
-    if state is not None and name in state.configs and merged_layers(network):
+    if state is not None and name in state.configs and View(network).merged:
         if trainer.training:
             raise AdapterError("the model is merged; call unmerge(model) before training it")
         return state.reports[name]

@@ -36,6 +36,7 @@ from lora_lightning.model.introspection import below, classifier_modules
 from lora_lightning.model.patterns import matches
 from lora_lightning.model.probing import difference, randomised, run, without_noise
 from lora_lightning.model.targets import _layers
+from lora_lightning.model.view import View
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from tests.helpers.audio_zoo import MODELS, RNNT, build, wav2vec2
 from tests.helpers.training import Module, randomise, trainer
@@ -121,7 +122,7 @@ def test_every_model(name, targets):
 def without_effect(model: nn.Module, batch: tuple, training: bool) -> list[str]:
     """Adapted layers that change nothing when their random factors alone are switched on."""
     silent = []
-    found = states.adapted_layers(model)
+    found = View(model).adapted
     factors = states.named_factors(model, "default")
     with randomised(model, factors), without_noise(model, training), disabled(model):
         source = run(model, batch)
@@ -143,7 +144,7 @@ def test_all_reaches_every_weight_that_takes_part(name):
     sum(t[t.isfinite()].square().sum() + t[t.isfinite()].sum() for t in terms).backward()
     used = {n for n, p in model.named_parameters() if p.dim() > 1 and p.grad is not None}
     inject(model, rank=1, target_modules="all", trainable=[])
-    reached = {t.path for t in _layers(model)}
+    reached = {t.path for t in _layers(View(model))}
     missed = {n for n in used if n.split(".parametrizations.")[0] + ".weight" not in reached}
     missed -= reached
     assert {n.split(".")[-1] for n in missed} == set(BARE.get(name, ()))
@@ -245,7 +246,7 @@ def test_tables_fit_the_published_sizes(factory):
     layers, settings = FACTORIES[factory]
     with torch.device("meta"):
         model = getattr(torchaudio.models, factory)(**settings)
-    found = by_table(model, list(_layers(model)))
+    found = by_table(model, list(_layers(View(model))))
     report = inject(model, trainable=[])
     heads = classifier_modules(model)
     paths = {t.path for t in found if t.name not in heads}
@@ -282,7 +283,7 @@ def test_a_bundle_s_wrapper_is_seen_through():
 
 def test_the_table_of_the_conformer_is_the_rule_by_structure():
     model = ConformerCTC(dim=16, num_layers=2, num_heads=2, ffn_dim=32, kernel_size=3, n_mels=8)
-    layers = list(_layers(model))
+    layers = list(_layers(View(model)))
     assert by_table(model, layers) == by_structure(model, layers)
 
 

@@ -18,7 +18,8 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.lora.module_tree import find, walk
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.fingerprint import fingerprint
-from lora_lightning.model.state import base_modules, named_factors
+from lora_lightning.model.state import named_factors
+from lora_lightning.model.view import View
 from tests.helpers.training import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -190,7 +191,7 @@ def test_walking_is_named_modules():
     before = [name for name, _ in walk(tiny_vit())]
     model = tiny_vit()
     inject(model, rank=1)
-    assert [name for name, _ in base_modules(model)] == before
+    assert [name for name, _ in View(model).modules] == before
     remove(model)
     assert [name for name, _ in walk(model)] == before
 

@@ -24,7 +24,8 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, AdapterFileError
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.adapter_file.format import read
-from lora_lightning.model.state import adapted_layers, named_factors, state_of
+from lora_lightning.model.state import named_factors, state_of
+from lora_lightning.model.view import View
 from tests.helpers.training import tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -81,7 +82,7 @@ def ways(model: nn.Module, file, name: str = "alice") -> tuple[nn.Module, nn.Mod
 
 def everything(model: nn.Module) -> dict[str, object]:
     """All that decides what the model does from here on, to be compared by `==`."""
-    state, layers = state_of(model), adapted_layers(model)
+    state, layers = state_of(model), View(model).adapted
     assert state is not None
     return {
         "state dict": {k: v.tolist() for k, v in model.state_dict().items()},

@@ -13,6 +13,7 @@ from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.model.families import TIMM
 from lora_lightning.model.introspection import block_list, classifier_modules
 from lora_lightning.model.patterns import matches
+from lora_lightning.model.view import View
 from tests.helpers.training import tiny_vit
 
 
@@ -131,7 +132,7 @@ def test_the_table_matches_its_family(family):
     # deit's smallest entry is a plain VisionTransformer; its own class is the distilled one.
     model = meta({**smallest, "deit": "deit_tiny_distilled_patch16_224"}[family])
     assert type(model).__module__ == f"timm.models.{family}"
-    assert by_table(model, list(_layers(model)))
+    assert by_table(model, list(_layers(View(model))))
 
 
 def test_auto_of_convnext_is_not_only_the_classifier():

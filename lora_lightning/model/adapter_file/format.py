@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: reading them warily, writing them atomically."""
+"""The bytes of an adapter file: validated reading, atomic writing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import functools
 import json
 import math
 import mmap
-import os
 import platform
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError
+from lora_lightning.report.files import atomic_write
 
 FORMAT_VERSION = 1
 _KEY = "lora_lightning"
@@ -42,7 +41,7 @@ _LARGEST = 100_000_000  # bytes of a header that safetensors reads
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write a file beside `path` and let it take `path`'s place in one step."""
+    """Write an adapter file; it takes `path`'s place in one step."""
     from safetensors.torch import save
 
     data = save(
@@ -50,25 +49,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pat
          for k, v in tensors.items()},
         metadata={_KEY: json.dumps(header)},  # one key: several come in random order
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _usual_mode())  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _usual_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    return atomic_write(path, data)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -26,7 +26,9 @@ from lora_lightning.model import switching
 from lora_lightning.model.adapter_file.format import FORMAT_VERSION, read, versions, write
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import Row
+from lora_lightning.model.owned_tensors import all_extras, extras, owned_names, source_values
 from lora_lightning.model.state import ModelState
+from lora_lightning.model.view import View
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -39,10 +41,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         AdapterNotFoundError: there is no such adapter.
         AdapterError: inside a block in which the model is another: `disabled`, `AdapterBank`.
     """
-    states.check_home(states.base_modules(model), "save_adapter")
-    root, state, name = states.holder(model, name, "to save")
+    view = View(model)
+    states.check_home(view, "save_adapter")
+    root, state, name = states.holder(view, name, "to save")
     with switching.unmerged(root):
-        tensors, header = _contents(root, state, name)
+        tensors, header = _contents(View(root), state, name)
     return write(Path(path), tensors, header)
 
 
@@ -55,18 +58,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read(Path(path))[0]
 
 
-def _contents(
-    root: nn.Module, state: ModelState, name: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    factors = states.named_factors(root, name)
+def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    factors = states.named_factors(view, name)
     tensors = {f"{p}.{k}": v for p, f in factors.items() for k, v in f.tensors().items()}
-    owned = _owned(root, state, name)
-    live = states.base_tensors(root)
-    extras = [n for n in owned if isinstance(live[n], nn.Parameter)]
-    buffers = [n for n in owned if n not in extras]
-    with switching.source_values(root, state):  # another adapter's head is no part of the base
-        now = fingerprint(root, states.all_extras(root, state, live), live)
-        base = fingerprint(root, extras, live)
+    owned = _owned(view, state, name)
+    whole = [n for n in owned if n in view.parameters]
+    buffers = [n for n in owned if n not in view.parameters]
+    with source_values(view, state):  # another adapter's head is no part of the base
+        now = fingerprint(view, all_extras(view, state))
+        base = fingerprint(view, whole)
     if now != state.fingerprint:
         warnings.warn(
             "the base's weights changed since the adapter was injected; the file holds the adapter "
@@ -79,21 +79,20 @@ def _contents(
         "name": name,
         "base": base,
         "config": state.configs[name].to_dict(),
-        "targets": [_target(root, row, factors) for row in state.reports[name].rows],
-        "extras": extras,
+        "targets": [_target(view.model, row, factors) for row in state.reports[name].rows],
+        "extras": whole,
         "buffers": buffers,
         "versions": versions(),
     }
     return {**tensors, **owned}, header
 
 
-def _owned(root: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
+def _owned(view: View, state: ModelState, name: str) -> dict[str, Tensor]:
     """Values of what this adapter trains in full, and of the buffers that it moved."""
-    live = states.base_tensors(root)
     if state.active == name:
-        return {n: live[n].detach() for n in states.owned_names(root, state, name)}
+        return {n: view.tensors[n].detach() for n in owned_names(view, state, name)}
     parked = dict(state.parked.get(name, {}))
-    for key in states.extras(root, state, name):
+    for key in extras(view, state, name):
         parked.setdefault(key, state.source[key][1])
     return parked
 

@@ -17,8 +17,9 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.data_driven.activations import observed
 from lora_lightning.model.probing import preserved, training_only
-from lora_lightning.model.state import holder, merged_layers, named_factors
+from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
+from lora_lightning.model.view import View
 
 Forward = Callable[[nn.Module, Any], Any]
 SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled
@@ -148,7 +149,7 @@ def start_from_data(
         DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
     """
     model, state, name = holder(model, name, "to start")
-    if merged_layers(model):
+    if View(model).merged:
         raise AdapterError("the model is merged; call unmerge(model) before its adapters start")
     method = METHODS[state.configs[name].init]
     if method.needs == "nothing":

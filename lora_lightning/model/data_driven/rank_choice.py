@@ -22,6 +22,7 @@ from lora_lightning.model.patterns import Target
 from lora_lightning.model.probing import preserved
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.switching import disabled
+from lora_lightning.model.view import View
 
 ROWS = 512  # of each layer's inputs, drawn from all that is seen
 
@@ -65,7 +66,7 @@ def choose_ranks(
     config = state.configs[name]
     if config.rank != "auto":
         raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
-    if states.merged_layers(root):
+    if View(root).merged:
         raise AdapterError("the model is merged; call unmerge(model) before ranks are chosen")
     factors = states.named_factors(root, name)
     spectra = _spectra(root, factors, config, shown(batches, max_batches, progress), forward)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.module_tree import walk
-from lora_lightning.model.state import adapted_layers
+from lora_lightning.model.view import View
 from lora_lightning.training.prefix_cache.inputs import Inputs
 from lora_lightning.training.prefix_cache.observers import left, observed, silenced, wrote
 
@@ -202,7 +202,7 @@ def first_calls(root: nn.Module, inputs: Inputs) -> Beginning:
 def _trained(root: nn.Module) -> set[int]:
     """Storages of all that is trained: adapted weights too, for their factors are."""
     tensors: list[Any] = [p for p in root.parameters() if p.requires_grad]
-    for layer in adapted_layers(root).values():
+    for layer in View(root).adapted.values():
         for per_tensor in layer.lora.values():
             for name, factors in per_tensor.items():
                 if any(p.requires_grad for p in factors.parameters()):

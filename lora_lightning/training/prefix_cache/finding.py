@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.probing import floats, preserved
-from lora_lightning.model.state import merged_layers
+from lora_lightning.model.view import View
 from lora_lightning.training.prefix_cache.calls import Beginning, first_calls
 from lora_lightning.training.prefix_cache.chance import aside
 from lora_lightning.training.prefix_cache.flow import mark_used
@@ -111,7 +111,7 @@ def kind_of(found: Found, inputs: Inputs) -> Hashable:
 
 def trains(root: nn.Module) -> bool:
     """Whether a model is in a state to be trained."""
-    return any(p.requires_grad for p in root.parameters()) and not merged_layers(root)
+    return any(p.requires_grad for p in root.parameters()) and not View(root).merged
 
 
 def reason(error: ConfigError) -> str:

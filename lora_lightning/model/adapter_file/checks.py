@@ -1,0 +1,178 @@
+"""Whether an adapter file fits a model: asked in full before the model is touched."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.errors import AdapterFileError, BaseMismatchError, ConfigError
+from lora_lightning.lora import layers
+from lora_lightning.lora.adapted_module import raw_tensor
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.spec import matrix_shape
+from lora_lightning.lora.xs import Basis, basis_of
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.owned_tensors import source_values
+from lora_lightning.model.state import state_of
+from lora_lightning.model.view import View
+
+
+def checked(
+    view: View,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    check: str,
+    path: Path,
+    known: dict[tuple[str, int], Basis],
+) -> tuple[LoRAConfig, dict[str, Basis], dict[str, str]]:
+    """Of a file that fits this model: configuration, LoRA-XS's frozen factors, the base's print.
+
+    `known` keeps those factors by (tensor's path, rank), for a caller with many files.
+
+    Raises:
+        AdapterFileError: it does not fit.
+        BaseMismatchError: it was made for another base.
+    """
+    config = _config(header, path)
+    base = check_base(view, header, check, path)
+    _check_targets(view.model, header, path)
+    _check_tensors(view.tensors, header, tensors, path)
+    return config, _bases(view.model, header, check, path, known), base
+
+
+def check_base(
+    model: nn.Module | View, header: dict[str, Any], check: str, path: Path
+) -> dict[str, str]:
+    """The base's fingerprint, without what the adapter of this header trains in full.
+
+    Raises:
+        BaseMismatchError: the adapter of this header was made for another base.
+    """
+    view, made_for = View.of(model), header["base"]
+    state = state_of(view.model)
+    with source_values(view, state) if state else nullcontext():
+        own = fingerprint(view, header["extras"])
+    if own["structure"] != made_for["structure"]:
+        raise BaseMismatchError(
+            f"{path} was made for {made_for['architecture']}, and this model is "
+            f"{own['architecture']} with other parameters or shapes. Build the base that it was "
+            f"trained on{_first_misfit(view.model, header)}"
+        )
+    if check == "weights" and own.get("weights") != made_for.get("weights"):
+        raise BaseMismatchError(
+            f"{path} was made for a {made_for['architecture']} with other weights (fingerprint "
+            f"{made_for.get('weights')}, this model {own.get('weights')}): load the same base "
+            "checkpoint first, or pass check='structure' if you mean it"
+        )
+    return own
+
+
+def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
+    for target in header["targets"]:
+        place = join(target["module"], target["tensor"])
+        try:
+            raw = raw_tensor(find(model, target["module"]), target["tensor"])
+        except (AttributeError, KeyError):
+            return f" (here is no {place})"
+        if list(raw.shape) != target["shape"]:
+            return f" ({place} is {tuple(raw.shape)} here, {tuple(target['shape'])} there)"
+    return ""
+
+
+def _check_tensors(
+    live: dict[str, Tensor], header: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Exactly the tensors that the header promises, in shapes that fit the model."""
+    expected = _factor_shapes(header)
+    for key in [*header["extras"], *header["buffers"]]:
+        if key not in live:
+            raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
+        expected[key] = tuple(live[key].shape)
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected)
+    if missing or extra:
+        raise AdapterFileError(
+            f"{path} is not whole: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}; "
+            "write it again with save_adapter"
+        )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            hint = "; build the model with the same number of classes" if key in live else ""
+            raise AdapterFileError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}{hint}"
+            )
+
+
+def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for t in header["targets"]:
+        rows, columns = t["matrix"]
+        key = join(t["module"], t["tensor"])
+        if t.get("xs"):
+            shapes[f"{key}.core"] = (t["rank"], t["rank"])
+        else:
+            shapes |= {f"{key}.lora_A": (t["rank"], columns), f"{key}.lora_B": (rows, t["rank"])}
+        if t.get("offset"):
+            shapes |= {f"{key}.start_A": (t["rank"], columns), f"{key}.start_B": (rows, t["rank"])}
+        if t["dora"]:
+            shapes[f"{key}.magnitude"] = (rows,)
+    return shapes
+
+
+def _config(header: dict[str, Any], path: Path) -> LoRAConfig:
+    try:
+        return LoRAConfig.make(header["config"])
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: the header's configuration is wrong: {error}") from error
+
+
+def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None:
+    """Each target must be a tensor of this model, seen as the header says."""
+    for t in header["targets"]:
+        try:
+            raw = raw_tensor(find(model, t["module"]), t["tensor"])
+            shape = tuple(raw.shape)
+        except (AttributeError, KeyError):
+            shape = ()
+        bare = bool(shape) and t["matrix"][0] != shape[0]
+        why = layers.refusal(find(model, t["module"]), t["tensor"], raw) if shape else None
+        if why is not None:
+            raise AdapterFileError(f"{path}: {t['module']}.{t['tensor']} takes no adapter: {why}")
+        if not shape or list(shape) != t["shape"] or [*matrix_shape(shape, bare)] != t["matrix"]:
+            raise AdapterFileError(
+                f"{path}: {t['module']}.{t['tensor']} is {shape or 'missing'} in this model, and "
+                f"{t['shape']}, seen as {t['matrix']}, in the file's header"
+            )
+
+
+def _bases(
+    model: nn.Module,
+    header: dict[str, Any],
+    check: str,
+    path: Path,
+    known: dict[tuple[str, int], Basis],
+) -> dict[str, Basis]:
+    """LoRA-XS's frozen factors from this base: those that the cores were trained between."""
+    found, other = {}, []
+    for t in header["targets"]:
+        if not t.get("xs"):
+            continue
+        module, key = find(model, t["module"]), join(t["module"], t["tensor"])
+        bare = t["matrix"][0] != t["shape"][0]
+        if (key, t["rank"]) not in known:
+            raw = raw_tensor(module, t["tensor"])
+            known[key, t["rank"]] = basis_of(module, t["tensor"], raw, t["rank"], bare)
+        found[key] = known[key, t["rank"]]
+        if not found[key].is_as(t.get("basis")):
+            other.append(key)
+    if other and check == "weights":
+        raise BaseMismatchError(
+            f"{path} holds cores alone (LoRA-XS), and for {len(other)} of {len(found)} of them "
+            f"({other[0]} …) this base's singular vectors are not those of the training: was one "
+            "of the bases in another precision, or does a weight have equal singular values? Load "
+            "it where it was trained and save it whole: compress(model, energy=1.0), save_adapter"
+        )
+    return found

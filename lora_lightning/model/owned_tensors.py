@@ -1,0 +1,156 @@
+"""What an adapter owns besides its factors: whole tensors, which change places with the source's.
+
+They are what `trainable` names (a head, norms) and buffers that training moved (BatchNorm's
+statistics). They live in the model under the base's names while the adapter is active; the source's
+values are kept in the model's state, so that `disabled`, `set_active` and `remove` can bring the
+source model back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.model.state import Kind, ModelState, kind_of
+from lora_lightning.model.targets import trainable_names
+from lora_lightning.model.view import View
+
+
+def extras(view: View, state: ModelState, name: str) -> list[str]:
+    """Parameters that the adapter `name` trains in full, by today's structure of the model."""
+    if not state.configs[name].trainable:
+        return []
+    return _of_kind(view, state, kind_of(state.configs[name], state.reports[name]))
+
+
+def all_extras(model: nn.Module | View, state: ModelState) -> set[str]:
+    """What any adapter of the model trains in full."""
+    view = View.of(model)
+    return {e for kind in state.kinds for e in _of_kind(view, state, kind)}
+
+
+def _of_kind(view: View, state: ModelState, kind: Kind) -> list[str]:
+    trainable, adapted = kind
+    return [n for n in chosen(view, state, trainable) if n not in adapted]
+
+
+def chosen(view: View, state: ModelState, trainable: Iterable[str]) -> list[str]:
+    """`trainable_names`, looked up once for each structure of the model."""
+    patterns = tuple(trainable)
+    if state.chosen[0] != view.structure:
+        state.chosen = view.structure, {}
+    if patterns not in state.chosen[1]:
+        state.chosen[1][patterns] = trainable_names(view, patterns)
+    return state.chosen[1][patterns]
+
+
+def snapshot(view: View, state: ModelState, renew: Container[str] = ()) -> None:
+    """Keep the source's values of all that an adapter may own; what is kept stays.
+
+    For names in `renew` (a source checkpoint was loaded) live values replace the kept ones.
+    """
+    whole = all_extras(view, state)
+    for name, tensor in view.tensors.items():
+        if name not in whole and isinstance(tensor, nn.Parameter):
+            continue
+        known = state.source.get(name)
+        if known is None or name in renew or replaced(tensor, known):
+            state.source[name] = (tensor, tensor.detach().clone())
+
+
+def owned_names(view: View, state: ModelState, name: str) -> list[str]:
+    """What the active adapter owns: its extras, and buffers that moved from the source's."""
+    live = view.tensors
+    moved = [
+        n
+        for n, (tensor, value) in state.source.items()
+        if n in live
+        and not isinstance(live[n], nn.Parameter)
+        and not replaced(live[n], (tensor, value))
+        and not _same(live[n], value)
+    ]
+    return [*extras(view, state, name), *moved]
+
+
+def like(value: Tensor, live: Tensor) -> Tensor:
+    """`value` on the device and in the precision of `live`."""
+    return value.to(device=live.device, dtype=live.dtype)
+
+
+def replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
+    """Whether the user put another tensor in this place since its source value was kept.
+
+    Parameters keep their identity when a model moves; buffers become new objects then.
+    """
+    if isinstance(live, nn.Parameter):
+        return known[0] is not live
+    return known[1].shape != live.shape
+
+
+def _same(live: Tensor, value: Tensor) -> bool:
+    return live.is_meta or value.is_meta or torch.equal(live, like(value, live))
+
+
+def exchange(view: View, state: ModelState, name: str | None) -> None:
+    """Set the active adapter's own tensors aside, and bring those of `name` into the model.
+
+    Raises:
+        AdapterError: they no longer fit; nothing was moved.
+    """
+    if name is not None:
+        _check_parked(view, state, name)
+    if state.active is not None:
+        _park(view, state, state.active)
+    state.active = name
+    if name is not None:  # the source's must be there now
+        for key, value in state.parked.pop(name, {}).items():
+            view.tensors[key].data = like(value, view.tensors[key])
+
+
+def _check_parked(view: View, state: ModelState, name: str) -> None:
+    live = view.tensors
+    for key, value in state.parked.get(name, {}).items():
+        if key not in live or live[key].shape != value.shape:
+            shape = tuple(live[key].shape) if key in live else "gone"
+            raise AdapterError(
+                f"adapter {name!r} holds {key} of shape {tuple(value.shape)}, and the model's is "
+                f"{shape}: the layer was replaced while the adapter was inactive"
+            )
+
+
+def _park(view: View, state: ModelState, active: str) -> None:
+    """Set the active adapter's own tensors aside and bring the source's back."""
+    live, values = view.tensors, {}
+    snapshot(view, state)
+    for name in owned_names(view, state, active):
+        known = state.source.get(name)
+        if known is not None and not replaced(live[name], known):
+            values[name] = live[name].data
+            # A copy: what trains next in this place must not write into the source's values.
+            live[name].data = like(known[1], live[name]).clone()
+    state.parked[active] = values
+
+
+@contextmanager
+def source_values(view: View, state: ModelState) -> Iterator[None]:
+    """The source's own tensors for the length of a ``with`` block."""
+    if state.active is None:
+        yield
+        return
+    live = view.tensors
+    snapshot(view, state)
+    owned = owned_names(view, state, state.active)
+    kept = {n: live[n].data for n in owned if n in state.source}
+    for name in kept:
+        value = like(state.source[name][1], live[name])
+        # A forward in training mode moves statistics in place: not the kept ones.
+        live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            live[name].data = value

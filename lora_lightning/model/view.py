@@ -1,0 +1,83 @@
+"""One look at a whole model, handed on to all that an operation does with it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.lora.adapted_module import AdaptedModule
+from lora_lightning.lora.merging import is_merged
+from lora_lightning.lora.module_tree import Children, Modules, walk
+
+
+class View:
+    """The modules and tensors of a model, looked up once: walking it is most of a switch's work.
+
+    A view is made for one operation and handed on within it. What it keeps (modules, tensors,
+    parameters) are the same objects while adapters are put on, switched and taken off; which layers
+    are adapted or merged changes meanwhile, and is asked of the modules each time. After merging,
+    unmerging or a new module or parameter the tensors are others: make another view.
+
+    Factors are no part of what it keeps, so that its cost does not grow with the adapters.
+
+    Args:
+        model: Any module, with adapters or without.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @classmethod
+    def of(cls, model: nn.Module | View) -> View:
+        """The view that a caller hands on, or a new one of its model."""
+        return model if isinstance(model, View) else cls(model)
+
+    @cached_property
+    def modules(self) -> Modules:
+        """(dotted path, module) of every module of the base, as `walk` finds them."""
+        return walk(self.model, _base_children)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → every parameter and persistent buffer of the base; tied ones under each name."""
+        found: dict[str, Tensor] = {}
+        for path, module in self.modules:
+            parameters, buffers = module._parameters, module._buffers
+            if not (parameters or buffers):
+                continue
+            prefix = f"{path}." if path else ""
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    found[prefix + name] = parameter
+            for name, buffer in buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[prefix + name] = buffer
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of `tensors` that are parameters."""
+        return {n: p for n, p in self.tensors.items() if isinstance(p, nn.Parameter)}
+
+    @cached_property
+    def structure(self) -> int:
+        """A hash of which parameters these are, by name and identity."""
+        return hash(tuple((n, id(p)) for n, p in self.parameters.items()))
+
+    @property
+    def adapted(self) -> dict[str, Any]:
+        """Path → module of every layer with factors (none while merged)."""
+        return {n: m for n, m in self.modules if isinstance(m, AdaptedModule)}
+
+    @property
+    def merged(self) -> dict[str, nn.Module]:
+        """Path → module of every layer that holds merged weights."""
+        return {n: m for n, m in self.modules if is_merged(m)}
+
+
+def _base_children(module: nn.Module) -> Children:
+    if isinstance(module, AdaptedModule):
+        return {name: child for name, child in module._modules.items() if name != "lora"}
+    return module._modules
