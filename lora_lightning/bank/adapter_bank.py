@@ -7,14 +7,14 @@ Reading order: this file; `batch` (what is put on the model, and how it comes of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.bank.batch import ATTRIBUTE, Batch
-from lora_lightning.bank.calls import Call, items_of
+from lora_lightning.bank.calls import items_of
 from lora_lightning.bank.mix import Part, Room, lasting
 from lora_lightning.bank.probe import explain
 from lora_lightning.bank.probing_runs import Looks
@@ -23,6 +23,7 @@ from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.lora.merging import is_merged
 from lora_lightning.model import eval_caches
 from lora_lightning.model import state as states
+from lora_lightning.model.calling import Call, Forward, call_of
 from lora_lightning.model.switching import disabled
 
 
@@ -56,8 +57,9 @@ class AdapterBank:
             name to path; or paths. A file is read when it is first needed.
         capacity: How many adapters are kept in memory; those used last stay.
         capacity_bytes: How many bytes they may take. ``None``: no limit.
-        example: A batch to look at at once: a tensor, a tuple of arguments or a mapping of keyword
-            arguments, of two items or more. ``None``: the first mixed batch is looked at.
+        example: A batch of two items or more to look at at once; what the model is called with for
+            it, see `lora_lightning.model.calling`. ``None``: the first mixed batch is looked at.
+        forward: From (model, batch): runs the model once on `example`.
         dim: Dimension of the model's inputs that holds the items. An input whose size is another
             there has them in the first dimension that fits, or is shared by all items.
         check: ``"weights"`` or ``"structure"``, as in `lora_lightning.load_adapter`.
@@ -75,6 +77,7 @@ class AdapterBank:
         capacity: int = 256,
         capacity_bytes: int | None = None,
         example: Any = None,
+        forward: Forward | None = None,
         dim: int = 0,
         check: str = "weights",
     ):
@@ -85,7 +88,7 @@ class AdapterBank:
         self._room = Room()
         self._store.add(source)
         if example is not None:
-            self.probe(example)
+            self.probe(example, forward=forward)
 
     def add(self, source: Source, *, overwrite: bool = False) -> list[str]:
         """Enter more files, named as in the constructor; returns their names.
@@ -124,21 +127,24 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def probe(self, batch: Any, names: str | Sequence[str] | None = None) -> dict[str, str]:
+    def probe(
+        self,
+        batch: Any,
+        names: str | Sequence[str] | None = None,
+        *,
+        forward: Forward | None = None,
+    ) -> dict[str, str]:
         """Look at where the items lie in this batch, and return `places`.
 
         Args:
             batch: As `example`.
             names: Whose tensors to look at; default: the adapters in memory, else the first.
+            forward: As in the constructor.
 
         Raises:
             AdapterError: the batch has less than two items, or the model fails to run.
         """
-        call: Call = ((batch,), {})
-        if isinstance(batch, Mapping):
-            call = ((), dict(batch))
-        elif isinstance(batch, (tuple, list)):
-            call = (tuple(batch), {})
+        call = call_of(self.model, batch, forward)
         names = (names,) if isinstance(names, str) else names
         chosen = list(names or self._store.representatives())
         n = items_of(call, self.dim)

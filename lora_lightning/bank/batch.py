@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lora_lightning.bank.calls import Call
 from lora_lightning.bank.mix import Mix, Part, Room
 from lora_lightning.bank.ops import CALLED
 from lora_lightning.bank.probe import Places, signature
@@ -24,6 +24,7 @@ from lora_lightning.bank.watch import Watch
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import raw_tensor
+from lora_lightning.model.calling import Call
 
 # The class that a module has while a bank is in force: its tensors are read from the batch.
 #
@@ -94,6 +95,7 @@ def _compilable(base: Any) -> Callable[..., Any]:
 
 
 def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)  # whose signature tells how a batch is passed
     def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch, path = self.__dict__[ATTRIBUTE]
         if path:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.model.calling import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Kind = tuple[Any, ...]
 
 

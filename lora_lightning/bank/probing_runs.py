@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_lightning.bank.batch import Batch
 from lora_lightning.bank.calls import (
-    Call,
     Kind,
     check_lists,
     items_of,
@@ -21,6 +20,7 @@ from lora_lightning.bank.calls import (
 from lora_lightning.bank.probe import Places
 from lora_lightning.bank.watch import Watch, run
 from lora_lightning.errors import AdapterError
+from lora_lightning.model.calling import Call
 
 
 class Looks:

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.data_driven.initialise import Forward, call, start_from_data
+from lora_lightning.model.calling import Forward, call
+from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
@@ -25,12 +26,13 @@ def start_in_trainer(
     backbone: nn.Module,
     name: str,
     data: Iterable[Any] | None,
+    forward: Forward | None,
     loss: Forward | None,
 ) -> None:
     """`start_from_data`, with the module's own steps, on the trainer's own batches.
 
-    Inputs are gathered by the module's ``predict_step``, or its forward on the batch's first
-    element where it has none; gradients by its ``training_step``.
+    Inputs are gathered by `forward`, else by the module's ``predict_step``, or its forward where
+    it has none; gradients by `loss`, else by its ``training_step``.
 
     Raises:
         ConfigError: the trainer has not one training loader, but several.
@@ -43,7 +45,7 @@ def start_in_trainer(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module)),
             loss=_within(plugin, loss),
             progress=_shows_progress(trainer),
         )
@@ -59,6 +61,7 @@ def choose_in_trainer(
     backbone: nn.Module,
     name: str,
     data: Iterable[Any] | None,
+    forward: Forward | None,
 ) -> InjectionReport:
     """`choose_ranks` on the trainer's own batches, before there are optimizers.
 
@@ -73,7 +76,7 @@ def choose_in_trainer(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module)),
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw other batches: one choice for all
