@@ -1,4 +1,4 @@
-"""Running a model to see what goes where, and noting it."""
+"""Hooks that record, in one run of a model, where tensors are used and what modules are given."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_lightning.bank.layout import Seen
 from lora_lightning.bank.mix import Mix
-from lora_lightning.bank.ops import ITEMS_FIRST
-from lora_lightning.bank.tensor import name_of
+from lora_lightning.bank.tensor import ITEMS_FIRST, name_of
 from lora_lightning.model.calling import Call
 from lora_lightning.model.probing import seeded
 

@@ -1,4 +1,4 @@
-"""Which layer takes which path.
+"""Kinds of layers: their weights, and how an adapter's part is computed in each.
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own output,
 by `fused.linear` where that can. *Effective weight*: the base class's own ``forward`` runs,

@@ -1,4 +1,4 @@
-"""Ranks and starting factors from the trainer's own training batches, before the first step."""
+"""Ranks and initial factors from the trainer's own batches, before the first step."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What looks at data before training: activations, first factors, ranks."""
+"""What depends on data: activations, initial factors, ranks, pruning."""

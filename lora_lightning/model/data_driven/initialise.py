@@ -1,4 +1,4 @@
-"""`start_from_data`: starting factors that look at the target before training begins."""
+"""`start_from_data`: initial factors from target batches, before training."""
 
 from __future__ import annotations
 
