@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
+from lora_lightning.training.steps import outside_training, step_loss
 
 
 def start_in_trainer(
@@ -40,7 +40,7 @@ def start_in_trainer(
     batches = _single(trainer.train_dataloader) if data is None else data
     plugin = _precision(trainer, backbone)
     loss = loss or (lambda _, batch: _training_loss(pl_module, batch))
-    with _looking(pl_module):
+    with outside_training(pl_module):
         start_from_data(
             backbone,
             _Moved(batches, trainer, plugin),
@@ -71,7 +71,7 @@ def choose_in_trainer(
     batches = _early_loader(trainer) if data is None else data
     plugin = _precision(trainer, backbone)
     pl_module.to(trainer.strategy.root_device)  # where the strategy is about to move it
-    with _looking(pl_module):
+    with outside_training(pl_module):
         report = choose_ranks(
             backbone,
             _Moved(batches, trainer, plugin),
@@ -114,14 +114,6 @@ def _shows_progress(trainer: Trainer) -> bool:
     return trainer.progress_bar_callback is not None and trainer.is_global_zero
 
 
-@contextmanager
-def _looking(pl_module: LightningModule) -> Iterator[None]:
-    # The order of the training that follows must not depend on this look at its data.
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), silent(pl_module):
-        yield
-
-
 class _Moved:
     """A loader whose batches come on the module's device, and in this precision."""
 
@@ -162,27 +154,10 @@ def _single(loader: Any) -> Iterable[Any]:
 
 
 def _training_loss(pl_module: LightningModule, batch: Any) -> Tensor:
-    found: Any = pl_module.training_step(batch, 0)
-    loss = found["loss"] if isinstance(found, dict) else found
+    loss = step_loss(pl_module, batch)
     if not isinstance(loss, Tensor):
         raise ConfigError(
             "init='lora-ga' needs the loss that training_step returns, and it returns none (manual "
             "optimisation?): give LoRACallback(loss=…), a function from (backbone, batch)"
         )
     return loss
-
-
-@contextmanager
-def silent(pl_module: LightningModule) -> Iterator[None]:
-    """What the steps log here belongs to no step of the training."""
-    kept = {n: pl_module.__dict__.get(n) for n in ("log", "log_dict")}
-    for name in kept:
-        pl_module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = value
