@@ -8,7 +8,7 @@ of its own class, in which each adapted tensor is a property that yields the eff
 The raw weight stays in ``_parameters``, so names, shapes, ties, hooks, optimizers and
 ``isinstance`` see what they saw before; whoever *reads* ``module.weight``, be it
 ``F.linear(x, self.qkv.weight)`` in a model's own forward, gets the adapted weight. Where the
-product can be kept in factors, `lora_lightning.lora.layers` adds a cheaper ``forward``.
+product can be kept in factors, `lora_lightning.lora.factorised` has a cheaper ``forward``.
 
 `release` swaps the class back. Reading order: `adapt`, `adapted_class`, `AdaptedModule`; then
 `lora_lightning.lora.factors` for BA itself and `lora_lightning.lora.merging` for W' in W's place.
@@ -27,7 +27,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.effective_weight import EffectiveWeight
 from lora_lightning.lora.factors import Factors, FactorSpec, matrix_shape
-from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides
+from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides, refresh
 from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
@@ -236,11 +236,3 @@ def release(module: nn.Module, name: str) -> None:
     live.__class__ = live._adapted_base
     del module._modules["lora"], module.__dict__["lora_active"]
     refresh(module)
-
-
-def refresh(module: nn.Module) -> None:
-    """Recurrent layers cache their weights in a list, which must be the raw ones again."""
-    if isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)
-        if not isinstance(module, AdaptedModule):
-            module._init_flat_weights()
