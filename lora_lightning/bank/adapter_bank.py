@@ -1,28 +1,29 @@
-"""`AdapterBank`: hundreds of adapters for one base, another one for every item of a batch.
+"""`AdapterBank`: many adapters for one base model, another one for every item of a batch.
 
-Reading order: this file; `batch` (what is put on the model, and how it comes off),
-`tensor` (what a layer reads as its weight) and `ops` (what is computed with it);
-`layout` and `probe` (where the items lie); `store` (files).
+Reading order: this file; `batch` (what is put on the model, and how it comes off), `tensor` (what
+a layer reads as its weight) and `products` (what is computed with it); `layout` and `probe` (where
+the items lie); `store` (files).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from lora_lightning.bank.batch import ATTRIBUTE, Batch
-from lora_lightning.bank.calls import Call, items_of
+from lora_lightning.bank.batch import Batch, check_free
+from lora_lightning.bank.calls import items_of
+from lora_lightning.bank.classes import ATTRIBUTE
 from lora_lightning.bank.mix import Part, Room, lasting
 from lora_lightning.bank.probe import explain
 from lora_lightning.bank.probing_runs import Looks
 from lora_lightning.bank.store import Source, Store
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.lora.merging import is_merged
 from lora_lightning.model import eval_caches
 from lora_lightning.model import state as states
+from lora_lightning.model.calling import Call, Forward, call_of
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
 
@@ -51,14 +52,15 @@ class AdapterBank:
     at all is an error that names the tensors.
 
     Args:
-        model: The base of all adapters. One bank at a time can be in force on it. Its weights must
+        model: The base of all adapters. One bank at a time can serve it. Its weights must
             stay as they are.
         source: A folder of ``.safetensors`` files, each named after its file; or a mapping from
             name to path; or paths. A file is read when it is first needed.
         capacity: How many adapters are kept in memory; those used last stay.
         capacity_bytes: How many bytes they may take. ``None``: no limit.
-        example: A batch to look at at once: a tensor, a tuple of arguments or a mapping of keyword
-            arguments, of two items or more. ``None``: the first mixed batch is looked at.
+        example: A batch of two items or more to look at at once; what the model is called with for
+            it, see `lora_lightning.model.calling`. ``None``: the first mixed batch is looked at.
+        forward: From (model, batch): runs the model once on `example`.
         dim: Dimension of the model's inputs that holds the items. An input whose size is another
             there has them in the first dimension that fits, or is shared by all items.
         check: ``"weights"`` or ``"structure"``, as in `lora_lightning.load_adapter`.
@@ -76,6 +78,7 @@ class AdapterBank:
         capacity: int = 256,
         capacity_bytes: int | None = None,
         example: Any = None,
+        forward: Forward | None = None,
         dim: int = 0,
         check: str = "weights",
     ):
@@ -86,7 +89,7 @@ class AdapterBank:
         self._room = Room()
         self._store.add(source)
         if example is not None:
-            self.probe(example)
+            self.probe(example, forward=forward)
 
     def add(self, source: Source, *, overwrite: bool = False) -> list[str]:
         """Enter more files, named as in the constructor; returns their names.
@@ -120,26 +123,29 @@ class AdapterBank:
         if wrong:
             raise ConfigError(f"an adapter's name is a text, or None for the source: {wrong[0]!r}")
         self._store.check(n for n in listed if n is not None)
-        return self._in_force(listed, None if alone else len(listed))
+        return self._applied(listed, None if alone else len(listed))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def probe(self, batch: Any, names: str | Sequence[str] | None = None) -> dict[str, str]:
+    def probe(
+        self,
+        batch: Any,
+        names: str | Sequence[str] | None = None,
+        *,
+        forward: Forward | None = None,
+    ) -> dict[str, str]:
         """Look at where the items lie in this batch, and return `places`.
 
         Args:
             batch: As `example`.
             names: Whose tensors to look at; default: the adapters in memory, else the first.
+            forward: As in the constructor.
 
         Raises:
             AdapterError: the batch has less than two items, or the model fails to run.
         """
-        call: Call = ((batch,), {})
-        if isinstance(batch, Mapping):
-            call = ((), dict(batch))
-        elif isinstance(batch, (tuple, list)):
-            call = (tuple(batch), {})
+        call = call_of(self.model, batch, forward)
         names = (names,) if isinstance(names, str) else names
         chosen = list(names or self._store.representatives())
         n = items_of(call, self.dim)
@@ -149,7 +155,7 @@ class AdapterBank:
             )
         with ExitStack() as stack:
             prepared = self._prepared((*chosen, None), stack)
-            self._looks.arrange(prepared, call, n, anew=True)
+            self._looks.arrange(prepared, call, n, again=True)
         return self.places
 
     @property
@@ -185,7 +191,7 @@ class AdapterBank:
         )
 
     @contextmanager
-    def _in_force(self, names: tuple[str | None, ...], expected: int | None) -> Iterator[nn.Module]:
+    def _applied(self, names: tuple[str | None, ...], expected: int | None) -> Iterator[nn.Module]:
         with ExitStack() as stack:
             batch = self._prepared(names, stack)
 
@@ -200,7 +206,7 @@ class AdapterBank:
 
     def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
         """The batch, put on the model until `stack` closes."""
-        if _check(self.model):
+        if check_free(self.model):
             stack.enter_context(disabled(self.model))
         with lasting(self.model):
             taken = self._store.take(list(dict.fromkeys(n for n in names if n is not None)))
@@ -211,7 +217,7 @@ class AdapterBank:
         cachers = eval_caches.cachers(modules)
         stack.callback(eval_caches.forget_computed, cachers)
         stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
-        stack.enter_context(batch.in_force())
+        stack.enter_context(batch.applied())
         eval_caches.forget_computed(cachers)
         packers = eval_caches.keep_padded(modules, lambda m: ATTRIBUTE in m.__dict__)
         stack.callback(eval_caches.pack_again, packers)
@@ -233,19 +239,3 @@ class AdapterBank:
         problems = {p: why for p, why in batch.places.problems.items() if p in batch.paths}
         if problems:
             raise explain(problems)
-
-
-def _check(model: nn.Module) -> bool:
-    """Raise where a bank cannot be in force; whether an adapter of the model's own is active."""
-    active = False
-    for path, module in View(model).modules:
-        where = path or type(model).__name__
-        if module.training:
-            raise AdapterError(f"{where} is in training mode, a bank is for eval: model.eval()")
-        if ATTRIBUTE in module.__dict__:
-            raise AdapterError("a bank is in force on this model already: leave its block first")
-        if is_merged(module):
-            raise AdapterError(f"{where} is merged: unmerge(model) before using a bank")
-        state = states.state_of(module)
-        active |= state is not None and state.active is not None
-    return active

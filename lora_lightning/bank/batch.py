@@ -1,7 +1,7 @@
-"""One batch of many adapters: what each layer reads, and modules that run in groups of items.
+"""`Batch`: what each layer reads for a batch of many adapters; modules that run in groups.
 
-While it is in force, modules have the classes of `lora_lightning.bank.batch`, afterwards their
-own. So nothing is injected, renamed or left behind: another batch is nothing but other tensors.
+While it is on the model, modules have the classes of `lora_lightning.bank.classes`, afterwards
+their own. So nothing is injected, renamed or left behind: another batch is only other tensors.
 """
 
 from __future__ import annotations
@@ -15,106 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lora_lightning.bank.calls import Call
+from lora_lightning.bank.classes import ATTRIBUTE, mixed_class
 from lora_lightning.bank.mix import Mix, Part, Room
-from lora_lightning.bank.ops import CALLED
 from lora_lightning.bank.probe import Places, signature
-from lora_lightning.bank.tensor import BankTensor
 from lora_lightning.bank.watch import Watch
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import raw_tensor
-
-# The class that a module has while a bank is in force: its tensors are read from the batch.
-#
-# It is a subclass of the module's own class in which each tensor that an adapter changes is a
-# property. The forward is the base's own, which reads them.
-
-
-ATTRIBUTE = "_lora_batch"  # on a module: (the batch in force, the module's path)
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
-
-
-def mixed_class(cls: type[nn.Module], tensors: tuple[str, ...], grouped: bool) -> type[nn.Module]:
-    """The subclass of `cls` that reads these tensors from the batch in force; made once each."""
-    if (cls, tensors, grouped) not in _CLASSES:
-        # An adapted class has a forward that passes the property by: the base's own reads it.
-        base: Any = getattr(cls, "_adapted_base", cls)
-        body: dict[str, Any] = {tensor: _property(tensor) for tensor in tensors}
-        body |= {"_adapted_base": base, "__module__": __name__}
-        forward = _compilable(base) if "weight" in tensors else base.forward
-        body["forward"] = _grouped(forward) if grouped else forward
-        if issubclass(base, nn.RNNBase):
-            body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
-        _CLASSES[cls, tensors, grouped] = type(f"Bank{base.__name__}", (cls,), body)
-    return _CLASSES[cls, tensors, grouped]
-
-
-def _property(tensor: str) -> property:
-    def read(module: Any) -> Any:
-        batch, path = module.__dict__[ATTRIBUTE]
-        value = batch.now[path][tensor]
-        if not isinstance(value, Mix):
-            return value
-        if torch.compiler.is_compiling():
-            raise AdapterError(
-                f"{value.path} is read by other code than a plain layer's forward, which a bank "
-                "cannot do in a compiled model: call the model without torch.compile"
-            )
-        if value.n > 1 and not batch.inside and value.is_folded:
-            raise AdapterError(
-                f"{value.path} is used by another method than the model's forward, where a bank "
-                "cannot count the items: call the model itself, or give one name for all of them"
-            )
-        return BankTensor.of(value)
-
-    def write(module: Any, value: Any) -> None:
-        module.__dict__[tensor] = value  # what the old weight_norm hook computes
-
-    return property(read, write)
-
-
-def _compilable(base: Any) -> Callable[..., Any]:
-    """The base's forward; while it is compiled, of a plain layer, without tensors of a subclass."""
-    called = CALLED.get(base.forward)
-    if called is None or "weight" in vars(base):
-        return base.forward  # type: ignore[no-any-return]
-
-    def forward(self: Any, x: Tensor) -> Any:
-        if not torch.compiler.is_compiling():
-            return base.forward(self, x)
-        batch, path = self.__dict__[ATTRIBUTE]
-        own = batch.now[path]
-        if not isinstance(own["weight"], Mix):
-            return base.forward(self, x)
-        bias = own["bias"] if "bias" in own else self._parameters["bias"]
-        return called(self, x, own["weight"], bias)
-
-    return forward
-
-
-def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch, path = self.__dict__[ATTRIBUTE]
-        if path:
-            return run(self, batch, path, args, kwargs)
-        batch.announce((args, kwargs))
-        batch.inside += 1
-        try:
-            return run(self, batch, path, args, kwargs)
-        finally:
-            batch.inside -= 1
-
-    def run(self: Any, batch: Any, path: str, args: Any, kwargs: Any) -> Any:
-        if batch.n == 1 or path not in batch.grouped:
-            return forward(self, *args, **kwargs)
-        return batch.in_groups(path, forward.__get__(self), args, kwargs)
-
-    return in_groups
-
-
-def _flat_weights(self: Any) -> list[Any]:
-    return [getattr(self, name) for name in self._flat_weights_names]
+from lora_lightning.lora.merging import is_merged
+from lora_lightning.model import state as states
+from lora_lightning.model.calling import Call
+from lora_lightning.model.view import View
 
 
 @dataclass
@@ -172,7 +83,7 @@ class Batch:
         return raw_tensor(module, tensor)
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within the block the model's layers read this batch's tensors."""
         try:
             self.swap()
@@ -280,6 +191,22 @@ class Batch:
             parts = [(chosen, leaves[i]) for chosen, leaves, _ in flat]
             whole.append(layout.gather(parts, self.n) if layout else parts[0][1])
         return tree_unflatten(whole, flat[0][2])
+
+
+def check_free(model: nn.Module) -> bool:
+    """Raise where a bank cannot serve the model; whether it has an active adapter of its own."""
+    active = False
+    for path, module in View(model).modules:
+        where = path or type(model).__name__
+        if module.training:
+            raise AdapterError(f"{where} is in training mode, a bank is for eval: model.eval()")
+        if ATTRIBUTE in module.__dict__:
+            raise AdapterError("a bank is in force on this model already: leave its block first")
+        if is_merged(module):
+            raise AdapterError(f"{where} is merged: unmerge(model) before using a bank")
+        state = states.state_of(module)
+        active |= state is not None and state.active is not None
+    return active
 
 
 @contextmanager

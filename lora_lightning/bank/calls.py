@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.model.calling import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Kind = tuple[Any, ...]
 
 
@@ -85,7 +85,7 @@ def variants(call: Call, n: int, dim: int) -> list[tuple[Call, int]]:
         (_moved(call, n - 1, n, dim), n),
     ]
     if any(_tells_length(leaf, n, dim) for leaf in tree_leaves(call)):
-        for item in (0, n - 1):  # whichever way a model sorts by length, one of them is sorted anew
+        for item in (0, n - 1):  # whichever way a model sorts by length, one of them changes place
             other = _shortened(call, item, n, dim)
             found += [(other, n), (_moved(other, 0, n, dim), n)]
     return found

@@ -155,14 +155,6 @@ class Mix:
             summed = summed * self.scale[..., None]
         return summed.view(self.n, *self.raw.shape)
 
-    def rows(self, rows: slice) -> Mix:
-        """The mix of these rows of the tensor alone."""
-        cut: dict[str, Any] = {
-            key: None if (value := getattr(self, key)) is None else value[:, rows]
-            for key in ("lora_B", "scale", "full")
-        }
-        return replace(self, raw=self.raw[rows], **cut)
-
     def map(self, change: Callable[[Tensor], Tensor]) -> Mix:
         """The mix of another representation: device, precision."""
         keys = ("raw", "lora_A", "lora_B", "scale", "full")

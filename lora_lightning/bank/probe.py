@@ -1,4 +1,4 @@
-"""Finding out where a model puts the items of a batch: by running it, not by guessing.
+"""Where a model puts the items of a batch, inferred from a few runs of it.
 
 Four runs of the same batch are compared: as it is, with one item twice, and with the first and the
 last item changed. The dimension that grows in the second run holds the items; what changes in the

@@ -1,4 +1,4 @@
-"""Running a model a few times to find where a batch's items lie (see `probe`)."""
+"""The runs of a model from which the places of a batch's items are inferred (see `probe`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_lightning.bank.batch import Batch
 from lora_lightning.bank.calls import (
-    Call,
     Kind,
     check_lists,
     items_of,
@@ -21,6 +20,7 @@ from lora_lightning.bank.calls import (
 from lora_lightning.bank.probe import Places
 from lora_lightning.bank.watch import Watch, run
 from lora_lightning.errors import AdapterError
+from lora_lightning.model.calling import Call
 
 
 class Looks:
@@ -32,15 +32,15 @@ class Looks:
         # With the lengths and masks for which alone it is known; None: for all.
         self._known: dict[Kind, tuple[list[Any] | None, Places]] = {}
 
-    def arrange(self, batch: Batch, call: Call, n: int, anew: bool = False) -> None:
-        """Let the batch have what is known of such calls; look where nothing is, or `anew`."""
+    def arrange(self, batch: Batch, call: Call, n: int, again: bool = False) -> None:
+        """Let the batch have what is known of such calls; look where nothing is, or `again`."""
         kind = kind_of(call, n, self._dim)
         lengths, places = self._known.get(kind, (None, Places()))
         if lengths is not None and lengths != lengths_of(call, n, self._dim):
             places = Places()
         self.last = places
         batch.arrange(places)
-        new = [path for path in batch.paths if anew or path not in places.known]
+        new = [path for path in batch.paths if again or path not in places.known]
         if new:
             check_lists(call, n)
             any_lengths = look(batch, call, self._dim, new)

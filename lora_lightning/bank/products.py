@@ -1,4 +1,4 @@
-"""Products with another weight for every item of the batch: Linear and convolutions.
+"""Batched products with another weight for every item: linear layers and convolutions.
 
 Each function below takes the arguments of the torch function that it stands for, in which weights
 and biases may be tensors with a `Mix`. The item's own part is added to the base's output in place,

@@ -1,4 +1,4 @@
-"""An adapter's file as what it does to each tensor of the model."""
+"""Reads an adapter's file as a `Part` for each tensor that it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files by name, those used last in memory."""
+"""Adapter files by name, with a least-recently-used cache in memory."""
 
 from __future__ import annotations
 

@@ -1,26 +1,26 @@
 """`BankTensor`: what a layer reads as its weight while a batch of many adapters runs.
 
-It looks like the source's own tensor. Torch hands over every function that is called with it, and
-where `lora_lightning.bank.ops` knows the function, each item of the batch gets its own values. A
-layer, and whoever reads its weight, so runs its own code: ``F.linear(x, self.qkv.weight)`` in
-BEiT, raw ``in_proj_weight`` in WavLM, "same" padding. What is not known is an error that names the
-tensor: nothing ever computes with the source's values in silence.
+It looks like the source's own tensor. Torch hands over every function that is called with it
+(``__torch_function__``), and where `OPS` has the function, each item of the batch gets its own
+values. A layer, and whoever reads its weight, so runs its own code: ``F.linear(x,
+self.qkv.weight)`` in BEiT, raw ``in_proj_weight`` in WavLM, "same" padding. What uses the tensor
+in another function, such as `torch.nn.MultiheadAttention`, runs in groups of items that share an
+adapter: nothing ever computes with the source's values in silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.bank.mix import Mix
-from lora_lightning.bank.ops import OPS
-from lora_lightning.bank.products import mix_of
+from lora_lightning.bank.products import affine, conv, linear, mix_of, values, where
 from lora_lightning.errors import AdapterError
 
 
@@ -46,13 +46,9 @@ class BankTensor(Tensor):
     ) -> Any:
         """Run `func` with each item's own values."""
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            return _attention(*args, **kwargs)
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _ROWS and (cut := _rows(func, args, kwargs)) is not None:
-            return cut
         if func in _SAME:
             return _same(func, args, kwargs)
         return _compute(func, args, kwargs)
@@ -99,23 +95,6 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-def _rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows of the tensor as tensors like it; ``None`` where something else is asked for."""
-    tensor, *rest = args
-    if tensor.mix.is_bare:
-        return None
-    if any(isinstance(r, (tuple, Tensor)) or r is None or r is Ellipsis for r in rest):
-        return None
-    if len(rest) > 1 or kwargs.get("dim", 0) != 0:
-        return None
-    cut = func(torch.arange(len(tensor.mix.raw)), *rest, **kwargs)
-    parts = [cut] if isinstance(cut, Tensor) else cut
-    if any(p.dim() != 1 or not len(p) or len(p) != p[-1] - p[0] + 1 for p in parts):
-        return None
-    found = [BankTensor.of(tensor.mix.rows(slice(int(p[0]), int(p[-1]) + 1))) for p in parts]
-    return found[0] if isinstance(cut, Tensor) else tuple(found)
-
-
 def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tensor in another representation; or another tensor in that of the bank's."""
     (tensor, *rest), kwargs = args, _each(kwargs, lambda m: m.raw)
@@ -125,17 +104,6 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return func(tensor, *rest, **kwargs)
     return BankTensor.of(mix.map(lambda t: func(t, *rest, **kwargs)))
 
-
-def _without_dispatch(function: Any) -> Any:
-    """Torch's own function, which no longer asks whether its arguments want to take over."""
-    space = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    made = FunctionType(function.__code__, space, function.__name__, function.__defaults__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
-
-
-# Its projections are F.linear on the packed weight, or on rows of it, and so come back here.
-_attention = _without_dispatch(F.multi_head_attention_forward)
 
 # What does not depend on the values.
 _LOOKS: frozenset[Any] = frozenset(
@@ -150,10 +118,125 @@ _LOOKS: frozenset[Any] = frozenset(
         Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.ndimension,
     ]
 )  # fmt: skip
-_ROWS: frozenset[Any] = frozenset(
-    [Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.__getitem__]
-)
 _SAME: frozenset[Any] = frozenset(
     [Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16,
      Tensor.contiguous, Tensor.detach, Tensor.type_as]
 )  # fmt: skip
+
+
+# ---- what torch does with a weight, with another one for every item ---------------------------
+# Each function takes the arguments of the torch function that it stands for.
+
+
+def embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`torch.nn.functional.embedding` (what only its backward pass looks at has no effect)."""
+    n, layout = where(input, weight)
+    mix = mix_of(weight)
+    assert mix is not None
+    index = layout.items(input, n)
+    rows, item = index.flatten(1), torch.arange(n, device=input.device)[:, None]
+    if mix.full is not None:
+        found = mix.full[item, rows]
+    else:
+        lora_A, lora_B = mix.factors()
+        found = F.embedding(rows, mix.raw) + lora_B[item, rows] @ lora_A
+    if mix.scale is not None:
+        found = found * mix.scale[item, rows][..., None]
+    return layout.back(found.view(*index.shape, -1))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`."""
+    n, layout = where(input, weight, bias)
+    out = F.layer_norm(input, normalized_shape, None, None, eps)
+    return affine(out, values(weight), values(bias), n, layout, -len(normalized_shape))
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`torch.nn.functional.rms_norm`."""
+    n, layout = where(input, weight)
+    out = F.rms_norm(input, normalized_shape, None, eps)
+    return affine(out, values(weight), None, n, layout, -len(normalized_shape))
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.group_norm`."""
+    n, layout = where(input, weight, bias)
+    out = F.group_norm(input, num_groups, None, None, eps)
+    return affine(out, values(weight), values(bias), n, layout, 1 - out.dim())
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""`torch.nn.functional.batch_norm` with running statistics, :math:`x a + b` of each item."""
+    n, layout = where(input, running_mean, running_var, weight, bias)
+    mean, variance = values(running_mean), values(running_var)
+    if training or mean is None or variance is None:
+        raise AdapterError(
+            "a BatchNorm that normalises by the batch mixes its items: call model.eval(), or give "
+            "it running statistics"
+        )
+    a, b = (variance + eps).rsqrt(), values(bias)
+    if weight is not None:
+        scale = values(weight)
+        assert scale is not None
+        a = a * scale
+    shift = -mean * a if b is None else b - mean * a
+    return affine(input, a, shift, n, layout, 1 - input.dim())
+
+
+# Torch function → (what stands for it, how many dimensions its first argument, the input, has at
+# least where there are items in it).
+OPS: dict[Any, tuple[Callable[..., Tensor], int]] = {
+    F.linear: (linear, 2),
+    F.conv1d: (partial(conv, F.conv1d), 3),
+    F.conv2d: (partial(conv, F.conv2d), 4),
+    F.conv3d: (partial(conv, F.conv3d), 5),
+    F.embedding: (embedding, 1),
+    F.layer_norm: (layer_norm, 2),
+    F.rms_norm: (rms_norm, 2),
+    F.group_norm: (group_norm, 2),
+    F.batch_norm: (batch_norm, 2),
+}
+
+# Those that are done with the items in the first dimension only.
+ITEMS_FIRST: frozenset[Any] = frozenset([F.conv1d, F.conv2d, F.conv3d, F.group_norm])
+
+
+def _called_conv(op: Any, layer: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    if layer.padding_mode != "zeros":
+        raise AdapterError("a bank cannot be compiled with convolutions that pad by themselves")
+    return conv(op, x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+# The forward of a layer → the same with a weight and a bias that are given.
+CALLED: dict[Any, Callable[..., Tensor]] = {
+    nn.Linear.forward: lambda layer, x, weight, bias: linear(x, weight, bias),
+    nn.Conv1d.forward: partial(_called_conv, F.conv1d),
+    nn.Conv2d.forward: partial(_called_conv, F.conv2d),
+    nn.Conv3d.forward: partial(_called_conv, F.conv3d),
+}

@@ -1,4 +1,4 @@
-"""Running a model to see what goes where, and noting it."""
+"""Hooks that record, in one run of a model, where tensors are used and what modules are given."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lora_lightning.bank.calls import Call
 from lora_lightning.bank.layout import Seen
 from lora_lightning.bank.mix import Mix
-from lora_lightning.bank.ops import ITEMS_FIRST
-from lora_lightning.bank.tensor import name_of
+from lora_lightning.bank.tensor import ITEMS_FIRST, name_of
+from lora_lightning.model.calling import Call
+from lora_lightning.model.probing import seeded
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Watch:
         return [Seen.of(leaf, self.n) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
+@torch.no_grad()
 def run(model: nn.Module, call: Call) -> None:
     """Run the model for what it does on the way."""
     args, kwargs = call
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(model, 0):
         model(*args, **kwargs)

@@ -1,4 +1,4 @@
-r"""The one idea of this package: an adapted module is still itself.
+r"""Adapted modules: the class of a live module is swapped for a subclass of it.
 
 `adapt` puts low-rank factors on a live module and swaps the module's *class* for a subclass
 of its own class, in which each adapted tensor is a property that yields the effective weight
@@ -8,7 +8,7 @@ of its own class, in which each adapted tensor is a property that yields the eff
 The raw weight stays in ``_parameters``, so names, shapes, ties, hooks, optimizers and
 ``isinstance`` see what they saw before; whoever *reads* ``module.weight``, be it
 ``F.linear(x, self.qkv.weight)`` in a model's own forward, gets the adapted weight. Where the
-product can be kept in factors, `lora_lightning.lora.layers` adds a cheaper ``forward``.
+product can be kept in factors, `lora_lightning.lora.factorised` has a cheaper ``forward``.
 
 `release` swaps the class back. Reading order: `adapt`, `adapted_class`, `AdaptedModule`; then
 `lora_lightning.lora.factors` for BA itself and `lora_lightning.lora.merging` for W' in W's place.
@@ -16,8 +16,9 @@ product can be kept in factors, `lora_lightning.lora.layers` adds a cheaper ``fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.effective_weight import EffectiveWeight
 from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides
+from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides, refresh
 from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
+
+Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 class _Uncompilable(Sequence[str]):
@@ -50,7 +53,7 @@ class AdaptedModule:
 
     Attributes:
         lora: adapter name → tensor name → `Factors`.
-        lora_active: name of the adapter in force; ``None``: the base alone.
+        lora_active: name of the active adapter; ``None``: the base alone.
     """
 
     lora: nn.ModuleDict
@@ -61,7 +64,7 @@ class AdaptedModule:
     __jit_ignored_attributes__ = _Uncompilable()
 
     def factors(self, tensor: str) -> Factors | None:
-        """The factors in force on this tensor, or ``None``."""
+        """The active adapter's factors of this tensor, or ``None``."""
         if self.lora_active is None or self.lora_active not in self.lora:
             return None
         per_tensor: Any = self.lora[self.lora_active]
@@ -88,32 +91,44 @@ def _new(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+def once(function: Made) -> Made:
+    """`functools.cache`, typed: mypy does not take a module's class for hashable."""
+    return cache(function)  # type: ignore[return-value]
 
 
+@once
 def adapted_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `base` in which these tensors are effective; made once for each."""
-    if (base, tensors) not in _CLASSES:
-        _CLASSES[base, tensors] = _make_class(base, tensors)
-    return _CLASSES[base, tensors]
+    body = {**overrides(base), "_adapted_tensors": tensors}
+    return swapped_class("LoRA", (AdaptedModule, base), base, tensors, _effective, body)
 
 
-def _make_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {tensor: _effective_property(base, tensor) for tensor in tensors}
-    body |= overrides(base)
-    body |= {"_adapted_base": base, "_adapted_tensors": tensors, "__module__": __name__}
-    return type(f"LoRA{base.__name__}", (AdaptedModule, base), body)
+def swapped_class(
+    prefix: str,
+    parents: tuple[type, ...],
+    base: type[nn.Module],
+    tensors: tuple[str, ...],
+    read: Callable[[Any, str], Any],
+    body: Mapping[str, Any],
+) -> type[nn.Module]:
+    """A class that a module of class `base` is given for a time.
+
+    Args:
+        prefix: Of its name, before that of `base`.
+        parents: Whose subclass it is.
+        base: The module's own class.
+        tensors: Names of the tensors that are computed when they are read.
+        read: From (module, tensor's name) to what is read.
+        body: What else it defines.
+    """
+    properties = {tensor: _tensor_property(base, tensor, read) for tensor in tensors}
+    own = {**properties, **body, "_adapted_base": base, "__module__": __name__}
+    return type(f"{prefix}{base.__name__}", parents, own)
 
 
-def _effective_property(base: type[nn.Module], tensor: str) -> property:
-    def read(module: Any) -> Any:
-        raw = raw_tensor(module, tensor)
-        factors = module.factors(tensor)
-        if factors is None:
-            return raw
-        weight = factors.effective(raw)
-        return weight if torch.compiler.is_compiling() else guarded(weight)
-
+def _tensor_property(
+    base: type[nn.Module], tensor: str, read: Callable[[Any, str], Any]
+) -> property:
     def write(module: Any, value: Any) -> None:
         inherited = getattr(base, tensor, None)
         if isinstance(inherited, property) and inherited.fset is not None:
@@ -121,7 +136,16 @@ def _effective_property(base: type[nn.Module], tensor: str) -> property:
         else:
             module.__dict__[tensor] = value  # what the old weight_norm hook computes
 
-    return property(read, write)
+    return property(lambda module: read(module, tensor), write)
+
+
+def _effective(module: Any, tensor: str) -> Any:
+    raw = raw_tensor(module, tensor)
+    factors = module.factors(tensor)
+    if factors is None:
+        return raw
+    weight = factors.effective(raw)
+    return weight if torch.compiler.is_compiling() else guarded(weight)
 
 
 def guarded(weight: Tensor) -> Tensor:
@@ -213,11 +237,3 @@ def release(module: nn.Module, name: str) -> None:
     live.__class__ = live._adapted_base
     del module._modules["lora"], module.__dict__["lora_active"]
     refresh(module)
-
-
-def refresh(module: nn.Module) -> None:
-    """Recurrent layers cache their weights in a list, which must be the raw ones again."""
-    if isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)
-        if not isinstance(module, AdaptedModule):
-            module._init_flat_weights()

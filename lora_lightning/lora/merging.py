@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
-from lora_lightning.lora.adapted_module import adapted_class, raw_tensor, refresh
+from lora_lightning.lora.adapted_module import adapted_class, raw_tensor
+from lora_lightning.lora.layers import refresh
 
 _ATTRIBUTE = "_lora_merged"
 

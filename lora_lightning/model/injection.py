@@ -23,7 +23,8 @@ from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.xs import check_weights
 from lora_lightning.model import eval_caches, state_dict, switching
 from lora_lightning.model import state as states
-from lora_lightning.model.data_driven.initialise import Forward, start_from_data
+from lora_lightning.model.calling import Forward
+from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport, Row

@@ -1,4 +1,4 @@
-"""What can be read off a model: its classifier, its outermost blocks."""
+"""Introspection of a model: its own tensors, its classifier, its outermost blocks."""
 
 from __future__ import annotations
 

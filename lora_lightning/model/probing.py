@@ -1,4 +1,4 @@
-"""Running a model to look at it, and leaving no trace."""
+"""Running a model to examine it, and restoring its state afterwards."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
+from lora_lightning.model.calling import Forward, call
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
 _RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")
 
 
-def run(model: nn.Module, batch: Any, seed: int = 0) -> list[Tensor]:
+def run(
+    model: nn.Module, batch: Any, seed: int = 0, forward: Forward | None = None
+) -> list[Tensor]:
     """The floating-point outputs of one forward, random numbers drawn from `seed`.
 
-    `batch` is a tensor, a tuple of arguments, or a mapping of keyword arguments.
+    `batch` is called as `lora_lightning.model.calling` says, or by `forward`.
     """
-    args, kwargs = _as_call(batch)
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with seeded(model, seed):
+        return list(floats((forward or call)(model, batch)))
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within the block random numbers are drawn from `seed`; afterwards as if it had not been."""
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    devices = range(torch.cuda.device_count() if on_gpu else 0)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return list(floats(model(*args, **kwargs)))
-
-
-def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+        yield
 
 
 def floats(output: Any) -> Iterator[Tensor]:
@@ -70,6 +74,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; `preserved` otherwise."""
+    with preserved(model):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -129,7 +141,7 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 @torch.no_grad()
 def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
-    """Draw all factors anew, each ΔW scaled to a tenth of its weight's norm."""
+    """Draw all factors again, each ΔW scaled to a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     for path, f in factors.items():
         raw = raw_tensor(*located(model, path))

@@ -1,4 +1,4 @@
-"""Verify, don't hope: is each adapter alive, in training and in eval, and neutral to merge?
+"""`verify`: whether each adapter acts and learns, in training and in eval, and merges exactly.
 
 `verify` gives every pair of factors random values for the length of the call (B = 0 would
 hide everything), runs the model and asks, of each adapted tensor:
@@ -12,7 +12,9 @@ Factors, buffers, modes, gradients and random state are put back afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
+from lora_lightning.model.calling import Forward
 from lora_lightning.model.probing import (
     difference,
     preserved,
@@ -32,6 +35,8 @@ from lora_lightning.model.probing import (
     without_noise,
 )
 from lora_lightning.model.view import View
+
+Look = Callable[..., list[Tensor]]  # from a seed: the outputs of one run
 
 # Largest accepted difference, relative to the largest output, by precision.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -61,6 +66,7 @@ def verify(
     model: nn.Module,
     example_batch: Any,
     *,
+    forward: Forward | None = None,
     tolerance: float | None = None,
     raise_on_failure: bool = True,
 ) -> list[Verification]:
@@ -68,8 +74,9 @@ def verify(
 
     Args:
         model: The injected model.
-        example_batch: What it is called with: a tensor, a tuple of arguments, or a mapping of
-            keyword arguments. Two items are enough.
+        example_batch: A batch of two items or more; what the model is called with for it, see
+            `lora_lightning.model.calling`.
+        forward: From (model, batch): runs the model once, and gives its output.
         tolerance: Accepted relative difference (default 1e-4 in float32, 1e-9 in float64, and
             5e-2 below).
         raise_on_failure: Raise when anything fails; else look at ``failures``.
@@ -80,6 +87,7 @@ def verify(
     """
     states.roots(model)
     names = adapters.adapters(model)
+    look = partial(run, model, example_batch, forward=forward)
     found = []
     with preserved(model), adapters.unmerged(model):
         active = _active(model)
@@ -87,7 +95,7 @@ def verify(
         try:
             for name in names:
                 adapters.set_active(model, name)
-                found.append(_verify_one(model, name, example_batch, tolerance))
+                found.append(_verify_one(model, name, look, tolerance))
         finally:
             adapters.set_active(model, active)
             for parameter, flag in flags:  # which the user may have set since the injection
@@ -98,27 +106,27 @@ def verify(
     return found
 
 
-def _verify_one(model: nn.Module, name: str, batch: Any, tolerance: float | None) -> Verification:
+def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None) -> Verification:
     factors = states.named_factors(model, name)
     result = Verification(name, list(factors))
     with randomised(model, factors):
         for training in (True, False):
-            for path, reason in _dead(model, factors, batch, training).items():
+            for path, reason in _dead(model, factors, look, training).items():
                 mode = "training" if training else "eval"
                 result.failures.setdefault(path, f"in {mode}: {reason}")
         model.eval()
-        _check_eval(model, result, batch, tolerance)
+        _check_eval(model, result, look, tolerance)
     return result
 
 
 def _dead(
-    model: nn.Module, factors: dict[str, Factors], batch: Any, training: bool
+    model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
 ) -> dict[str, str]:
     """Path → why no gradient reaches it; what is alive in one of three draws is alive."""
     dead: dict[str, str] = dict.fromkeys(factors, "")
     for attempt in range(_TRIES):
         with without_noise(model, training), torch.enable_grad():
-            outputs = run(model, batch, seed=attempt)
+            outputs = look(seed=attempt)
             loss = _probe_loss(outputs, attempt)
             if loss is None:
                 return dict.fromkeys(factors, "the output depends on no adapter at all")
@@ -161,13 +169,13 @@ def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
 
 
 def _check_eval(
-    model: nn.Module, result: Verification, batch: Any, tolerance: float | None
+    model: nn.Module, result: Verification, look: Look, tolerance: float | None
 ) -> None:
-    with_gradient = [o.detach() for o in run(model, batch)]
+    with_gradient = [o.detach() for o in look()]
     with torch.no_grad():
-        plain = run(model, batch)
+        plain = look()
         with adapters.disabled(model):
-            source = run(model, batch)
+            source = look()
         limit = _limit(plain) if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
@@ -175,20 +183,20 @@ def _check_eval(
             return
         # `not <=`, so that a NaN fails as well.
         if not difference(plain, with_gradient) <= limit:
-            result.failures |= _without_effect(model, result, batch, source)
+            result.failures |= _without_effect(model, result, look, source)
         adapters.merge(model)
         try:
-            merged = run(model, batch)
+            merged = look()
         finally:
             adapters.unmerge(model, discard_changes=True)
         result.merge_error = difference(merged, plain)
         if not result.merge_error <= limit:
-            found = _unmergeable(model, result, batch, plain, limit)
+            found = _unmergeable(model, result, look, plain, limit)
             result.failures = {**found, **result.failures}
 
 
 def _without_effect(
-    model: nn.Module, result: Verification, batch: Any, source: list[Tensor]
+    model: nn.Module, result: Verification, look: Look, source: list[Tensor]
 ) -> dict[str, str]:
     """Which tensors lose their effect without gradients: each switched on alone."""
     layers = View(model).adapted
@@ -196,7 +204,7 @@ def _without_effect(
     with adapters.disabled(model):
         for path, layer in layers.items():
             layer.lora_active = result.name if result.name in layer.lora else None
-            if layer.lora_active and difference(run(model, batch), source) == 0:
+            if layer.lora_active and difference(look(), source) == 0:
                 reason = "in eval: no effect without gradients (a fused path reads the raw weight)"
                 failing |= dict.fromkeys(_tensors_of(result, path), reason)
             layer.lora_active = None
@@ -205,14 +213,14 @@ def _without_effect(
 
 
 def _unmergeable(
-    model: nn.Module, result: Verification, batch: Any, plain: list[Tensor], limit: float
+    model: nn.Module, result: Verification, look: Look, plain: list[Tensor], limit: float
 ) -> dict[str, str]:
     """Which layers change the output when merged alone."""
     failing: dict[str, str] = {}
     for path, layer in View(model).adapted.items():
         merge_layer(layer)
         try:
-            error = difference(run(model, batch), plain)
+            error = difference(look(), plain)
         finally:
             unmerge_layer(layer)
         if not error <= limit:

@@ -1,9 +1,8 @@
-"""Ranks and starting factors from the trainer's own training batches, before the first step."""
+"""Ranks and initial factors from the trainer's own batches, before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.data_driven.initialise import Forward, call, start_from_data
+from lora_lightning.model.calling import Forward, call
+from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
+from lora_lightning.training.steps import outside_training, step_loss
 
 
 def start_in_trainer(
@@ -25,12 +26,13 @@ def start_in_trainer(
     backbone: nn.Module,
     name: str,
     data: Iterable[Any] | None,
+    forward: Forward | None,
     loss: Forward | None,
 ) -> None:
     """`start_from_data`, with the module's own steps, on the trainer's own batches.
 
-    Inputs are gathered by the module's ``predict_step``, or its forward on the batch's first
-    element where it has none; gradients by its ``training_step``.
+    Inputs are gathered by `forward`, else by the module's ``predict_step``, or its forward where
+    it has none; gradients by `loss`, else by its ``training_step``.
 
     Raises:
         ConfigError: the trainer has not one training loader, but several.
@@ -38,12 +40,12 @@ def start_in_trainer(
     batches = _single(trainer.train_dataloader) if data is None else data
     plugin = _precision(trainer, backbone)
     loss = loss or (lambda _, batch: _training_loss(pl_module, batch))
-    with _looking(pl_module):
+    with outside_training(pl_module):
         start_from_data(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module)),
             loss=_within(plugin, loss),
             progress=_shows_progress(trainer),
         )
@@ -59,6 +61,7 @@ def choose_in_trainer(
     backbone: nn.Module,
     name: str,
     data: Iterable[Any] | None,
+    forward: Forward | None,
 ) -> InjectionReport:
     """`choose_ranks` on the trainer's own batches, before there are optimizers.
 
@@ -68,12 +71,12 @@ def choose_in_trainer(
     batches = _early_loader(trainer) if data is None else data
     plugin = _precision(trainer, backbone)
     pl_module.to(trainer.strategy.root_device)  # where the strategy is about to move it
-    with _looking(pl_module):
+    with outside_training(pl_module):
         report = choose_ranks(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module)),
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw other batches: one choice for all
@@ -109,14 +112,6 @@ def _forward_of(pl_module: LightningModule) -> Forward:
 
 def _shows_progress(trainer: Trainer) -> bool:
     return trainer.progress_bar_callback is not None and trainer.is_global_zero
-
-
-@contextmanager
-def _looking(pl_module: LightningModule) -> Iterator[None]:
-    # The order of the training that follows must not depend on this look at its data.
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), silent(pl_module):
-        yield
 
 
 class _Moved:
@@ -159,27 +154,10 @@ def _single(loader: Any) -> Iterable[Any]:
 
 
 def _training_loss(pl_module: LightningModule, batch: Any) -> Tensor:
-    found: Any = pl_module.training_step(batch, 0)
-    loss = found["loss"] if isinstance(found, dict) else found
+    loss = step_loss(pl_module, batch)
     if not isinstance(loss, Tensor):
         raise ConfigError(
             "init='lora-ga' needs the loss that training_step returns, and it returns none (manual "
             "optimisation?): give LoRACallback(loss=…), a function from (backbone, batch)"
         )
     return loss
-
-
-@contextmanager
-def silent(pl_module: LightningModule) -> Iterator[None]:
-    """What the steps log here belongs to no step of the training."""
-    kept = {n: pl_module.__dict__.get(n) for n in ("log", "log_dict")}
-    for name in kept:
-        pl_module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = value

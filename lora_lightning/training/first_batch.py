@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
 from lora_lightning.lora.factors import Factors
+from lora_lightning.model.calling import Call
 from lora_lightning.model.verification import verify
 
 _ITEMS = 2
@@ -23,7 +24,7 @@ class FirstBatch:
 
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._call: Call | None = None
         self._handle = backbone.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,8 +52,8 @@ class FirstBatch:
             self._check_gradients()
             return
         args, kwargs = self._call
-        model = _Call(self.backbone, kwargs) if kwargs else self.backbone
-        verify(model, _detached(args, self.backbone))
+        given = _detached(args, self.backbone)
+        verify(self.backbone, given, forward=lambda model, batch: model(*batch, **kwargs))
 
     def _trained(self) -> list[tuple[str, Factors]]:
         return [
@@ -69,18 +70,6 @@ class FirstBatch:
                 f"{len(dead)} of {len(factors)} adapters got no gradient from the first batch: "
                 f"{', '.join(dead[:10])}. The model does not use these weights; exclude them"
             )
-
-
-class _Call(nn.Module):
-    """The backbone with its keyword arguments bound."""
-
-    def __init__(self, backbone: nn.Module, kwargs: dict[str, Any]):
-        super().__init__()
-        self.backbone = backbone
-        self.kwargs = kwargs
-
-    def forward(self, *args: Any) -> Any:
-        return self.backbone(*args, **self.kwargs)
 
 
 def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:

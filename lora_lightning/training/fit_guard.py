@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from typing import Any
@@ -23,6 +23,7 @@ from lora_lightning.training import checks
 from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.training.rank_schedule import lower_rank
+from lora_lightning.training.steps import loss_in
 from lora_lightning.training.validation_losses import (
     Loss,
     held_out_batches,
@@ -156,7 +157,7 @@ class FitGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the training loss."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = loss_in(outputs)
         if isinstance(loss, Tensor):
             self._epoch.append(loss.detach())
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection import place
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import ModelState, state_of
@@ -26,6 +27,7 @@ def inject_in_trainer(
     config: LoRAConfig,
     name: str,
     data: Iterable[Any] | None,
+    forward: Forward | None,
 ) -> InjectionReport:
     """`inject` into the network at this attribute path, with ranks from the target where asked for.
 
@@ -45,7 +47,7 @@ def inject_in_trainer(
     # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
     unranked = name in state_in(network).unranked
     if unranked and trainer.training and checks.is_new(trainer):
-        return choose_in_trainer(trainer, pl_module, network, name, data)
+        return choose_in_trainer(trainer, pl_module, network, name, data, forward)
     return report
 
 

@@ -15,7 +15,7 @@ from lora_lightning.linalg.decompose import effective_rank, spectrum
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
-from lora_lightning.model.data_driven.initialise import Forward
+from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
 from lora_lightning.training import checks, injection
@@ -46,6 +46,8 @@ class LoRACallback(Callback):
         data: Batches of the target that ``rank="auto"``, and an `init` which starts from the
             target, look at; None: the trainer's own training batches. Labels are needed for
             ``"lora-ga"`` alone.
+        forward: From (backbone, batch): runs the backbone once on a batch of `data`; None: the
+            module's ``predict_step``, or its forward (see `lora_lightning.model.calling`).
         loss: From (backbone, batch) to a scalar loss, for ``"lora-ga"``; None: what the module's
             ``training_step`` returns.
         batch_norm: What BatchNorm statistics do while training: ``"frozen"`` (eval mode, the
@@ -73,6 +75,7 @@ class LoRACallback(Callback):
         backbone: str = "model",
         name: str = "default",
         data: Iterable[Any] | None = None,
+        forward: Forward | None = None,
         loss: Forward | None = None,
         batch_norm: str = "frozen",
         verify: bool = True,
@@ -85,7 +88,8 @@ class LoRACallback(Callback):
         self.config = LoRAConfig.make(config, **config_kwargs)
         self.backbone = backbone
         self.name = name
-        self.data, self.loss = data, loss
+        self.data = data
+        self.forward, self.loss = forward, loss
         self.verify = verify
         self.log_spectrum = log_spectrum
         self.output_dir = output_dir
@@ -117,7 +121,7 @@ class LoRACallback(Callback):
 
     def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report_ = injection.inject_in_trainer(
-            trainer, pl_module, self.backbone, self.config, self.name, self.data
+            trainer, pl_module, self.backbone, self.config, self.name, self.data, self.forward
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +140,9 @@ class LoRACallback(Callback):
         """Start from the target's batches, where `init` looks at them and none has before."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         if checks.is_new(trainer) and self.name in injection.state_in(backbone).unstarted:
-            start_in_trainer(trainer, pl_module, backbone, self.name, self.data, self.loss)
+            start_in_trainer(
+                trainer, pl_module, backbone, self.name, self.data, self.forward, self.loss
+            )
         self._ranks.start(trainer, backbone, self.name)
 
     # ---- while training --------------------------------------------------------------------

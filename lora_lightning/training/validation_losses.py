@@ -12,17 +12,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import preserved
-from lora_lightning.training.data_driven import silent
+from lora_lightning.model.probing import evaluating
+from lora_lightning.training.steps import outside_training, step_loss
 
 Loss = Callable[[LightningModule, Any], Any]
 MOST = 256  # items that are looked at one by one
-
-
-def step_loss(pl_module: LightningModule, batch: Any) -> Any:
-    """What the module's ``training_step`` returns for this batch."""
-    found: Any = pl_module.training_step(batch, 0)
-    return found.get("loss") if isinstance(found, dict) else found
 
 
 def training_items(trainer: Trainer) -> int:
@@ -88,12 +82,7 @@ def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | N
     # As in the fit: its precision. Before the first one there is none to keep to.
     plugin = pl_module._trainer.precision_plugin if pl_module._trainer else Precision()
     found = []
-    with (
-        preserved(pl_module),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        silent(pl_module),
-    ):
-        pl_module.eval()
+    with evaluating(pl_module), outside_training(pl_module):
         for batch in batches:
             moved = pl_module.transfer_batch_to_device(plugin.convert_input(batch), device, 0)
             with plugin.forward_context():

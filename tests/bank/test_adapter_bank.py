@@ -62,7 +62,7 @@ def test_time_is_not_taken_for_the_batch_when_both_are_of_one_size(tmp_path):
     bank, paths = check(base, tmp_path, (x, lengths))
     assert bank.places["conformer_layers.0.ffn1.sequential.1.weight"] == str(Layout(1, None))
     attention = bank.places["conformer_layers.0.self_attn.out_proj.weight"]
-    assert attention == str(Layout(0, True))  # torch flattens it to (T·n, C)
+    assert attention == "in groups, by conformer_layers.0.self_attn"  # torch's, of one function
     batch = (torch.randn(2, 9, 16), torch.tensor([9, 4]))
     with torch.no_grad(), bank[["c", None]]:
         mixed = run(base, batch)

@@ -8,6 +8,8 @@ import torch
 import torchaudio.models as ta
 from torch import nn
 
+from lora_lightning.model import probing
+
 _WAV2VEC2 = {
     "extractor_mode": "group_norm",
     "extractor_conv_layer_config": [(8, 10, 5), (8, 4, 4), (8, 4, 4)],
@@ -159,6 +161,15 @@ MODELS = {
     "SQUIM objective": (squim_objective, lambda: (noise(2, 800),)),
     "SQUIM subjective": (squim_subjective, lambda: (noise(2, 2400), noise(2, 2400).flip(0))),
 }  # fmt: skip
+
+
+def positional(model: nn.Module, inputs: tuple) -> object:
+    """All inputs, also those that the model could do without."""
+    return model(*inputs)
+
+
+def run(model: nn.Module, inputs: tuple) -> list[torch.Tensor]:
+    return probing.run(model, inputs, forward=positional)
 
 
 def build(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

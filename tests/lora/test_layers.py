@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lightning import disabled, inject, merge, remove, unmerge, verify
 from lora_lightning.errors import TargetError
+from lora_lightning.lora import layers
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import randomise
@@ -203,3 +204,55 @@ def test_dora_keeps_row_norms_at_the_magnitude():
     inject(layer, rank=2, target_modules="all", trainable=[], dora=True)
     randomise(layer, std=1.0)
     assert torch.allclose((layer.weight + 0).norm(dim=1), norms, rtol=1e-5)
+
+
+class Scaled(nn.Module):
+    """A layer of a user's own: its weight, times a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(5, 6)), 3.0
+
+    def forward(self, x):
+        return self.scale * nn.functional.linear(x, self.weight)
+
+
+class ScaledMore(Scaled):
+    pass
+
+
+class Gated(nn.Module):
+    """Another, of two weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gate = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return (x @ self.weight.T) * (x @ self.gate.T).sigmoid()
+
+
+def test_a_kind_of_layer_is_added_in_one_place(monkeypatch):
+    monkeypatch.setattr(layers, "_KINDS", dict(layers._KINDS))
+
+    @layers.layer_kind(Scaled)
+    def forward(self, x):
+        factors = self.factors("weight")
+        out = nn.functional.linear(x, self._parameters["weight"])
+        if factors is not None:
+            out = out + factors.spec.scaling * (x @ factors.lora_A.T) @ factors.lora_B.T
+        return self.scale * out
+
+    layers.add_layer_kind(Gated, tensors=lambda layer: ("weight", "gate"))
+    for make, tensors, path in (
+        (Scaled, {"weight"}, "factorised"),
+        (ScaledMore, {"weight"}, "factorised"),
+        (Gated, {"weight", "gate"}, "effective"),
+    ):
+        model, x = nn.Sequential(make()), torch.randn(2, 6)
+        report = inject(model, rank=2, target_modules="all", trainable=[])
+        assert {row.tensor for row in report.rows} == tensors
+        assert {row.path for row in report.rows} == {path}
+        verify(model, x)
+        remove(model)
+        assert type(model[0]) is make

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lora_lightning.adaptation.shift.features import Forward
 from lora_lightning.adaptation.target import Target, predicted
 from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.adaptation.validators import agreement
@@ -36,7 +36,7 @@ class Opinion(NamedTuple):
 
 
 @torch.no_grad()
-def second_opinion(model: nn.Module, data: Any, forward: Forward) -> Opinion | None:
+def second_opinion(model: nn.Module, data: Any, forward: Callable[[Tensor], Any]) -> Opinion | None:
     """Predict with BatchNorm's statistics re-estimated on these items; None without BatchNorm.
 
     Two equally accurate models that differ by randomness agree on as many items as they classify

@@ -18,11 +18,9 @@ from lora_lightning.model.introspection import block_list
 
 HEAD = "head"  # the layer that stands for what the classifier is given
 
-Forward = Callable[[Tensor], Any]
-
 
 def features_of(
-    model: nn.Module, data: Any, batch_size: int, forward: Forward | None = None
+    model: nn.Module, data: Any, batch_size: int, forward: Callable[[Tensor], Any] | None = None
 ) -> tuple[dict[str, Tensor], Predicted]:
     """Each block's output pooled over places, (N, D) by name, the head's input last; answers."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -34,7 +32,7 @@ def features_of(
     return {**layers, HEAD: said.features}, said
 
 
-def _checked(forward: Forward) -> Callable[[Tensor], Tensor]:
+def _checked(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     def call(inputs: Tensor) -> Tensor:
         logits = forward(inputs)
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1:
@@ -42,9 +40,9 @@ def _checked(forward: Forward) -> Callable[[Tensor], Tensor]:
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits)
         raise ConfigError(
             f"a shift is judged by how sure a classifier is: logits (items, classes) are needed, "
-            f"got {what}. Give forward=, from a batch of inputs to such logits, as in "
-            "forward=lambda x: model(x)[0] for a model that returns more, or model(x).mean(1) for "
-            "frames (items, frames, classes). A regression has no confidence: compare its "
+            f"got {what}. Give forward=, from (model, inputs) or inputs alone to such logits, as "
+            "in forward=lambda x: model(x)[0] for a model that returns more, or model(x).mean(1) "
+            "for frames (items, frames, classes). A regression has no confidence: compare its "
             "features by lora_lightning.adaptation.shift.distances"
         )
 

@@ -6,6 +6,7 @@ Legend of shapes: N source items, M target items, D features, K classes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -23,11 +24,12 @@ from lora_lightning.adaptation.shift.distances import (
     frechet_distance,
     mmd,
 )
-from lora_lightning.adaptation.shift.features import HEAD, Forward, features_of
+from lora_lightning.adaptation.shift.features import HEAD, features_of
 from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model import state as states
+from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.switching import adapters, disabled
 
 PAIRS = 200  # items of a set that enter the pairwise distances of each repeat
@@ -41,7 +43,7 @@ def shift(
     target: Any,
     *,
     labels: Tensor | None = None,
-    forward: Forward | None = None,
+    forward: Callable[..., Any] | None = None,
     batch_size: int = 64,
     repeats: int = 100,
     seed: int = 0,
@@ -72,7 +74,8 @@ def shift(
             `SourceStatistics.of`).
         target: Data of the target: a dataset, a loader or a tensor.
         labels: Of `source`, where it is data.
-        forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
+        forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None:
+            ``model(inputs)``.
         batch_size: Of the forward passes.
         repeats: Of the bootstrap, at least 2.
         seed: Of the bootstrap.
@@ -86,6 +89,7 @@ def shift(
         DataNotFoundError: there is no such file.
         AdapterFileError: not a file of statistics.
     """
+    run = on_inputs(model, forward)
     has_adapter = bool(adapters(model)) and any(s.active for _, s in states.roots(model))
     as_source: AbstractContextManager[Any] = disabled(model) if has_adapter else nullcontext()
     with as_source:
@@ -96,13 +100,13 @@ def shift(
                 model, source, labels, forward=forward, batch_size=batch_size
             )
         source.check(model)
-        found, predictions = features_of(model, target, batch_size, forward)
+        found, predictions = features_of(model, target, batch_size, run)
         second = None
         if source.agreement is not None:
-            second = second_opinion(model, target, forward or model)
+            second = second_opinion(model, target, run)
     adapted = None
     if has_adapter:
-        adapted = features_of(model, target, batch_size, forward)[1].probabilities
+        adapted = features_of(model, target, batch_size, run)[1].probabilities
     return compare(
         source, found, predictions.probabilities, second, adapted, repeats=repeats, seed=seed
     )

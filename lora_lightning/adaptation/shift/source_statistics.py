@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
-from lora_lightning.adaptation.shift.features import Forward, features_of
+from lora_lightning.adaptation.shift.features import features_of
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
 from lora_lightning.linalg.decompose import truncated_svd
+from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.fingerprint import fingerprint
 
 DIRECTIONS = 32
@@ -102,7 +104,7 @@ class SourceStatistics:
         data: Any,
         labels: Tensor | None = None,
         *,
-        forward: Forward | None = None,
+        forward: Callable[..., Any] | None = None,
         batch_size: int = 64,
     ) -> SourceStatistics:
         """Compute the statistics of a source with the model that was trained on it.
@@ -113,14 +115,16 @@ class SourceStatistics:
                 over one or a tensor (N, …). Items that the model was **not** trained on: it is
                 more confident on the others.
             labels: (N,) classes, in that order.
-            forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
+            forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None:
+                ``model(inputs)``.
             batch_size: Of the forward passes.
 
         Raises:
             ConfigError: the model's output is not (B, K); says what to pass.
             DataError: fewer than 8 items, NaN, or labels of another number.
         """
-        found, predictions = features_of(model, data, batch_size, forward)
+        run = on_inputs(model, forward)
+        found, predictions = features_of(model, data, batch_size, run)
         n = len(predictions.probabilities)
         if n < FEWEST:
             raise DataError(f"statistics of a source need {FEWEST} items or more, got {n}")
@@ -129,7 +133,7 @@ class SourceStatistics:
             raise DataError(f"{n} items and labels of shape {tuple(labels.shape)}; give one each")
         right = None if labels is None else float((best == labels.cpu()).double().mean())
         layers = {name: LayerStatistics.of(x) for name, x in found.items()}
-        second = second_opinion(model, data, forward or model)
+        second = second_opinion(model, data, run)
         steady = None if second is None else second.agreement(predictions.probabilities)
         return cls(layers, confidence, right, steady, fingerprint(model))
 

@@ -1,4 +1,4 @@
-"""What the layers of a model are given on target batches, and which gradients their weights get.
+"""Activations: what each weight of a model is multiplied with on target batches.
 
 Inputs are taken where the arithmetic happens, below the modules: of each matrix product or
 convolution whose operand *is* an adapted weight (or a part of it), the other operand. So a layer

@@ -1,9 +1,9 @@
-"""`start_from_data`: starting factors that look at the target before training begins."""
+"""`start_from_data`: initial factors from target batches, before training."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,13 +15,13 @@ from lora_lightning.linalg.streaming_svd import StreamingSVD
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.model.calling import Forward, call
 from lora_lightning.model.data_driven.activations import observed
-from lora_lightning.model.probing import preserved, training_only
+from lora_lightning.model.probing import evaluating, training_only
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
 
-Forward = Callable[[nn.Module, Any], Any]
 SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled
 SAMPLE = 2048  # rows of each layer's input that a factorisation looks at
 
@@ -128,8 +128,8 @@ def start_from_data(
 
     Args:
         model: With the adapter on, not trained yet.
-        batches: Of the target; tensors, tuples that begin with one, or mappings of keyword
-            arguments, unless `forward` is given.
+        batches: Of the target; the model is called with each as `lora_lightning.model.calling`
+            says, unless `forward` is given.
         name: Of the adapter; None: the active one.
         forward: From (model, batch) to anything; runs the model once.
         loss: From (model, batch) to a scalar loss; for ``"lora-ga"``, whose start follows the
@@ -161,8 +161,7 @@ def start_from_data(
         )
     factors = named_factors(model, name)
     batches = shown(batches, max_batches, progress)
-    with preserved(model), disabled(model):
-        model.eval()
+    with evaluating(model), disabled(model):
         if method.needs == "gradient":
             assert loss is not None
             found = _gradients(model, factors, batches, loss)
@@ -173,26 +172,6 @@ def start_from_data(
         each.reset(raw_tensor(*located(model, path)), found.get(path))
     state.unstarted.discard(name)
     return _tell(sorted(factors.keys() - found.keys()), state.configs[name].init)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch of the usual kinds, on the model's device.
-
-    Raises:
-        DataError: it is of another kind.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if isinstance(batch, Tensor):
-        return model(batch.to(device))
-    if isinstance(batch, Mapping):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return model(**moved)
-    raise DataError(
-        f"a batch must be a tensor, a tuple that begins with one or a mapping; got "
-        f"{type(batch).__name__}. Pass forward=, a function from (model, batch)"
-    )
 
 
 def gather_inputs(

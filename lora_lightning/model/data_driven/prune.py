@@ -1,4 +1,4 @@
-r"""Ranks that fall while an adapter trains, as in AdaLoRA, on factors that are kept orthogonal.
+r"""Rank pruning during training, as in AdaLoRA, on factors that are kept orthogonal.
 
 Zhang et al. 2023, "AdaLoRA", arXiv:2303.10512, train :math:`P \Lambda Q` and pull P and Q towards
 orthogonality by a loss, so that each direction can be judged, and dropped, on its own. Here the

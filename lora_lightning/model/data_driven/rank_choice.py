@@ -15,11 +15,12 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.rank_rules import Spectrum
 from lora_lightning.model import state as states
+from lora_lightning.model.calling import Forward, call
 from lora_lightning.model.compression import report_anew
-from lora_lightning.model.data_driven.initialise import Forward, Sample, call, gather_inputs, shown
+from lora_lightning.model.data_driven.initialise import Sample, gather_inputs, shown
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.patterns import Target
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
@@ -101,8 +102,7 @@ def _spectra(
 ) -> dict[str, Spectrum]:
     fixed = _fixed(root, config, factors)
     free = {p: f for p, f in factors.items() if p not in fixed}
-    with preserved(root), disabled(root):
-        root.eval()
+    with evaluating(root), disabled(root):
         found = gather_inputs(root, free, batches, forward or call, lambda f: Sample(f, ROWS))
     if not found and free:
         raise DataError(

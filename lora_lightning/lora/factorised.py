@@ -1,0 +1,121 @@
+"""Forwards of layers in which the adapter's product stays in factors: s·B(Ax) beside Wx.
+
+Each stands for the forward of torch's layer of that name, whose own output it adds to; by
+`lora_lightning.lora.fused` where that can.
+
+Shapes below: x_BxI (any leading dimensions, in), lora_A (r, in·kernel), lora_B (out, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.fused import convolution
+from lora_lightning.lora.fused import linear as ops
+from lora_lightning.lora.fused.plan import LowRank
+
+
+def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
+    """Of `nn.Linear`."""
+    weight, factors = self._parameters["weight"], self.factors("weight")
+    low = _low_rank(factors)
+    if low is not None and ops.applies(x_BxI, weight, low):
+        return ops.linear(x_BxI, weight, self.bias, low)
+    out_BxO: Tensor = F.linear(x_BxI, weight, self.bias)
+    if factors is None:
+        return out_BxO
+    x_BxI = _drop(x_BxI, factors)
+    low_BxO = _of_both(factors, lambda B, A: F.linear(F.linear(x_BxI, A), B))
+    return _add(self, factors, out_BxO, low_BxO, (-1,))
+
+
+def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
+    """Of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
+    weight, factors = self._parameters["weight"], self.factors("weight")
+    low = _low_rank(factors)
+    if low is not None and convolution.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
+        return _fused_conv(self, x_BIx, weight, low)
+    out_BOx: Tensor = self._conv_forward(x_BIx, weight, self.bias)
+    if factors is None:
+        return out_BOx
+    x_BIx = _drop(x_BIx, factors)
+    ones = [1] * len(self.kernel_size)
+    pointwise: Any = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+
+    def product(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        mid_BRx = self._conv_forward(x_BIx, lora_A.view(-1, *weight.shape[1:]), None)
+        out: Tensor = pointwise(mid_BRx, lora_B.view(*lora_B.shape, *ones))
+        return out
+
+    low_BOx = _of_both(factors, product)
+    return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
+
+
+def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
+    """Padding that is not of zeros, or given in words, comes first."""
+    padding = self.padding
+    if self.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        around = self._reversed_padding_repeated_twice
+        x = F.pad(x, around, mode) if any(around) else x
+        padding = (0,) * len(self.kernel_size)
+    return convolution.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
+
+
+def _low_rank(factors: Factors | None) -> LowRank | None:
+    """What the fused functions take; ``None`` for DoRA, which is not a sum."""
+    if factors is None or factors.magnitude is not None:
+        return None
+    dropout = factors.spec.dropout if factors.training else 0.0
+    pair = factors.lora_A, factors.lora_B
+    return LowRank(*pair, factors.start_A, factors.start_B, factors.spec.scaling, dropout)
+
+
+def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
+    """Of `nn.Embedding`."""
+    factors: Factors | None = self.factors("weight")
+
+    def look_up(table: Tensor) -> Tensor:
+        return F.embedding(
+            index_Bx, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
+        )
+
+    weight = self._parameters["weight"]
+    out_BxO = look_up(weight)
+    if factors is None:
+        return out_BxO
+    low_BxO = _of_both(factors, lambda B, A: look_up(B) @ A)
+    if factors.magnitude is None:
+        return out_BxO + factors.spec.scaling * low_BxO
+    ratio = factors.row_scale(weight + factors.delta(weight.shape))
+    return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio[:, None])
+
+
+def _of_both(factors: Factors, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`low` of B and A, less that of their start where one is kept; the same sum at the start."""
+    out = low(factors.lora_B, factors.lora_A)
+    if factors.start_A is None or factors.start_B is None:
+        return out
+    return out - low(factors.start_B, factors.start_A)
+
+
+def _drop(x: Tensor, factors: Factors) -> Tensor:
+    p = factors.spec.dropout
+    return F.dropout(x, p, factors.training) if p > 0 and factors.training else x
+
+
+def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]) -> Tensor:
+    """out + s·low, or DoRA's form of it; exactly `out` while B is zero."""
+    scaling = factors.spec.scaling
+    if factors.magnitude is None:
+        return torch.add(out, low, alpha=scaling)
+    weight = self._parameters["weight"]
+    ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)
+    plain = out if self.bias is None else out - self.bias.view(channel)
+    return out + (ratio - 1) * plain + scaling * ratio * low

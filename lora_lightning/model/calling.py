@@ -1,0 +1,122 @@
+"""How a batch becomes a call of a model: one rule, for whatever runs a model on a user's batch.
+
+- A *tensor* is the one argument.
+- A *mapping* holds keyword arguments: of its keys those that the model's ``forward`` names, all of
+  them where it takes ``**kwargs``.
+- A *tuple or list* holds positional arguments: as many of its first entries as ``forward``
+  requires, one at least, and all where it takes ``*args``. Of Lightning's (inputs, targets) a
+  classifier so gets the inputs. One that begins with a mapping counts as that mapping.
+
+Tensors are moved to the model's device. What this rule reads wrongly (an argument with a default,
+given by position; a batch of another class) is for ``forward=``, which whatever runs a model takes:
+a function from (model, batch) that runs the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lora_lightning.errors import DataError
+
+Forward = Callable[[nn.Module, Any], Any]  # from (model, batch); runs the model
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch; its output.
+
+    Raises:
+        DataError: the batch is of no kind that the rule above knows.
+    """
+    args, kwargs = call_of(model, batch)
+    return model(*args, **kwargs)
+
+
+def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Call:
+    """The arguments that the model is called with for this batch.
+
+    With `forward` the model runs once, without gradients, to see what that calls it with.
+
+    Raises:
+        DataError: the batch is of no kind that the rule above knows, or `forward` does not call
+            the model.
+    """
+    if forward is not None:
+        return _recorded(model, batch, forward)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
+        batch = batch[0]
+    parameters = _parameters(model.forward)
+    if isinstance(batch, Tensor):
+        found: Call = ((batch,), {})
+    elif isinstance(batch, Mapping):
+        found = ((), _named(batch, parameters))
+    elif isinstance(batch, (tuple, list)) and batch:
+        takes_all = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        found = (tuple(batch if takes_all else batch[: max(1, _required(parameters))]), {})
+    else:
+        raise DataError(
+            f"a batch must be a tensor, a tuple that begins with one or a mapping; got "
+            f"{type(batch).__name__}. Pass forward=, a function from (model, batch)"
+        )
+    device = next((p.device for p in model.parameters()), None)
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, found)  # type: ignore[no-any-return]
+
+
+def on_inputs(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[[Tensor], Any]:
+    """`forward` as a function of the inputs alone, whether it is one or takes (model, inputs)."""
+    if forward is None:
+        return model
+    given = forward.forward if isinstance(forward, nn.Module) else forward
+    if _required(_parameters(given)) < 2:
+        return forward
+    return lambda inputs: forward(model, inputs)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # TorchScript's have none
+        return [inspect.Parameter("input", inspect.Parameter.POSITIONAL_ONLY)]
+
+
+def _required(parameters: list[inspect.Parameter]) -> int:
+    return sum(p.kind in _POSITIONAL and p.default is p.empty for p in parameters)
+
+
+def _named(batch: Mapping[Any, Any], parameters: list[inspect.Parameter]) -> dict[str, Any]:
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(batch)
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    found = {key: value for key, value in batch.items() if key in names}
+    if not found:
+        raise DataError(
+            f"a batch that is a mapping holds the model's keyword arguments, {', '.join(names)}; "
+            f"this one has {', '.join(map(repr, batch)) or 'no key'}. Pass forward=, a function "
+            "from (model, batch)"
+        )
+    return found
+
+
+@torch.no_grad()
+def _recorded(model: nn.Module, batch: Any, forward: Forward) -> Call:
+    calls: list[Call] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        forward(model, batch)
+    finally:
+        handle.remove()
+    if not calls:
+        raise DataError("forward= does not call the model: a function from (model, batch) must")
+    return calls[0]

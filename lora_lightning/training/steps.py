@@ -1,0 +1,39 @@
+"""A LightningModule's own steps, run outside the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+
+@contextmanager
+def outside_training(pl_module: LightningModule) -> Iterator[None]:
+    """Within the block the module's steps log nothing; random state is put back afterwards.
+
+    What is logged here belongs to no step of the training, and the order of the training that
+    follows must not depend on it.
+    """
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    own = vars(pl_module)
+    kept: dict[str, Any] = {n: own[n] for n in ("log", "log_dict") if n in own}
+    with torch.random.fork_rng(devices=devices):
+        own["log"] = own["log_dict"] = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            del own["log"], own["log_dict"]
+            own |= kept
+
+
+def loss_in(outputs: Any) -> Any:
+    """The loss in what ``training_step`` returned, which may be the loss itself."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+
+
+def step_loss(pl_module: LightningModule, batch: Any) -> Any:
+    """The loss that the module's ``training_step`` returns for this batch."""
+    return loss_in(pl_module.training_step(batch, 0))
