@@ -155,21 +155,21 @@ def write_report(run: Run, out: Path) -> None:
     from lora_lightning.report import html, plots
 
     results = [asdict(row) for row in run.rows]
-    _write(out / "results.json", _json(results).encode())
-    _write(out / "results.csv", _csv(Row, results))
+    write_whole(out / "results.json", _json(results).encode())
+    write_whole(out / "results.csv", _csv(Row, results))
     if run.shifts:
-        _write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
+        write_whole(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
     if run.transcripts:
-        _write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
+        write_whole(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:
         answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
-        _write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
+        write_whole(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
-        _write(out / "plots" / f"{plot.name}.png", plot.png)
-    _write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
+        write_whole(out / "plots" / f"{plot.name}.png", plot.png)
+    write_whole(out / "report.html", html.page(run, drawn, verdict(run)).encode())
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
@@ -199,7 +199,8 @@ def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -
     return text.getvalue().encode()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.speech.data import manifests
 from lora_lightning.speech.data.manifests import load_utterances, write_manifest
 from lora_lightning.speech.data.utterances import Utterance
 
@@ -234,7 +233,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(manifests.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_manifest(path, [Utterance(tmp_path / "b.wav")])
     assert path.read_bytes() == before

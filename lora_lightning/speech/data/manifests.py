@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.registry import Registry, unknown
+from lora_lightning.report.write import write_whole
 from lora_lightning.runner.tables import SUFFIXES, read_text
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
 from lora_lightning.speech.data.utterances import Utterance, read_table
@@ -188,13 +188,7 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> Path:
     if path.suffix.lower() != ".jsonl":
         raise ConfigError(f"a manifest is written as JSON lines: name it *.jsonl, got {path.name}")
     lines = [json.dumps(_row(item, path.parent)) + "\n" for item in utterances]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text("".join(lines), encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, "".join(lines).encode())
     return path
 
 
