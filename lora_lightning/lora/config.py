@@ -104,10 +104,8 @@ class LoRAConfig:
         self.target_modules = patterns("target_modules", self.target_modules)
         self.exclude_modules = patterns("exclude_modules", self.exclude_modules)
         self.trainable = patterns("trainable", self.trainable)
-        for key, alpha in {
-            "alpha": self.alpha,
-            **keyed("alpha_pattern", self.alpha_pattern),
-        }.items():
+        alphas = {"alpha": self.alpha, **keyed("alpha_pattern", self.alpha_pattern)}
+        for key, alpha in alphas.items():
             if not is_real(alpha) or not 0 < alpha < math.inf:
                 raise ConfigError(f"{key} must be a number above 0, got {alpha!r}")
         if not is_real(self.dropout) or not 0 <= self.dropout < 1:
@@ -165,10 +163,9 @@ class LoRAConfig:
         self._check_xs()
         if self.blocks is None:
             return
-        if isinstance(self.blocks, (str, Mapping)) or not isinstance(self.blocks, Iterable):
-            raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
-        self.blocks = list(self.blocks)
-        if not self.blocks or not all(is_whole(index) for index in self.blocks):
+        listed = isinstance(self.blocks, Iterable) and not isinstance(self.blocks, (str, Mapping))
+        self.blocks = list(self.blocks) if listed else self.blocks
+        if not listed or not self.blocks or not all(map(is_whole, self.blocks)):
             raise ConfigError(f"blocks must be a list of whole numbers, got {self.blocks!r}")
 
     def _check_xs(self) -> None:

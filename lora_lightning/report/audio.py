@@ -21,30 +21,22 @@ def section(run: Run) -> str:
     Of a run of translation, the sentence in place of the player.
     """
     if run.texts == "translations":
-        return _reading(telling(run.heard(), MOST))
-    chosen = _playable(run)
+        title, texts, reference = "Read", "sentences", "wanted"
+        chosen = [(t, "") for t in telling(run.heard(), MOST)]
+    else:
+        title, texts, reference = "Listen", "recordings", "said"
+        chosen = [(t, _player(t, uri)) for t, uri in _playable(run)]
     if not chosen:
         return ""
     return (
-        '<h2>Listen</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
-        "<ins>word too many</ins>, <del>word missed</del>. The recordings in which most words were "
+        f'<h2>{title}</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
+        f"<ins>word too many</ins>, <del>word missed</del>. The {texts} in which most words were "
         "mended, of each target in turn; last, the one in which least was won.</p>"
-        + "".join(_one(t, "said", _player(t, uri)) for t, uri in chosen)
+        + "".join(_one(t, reference, player) for t, player in chosen)
     )
 
 
-def _reading(chosen: Sequence[Transcript]) -> str:
-    if not chosen:
-        return ""
-    return (
-        '<h2>Read</h2><p class="note">Errors are marked: <mark>wrong word</mark>, '
-        "<ins>word too many</ins>, <del>word missed</del>. The sentences in which most words were "
-        "mended, of each target in turn; last, the one in which least was won.</p>"
-        + "".join(_one(t, "wanted") for t in chosen)
-    )
-
-
-def _one(t: Transcript, reference: str, player: str = "") -> str:
+def _one(t: Transcript, reference: str, player: str) -> str:
     lines = (
         (reference, escape(t.reference)),
         ("before", _marked(compare(t.reference, t.source), reference)),
