@@ -1,4 +1,4 @@
-"""Environments: what they do to a waveform is measured, not looked at."""
+"""Acoustic environments: measured effects on waveforms, determinism, errors."""
 
 from __future__ import annotations
 
