@@ -1,1 +1,1 @@
-"""Measuring the shift between source and target."""
+"""How far apart source and target are."""

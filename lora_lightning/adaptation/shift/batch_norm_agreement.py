@@ -37,7 +37,7 @@ class Opinion(NamedTuple):
 
 @torch.no_grad()
 def second_opinion(model: nn.Module, data: Any, forward: Forward) -> Opinion | None:
-    """Predict with BatchNorm's statistics re-estimated on these items; None without BatchNorm.
+    """Ask the model again, with BatchNorm's statistics of these items; None without BatchNorm.
 
     Two equally accurate models that differ by randomness agree on as many items as they classify
     correctly (Jiang et al. 2022, "Assessing generalization of SGD via disagreement",

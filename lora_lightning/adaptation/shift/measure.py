@@ -73,7 +73,7 @@ def shift(
         target: Data of the target: a dataset, a loader or a tensor.
         labels: Of `source`, where it is data.
         forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
-        batch_size: Of the forward passes.
+        batch_size: Items that the model is run on at once.
         repeats: Of the bootstrap, at least 2.
         seed: Of the bootstrap.
 
@@ -96,16 +96,14 @@ def shift(
                 model, source, labels, forward=forward, batch_size=batch_size
             )
         source.check(model)
-        found, predictions = features_of(model, target, batch_size, forward)
+        found, said = features_of(model, target, batch_size, forward)
         second = None
         if source.agreement is not None:
             second = second_opinion(model, target, forward or model)
     adapted = None
     if has_adapter:
         adapted = features_of(model, target, batch_size, forward)[1].probabilities
-    return compare(
-        source, found, predictions.probabilities, second, adapted, repeats=repeats, seed=seed
-    )
+    return compare(source, found, said.probabilities, second, adapted, repeats=repeats, seed=seed)
 
 
 def compare(

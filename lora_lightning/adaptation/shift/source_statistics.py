@@ -114,23 +114,23 @@ class SourceStatistics:
                 more confident on the others.
             labels: (N,) classes, in that order.
             forward: From a batch of inputs to logits (B, K); None: ``model(inputs)``.
-            batch_size: Of the forward passes.
+            batch_size: Items that it is run on at once.
 
         Raises:
             ConfigError: the model's output is not (B, K); says what to pass.
             DataError: fewer than 8 items, NaN, or labels of another number.
         """
-        found, predictions = features_of(model, data, batch_size, forward)
-        n = len(predictions.probabilities)
+        found, said = features_of(model, data, batch_size, forward)
+        n = len(said.probabilities)
         if n < FEWEST:
             raise DataError(f"statistics of a source need {FEWEST} items or more, got {n}")
-        confidence, best = predictions.probabilities.max(dim=1)
+        confidence, best = said.probabilities.max(dim=1)
         if labels is not None and labels.shape != best.shape:
             raise DataError(f"{n} items and labels of shape {tuple(labels.shape)}; give one each")
         right = None if labels is None else float((best == labels.cpu()).double().mean())
         layers = {name: LayerStatistics.of(x) for name, x in found.items()}
         second = second_opinion(model, data, forward or model)
-        steady = None if second is None else second.agreement(predictions.probabilities)
+        steady = None if second is None else second.agreement(said.probabilities)
         return cls(layers, confidence, right, steady, fingerprint(model))
 
     def check(self, model: nn.Module) -> None:

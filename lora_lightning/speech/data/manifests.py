@@ -19,7 +19,11 @@ from lora_lightning.runner.tables import SUFFIXES, read_text
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
 from lora_lightning.speech.data.utterances import Utterance, read_table
 
-# One function for each layout, from a folder to its recordings; empty: another layout.
+# Folders of recordings in the layouts that are in use, each found as a list of `Utterance`.
+#
+# `LAYOUTS` names them, in the order in which `manifests.load_utterances` tries
+# them. Each is a function from a folder to its recordings; none at all: it is not laid out so.
+
 
 COMMON_VOICE = (
     "validated.tsv",
@@ -107,7 +111,6 @@ def _transcript(path: Path) -> str | None:
     return " ".join(read_text(path).split()) if path.is_file() else None
 
 
-# In the order in which `load_utterances` tries them.
 LAYOUTS: dict[str, Callable[[Path], list[Utterance]]] = {
     "librispeech": librispeech,
     "commonvoice": common_voice,
