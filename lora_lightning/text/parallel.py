@@ -99,7 +99,7 @@ class ParallelData(LightningDataModule):
         self._noise = np.random.default_rng(seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training pairs, shuffled."""
+        """Pairs to learn, shuffled."""
         return self._loader(self.train, self._noisy, shuffle=True, generator=self._order)
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -109,7 +109,7 @@ class ParallelData(LightningDataModule):
     test_dataloader = predict_dataloader
 
     def _loader(self, pairs: list[Pair], collate: Any, **order: Any) -> DataLoader[Any]:
-        found: Any = pairs  # a list is a map-style dataset
+        found: Any = pairs  # a list will do as a Dataset
         return DataLoader(found, batch_size=self.batch_size, collate_fn=collate, **order)
 
     def _batch(self, pairs: Sequence[Pair]) -> TextBatch:

@@ -1,4 +1,4 @@
-"""What makes a recipe run in seconds: little pictures, few sentences, a tiny network, one epoch."""
+"""Recipes that run in seconds: small images, few sentences, tiny networks, one epoch."""
 
 import numpy as np
 from PIL import Image
@@ -36,12 +36,12 @@ TINY_TRANSLATION = [
 ]
 
 
-def photos(root, domains=("day", "night"), classes=("cat", "dog"), count=6):
+def photos(root, domains=("day", "night"), classes=("cat", "dog"), count=6, split=""):
     """Folders of noise whose mean tells the classes apart; `night` is darker."""
     for d, domain in enumerate(domains):
         for c, name in enumerate(classes):
-            folder = root / domain / name
-            folder.mkdir(parents=True)
+            folder = root / domain / split / name
+            folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 noise = np.random.default_rng([d, c, i]).integers(0, 60, (36, 36, 3))
                 Image.fromarray((noise + 100 * c // (d + 1)).astype(np.uint8)).save(

@@ -1,4 +1,4 @@
-"""Environments: what they do to a waveform is measured, not looked at."""
+"""Acoustic environments: measured effects on waveforms, determinism, errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lora_lightning.speech.data.synthetic.acoustics import (
     BandLimit,
     Clipping,
     Environment,
+    Gain,
     Noise,
     Room,
     Telephone,
@@ -102,6 +103,10 @@ def test_band_limits_pass_and_stop():
     assert decibels(power(step(tone(75), "a")) / power(tone(75))) < -20
     assert decibels(power(step(tone(6000), "a")) / power(tone(6000))) < -20
     assert torch.equal(BandLimit()(tone(700), "a"), tone(700))
+
+
+def test_gain_is_in_decibels():
+    assert torch.allclose(Gain(-20)(tone(440), "a"), 0.1 * tone(440), atol=1e-6)
 
 
 def test_clipping_cuts_at_a_share_of_the_peak():

@@ -1,4 +1,4 @@
-"""One audio file: every format and rate, and everything that can be wrong with one."""
+"""Audio files: formats, rates, channels, and unusable files."""
 
 from __future__ import annotations
 

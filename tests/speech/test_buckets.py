@@ -1,4 +1,4 @@
-"""Batches of like length: each recording once, within the budget, alike for every process."""
+"""`BucketSampler`: each recording once, within the budget, shared by processes."""
 
 from __future__ import annotations
 

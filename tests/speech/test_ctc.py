@@ -1,13 +1,11 @@
-"""CTC: labels, decoding against brute force, the loss, padding, the rates, the Trainer."""
+"""CTC: labels, decoding against brute force, loss, padding, error rates, training."""
 
 import itertools
 import math
 
 import pytest
-import soundfile
 import torch
 from torch import nn
-from torchaudio.models import wav2vec2_model
 
 from lora_lightning import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
@@ -16,12 +14,8 @@ from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.decoding import add, beam_search, greedy, prefixes
 from lora_lightning.speech.tasks.labels import Labels
-from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from tests.helpers.speech import AB, batch_of, conformer, sounds, wav2vec2, written
 from tests.helpers.training import trainer
-from tests.speech.test_recognisers import TINY, sounds
-
-AB = Labels(["-", " ", "a", "b"])
-
 
 # Labels
 
@@ -119,37 +113,8 @@ def test_a_recording_without_frames_says_nothing(decode):
 # The task
 
 
-def batch(*texts, seconds=(0.6, 0.9, 0.4)):
-    waveforms = sounds(*seconds[: len(texts)])
-    return AudioBatch.of(waveforms, [Utterance(f"{i}.wav", t) for i, t in enumerate(texts)])
-
-
-def wav2vec2(**settings):
-    torch.manual_seed(0)
-    return wav2vec2_model(
-        extractor_mode="layer_norm",
-        extractor_conv_layer_config=[(8, 10, 5), (8, 8, 8), (8, 8, 8)],
-        extractor_conv_bias=True,
-        encoder_embed_dim=16,
-        encoder_projection_dropout=0.0,
-        encoder_pos_conv_kernel=4,
-        encoder_pos_conv_groups=2,
-        encoder_num_layers=2,
-        encoder_num_heads=2,
-        encoder_attention_dropout=0.0,
-        encoder_ff_interm_features=24,
-        encoder_ff_interm_dropout=0.0,
-        encoder_dropout=0.0,
-        encoder_layer_norm_first=True,
-        encoder_layer_drop=0.0,
-        aux_num_out=29,
-        **settings,
-    )
-
-
-def conformer():
-    torch.manual_seed(0)
-    return ConformerCTC(**TINY, dropout=0.0)
+def batch(*texts):
+    return batch_of(sounds(0.6, 0.9, 0.4)[: len(texts)], texts)
 
 
 MODELS = pytest.mark.parametrize("make", [conformer, wav2vec2])
@@ -224,11 +189,9 @@ def test_labels_of_another_model_are_told(more):
 
 @pytest.fixture
 def recordings(tmp_path):
-    found = []
-    for i, waveform in enumerate(sounds(0.5, 0.8, 0.6, 1.1)):
-        soundfile.write(tmp_path / f"{i}.wav", waveform.clamp(-1, 1).numpy(), 16000)
-        found.append(Utterance(tmp_path / f"{i}.wav", "one two" if i % 2 else "three"))
-    return found
+    return written(
+        tmp_path, sounds(0.5, 0.8, 0.6, 1.1), text=lambda i: "one two" if i % 2 else "three"
+    )
 
 
 def test_rates_are_errors_over_words_of_the_whole_epoch(recordings, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Decoding with a list of words, against all sentences of it."""
+"""Decoding with a lexicon, against all of its sentences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.tasks.decoding import NEVER, prefixes
-from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.lexicon import END, START, Lexicon, LexiconSearch
-
-AB = Labels(["-", " ", "a", "b"])
+from tests.helpers.speech import AB
 
 
 def test_the_best_sentence_is_found_as_by_trying_all():

@@ -1,4 +1,4 @@
-"""Where recordings come from: manifests, the layouts of known corpora, plain folders."""
+"""Manifests, the layouts of known corpora, and plain folders."""
 
 from __future__ import annotations
 

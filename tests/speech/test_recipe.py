@@ -1,4 +1,4 @@
-"""The speech recipes, from end to end at tiny sizes, and what is refused before they start."""
+"""The speech recipes end to end at tiny sizes, and their checks before the start."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`ConformerCTC`: a recording is heard alike in every batch; its file; adapters in it."""
+"""`ConformerCTC`: independence of the batch, files, adapters."""
 
 import pytest
 import torch
@@ -10,21 +10,13 @@ from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from tests.helpers.speech import TINY, conformer, sounds
 from tests.helpers.training import randomise
-
-TINY = {"n_mels": 20, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "kernel_size": 7,
-        "channels": 4}  # fmt: skip
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return ConformerCTC(**TINY).eval()
-
-
-def sounds(*seconds):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(int(16000 * s), generator=generator) / 10 for s in seconds]
+    return conformer().eval()
 
 
 @pytest.mark.parametrize("adapted", [False, True])

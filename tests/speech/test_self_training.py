@@ -1,39 +1,30 @@
-"""A recogniser that teaches itself, through the real Trainer."""
+"""Self-training of a recogniser, through the real Trainer."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from lightning.pytorch import Trainer
 
 from lora_lightning import LoRACallback
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.speech.data.utterances import Utterance
 from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.tasks.ctc import CTCRecognition
-from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.lexicon import Lexicon
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from lora_lightning.speech.transcript_guard import SpeechLimits
-
-LABELS = Labels(["-", " ", "a", "b"])
+from tests.helpers.speech import AB, sounds, written
+from tests.helpers.training import trainer
 
 
 @pytest.fixture
 def recordings(tmp_path):
-    rng, found = np.random.default_rng(0), []
-    for i in range(6):
-        path = tmp_path / f"{i}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(8000 + 800 * i), 16000)
-        found.append(Utterance(path, text="a text that must not be learnt"))
-    return found
+    waveforms = sounds(*(0.5 + 0.05 * i for i in range(6)))
+    return written(tmp_path, waveforms, text=lambda i: "a text that must not be learnt")
 
 
 def recogniser():
     torch.manual_seed(1)
-    model = ConformerCTC(LABELS, dim=16, num_layers=1, num_heads=2, ffn_dim=16, kernel_size=3)
+    model = ConformerCTC(AB, dim=16, num_layers=1, num_heads=2, ffn_dim=16, kernel_size=3)
     model.head.bias.data = torch.tensor([0.0, 0.2, 0.3, 0.3])  # it should say something
     return model.train()
 
@@ -44,12 +35,7 @@ def run(tmp_path, pseudo, model=None, learning_rate=1e-3, **settings):
         rank=1, target_modules="all", trainable=[], output_dir=tmp_path, verify=False
     )
     given = {"max_steps": 6, "max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
-    trainer = Trainer(
-        callbacks=[adapter, pseudo], accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        default_root_dir=tmp_path, **{**given, **settings},
-    )  # fmt: skip
-    trainer.fit(task, datamodule=pseudo.data)
+    trainer(tmp_path, adapter, pseudo, **{**given, **settings}).fit(task, datamodule=pseudo.data)
     return task
 
 

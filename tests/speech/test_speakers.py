@@ -1,7 +1,8 @@
-"""The commands adapt-speaker and transcribe, from end to end."""
+"""The commands adapt-speaker and transcribe, end to end."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lora_lightning.speech.data.manifests import load_utterances, write_manifest
 from lora_lightning.speech.data.synthetic.espeak import Voice
 from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
-from tests.speech.test_recognisers import TINY
+from tests.helpers.speech import TINY
 
 VOICES = {"anna": Voice("en-us", "f2"), "boris": Voice("de", "m3")}
 
@@ -79,7 +80,7 @@ def test_an_interrupted_run_goes_on_where_it_was(model, enrolment, tmp_path, cap
 
 
 def test_the_order_of_speakers_does_not_matter(model, enrolment, tmp_path):
-    """The base is left as it was: who comes second is learnt as if alone."""
+    """The base is restored: the second speaker gets the same adapter as alone."""
     adapt(model, enrolment / LISTING, tmp_path / "both")
     alone = [u for u in load_utterances(enrolment / LISTING) if u.speaker == "boris"]
     write_manifest(tmp_path / "boris.jsonl", alone)
@@ -113,16 +114,11 @@ def test_an_adapter_that_does_harm_is_not_kept(model, enrolment, tmp_path, capsy
 
 
 def _untranscribed(enrolment, folder, names=("boris",)):
-    rows = load_utterances(enrolment / LISTING)
-    lines = [
-        json.dumps(
-            {"path": str(u.path), "speaker": u.speaker}
-            | ({} if u.speaker in names else {"text": u.text})
-        )
-        for u in rows
+    rows = [
+        replace(u, text=None) if u.speaker in names else u
+        for u in load_utterances(enrolment / LISTING)
     ]
-    (folder / "m.jsonl").write_text("\n".join(lines))
-    return folder / "m.jsonl"
+    return write_manifest(folder / "m.jsonl", rows)
 
 
 def test_a_speaker_without_transcripts_is_learnt_from_the_recordings(enrolment, tmp_path, capsys):
@@ -140,7 +136,7 @@ def test_a_speaker_without_transcripts_is_learnt_from_the_recordings(enrolment, 
 
 
 def test_transcripts_are_a_canary_on_request(enrolment, tmp_path, capsys, monkeypatch):
-    """They are not learnt from; an adapter that does harm on them is not kept."""
+    """They are not trained on; an adapter that does harm on them is discarded."""
     texts = []
     real = untranscribed.PseudoTranscriptCallback
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Recordings in batches: what SpeechData gives, and what it does when files go bad meanwhile."""
+"""`SpeechData`: batches, order, checks, caching, and files that become unreadable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.training import trainer
 
 
 def speech(folder, count=6, rate=8000, start=0):
-    """Recordings of 0.2 s, 0.3 s, …, each of its own sound, not yet checked."""
+    """Different recordings of 0.2 s, 0.3 s, …, not yet checked."""
     folder.mkdir(exist_ok=True)
     found = []
     for i in range(start, start + count):
@@ -43,7 +43,7 @@ def flat(lists):
 
 
 class Listener(pl.LightningModule):
-    """Counts what it hears."""
+    """Records the items of its batches."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""The spoken data: the same sound every time, no voice on both sides, a cache that is checked."""
+"""Spoken sets: determinism, disjoint voices, the checked cache."""
 
-import builtins
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -131,15 +131,8 @@ def test_phrases_differ_and_are_lower_case():
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
     from lora_lightning.speech.data.synthetic import espeak
 
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("espeakng_loader"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
     espeak._library.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "lora-lightning\[demo\]"'):
         speak("one", Voice("en"))
     espeak._library.cache_clear()

@@ -1,4 +1,4 @@
-"""Synthesis after training, of models that torchaudio cannot train, in half precision."""
+"""Synthesis: inference after training, unsupported models, half precision, padding."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.synthesis import Tacotron2Synthesis
 from tests.helpers import audio_zoo
-from tests.speech.test_recognisers import sounds
+from tests.helpers.speech import batch_of, sounds
 from tests.speech.test_tasks import SYMBOLS, synthesis
 
 
@@ -41,7 +41,7 @@ def test_masks_in_place_are_told():
 
 
 def test_half_precision_keeps_the_features():
-    task, batch = synthesis(), AudioBatch.of(sounds(0.3), [Utterance("a.wav", "ab")])
+    task, batch = synthesis(), batch_of(sounds(0.3), ["ab"])
     expected, _ = task.features(batch.waveforms, batch.lengths)
     with torch.autocast("cpu", torch.float16):
         found, _ = task.features(batch.waveforms, batch.lengths)

@@ -1,10 +1,9 @@
-"""Transducer, classification, regression and synthesis: losses, padding, adapters that learn."""
+"""Transducer, classification, regression and synthesis: losses, padding, training adapters."""
 
 import json
 import math
 
 import pytest
-import soundfile
 import torch
 from torch import nn
 
@@ -13,13 +12,12 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.labels import Labels
-from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from lora_lightning.speech.tasks.synthesis import Tacotron2Synthesis
 from lora_lightning.speech.tasks.transducer import RNNTMel, TransducerRecognition
 from lora_lightning.speech.tasks.utterance_tasks import AudioClassification, AudioRegression, Pooled
 from tests.helpers import audio_zoo
+from tests.helpers.speech import batch_of, conformer, sounds, written
 from tests.helpers.training import randomise, trainer
-from tests.speech.test_recognisers import TINY, sounds
 
 LETTERS = Labels([*" abcdefg", "<blank>"], blank=8)
 SYMBOLS = Labels(["_", " ", *"abcdefg"])
@@ -27,12 +25,12 @@ SYMBOLS = Labels(["_", " ", *"abcdefg"])
 
 @pytest.fixture
 def recordings(tmp_path):
-    found = []
-    for i, waveform in enumerate(sounds(0.5, 0.8, 0.6, 1.1)):
-        soundfile.write(tmp_path / f"{i}.wav", waveform.clamp(-1, 1).numpy(), 16000)
-        target = ("yes", "no")[i % 2]
-        found.append(Utterance(tmp_path / f"{i}.wav", "ab cad" if i % 2 else "beg", target=target))
-    return found
+    return written(
+        tmp_path,
+        sounds(0.5, 0.8, 0.6, 1.1),
+        text=lambda i: ("beg", "ab cad")[i % 2],
+        target=lambda i: ("yes", "no")[i % 2],
+    )
 
 
 def numbered(recordings):
@@ -51,17 +49,12 @@ def transducer(**settings):
 
 
 def classification():
-    torch.manual_seed(0)
-    return AudioClassification(
-        Pooled(ConformerCTC(**TINY, dropout=0.0), 29, 2), ["yes", "no"], 2e-2, schedule="constant"
-    )
+    model = Pooled(conformer(), 29, 2)
+    return AudioClassification(model, ["yes", "no"], 2e-2, schedule="constant")
 
 
 def regression():
-    torch.manual_seed(0)
-    return AudioRegression(
-        Pooled(ConformerCTC(**TINY, dropout=0.0), 29, 1), 2e-2, schedule="constant"
-    )
+    return AudioRegression(Pooled(conformer(), 29, 1), 2e-2, schedule="constant")
 
 
 def synthesis(**settings):
@@ -156,8 +149,7 @@ def test_the_mel_equals_torchaudios_own():
 
 
 def test_padding_does_not_enter_the_mean():
-    torch.manual_seed(0)
-    model = Pooled(ConformerCTC(**TINY).eval(), 29, 3)
+    model = Pooled(conformer().eval(), 29, 3)
     waveforms = sounds(0.4, 1.0)
     batch = AudioBatch.of(waveforms, [])
     together = model(batch.waveforms, batch.lengths)
@@ -224,9 +216,8 @@ def test_the_mel_loss_does_not_see_the_padding():
     task.model.decoder.prenet.layers = nn.ModuleList()  # its dropout cannot be switched off
     task.model.decoder.prenet.forward = lambda x: x.new_zeros(*x.shape[:-1], 8)
     waveforms, texts = sounds(0.3, 0.3), ["ab", "abcd"]
-    items = [Utterance(f"{i}.wav", t) for i, t in enumerate(texts)]
-    batch = AudioBatch.of(waveforms, items)
-    longer = AudioBatch(nn.functional.pad(batch.waveforms, (0, 2000)), batch.lengths, items)
+    batch = batch_of(waveforms, texts)
+    longer = AudioBatch(nn.functional.pad(batch.waveforms, (0, 2000)), batch.lengths, batch.items)
     # torchaudio's postnet looks a few frames into it; counted, it would be half of the loss.
     assert longer.waveforms.shape[1] > 1.3 * batch.waveforms.shape[1]
     assert task.loss(longer).item() == pytest.approx(task.loss(batch).item(), rel=2e-2)

@@ -1,4 +1,4 @@
-"""Transducer: models, labels and features that do not fit each other, half precision."""
+"""Transducer: mismatched models, labels and features; half precision."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.transducer import RNNTMel, TransducerRecognition
 from tests.helpers import audio_zoo
-from tests.speech.test_recognisers import sounds
+from tests.helpers.speech import sounds
 from tests.speech.test_tasks import LETTERS
 
 

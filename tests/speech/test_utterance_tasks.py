@@ -1,4 +1,4 @@
-"""Classification: encoders and heads that do not fit each other."""
+"""Classification: mismatched encoders and heads."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lora_lightning.speech.tasks.utterance_tasks import AudioClassification, Poo
 
 
 class Fixed(nn.Module):
-    """Gives what it was made with."""
+    """Returns a fixed output."""
 
     def __init__(self, output):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The translation recipe, from end to end at tiny sizes, and what is refused before it starts."""
+"""The translation recipe end to end at tiny sizes, and its checks before the start."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Parallel text, the translator and how it learns without translations, at tiny sizes."""
+"""Translation: grammar, subwords, translator, decoding, adapters, memory, self-training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from statistics import fmean
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning import LoRACallback, LoRAConfig, inject, merge, remove, unmerge, verify
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.state import named_factors
 from lora_lightning.model.targets import select
 from lora_lightning.text.decoding import greedy
 from lora_lightning.text.parallel import Pair, ParallelData, TextBatch, held_out, read_pairs
@@ -24,6 +22,7 @@ from lora_lightning.text.translation import Translated, Translation
 from lora_lightning.text.translation_guard import TranslationGuard, TranslationLimits
 from lora_lightning.text.translation_memory import TranslationMemory
 from lora_lightning.text.translators import Translator, load_translator, save_translator
+from tests.helpers.training import randomise, trainer
 
 SUBWORDS = Subwords.learn(["ab ba ab", "xy yx"], merges=4)
 PAIRS = [Pair("ab ba", "xy yx"), Pair("ba", "yx"), Pair("ab ab ba ab", "xy")]
@@ -39,23 +38,12 @@ def adapted(**config):
     """A translator whose factors are all alive."""
     model = translator()
     inject(model, LoRAConfig(rank=2, target_modules="all", **config))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+    randomise(model, 0.3)
     return model
 
 
 def batch(*pairs):
     return TextBatch.of(pairs or PAIRS, SUBWORDS)
-
-
-def trainer(tmp_path, *callbacks, **settings):
-    return Trainer(
-        callbacks=list(callbacks), accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        **settings,
-    )  # fmt: skip
 
 
 # ---- the grammar ------------------------------------------------------------------------------
@@ -325,8 +313,7 @@ def test_adapters_work_merge_and_come_off(targets):
     source = model(*arguments)
     inject(model, LoRAConfig(rank=2, target_modules=targets))
     verify(model, arguments)
-    for factors in named_factors(model, "default").values():
-        nn.init.normal_(factors.lora_B, std=0.3)
+    randomise(model, 0.3)
     # Dropout aside, training and the fused path of eval agree, and so do they merged.
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):

@@ -1,4 +1,4 @@
-"""Folders of pictures: layouts, splits, what is skipped, and every mistake a user can make."""
+"""Image folders: layouts, splits, unreadable files, and errors."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from PIL import Image
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.vision.data.folders import find_domains, read_picture, scan
 from lora_lightning.vision.data.image_domains import ImageDomains
+from tests.helpers.miniature import photos
 
 
 def draw(path, value=100, size=(40, 32), **options):
@@ -16,12 +17,8 @@ def draw(path, value=100, size=(40, 32), **options):
     Image.fromarray((noise + value).astype(np.uint8)).save(path, **options)
 
 
-def folders(root, domains=("day", "night"), classes=("cat", "dog"), count=5, split=None):
-    for d in domains:
-        for number, c in enumerate(classes):
-            for i in range(count):
-                draw(root / d / (split or "") / c / f"{i}.png", 20 + 60 * number + i)
-    return root
+def folders(root, count=5, **options):
+    return photos(root, count=count, **options)
 
 
 def pictures(root, **options):

@@ -1,4 +1,4 @@
-"""Angles: errors on the circle, labels that are what the camera saw, mirror images, units."""
+"""Pose regression: circular errors, labels, mirror images, adaptation without labels, reports."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import csv
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
 from torch import nn
 
 from lora_lightning.adaptation.closed_form import ALIGNMENTS, regressed
@@ -46,14 +44,9 @@ from lora_lightning.vision.pose_regressor import (
 from lora_lightning.vision.pose_self_training import PoseLimits, TransductivePose, Twice, judge
 from tests.helpers.miniature import TINY, photos
 from tests.helpers.report_runs import FULL, LORA, SOURCE, make_run, row
+from tests.helpers.training import trainer
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+POSES = {"source": {"train": 2, "test": 2}, "rear-3": {"train": 2, "test": 2}}
 
 
 # ---- the circle ---------------------------------------------------------------------------------
@@ -116,8 +109,7 @@ def test_a_network_of_another_width_is_told():
 def rendered(tmp_path_factory):
     pytest.importorskip("panda3d")
     root = tmp_path_factory.mktemp("poses") / "set"
-    domains = {"source": {"train": 2, "test": 2}, "rear-3": {"train": 2, "test": 2}}
-    return render_domains(root, domains, shift="pose", size=36, progress=False)
+    return render_domains(root, POSES, shift="pose", size=36, progress=False)
 
 
 def test_labels_are_what_the_camera_saw(tmp_path, monkeypatch):
@@ -141,12 +133,17 @@ def test_labels_are_what_the_camera_saw(tmp_path, monkeypatch):
     assert all(75 <= abs(p.azimuth) <= 90 for n, p in poses.items() if n.startswith("side-2"))
 
 
+def facing(name, seed):
+    """The vertices of an object that faces the viewer."""
+    parts = make_mesh(name, np.random.default_rng(seed), facing=True)
+    return np.concatenate([part.mesh.vertices for part in parts])
+
+
 @pytest.mark.parametrize("name", FRONTS)
 def test_at_azimuth_zero_an_object_is_its_own_mirror_image_in_outline(name):
     pytest.importorskip("trimesh")
     for seed in range(4):
-        parts = make_mesh(name, np.random.default_rng(seed), facing=True)
-        points = np.concatenate([part.mesh.vertices for part in parts])
+        points = facing(name, seed)
         low, high = points.min(0), points.max(0)
         assert high[0] == pytest.approx(-low[0], abs=0.06)  # as far to the left as to the right
 
@@ -154,12 +151,7 @@ def test_at_azimuth_zero_an_object_is_its_own_mirror_image_in_outline(name):
 def test_the_front_looks_at_the_viewer():
     pytest.importorskip("trimesh")
     for seed in range(4):
-        car, chair = (
-            np.concatenate(
-                [p.mesh.vertices for p in make_mesh(n, np.random.default_rng(seed), facing=True)]
-            )
-            for n in ("car", "chair")
-        )
+        car, chair = (facing(name, seed) for name in ("car", "chair"))
         long, wide = np.ptp(car[:, 1]), np.ptp(car[:, 0])
         assert long > wide  # it drives towards the viewer, who stands at -y
         assert car[car[:, 2].argmax(), 1] > np.median(car[:, 1]) - 0.3 * long
@@ -175,8 +167,7 @@ def test_what_has_no_front_cannot_face():
 def test_a_set_without_its_labels_is_made_again(rendered):
     content = (rendered / LABELS).read_bytes()
     (rendered / LABELS).unlink()
-    domains = {"source": {"train": 2, "test": 2}, "rear-3": {"train": 2, "test": 2}}
-    render_domains(rendered, domains, shift="pose", size=36, progress=False)
+    render_domains(rendered, POSES, shift="pose", size=36, progress=False)
     assert (rendered / LABELS).read_bytes() == content
 
 
@@ -226,11 +217,9 @@ def test_a_mirrored_picture_is_that_of_the_mirrored_view():
     for azimuth in (-40.0, 40.0, 20.0):
         rng = np.random.default_rng(0)
         background = Background.random(np.random.default_rng(1), ("plain",))
-        drawn[azimuth] = (
-            Renderer(48)
-            .render(parts, Camera(azimuth), Lighting(noise=0), background, rng)
-            .astype(float)
-        )
+        light = Lighting(noise=0)
+        image = Renderer(48).render(parts, Camera(azimuth), light, background, rng)
+        drawn[azimuth] = image.astype(float)
     same = np.abs(drawn[40.0][:, ::-1] - drawn[-40.0]).mean()
     assert same < 0.3 * np.abs(drawn[20.0][:, ::-1] - drawn[-40.0]).mean()
 
@@ -345,7 +334,7 @@ def sides(count=32, seed=0):
 def adapted(model, pictures, epochs=3, **settings):
     task = TransductivePose(model, pictures, batch_size=8, schedule="constant", **settings)
     torch.manual_seed(0)
-    Trainer(max_epochs=epochs, **QUIET).fit(task)
+    trainer(None, max_epochs=epochs).fit(task)
     return task
 
 
@@ -431,7 +420,7 @@ def test_only_factors_are_trained_and_come_off(tmp_path):
     lora = LoRACallback(
         rank=1, target_modules=["fc"], trainable=[], verify=False, output_dir=tmp_path
     )
-    Trainer(max_epochs=1, callbacks=[lora], **QUIET).fit(task)
+    trainer(tmp_path, lora, max_epochs=1).fit(task)
     assert torch.equal(model.fc._parameters["weight"], before)
 
 

@@ -1,4 +1,4 @@
-"""Rendered pictures: the same seed gives the same pixels, and the lights are what they claim."""
+"""Rendered images: determinism, shapes, framing, lighting, fog and occlusion."""
 
 from itertools import pairwise, product
 

@@ -96,7 +96,7 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
 
 
 class BatchLoader(DataLoader[Any]):
-    """Reports unreadable recordings in the training process, and skips empty batches."""
+    """Reports what could not be read, in the process that trains, and steps over empty batches."""
 
     def __iter__(self) -> Iterator[AudioBatch]:  # type: ignore[override]
         dataset: Any = self.dataset

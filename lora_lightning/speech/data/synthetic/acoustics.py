@@ -19,7 +19,11 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.registry import unknown
 from lora_lightning.speech.data.synthetic.noises import NOISES, check_waveform
 from lora_lightning.speech.data.synthetic.rooms import impulse_response
-from lora_lightning.speech.data.synthetic.steps import BandLimit, Clipping, Step, Telephone
+from lora_lightning.speech.data.synthetic.steps import BandLimit as BandLimit
+from lora_lightning.speech.data.synthetic.steps import Clipping as Clipping
+from lora_lightning.speech.data.synthetic.steps import Gain as Gain  # all steps are found here
+from lora_lightning.speech.data.synthetic.steps import Step as Step
+from lora_lightning.speech.data.synthetic.steps import Telephone as Telephone
 from lora_lightning.speech.data.utterances import Utterance
 
 _PLACES = 8  # placements of source and microphone in one room
