@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -24,7 +25,11 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
 STUBS = sorted((ROOT / "lora_lightning").glob("*/**/__init__.pyi"))
 ROOMS = [".".join(stub.parent.relative_to(ROOT).parts) for stub in STUBS]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS, *RECIPES]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *DOCS,
+    *RECIPES,
+]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RUN = re.compile(
@@ -125,7 +130,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("name", named(PAGES))
 def test_files_named_exist(name):
     text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
-    folders = r"(?:lora_lightning|benchmarks|docs|recipes|tests|\.ci)/"
+    folders = r"(?:lora_lightning|benchmarks|docs|examples|recipes|tests|\.ci)/"
     found = re.findall(rf"`({folders}[^`*…\s]*)(?: [^`]*)?`", text)
     missing = [path for path in found if not (ROOT / path.partition("::")[0]).exists()]
     assert not missing
@@ -148,6 +153,12 @@ def defined_tests(file: Path) -> set[str]:
 def test_the_navigation_names_every_page():
     nav = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(nav) == [page.name for page in DOCS]
+
+
+def test_the_picture_of_the_rooms_has_a_word_for_each():
+    drawing = runpy.run_path(str(ROOT / "docs/_rooms.py"))
+    rooms = [room for floor in drawing["floors"]()[2:] for room in floor]
+    assert sorted(drawing["PURPOSE"]) == sorted(rooms)
 
 
 def test_nothing_is_fetched_by_a_page():
