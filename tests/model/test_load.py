@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_lightning import inject, load_adapter, remove, save_adapter
-from lora_lightning.errors import ConfigError
+from lora_lightning import adapters, inject, load_adapter, remove, save_adapter
+from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.lora.module_tree import find, walk
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.fingerprint import fingerprint
@@ -203,3 +203,24 @@ def test_finding_is_get_submodule():
     for name in ("blocks.99", "blocks.0.nothing.more", "head.weight"):
         with pytest.raises(AttributeError):
             find(model, name)
+
+
+class Head(nn.Linear):
+    """A class that the other model's head is not of."""
+
+
+def test_what_trains_in_full_is_looked_for_before_the_model_is_touched(tmp_path):
+    def network(head: type[nn.Linear]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), head(6, 3))
+
+    model = network(Head)
+    inject(model, rank=1, target_modules=["0"], trainable=["type:Head"])
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    other = network(nn.Linear)
+    keys = list(other.state_dict())
+    with pytest.raises(TargetError, match="trainable: 'type:Head' matches no module"):
+        load_adapter(other, path)
+    assert not adapters(other)
+    assert type(other[0]) is nn.Linear
+    assert list(other.state_dict()) == keys

@@ -19,6 +19,7 @@ from lora_lightning.model import injection, switching
 from lora_lightning.model.adapter_file.checks import checked
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.injection_report import InjectionReport, Row
+from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, state_of, states_in
 from lora_lightning.model.view import View
 
@@ -45,6 +46,7 @@ def load_adapter(
     Raises:
         AdapterFileError: the file is missing, damaged, no adapter, or does not fit.
         BaseMismatchError: it was made for another base.
+        TargetError: what it trains in full is not found in this model.
         AdapterExistsError: the name is taken and `overwrite` is off.
 
     Whatever is raised, the model is as it was.
@@ -60,11 +62,12 @@ def load_adapter(
             f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
         )
     config, bases, base = checked(view, header, tensors, check, Path(path), {})
+    chosen(view, state, config.trainable)  # raises where a pattern matches nothing here
     if name in state.configs:
         _make_way(view, state, name, header)
+        state = state_of(model) or ModelState()
     rows = _put(model, name, header, tensors, config, bases)
     report = injection.report_of(view, name, rows, header["extras"])
-    state = state_of(model) or ModelState()
     injection.register(view, state, config, report, state.frozen, base)
     own = [*header["extras"], *header["buffers"]]
     state.parked[name] = {n: tensors[n].clone() for n in own}
