@@ -136,7 +136,7 @@ def largest_rank(weight: Tensor, bare: bool) -> int:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before an adapter was put on it."""
     cls = type(module)  # asked of the class, since a module is slow to say that it lacks something
-    return getattr(cls, "_adapted_base", cls)  # type: ignore[no-any-return]
+    return getattr(cls, "_adapted_base", cls)
 
 
 def path_of(module: nn.Module) -> str:
