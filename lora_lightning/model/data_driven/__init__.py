@@ -1,1 +1,1 @@
-"""What depends on data: activations, initial factors, ranks, pruning."""
+"""What looks at data before training: activations, first factors, ranks."""
