@@ -11,7 +11,7 @@ from lora_lightning.adaptation.guard import Guard, Limits
 from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
 from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 from lora_lightning.model.switching import disabled
 
 
@@ -89,8 +89,7 @@ class StreamAdapter:
         if not bool(torch.isfinite(inputs).all()):
             raise DataError("the inputs hold NaN or infinity: they are left out")
         self._keep(inputs.detach())
-        with preserved(self.model):
-            self.model.eval()
+        with evaluating(self.model):
             self._step()
             if self._unchecked >= self.memory:
                 self._check()

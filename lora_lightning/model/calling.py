@@ -53,7 +53,7 @@ def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Cal
         return _recorded(model, batch, forward)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
         batch = batch[0]
-    parameters = _parameters(model.forward)
+    parameters = _parameters(_unwrapped(model).forward)
     if isinstance(batch, Tensor):
         found: Call = ((batch,), {})
     elif isinstance(batch, Mapping):
@@ -78,6 +78,14 @@ def on_inputs(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[
     if _required(_parameters(given)) < 2:
         return forward
     return lambda inputs: forward(model, inputs)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within `torch.compile` or data parallelism, whose forwards take anything."""
+    inner = model._modules.get("_orig_mod")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    return model if inner is None else _unwrapped(inner)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -1,4 +1,4 @@
-"""Introspection of a model: its own tensors, its classifier, its outermost blocks."""
+"""What can be read off a model: its own tensors, its classifier, its outermost blocks."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.probing import preserved, training_only
+from lora_lightning.model.probing import evaluating, training_only
 from lora_lightning.speech.ctc_objectives import non_blank_rate, suta
 from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -67,8 +67,7 @@ class SingleUtterance:
         return [self._one(_single(batch, i)) for i in range(len(batch))]
 
     def _one(self, batch: AudioBatch) -> str:
-        with preserved(self.module.model), self._only_norms():
-            self.module.model.eval()
+        with evaluating(self.module.model), self._only_norms():
             with torch.no_grad():
                 before = self._heard(batch)
             optimizer = torch.optim.AdamW(self.norms, lr=self.learning_rate, weight_decay=0.0)

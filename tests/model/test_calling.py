@@ -146,6 +146,13 @@ def test_the_callback_passes_forward_on(tmp_path):
     assert set(seen) == {dict}
 
 
+def test_a_wrapped_model_is_called_as_the_model_within():
+    for wrapped in (torch.compile(One(), backend="eager"), nn.DataParallel(One())):
+        args, kwargs = call_of(wrapped, (X, Y))
+        assert len(args) == 1
+        assert not kwargs
+
+
 def test_what_is_no_call_says_so():
     for batch in ("text", (), [], 3):
         with pytest.raises(DataError, match=f"got {type(batch).__name__}.*forward="):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchaudio.models import Tacotron2
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.recognisers import frame_mask
@@ -136,8 +136,7 @@ class Tacotron2Synthesis(Optimised):
                 sounds metallic.
         """
         tokens, counts = self._tokens([text])
-        with preserved(self.model):  # a Trainer leaves it in training mode
-            self.model.eval()
+        with evaluating(self.model):  # a Trainer leaves it in training mode
             mel, _, _ = self.model.infer(tokens, counts)
         if vocoder is not None:
             spoken: Tensor = vocoder(mel)
