@@ -29,10 +29,13 @@ from lora_lightning.adaptation.neighbours import (
     nearest,
 )
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.registry import Registry
 
 Matrix = NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]  # source (N, ·) and target (M, ·) in one space
 Alignment = Callable[[Tensor, Tensor], Pair]  # source (N, D), target (M, D)
+# What brings both domains into one space, before anything reads an answer off it.
+ALIGNMENTS: Registry[Alignment] = Registry("alignment")
 ENERGY = 0.9  # part of the source's variance that a subspace holds
 PARTS = 32  # dimensions of the NMF subspace at most
 
@@ -138,15 +141,17 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
     _check(source, values, target)
     if values.ndim != 2 or not bool(torch.isfinite(values).all()):
         raise DataError(f"values must be finite numbers (N, V), got {tuple(values.shape)}")
-    s, t = ALIGNMENTS[alignment](source, target)
+    s, t = ALIGNMENTS.get(alignment)(source, target)
     model: Any = RidgeCV(np.logspace(-2, 5, 15)).fit(s, values.double().numpy())
     return torch.from_numpy(model.predict(t)).float().reshape(len(t), -1)
 
 
+@ALIGNMENTS.register("none")
 def _standardised_each(source: Tensor, target: Tensor) -> Pair:
     return _standardised(source), _standardised(target)
 
 
+@ALIGNMENTS.register("subspace")
 def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     from sklearn.decomposition import PCA
 
@@ -156,6 +161,7 @@ def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
+@ALIGNMENTS.register("nmf")
 def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int = 0) -> Pair:
     from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
@@ -172,18 +178,10 @@ def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
+@ALIGNMENTS.register("coral")
 def _coloured(source: Tensor, target: Tensor) -> Pair:
     s, t = _standardised_each(source, target)
     return s @ _power(s, -0.5) @ _power(t, 0.5), t
-
-
-# What brings both domains into one space, before anything reads an answer off it.
-ALIGNMENTS: dict[str, Alignment] = {
-    "none": _standardised_each,
-    "subspace": _subspaces,
-    "nmf": _nmf_subspaces,
-    "coral": _coloured,
-}
 
 
 def _power(x: Matrix, exponent: float) -> Matrix:
