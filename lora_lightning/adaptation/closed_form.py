@@ -146,12 +146,10 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
     return torch.from_numpy(model.predict(t)).float().reshape(len(t), -1)
 
 
-@ALIGNMENTS.register("none")
 def _standardised_each(source: Tensor, target: Tensor) -> Pair:
     return _standardised(source), _standardised(target)
 
 
-@ALIGNMENTS.register("subspace")
 def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     from sklearn.decomposition import PCA
 
@@ -161,7 +159,6 @@ def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
-@ALIGNMENTS.register("nmf")
 def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int = 0) -> Pair:
     from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
@@ -178,10 +175,18 @@ def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
-@ALIGNMENTS.register("coral")
 def _coloured(source: Tensor, target: Tensor) -> Pair:
     s, t = _standardised_each(source, target)
     return s @ _power(s, -0.5) @ _power(t, 0.5), t
+
+
+for name, alignment in {
+    "none": _standardised_each,
+    "subspace": _subspaces,
+    "nmf": _nmf_subspaces,
+    "coral": _coloured,
+}.items():
+    ALIGNMENTS.register(name)(alignment)
 
 
 def _power(x: Matrix, exponent: float) -> Matrix:

@@ -22,7 +22,7 @@ class Loss:
     :math:`L = O + w\,CE(p, \hat y) + v\,KL(p^s \| p) + \lambda \sum_l \|s_l B_l A_l\|^2`.
 
     Args:
-        objective: One of `OBJECTIVES`, an `Objective`, or a function from logits to a loss.
+        objective: A name in `OBJECTIVES`, an `Objective`, or a function from logits to a loss.
         prior: π of the diversity term; None: uniform.
         diversity: d, its weight.
         pseudo_label_weight: w.

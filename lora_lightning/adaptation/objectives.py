@@ -19,6 +19,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.model.state import adapted_layers
 from lora_lightning.registry import Registry
 
+OBJECTIVES: Registry[Callable[..., Any]] = Registry("objective")
 NEIGHBOURS = 4  # of each item, that neighbour consistency looks at
 
 
@@ -255,13 +256,10 @@ def pull_to_source(model: nn.Module) -> Tensor:
     return torch.stack(norms).sum()
 
 
-# ---- objectives by name ------------------------------------------------------------------------
-
-
 class Objective:
-    """What a `TransductiveTask` minimises; one that is registered can be given by its name.
+    """An objective that looks at the target before it is asked; others are plain functions.
 
-        @OBJECTIVES.register("my-objective")
+        @OBJECTIVES.register("my-objective")  # as well on a function from logits to a loss
         class MyObjective(Objective):
             def __call__(self, logits, indices):
                 return entropy(logits)
@@ -292,9 +290,6 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         vars(self).update(state)
-
-
-OBJECTIVES: Registry[Callable[..., Objective]] = Registry("objective")
 
 
 @OBJECTIVES.register("information-maximisation")
@@ -338,26 +333,11 @@ class NeighbourConsistency(InformationMaximisation):
         probabilities, near = self.bank
         said = probabilities[near[indices]].to(logits.device)
         alike = neighbour_consistency(logits, said) / said.shape[1]
-        spread = super().__call__(logits, indices) - entropy(logits)
-        return alike + spread
+        return alike + (super().__call__(logits, indices) - entropy(logits))
 
 
-@OBJECTIVES.register("minimum-class-confusion")
-class MinimumClassConfusion(Objective):
-    """`minimum_class_confusion`."""
-
-    def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """The loss of a batch."""
-        return minimum_class_confusion(logits)
-
-
-@OBJECTIVES.register("entropy")
-class Entropy(Objective):
-    """`entropy`, which collapses easily."""
-
-    def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """The loss of a batch."""
-        return entropy(logits)
+OBJECTIVES.register("minimum-class-confusion")(minimum_class_confusion)
+OBJECTIVES.register("entropy")(entropy)
 
 
 def _checked(logits: Tensor) -> Tensor:

@@ -50,8 +50,6 @@ class Accepted(Sampler[int]):
         self.accepted = list(range(target))
         self.target, self.source, self.ratio = target, source, ratio
         self.seed, self.epoch = seed, 0
-        self.order: list[int] = []  # of this epoch
-        self.resumed: list[int] | None = None  # of an epoch that was stopped
 
     def __len__(self) -> int:
         return len(self.accepted) + self._of_source
@@ -65,15 +63,11 @@ class Accepted(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.order, self.resumed = self.resumed or self._drawn(), None
-        return iter(self.order)
-
-    def _drawn(self) -> list[int]:
         draw = random.Random(f"{self.seed} {self.epoch}")
         chosen = draw.sample(range(self.target, self.target + self.source), self._of_source)
         mixed = [*self.accepted, *chosen]
         draw.shuffle(mixed)
-        return mixed
+        return iter(mixed)
 
 
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
@@ -161,7 +155,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
             raise ConfigError(f"source_ratio must be 0 or more, got {source_ratio}")
         super().__init__(Target(target), limits, canary, plot, batch_size)
         self.source = source
-        self.label = labels if callable(labels) else LABELLERS.get(labels)
+        self.labeller = labels if callable(labels) else LABELLERS.get(labels)
         self.backbone, self.teacher_decay = backbone, teacher_decay
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self._items = Mixed(Target(target, augment), source, augment)
@@ -230,26 +224,17 @@ class PseudoLabelCallback(PredictionSelfTraining):
         """The backbone."""
         return module.get_submodule(self.backbone)
 
-    def learn(self, now: Predicted) -> None:
-        """Label the target, and draw from the items with a label."""
-        found = self.label(now.features, now.probabilities)
+    def label(self, now: Predicted) -> dict[str, Any]:
+        """A label for each item; some must be accepted."""
+        found = self.labeller(now.features, now.probabilities)
         if not bool(found.accepted.any()):
             raise DataError(
                 f"none of the {len(self.target)} items of the target gets a pseudo-label, such as "
                 f"item 0: {found.reasons[0]}. Ask less of them, or choose other labels="
             )
-        self._learn(found)
+        return vars(found)
 
-    def _learn(self, found: PseudoLabels) -> None:
-        self.pseudo_labels_ = found
+    def use(self, labels: dict[str, Any]) -> None:
+        """Draw from the items with a label."""
+        self.pseudo_labels_ = found = PseudoLabels(**labels)
         self._sampler.accepted = found.accepted.nonzero().flatten().tolist()
-
-    def labels_state(self) -> dict[str, Any]:
-        """The labels, and the order of the epoch, which may have been drawn by others."""
-        return {"labels": vars(self.pseudo_labels_), "order": self._sampler.order}
-
-    def load_labels(self, state: dict[str, Any]) -> None:
-        """The inverse."""
-        self._learn(PseudoLabels(**state["labels"]))
-        in_mid_epoch = not self._resumed["position"]["finished"]
-        self._sampler.resumed = state["order"] if in_mid_epoch else None

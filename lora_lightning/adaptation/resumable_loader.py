@@ -2,95 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # gives a random state; sets one
+
 
 class Position:
-    """How far a loader is in its epoch, and the states of what its order is drawn from.
+    """How far a loader is in its epoch, and the random states that its order comes from.
 
     Args:
-        *generators: What the loader draws from beside torch's own: torch's or NumPy's Generators.
-        iterators: Iterators that Lightning makes for each epoch but the first; two where it makes
-            the loader again in each. Each of them draws a seed for its workers.
+        *sources: Random states that the loader depends on beside torch's own.
+        iterators: Iterators that Lightning makes for each epoch but the first, two where it makes
+            the loader again in each. Every one of them draws a seed for its workers.
     """
 
-    def __init__(self, *generators: Any, iterators: int = 1):
-        self.generators, self.iterators = generators, iterators
-        self.epoch_ended = False
-        self._taken = self._batches = 0
-        self._made = self._begun = self._random()
-        self._resumed: dict[str, Any] | None = None
+    def __init__(self, *sources: Source, iterators: int = 1):
+        self.sources = [(torch.get_rng_state, torch.set_rng_state), (_cuda, _set_cuda), *sources]
+        self.iterators, self.epoch_ended = iterators, False
+        self.taken = self.batches = 0
+        self.made = self.begun = self.random()  # when the iterator was made, and first asked
+        self.resumed: dict[str, Any] | None = None
+
+    def random(self) -> list[Any]:
+        """The random states now."""
+        return [get() for get, _ in self.sources]
+
+    def set_random(self, states: list[Any]) -> None:
+        """Put random states back."""
+        for (_, put), state in zip(self.sources, states, strict=True):
+            put(state)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
-        finished = self.epoch_ended or self._taken >= self._batches
-        began = {"made": self._made, "begun": self._begun, "now": self._random()}
-        return {"finished": finished, "taken": self._taken, **began}
+        finished = self.epoch_ended or self.taken >= self.batches
+        states = {"made": self.made, "begun": self.begun, "now": self.random()}
+        return {"finished": finished, "taken": self.taken, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint: the next iterator goes on from there."""
-        self._resumed = state
-
-    def follow(self, loader: ResumableLoader, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of an epoch; those that are left of it where the fit was resumed."""
-        state, self._resumed = self._resumed, None
-        if state is None:
-            self._taken, self._begun = 0, self._random()
-        else:
-            batches = self._resume(loader, state)
-        self._batches = len(loader)
-        for batch in batches:
-            self._taken += 1
-            yield batch
-
-    def _resume(self, loader: ResumableLoader, state: dict[str, Any]) -> Iterator[Any]:
-        if state["finished"]:
-            self._set_random(state["now"])
-            for _ in range(self.iterators):
-                self._made, batches = self._random(), loader.plain()
-            self._taken, self._begun = 0, self._random()
-            return batches
-        self._made, self._begun, self._taken = state["made"], state["begun"], state["taken"]
-        self._set_random(self._made)
-        batches = loader.plain()
-        self._set_random(self._begun)
-        list(islice(batches, self._taken))
-        self._set_random(state["now"])
-        return batches
-
-    def making(self) -> None:
-        """An iterator is about to be made."""
-        if self._resumed is None:
-            self._made = self._random()
-
-    def _random(self) -> list[Any]:
-        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        return [[_state(g) for g in self.generators], torch.get_rng_state(), *cuda]
-
-    def _set_random(self, states: list[Any]) -> None:
-        own, cpu, *cuda = states
-        for generator, state in zip(self.generators, own, strict=True):
-            if isinstance(generator, torch.Generator):
-                generator.set_state(state.cpu())
-            else:
-                generator.bit_generator.state = state
-        torch.set_rng_state(cpu.cpu())
-        if cuda and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(cuda[0].cpu())
+        self.resumed = state
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that goes on in mid-epoch, and with the next epoch's order, where it stopped.
-
-    Lightning saves and loads it in mid-epoch; `SelfTraining` does at an epoch's end as well.
+    """A DataLoader that goes on in mid-epoch, or with the next epoch's order, where it stopped.
 
     Args:
-        position: Where it is; shared by loaders of which one takes the other's place.
+        position: Where it is; loaders that take each other's place share one.
         **settings: Of the DataLoader.
     """
 
@@ -99,16 +61,41 @@ class ResumableLoader(DataLoader[Any]):
         self.position = position or Position()
 
     def __iter__(self) -> Any:
-        self.position.making()
+        if self.position.resumed is None:
+            self.position.made = self.position.random()
         # At once, as a DataLoader's own: it draws a seed for its workers.
-        return self.position.follow(self, self.plain())
+        return self._follow(super().__iter__())
 
-    def plain(self) -> Iterator[Any]:
-        """A DataLoader's own iterator."""
-        return super().__iter__()
+    def _follow(self, batches: Iterator[Any]) -> Iterator[Any]:
+        place = self.position
+        state, place.resumed = place.resumed, None
+        if state is None:
+            place.taken, place.begun = 0, place.random()
+        else:
+            batches = self._resume(state)
+        place.batches = len(self)
+        for batch in batches:
+            place.taken += 1
+            yield batch
+
+    def _resume(self, state: dict[str, Any]) -> Iterator[Any]:
+        place = self.position
+        place.set_random(state["now"])
+        if state["finished"]:
+            for _ in range(place.iterators):
+                place.made, batches = place.random(), super().__iter__()
+            place.taken, place.begun = 0, place.random()
+            return batches
+        place.made, place.begun, place.taken = state["made"], state["begun"], state["taken"]
+        place.set_random(place.made)
+        batches = super().__iter__()
+        place.set_random(place.begun)
+        list(islice(batches, place.taken))
+        place.set_random(state["now"])
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning, which asks in mid-epoch."""
+        """For Lightning, in mid-epoch; `SelfTraining` saves it at an epoch's end as well."""
         return self.position.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,7 +103,11 @@ class ResumableLoader(DataLoader[Any]):
         self.position.load_state_dict(state_dict)
 
 
-def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.bit_generator.state
+def _cuda() -> Any:
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state() if used else None
+
+
+def _set_cuda(state: Any) -> None:
+    if state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)

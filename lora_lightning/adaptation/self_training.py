@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,13 +17,39 @@ from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
 
 
-class SelfTraining(Callback):
+class Course:
+    """What is known of a training in rounds; `rounds_` keeps it."""
+
+    rounds_: Any
+
+    @property
+    def history_(self) -> list[Round]:
+        """The rounds, the source first."""
+        return self.rounds_.history_  # type: ignore[no-any-return]
+
+    @property
+    def accepted_(self) -> int:
+        """Index of the round whose state is kept; 0: the source."""
+        return self.rounds_.accepted_  # type: ignore[no-any-return]
+
+    @property
+    def changed_in_(self) -> Any:
+        """The accepted round in which each item got the label it has."""
+        return self.rounds_.changed_in_
+
+    @property
+    def termination_condition_(self) -> str:
+        """Why it ended; "" while it goes on."""
+        return self.rounds_.termination_condition_  # type: ignore[no-any-return]
+
+
+class SelfTraining(Course, Callback):
     """Rounds within a fit: look at the target, judge, keep the best state, label the next round.
 
-    A subclass says what is looked at (`look`) and what is learnt from it (`learn`), when a round
-    is due, and which trainers it cannot work with. At the first alarm training stops; at the end
-    the last accepted state comes back, or else the source model. A checkpoint holds the rounds, so
-    that a resumed fit still knows the source model's answers.
+    A subclass says what is looked at (`look`), which labels are taken from that (`label`) and
+    where they go (`use`), and when a round is due. At the first alarm training stops; at the end
+    the last accepted state comes back, or else the source model. A checkpoint holds the rounds:
+    a resumed fit does not take the adapted model for the source.
 
     Args:
         rounds: How rounds are judged.
@@ -32,10 +57,6 @@ class SelfTraining(Callback):
 
     Attributes:
         rounds_: the course of it, a `Rounds`.
-        history_: its rounds, the source first.
-        accepted_: the round whose state is kept; 0: the source.
-        changed_in_: the accepted round in which each item got the label it has.
-        termination_condition_: why it ended.
     """
 
     broken = ""  # the alarm where nothing can be looked at; "": the error's own words
@@ -45,6 +66,7 @@ class SelfTraining(Callback):
     def __init__(self, rounds: Any, position: Position | None = None):
         self.rounds_ = rounds
         self.position = position or Position()
+        self._labels: Any = None
         self._teacher: Teacher | None = None
         self._judged_at = 0
         self._resumed: dict[str, Any] | None = None
@@ -65,22 +87,11 @@ class SelfTraining(Callback):
         """What the model as it is answers to the target."""
         raise NotImplementedError
 
-    def begin(self, module: LightningModule, source: Any) -> None:
-        """The source model has answered: start the rounds, and label the first."""
-        self.rounds_.start(self.network(module), source)
-        self.learn(source)
+    def label(self, now: Any) -> Any:
+        """What the next round learns from these answers, as plain types and tensors."""
 
-    def learn(self, now: Any) -> None:
-        """Take the labels of the next round from these answers."""
-        raise NotImplementedError
-
-    def labels_state(self) -> Any:
-        """What the round learns, as plain types and tensors."""
-        raise NotImplementedError
-
-    def load_labels(self, state: Any) -> None:
-        """The inverse."""
-        raise NotImplementedError
+    def use(self, labels: Any) -> None:
+        """Put labels where the training finds them."""
 
     def labelled(self) -> dict[str, Any]:
         """How many labels the round has learnt, for `Rounds.end_round`."""
@@ -94,32 +105,35 @@ class SelfTraining(Callback):
         """Whether a round ends with the training."""
         return False
 
+    def start(self, module: LightningModule, source: Any) -> None:
+        """Start the rounds with the source model's answers."""
+        self.rounds_.start(self.network(module), source)
+        self._learn(source)
+
     # ---- hooks -----------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the target by the source model; a resumed fit has done so before."""
+        """Look at the target by the source model, unless a fit that is resumed has done so."""
         self.check(trainer, pl_module)
-        self._teacher = None
+        self._teacher, self._judged_at = None, 0
         if self._resumed is None:
-            self._judged_at = 0
-            self.begin(pl_module, self.look(pl_module))
-        else:
-            # Not by the model as it is: it has left the source behind.
-            self.rounds_.load_state_dict(self._resumed["rounds"])
-            self.load_labels(self._resumed["labels"])
-            self._judged_at = self._resumed["judged_at"]
-            self.position.load_state_dict(self._resumed["position"])
+            self.start(pl_module, self.look(pl_module))
+            return
+        self.rounds_.load_state_dict(self._resumed["rounds"])
+        self.position.load_state_dict(self._resumed["position"])
+        self._judged_at, self._labels = self._resumed["judged_at"], self._resumed["labels"]
+        self.use(self._labels)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the teacher, now that the factors have started."""
         self.check_loader(trainer)
+        state, self._resumed = self._resumed, None
         if self.teacher_decay is not None:
             self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
-            if self._resumed is not None and self._resumed["teacher"] is not None:
-                self._teacher.load_state_dict(self._resumed["teacher"])
-        if self._resumed is not None:
+            if state is not None:
+                self._teacher.load_state_dict(state["teacher"])
+        if state is not None:
             begin_next_epoch(trainer)
-        self._resumed = None
         if self.termination_condition_:
             say(pl_module, self.termination_condition_)
             trainer.should_stop = True
@@ -153,7 +167,7 @@ class SelfTraining(Callback):
             return {}
         return {
             "rounds": self.rounds_.state_dict(),
-            "labels": self.labels_state(),
+            "labels": self._labels,
             "judged_at": self._judged_at,
             "position": self.position.state_dict(),
             "teacher": self._teacher.state_dict() if self._teacher else None,
@@ -178,44 +192,24 @@ class SelfTraining(Callback):
 
     def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:
         """End a round with these answers; the next is labelled by them where it is accepted."""
-        network, labelled = self.network(module), self.labelled()
-        found: Round = self.rounds_.end_round(network, now, verdict, **labelled)
+        network = self.network(module)
+        found: Round = self.rounds_.end_round(network, now, verdict, **self.labelled())
         found.tell(module, len(self.rounds_.source))
-        if not found.alarms:
-            if self._teacher is not None:
-                with self._teacher.applied(network):
-                    now = self.look(module)
-            self.learn(now)
+        if found.alarms:
+            return found
+        if self._teacher is not None:
+            with self._teacher.applied(network):
+                now = self.look(module)
+        self._learn(now)
         return found
 
-    @property
-    def history_(self) -> list[Round]:
-        """The rounds, the source first."""
-        return self.rounds_.history_  # type: ignore[no-any-return]
-
-    @property
-    def accepted_(self) -> int:
-        """Index of the round whose state is kept; 0: the source."""
-        return self.rounds_.accepted_
-
-    @property
-    def changed_in_(self) -> Any:
-        """The accepted round in which each item got the label it has."""
-        return self.rounds_.changed_in_
-
-    @property
-    def termination_condition_(self) -> str:
-        """Why it ended; "" while it goes on."""
-        return self.rounds_.termination_condition_
+    def _learn(self, now: Any) -> None:
+        self._labels = self.label(now)
+        self.use(self._labels)
 
 
 class PredictionSelfTraining(SelfTraining):
     """Rounds of a classifier, judged by what it says of all items of a target.
-
-    A subclass says what is learnt: `learn`, and:
-
-    Attributes:
-        pseudo_labels_: the labels that are trained with; None without.
 
     Args:
         target: The items.
@@ -223,23 +217,21 @@ class PredictionSelfTraining(SelfTraining):
         canary: A few labelled items of the target, (input, class); None: none.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
+
+    Attributes:
+        pseudo_labels_: the labels that are trained with; None without.
     """
 
     broken = "the predictions are NaN: the learning rate is too high"
-    pseudo_labels_: PseudoLabels | None = None
     rounds_: PredictionRounds
 
     def __init__(
-        self,
-        target: Target,
-        limits: Limits | None,
-        canary: Any,
-        plot: Path | str | None,
-        batch_size: int,
+        self, target: Target, limits: Limits | None, canary: Any, plot: Any, batch_size: int
     ):
         super().__init__(PredictionRounds(limits))
-        self.target, self.batch_size, self.plot = target, batch_size, plot
+        self.target, self.plot, self.batch_size = target, plot, batch_size
         self.canary = None if canary is None else Canary(canary, batch_size)
+        self.pseudo_labels_: PseudoLabels | None = None
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Let the canary be heard."""
@@ -253,14 +245,10 @@ class PredictionSelfTraining(SelfTraining):
 
     def labelled(self) -> dict[str, Any]:
         """The accepted labels, and those by class."""
-        found = self.pseudo_labels_
-        if found is None:
+        if self.pseudo_labels_ is None:
             return {}
-        classes = self.rounds_.source.shape[1]
-        return {
-            "labelled": int(found.accepted.sum()),
-            "histogram": found.histogram(classes).tolist(),
-        }
+        count, classes = int(self.pseudo_labels_.accepted.sum()), self.rounds_.source.shape[1]
+        return {"labelled": count, "histogram": self.pseudo_labels_.histogram(classes).tolist()}
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lora_lightning.adaptation.resumable_loader import Position
 from lora_lightning.adaptation.rounds import Check, Rounds
 from lora_lightning.adaptation.self_training import SelfTraining
 from lora_lightning.errors import ConfigError, DataError
@@ -79,44 +78,41 @@ def check_keep(keep: Sequence[float]) -> None:
 class TextSelfTraining(SelfTraining):
     """Rounds of equal numbers of steps; each learns a part of the items, the surest first.
 
-    A subclass says what is written (`look`), what is learnt of it (`take`), and:
-
-    Attributes:
-        module_type: the LightningModule that is adapted.
-        items_name: what its items are called in errors.
+    A subclass says what is written (`look`), how doubtful it is, and where labels go (`use`).
 
     Args:
         rounds: How rounds are judged.
         keep: Part of the items that each round learns, in turn. As many rounds, of equal numbers
             of the trainer's ``max_steps``.
-        position: Where the loader of `data` is.
+        data: What to give to ``Trainer.fit``, with the `Position` of its loader.
     """
 
-    module_type: type[LightningModule]
-    items_name = "items"
-    data: Any  # what to give to ``Trainer.fit``
+    task: type[LightningModule]  # that is adapted
+    called = "items", "written for", "text"  # in messages
 
-    def __init__(self, rounds: TextRounds, keep: Sequence[float], position: Position):
-        super().__init__(rounds, position)
-        self.keep = list(keep)
+    def __init__(self, rounds: TextRounds, keep: Sequence[float], data: Any):
+        super().__init__(rounds, data.position)
+        self.keep, self.data = list(keep), data
 
     @property
-    def source_(self) -> Mapping[str, Any]:
+    def source_(self) -> dict[str, Any]:
         """Name → what the source model writes."""
         return self.rounds_.source or {}
+
+    def doubt(self, written: Any) -> float:
+        """How doubtful it is that this is right."""
+        raise NotImplementedError
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse another module, and a trainer in which no round would end."""
         name = type(self).__name__
-        if not isinstance(module, self.module_type):
-            raise ConfigError(
-                f"{name} adapts a {self.module_type.__name__}, not {type(module).__name__}"
-            )
+        if not isinstance(module, self.task):
+            raise ConfigError(f"{name} adapts a {self.task.__name__}, not {type(module).__name__}")
         reload: Any = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
         if reload != 1 or trainer.max_steps < 1:
             raise ConfigError(
                 f"{name} needs Trainer(reload_dataloaders_every_n_epochs=1, max_steps=…): each "
-                f"round has {self.items_name} of its own, and so many steps"
+                f"round has {self.called[0]} of its own, and so many steps"
             )
 
     def check_loader(self, trainer: Trainer) -> None:
@@ -125,25 +121,30 @@ class TextSelfTraining(SelfTraining):
             raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
 
     def due(self, trainer: Trainer) -> bool:
-        """A round ends with the first epoch that has its number of steps."""
+        """A round ends with the first epoch that has its number of steps; the last at the end."""
         steps = trainer.global_step - self._judged_at
-        return steps >= trainer.max_steps / len(self.keep) and (
-            trainer.global_step < trainer.max_steps
-        )
+        last = trainer.global_step >= trainer.max_steps
+        return steps >= trainer.max_steps / len(self.keep) and not last
 
     def due_at_end(self, trainer: Trainer) -> bool:
-        """The last round ends with the training."""
+        """The last round."""
         return trainer.global_step > self._judged_at
 
-    def surest(self, now: Mapping[str, Any], doubt: Callable[[Any], float]) -> list[str]:
-        """Names of those that the next round learns.
+    def labelled(self) -> dict[str, Any]:
+        """The items that the round has learnt."""
+        return {"labelled": len(self._labels)}
 
-        Raises:
-            DataError: nothing is written for any.
-        """
-        usable = [name for name, each in now.items() if self.rounds_.label(each)]
+    def label(self, now: Mapping[str, Any]) -> dict[str, str]:
+        """What is surest: name → text."""
+        texts = {name: self.rounds_.label(each) for name, each in now.items()}
+        usable = [name for name, text in texts.items() if text]
         if not usable:
-            raise DataError(self.nothing.format(count=len(now)))
+            items, done, kind = self.called
+            raise DataError(
+                f"nothing is {done} any of the {len(now)} {items}: the source model does not fit "
+                f"this {kind}, and cannot teach itself"
+            )
         part = self.keep[min(len(self.history_) - 1, len(self.keep) - 1)]
         count = max(1, math.floor(part * len(now)))
-        return sorted(usable, key=lambda name: doubt(now[name]))[:count]
+        surest = sorted(usable, key=lambda name: self.doubt(now[name]))[:count]
+        return {name: texts[name] for name in surest}

@@ -122,8 +122,7 @@ class TransductiveTask(Optimised):
                 f"{len(self.target)} and {len(self.training_items)}"
             )
         self.batch_norm, self.batch_size = batch_norm, batch_size
-        self._course = _Course(self.target, limits, canary, plot, batch_size)
-        self._course.loss = self.loss
+        self._course = _Course(self.loss, self.target, limits, canary, plot, batch_size)
 
     @property
     def rounds_(self) -> PredictionRounds | None:
@@ -159,12 +158,13 @@ class TransductiveTask(Optimised):
 
 
 class _Course(PredictionSelfTraining):
-    """The rounds of a `TransductiveTask`."""
+    """The rounds of a `TransductiveTask`, which it finds as the module that is trained."""
 
-    loss: Loss
+    def __init__(self, loss: Loss, *target: Any):
+        super().__init__(*target)
+        self.loss = loss
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Warn of a classifier that is trained too."""
         super().check(trainer, module)
         network = self.network(module)
         if any(
@@ -179,29 +179,26 @@ class _Course(PredictionSelfTraining):
                 stacklevel=2,
             )
 
-    def begin(self, module: Any, source: Predicted) -> None:
-        """Choose BatchNorm's statistics as well, and see that there is something to learn from."""
+    def start(self, module: Any, source: Predicted) -> None:
         self.loss.begin(source)
-        super().begin(module, source)
+        super().start(module, source)
         self._choose_statistics(module, source)
         if len(self.target) < 2:
             self.rounds_.termination_condition_ = (
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
 
-    def learn(self, now: Predicted) -> None:
-        """Pseudo-labels for the round."""
+    def label(self, now: Predicted) -> dict[str, Any]:
         self.loss.begin_round(now)
-        self.pseudo_labels_ = self.loss.labels
-
-    def labels_state(self) -> dict[str, Any]:
-        """The loss's own."""
         return self.loss.state_dict()
 
-    def load_labels(self, state: dict[str, Any]) -> None:
-        """The inverse."""
-        self.loss.load_state_dict(state)
+    def use(self, labels: dict[str, Any]) -> None:
+        self.loss.load_state_dict(labels)
         self.pseudo_labels_ = self.loss.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        self._labels = self.loss.state_dict()  # which goes on within a round
+        return super().state_dict()
 
     def _choose_statistics(self, module: Any, source: Predicted) -> None:
         if module.batch_norm == "source" or not statistics_of(module, self.target):
@@ -233,15 +230,7 @@ def check_settings(batch_norm: str, batch_size: int) -> None:
 
 
 def statistics_of(module: Any, target: Target) -> bool:
-    """Take BatchNorm's statistics of a target, the source's counting for some items.
-
-    Args:
-        module: A LightningModule with a ``model`` and a ``batch_size``.
-        target: The items.
-
-    Returns:
-        Whether there is any BatchNorm.
-    """
+    """Take BatchNorm's statistics from a target; returns whether `module.model` has any."""
     # Mixed: in batches of one class, as folders give them, the features vary too little.
     loader = target.loader(2 * module.batch_size, shuffle=True)
     inputs = (x.to(module.device) for x, _ in loader)

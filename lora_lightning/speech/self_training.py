@@ -114,12 +114,8 @@ class PseudoTranscriptCallback(TextSelfTraining):
         DataError: there is no recording, or nothing is understood in any.
     """
 
-    module_type = CTCRecognition
-    items_name = "recordings"
-    nothing = (
-        "nothing is understood in any of the {count} recordings: the source model does not fit "
-        "this speech, and cannot teach itself"
-    )
+    task = CTCRecognition
+    called = "recordings", "understood in", "speech"
     data: LabelledSpeech
 
     def __init__(
@@ -142,9 +138,8 @@ class PseudoTranscriptCallback(TextSelfTraining):
             raise ConfigError(f"variants must be at least 1, got {variants}")
         # Whatever text they come with must not leak into the training.
         self.recordings = [replace(u, text=None) for u in recordings]
-        self.data = LabelledSpeech(self.recordings, **data)
         rounds = TextRounds(self._check_of, Understood, written="written", label="label")
-        super().__init__(rounds, keep, self.data.position)
+        super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
         self.lexicon, self.limits = lexicon, limits
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight
@@ -170,22 +165,13 @@ class PseudoTranscriptCallback(TextSelfTraining):
     def _check_of(self, source: dict[str, Understood]) -> Check:
         return SpeechGuard(source, self.limits, self.lexicon is not None).check
 
-    def labelled(self) -> dict[str, Any]:
-        """The recordings with a label."""
-        return {"labelled": len(self.pseudo_labels_)}
+    def doubt(self, written: Understood) -> float:
+        """How far it is from the lexicon's sentence, or changes under dropout."""
+        return written.distance
 
-    def learn(self, now: dict[str, Understood]) -> None:
-        """The labels that are the surest."""
-        paths = self.surest(now, lambda understood: understood.distance)
-        self.data.labels = {path: now[path].label for path in paths}
-
-    def labels_state(self) -> dict[str, str]:
-        """The labels."""
-        return self.data.labels
-
-    def load_labels(self, state: dict[str, str]) -> None:
-        """The inverse."""
-        self.data.labels = state
+    def use(self, labels: dict[str, str]) -> None:
+        """The recordings that are learnt."""
+        self.data.labels = labels
 
     @torch.no_grad()
     def look(self, module: Any) -> dict[str, Understood]:

@@ -98,8 +98,12 @@ class ParallelData(LightningDataModule):
         self.batch_size, self.dropped = batch_size, dropped
         self._order = torch.Generator().manual_seed(seed)
         self._noise = np.random.default_rng(seed)
-        # Lightning makes the loader again in each epoch, see `PseudoTranslationCallback`.
-        self.position = Position(self._order, self._noise, iterators=2)
+        order, noise = self._order, self._noise.bit_generator
+        self.position = Position(
+            (order.get_state, order.set_state),
+            (lambda: noise.state, lambda state: setattr(noise, "state", state)),
+            iterators=2,  # `PseudoTranslationCallback` has it made again in each epoch
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Pairs to learn, shuffled."""

@@ -57,13 +57,8 @@ class PseudoTranslationCallback(TextSelfTraining):
         DataError: there is no sentence, or the model writes nothing.
     """
 
-    module_type = Translation
-    items_name = "sentences"
-    nothing = (
-        "nothing is written for any of the {count} sentences: the source model does not fit this "
-        "text, and cannot teach itself"
-    )
-    data: ParallelData
+    task = Translation
+    called = "sentences", "written for", "text"
 
     def __init__(
         self,
@@ -83,9 +78,9 @@ class PseudoTranslationCallback(TextSelfTraining):
             raise DataError("the target is empty: there is no sentence to adapt to")
         self.words, self.limits = words, limits
         waiting = [Pair(sentence) for sentence in self.sentences]
-        self.data = ParallelData(subwords, waiting, (), batch_size, dropped, seed)
         rounds = TextRounds(self._check_of, Translated, written="text", label="text")
-        super().__init__(rounds, keep, self.data.position)
+        data = ParallelData(subwords, waiting, (), batch_size, dropped, seed)
+        super().__init__(rounds, keep, data)
 
     @property
     def translations_(self) -> dict[str, Translated]:
@@ -95,22 +90,13 @@ class PseudoTranslationCallback(TextSelfTraining):
     def _check_of(self, source: dict[str, Translated]) -> Check:
         return TranslationGuard(source, self.limits, self.words).check
 
-    def labelled(self) -> dict[str, Any]:
+    def doubt(self, written: Translated) -> float:
+        """How unlikely its pieces are, in the mean."""
+        return -written.log_probability
+
+    def use(self, labels: dict[str, str]) -> None:
         """The sentences that are learnt."""
-        return {"labelled": len(self.data.train)}
-
-    def learn(self, now: dict[str, Translated]) -> None:
-        """The translations that are the surest."""
-        surest = self.surest(now, lambda translated: -translated.log_probability)
-        self.data.train = [Pair(sentence, now[sentence].text) for sentence in surest]
-
-    def labels_state(self) -> list[tuple[str, str]]:
-        """The pairs."""
-        return [(pair.source, pair.target) for pair in self.data.train]
-
-    def load_labels(self, state: list[tuple[str, str]]) -> None:
-        """The inverse."""
-        self.data.train = [Pair(*pair) for pair in state]
+        self.data.train = [Pair(*pair) for pair in labels.items()]
 
     @torch.no_grad()
     def look(self, module: Any) -> dict[str, Translated]:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
-from lora_lightning.adaptation.rounds import Check, Round, Rounds
-from lora_lightning.adaptation.self_training import SelfTraining
+from lora_lightning.adaptation.rounds import Check, Rounds
+from lora_lightning.adaptation.self_training import Course, SelfTraining
 from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
 from lora_lightning.errors import ConfigError
@@ -147,7 +147,7 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
 JUDGED = 4  # each so-many-th picture is not learnt from: by those the guard judges
 
 
-class TransductivePose(Optimised):
+class TransductivePose(Course, Optimised):
     r"""Adapt `model` to pictures without their angles, and leave it no worse as far as it can tell.
 
         task = TransductivePose(model, pictures)
@@ -211,33 +211,17 @@ class TransductivePose(Optimised):
         self.training_items = Target(target if training is None else training)
         self.tolerance, self.batch_norm, self.batch_size = tolerance, batch_norm, batch_size
         self._course = _Course(self.target, limits)
-
-    @property
-    def history_(self) -> list[Round]:
-        """The rounds, the source first."""
-        return self._course.history_
-
-    @property
-    def accepted_(self) -> int:
-        """Index of the round whose state is kept; 0: the source."""
-        return self._course.accepted_
-
-    @property
-    def termination_condition_(self) -> str:
-        """Why it ended; "" while it goes on."""
-        return self._course.termination_condition_
+        self.rounds_ = self._course.rounds_
 
     @property
     def source_(self) -> Twice:
         """By the source model, of each picture."""
-        found: Twice = self._course.rounds_.source
-        return found
+        return self.rounds_.source  # type: ignore[no-any-return]
 
     @property
     def answers_(self) -> Twice:
-        """By the accepted state."""
-        found: Twice = self._course.rounds_.answers_
-        return found
+        """By the accepted state, from which is learnt."""
+        return self.rounds_.answers_  # type: ignore[no-any-return]
 
     def configure_callbacks(self) -> Any:
         """What keeps the rounds."""
@@ -263,7 +247,7 @@ class TransductivePose(Optimised):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, indices = batch
-        labels = self._course.labels.of(indices.cpu())
+        labels = self.answers_.of(indices.cpu())
         wanted = labels.mean.to(x)
         chosen = torch.rand(len(x), device=x.device) < 0.5
         x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
@@ -278,18 +262,14 @@ class _Rounds(Rounds[Twice]):
     """Answers to pictures and to their mirror images."""
 
     def packed(self, answers: Twice) -> Any:
-        """As a dictionary of tensors."""
         return vars(answers)
 
     def unpacked(self, state: Any) -> Twice:
-        """The inverse."""
         return Twice(**state)
 
 
 class _Course(SelfTraining):
-    """The rounds of a `TransductivePose`; `labels`: the answers that are learnt from."""
-
-    labels: Twice
+    """The rounds of a `TransductivePose`, which it finds as the module that is trained."""
 
     def __init__(self, target: Target, limits: PoseLimits):
         super().__init__(_Rounds(self._check_of))
@@ -302,12 +282,10 @@ class _Course(SelfTraining):
         )
 
     def look(self, module: Any) -> Twice:
-        """What the network answers to each picture and to its mirror image."""
         return seen_twice(module.model, self.target, 2 * module.batch_size, module.device)
 
-    def begin(self, module: Any, source: Twice) -> None:
-        """Choose BatchNorm's statistics as well."""
-        super().begin(module, source)
+    def start(self, module: Any, source: Twice) -> None:
+        super().start(module, source)
         if module.batch_norm == "source" or not statistics_of(module, self.target):
             return
         now = self.look(module)
@@ -315,15 +293,3 @@ class _Course(SelfTraining):
         self.judge(module, now, Verdict(scores) if module.batch_norm == "target" else None)
         self.rounds_.termination_condition_ = ""  # without them training goes on
         self.rounds_.restore(module.model)
-
-    def learn(self, now: Twice) -> None:
-        """The means of both answers."""
-        self.labels = now
-
-    def labels_state(self) -> Any:
-        """The answers."""
-        return vars(self.labels)
-
-    def load_labels(self, state: Any) -> None:
-        """The inverse."""
-        self.labels = Twice(**state)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import soundfile
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask
@@ -22,7 +23,7 @@ from lora_lightning.text.subwords import Subwords
 from lora_lightning.text.translation import Translation
 from lora_lightning.text.translators import Translator
 from lora_lightning.vision.pose_self_training import TransductivePose
-from tests.helpers.training import Module
+from tests.helpers.training import Module, trainer
 
 STEPS, ROUNDS = 12, 3  # two epochs of two batches make a round, or one of four
 
@@ -100,7 +101,7 @@ def transcripts(tmp_path, lexicon=True):
     torch.manual_seed(1)
     letters = Labels(["-", " ", "a", "b"])
     model = ConformerCTC(letters, dim=16, num_layers=1, num_heads=2, ffn_dim=16, kernel_size=3)
-    model.head.bias.data = torch.tensor([0.0, 0.2, 0.3, 0.3])
+    model.head.bias.data = torch.tensor([-2.0, 0.2, 0.3, 0.3])
     own = PseudoTranscriptCallback(
         recordings, Lexicon(["ab", "ba"]) if lexicon else None, keep=[1.0] * ROUNDS, limits=None,
         max_batch=2, teacher_decay=0.9,
@@ -128,53 +129,71 @@ def translations(tmp_path):
     return Translation(model.train(), 3e-2, 0.0), own.data, own, lambda: own
 
 
-KINDS = [
-    task, neighbours, pose, labels, labels_by_steps, transcripts, transcripts_by_dropout,
-    translations,
-]  # fmt: skip
+TEXTS = (transcripts, transcripts_by_dropout, translations)
+MIDDLE = [task, neighbours, pose, labels, *TEXTS]  # in mid-epoch all are equal, too
+END = [*MIDDLE, labels_by_steps]
+
+
+class Saves(Checkpoint):
+    """Saves in mid-epoch and at an epoch's end, after all other callbacks, as ModelCheckpoint."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            trainer.save_checkpoint(self.folder / "middle.ckpt")
+
+    def on_train_epoch_end(self, trainer, *_):
+        path = self.folder / "end.ckpt"
+        if trainer.global_step >= 5 and not path.exists():
+            trainer.save_checkpoint(path)
 
 
 def fit(tmp_path, kind, seed, ckpt_path=None):
-    """A run; its checkpoints lie in `tmp_path` / "steps" and / "epochs", one for each."""
     module, data, own, course = kind(tmp_path)
+    targets = ["body.0"] if isinstance(module.model, Net) else "all"
     callbacks = [
-        LoRACallback(rank=2, target_modules="all", trainable=[], verify=False, output_dir=tmp_path)
+        LoRACallback(
+            rank=2, target_modules=targets, trainable=[], verify=False, output_dir=tmp_path
+        ),
+        *([own] if own is not module else []),
+        *([Saves(tmp_path)] if ckpt_path is None else []),
     ]
-    callbacks += [own] if own is not module else []
     steps = {"max_steps": STEPS, "max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
-    paced = kind in (transcripts, transcripts_by_dropout, translations)
-    if ckpt_path is None:
-        callbacks += [
-            ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=1, save_top_k=-1),
-            ModelCheckpoint(tmp_path / "epochs", "{step}", every_n_epochs=1, save_top_k=-1),
-        ]
-    trainer = Trainer(
-        callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_checkpointing=ckpt_path is None, enable_model_summary=False,
-        default_root_dir=tmp_path, log_every_n_steps=1,
-        **(steps if paced else {"max_epochs": ROUNDS}),
-    )  # fmt: skip
     torch.manual_seed(seed)
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+    length = steps if kind in TEXTS else {"max_epochs": ROUNDS}
+    saving = {"enable_checkpointing": ckpt_path is None}
+    run = trainer(tmp_path, *callbacks, **length, **saving)
+    run.fit(module, data, ckpt_path=ckpt_path)
     return module.state_dict(), course()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    """Kind → folder of its checkpoints, weights and course of a run that never stopped."""
+
+    @functools.cache
+    def run(kind):
+        folder = tmp_path_factory.mktemp(kind.__name__)
+        return folder, *fit(folder, kind, seed=2)
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("folder", "step"), [("epochs", 4), ("epochs", 6), ("epochs", 8), ("steps", 5), ("steps", 7)]
+    ("kind", "checkpoint"),
+    [*((k, "middle.ckpt") for k in MIDDLE), *((k, "end.ckpt") for k in END)],
 )
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, kind, folder, step):
-    weights, through = fit(tmp_path, kind, seed=2)
-    path = tmp_path / folder / f"step={step}.ckpt"
-    if not path.exists():
-        pytest.skip("no epoch ends there")
-    again, resumed = fit(tmp_path, kind, seed=99, ckpt_path=path)
-    assert resumed.history_ == through.history_
-    assert len(resumed.history_) > ROUNDS
-    assert resumed.accepted_ == through.accepted_ > 0
-    assert resumed.termination_condition_ == through.termination_condition_
+def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
+    folder, weights, course = through(kind)
+    again, resumed = fit(folder, kind, seed=99, ckpt_path=folder / checkpoint)
+    assert resumed.history_ == course.history_
+    assert len(resumed.history_) >= ROUNDS
+    assert resumed.accepted_ == course.accepted_ > 0
+    assert resumed.termination_condition_ == course.termination_condition_
     for name in ("changed_in_", "source_", "transcripts_", "translations_", "probabilities_"):
-        assert_same(getattr(resumed, name, None), getattr(through, name, None))
+        assert_same(getattr(resumed, name, None), getattr(course, name, None))
     torch.testing.assert_close(again, weights, rtol=0, atol=0)
 
 

@@ -99,7 +99,7 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
 class BatchLoader(ResumableLoader):
     """Reports what could not be read, in the process that trains, and steps over empty batches."""
 
-    def __iter__(self) -> Iterator[AudioBatch]:
+    def __iter__(self) -> Iterator[AudioBatch]:  # type: ignore[override]
         dataset: Any = self.dataset
         for batch, lost in super().__iter__():
             _report(lost, dataset.lost)
