@@ -29,10 +29,13 @@ from lora_lightning.adaptation.neighbours import (
     nearest,
 )
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.registry import Registry
 
 Matrix = NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]  # source (N, ·) and target (M, ·) in one space
 Alignment = Callable[[Tensor, Tensor], Pair]  # source (N, D), target (M, D)
+# What brings both domains into one space, before anything reads an answer off it.
+ALIGNMENTS: Registry[Alignment] = Registry("alignment")
 ENERGY = 0.9  # part of the source's variance that a subspace holds
 PARTS = 32  # dimensions of the NMF subspace at most
 
@@ -138,7 +141,7 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
     _check(source, values, target)
     if values.ndim != 2 or not bool(torch.isfinite(values).all()):
         raise DataError(f"values must be finite numbers (N, V), got {tuple(values.shape)}")
-    s, t = ALIGNMENTS[alignment](source, target)
+    s, t = ALIGNMENTS.get(alignment)(source, target)
     model: Any = RidgeCV(np.logspace(-2, 5, 15)).fit(s, values.double().numpy())
     return torch.from_numpy(model.predict(t)).float().reshape(len(t), -1)
 
@@ -177,13 +180,13 @@ def _coloured(source: Tensor, target: Tensor) -> Pair:
     return s @ _power(s, -0.5) @ _power(t, 0.5), t
 
 
-# What brings both domains into one space, before anything reads an answer off it.
-ALIGNMENTS: dict[str, Alignment] = {
+for name, alignment in {
     "none": _standardised_each,
     "subspace": _subspaces,
     "nmf": _nmf_subspaces,
     "coral": _coloured,
-}
+}.items():
+    ALIGNMENTS.register(name)(alignment)
 
 
 def _power(x: Matrix, exponent: float) -> Matrix:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import objectives
-from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels, centroid
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 
-OBJECTIVES = (
-    "information-maximisation",
-    "neighbour-consistency",
-    "minimum-class-confusion",
-    "entropy",
-)
-NEIGHBOURS = 4  # of each item, that neighbour consistency looks at
-Objective = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]  # logits → loss
 
 
 class Loss:
@@ -28,12 +22,13 @@ class Loss:
     :math:`L = O + w\,CE(p, \hat y) + v\,KL(p^s \| p) + \lambda \sum_l \|s_l B_l A_l\|^2`.
 
     Args:
-        objective: One of `OBJECTIVES`, or a function from logits to a loss.
+        objective: A name in `OBJECTIVES`, an `Objective`, or a function from logits to a loss.
         prior: π of the diversity term; None: uniform.
         diversity: d, its weight.
         pseudo_label_weight: w.
         source_weight: v.
         pull: λ.
+        batch_size: Items in a batch.
 
     Attributes:
         labels: of the round; None without pseudo-labels.
@@ -44,12 +39,13 @@ class Loss:
 
     def __init__(
         self,
-        objective: str | Objective,
+        objective: str | Objective | Function,
         prior: Tensor | None,
         diversity: float,
         pseudo_label_weight: float,
         source_weight: float,
         pull: float,
+        batch_size: int,
     ):
         if not callable(objective) and objective not in OBJECTIVES:
             raise ConfigError(
@@ -64,31 +60,33 @@ class Loss:
         ):
             if not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
-        self.objective, self.prior, self.diversity = objective, prior, diversity
+        self.objective = (
+            objective
+            if callable(objective)
+            else OBJECTIVES.get(objective)(prior, diversity, batch_size)
+        )
         self.pseudo_label_weight, self.source_weight = pseudo_label_weight, source_weight
         self.pull = pull
         self.labels: PseudoLabels | None = None
         self._source: Tensor | None = None
-        self._marginal: objectives.RunningMarginal | None = None
-        self._bank: tuple[Tensor, Tensor] | None = None  # probabilities, neighbours
 
-    def begin(self, source: Predicted, batch_size: int) -> None:
+    def begin(self, source: Predicted) -> None:
         """The source model's predictions are known."""
         self._source = source.probabilities
-        classes = source.probabilities.shape[1]
-        if batch_size < 4 * classes:  # too few to see the classes' shares in
-            self._marginal = objectives.RunningMarginal(classes)
+        if isinstance(self.objective, Objective):
+            self.objective.begin(source)
 
     def begin_round(self, now: Predicted) -> None:
         """The model's predictions at the start of a round: labels and neighbours by them."""
         if self.pseudo_label_weight:
             self.labels = centroid(now.features, now.probabilities)
-        if self.objective == "neighbour-consistency":
-            self._bank = now.probabilities, nearest(now.features, NEIGHBOURS)[0]
+        if isinstance(self.objective, Objective):
+            self.objective.begin_round(now)
 
     def __call__(self, logits: Tensor, indices: Tensor, model: nn.Module) -> Tensor:
         """The loss of a batch: logits (B, K) of the items with these indices (B,)."""
-        loss = self._objective(logits, indices)
+        known = isinstance(self.objective, Objective)
+        loss: Tensor = self.objective(logits, *([indices] if known else []))
         if self.labels is not None:
             labels, weights = (
                 t[indices].to(logits.device) for t in (self.labels.labels, self.labels.weights)
@@ -103,26 +101,18 @@ class Loss:
             loss = loss + self.pull * objectives.pull_to_source(model)
         return loss
 
-    def _objective(self, logits: Tensor, indices: Tensor) -> Tensor:
-        if callable(self.objective):
-            return self.objective(logits)
-        if self.objective == "entropy":
-            return objectives.entropy(logits)
-        if self.objective == "minimum-class-confusion":
-            return objectives.minimum_class_confusion(logits)
-        if self.objective == "neighbour-consistency":
-            assert self._bank is not None
-            probabilities, near = self._bank
-            said = probabilities[near[indices]].to(logits.device)
-            alike = objectives.neighbour_consistency(logits, said) / said.shape[1]
-            return alike + self._spread(logits)
-        return objectives.information_maximisation(
-            logits, self.prior, self.diversity, self._marginal
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        objective = self.objective
+        return {
+            "source": self._source,
+            "labels": None if self.labels is None else vars(self.labels),
+            "objective": objective.state_dict() if isinstance(objective, Objective) else None,
+        }
 
-    def _spread(self, logits: Tensor) -> Tensor:
-        """Diversity alone."""
-        whole = objectives.information_maximisation(
-            logits, self.prior, self.diversity, self._marginal
-        )
-        return whole - objectives.entropy(logits)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self._source = state["source"]
+        self.labels = None if state["labels"] is None else PseudoLabels(**state["labels"])
+        if isinstance(self.objective, Objective):
+            self.objective.load_state_dict(state["objective"])

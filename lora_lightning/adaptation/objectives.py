@@ -7,12 +7,20 @@ logits are finite is for the caller to look at: a look would wait for the GPU in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.view import View
+from lora_lightning.registry import Registry
+
+OBJECTIVES: Registry[Callable[..., Any]] = Registry("objective")
+NEIGHBOURS = 4  # of each item, that neighbour consistency looks at
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -246,6 +254,90 @@ def pull_to_source(model: nn.Module) -> Tensor:
     if not norms:
         raise ConfigError("the model has no live adapter to pull to the source: inject one first")
     return torch.stack(norms).sum()
+
+
+class Objective:
+    """An objective that looks at the target before it is asked; others are plain functions.
+
+        @OBJECTIVES.register("my-objective")  # as well on a function from logits to a loss
+        class MyObjective(Objective):
+            def __call__(self, logits, indices):
+                return entropy(logits)
+
+    Args:
+        prior: π, the share of each class in the target; None: uniform.
+        diversity: d, the weight of the spread over the classes.
+        batch_size: Items in a batch.
+    """
+
+    def __init__(self, prior: Tensor | None = None, diversity: float = 1.0, batch_size: int = 32):
+        self.prior, self.diversity, self.batch_size = prior, diversity, batch_size
+
+    def begin(self, source: Predicted) -> None:
+        """The source model's predictions are known; not called where a fit is resumed."""
+
+    def begin_round(self, now: Predicted) -> None:
+        """The model's predictions at the start of a round."""
+
+    def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """The loss of a batch: logits (B, K) of the items with these indices (B,)."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: all that it holds, as plain types and tensors."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        vars(self).update(state)
+
+
+@OBJECTIVES.register("information-maximisation")
+class InformationMaximisation(Objective):
+    """`information_maximisation`; with a running mean where batches are small beside K."""
+
+    marginal: RunningMarginal | None = None
+
+    def begin(self, source: Predicted) -> None:
+        """Count the classes."""
+        classes = source.probabilities.shape[1]
+        if self.batch_size < 4 * classes:  # too few to see the classes' shares in
+            self.marginal = RunningMarginal(classes)
+
+    def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return information_maximisation(logits, self.prior, self.diversity, self.marginal)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {**vars(self), "marginal": self.marginal and dict(vars(self.marginal))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        super().load_state_dict(state)
+        if state["marginal"] is not None:
+            self.marginal = RunningMarginal(state["marginal"]["classes"])
+            vars(self.marginal).update(state["marginal"])
+
+
+@OBJECTIVES.register("neighbour-consistency")
+class NeighbourConsistency(InformationMaximisation):
+    """`neighbour_consistency`, and the spread over the classes."""
+
+    def begin_round(self, now: Predicted) -> None:
+        """Neighbours, and what is said of them."""
+        self.bank = now.probabilities, nearest(now.features, NEIGHBOURS)[0]
+
+    def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """The loss of a batch."""
+        probabilities, near = self.bank
+        said = probabilities[near[indices]].to(logits.device)
+        alike = neighbour_consistency(logits, said) / said.shape[1]
+        return alike + (super().__call__(logits, indices) - entropy(logits))
+
+
+OBJECTIVES.register("minimum-class-confusion")(minimum_class_confusion)
+OBJECTIVES.register("entropy")(entropy)
 
 
 def _checked(logits: Tensor) -> Tensor:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.adaptation import pseudo_labels as labelling
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.label_propagation import propagate
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
-from lora_lightning.adaptation.rounds import Rounds
-from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
-from lora_lightning.adaptation.teacher import Teacher
+from lora_lightning.adaptation.resumable_loader import ResumableLoader
+from lora_lightning.adaptation.self_training import PredictionSelfTraining
+from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.registry import Registry
 from lora_lightning.training.lora_callback import LoRACallback
 
 # Items of the target and of the source in one loader, which are drawn anew in each round.
@@ -71,17 +71,19 @@ class Accepted(Sampler[int]):
 
 
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
-LABELLERS: dict[str, Labeller] = {
+LABELLERS: Registry[Labeller] = Registry("labeller")
+for name, labeller in {
     "threshold": lambda features, p: labelling.threshold(p),
     "class-balanced": lambda features, p: labelling.class_balanced(p, 0.5),
-    "centroid": lambda features, p: labelling.centroid(features, p),
-    "vote": lambda features, p: labelling.vote(features, p),
-    "reciprocal": lambda features, p: labelling.reciprocal(features, p),
-    "propagation": lambda features, p: propagate(features, p),
-}
+    "centroid": labelling.centroid,
+    "vote": labelling.vote,
+    "reciprocal": labelling.reciprocal,
+    "propagation": propagate,
+}.items():
+    LABELLERS.register(name)(labeller)
 
 
-class PseudoLabelCallback(Callback):
+class PseudoLabelCallback(PredictionSelfTraining):
     """Train a classifier by its own ``training_step`` on an unlabelled target.
 
         pseudo = PseudoLabelCallback(target, labels="centroid")
@@ -151,29 +153,13 @@ class PseudoLabelCallback(Callback):
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if source_ratio < 0:
             raise ConfigError(f"source_ratio must be 0 or more, got {source_ratio}")
-        self.target, self.source = Target(target), source
-        self.label = labels if callable(labels) else LABELLERS[labels]
-        self.backbone, self.limits, self.batch_size = backbone, limits, batch_size
+        super().__init__(Target(target), limits, canary, plot, batch_size)
+        self.source = source
+        self.labeller = labels if callable(labels) else LABELLERS.get(labels)
+        self.backbone, self.teacher_decay = backbone, teacher_decay
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.teacher_decay = teacher_decay
-        self.plot = plot
-        self.canary = None if canary is None else Canary(canary, batch_size)
         self._items = Mixed(Target(target, augment), source, augment)
         self._sampler = Accepted(len(self.target), len(source or ()), source_ratio, seed)
-        self.pseudo_labels_: PseudoLabels | None = None
-        self.rounds_: Rounds | None = None
-        self._teacher: Teacher | None = None
-        self._resumed: dict[str, Any] | None = None
-
-    @property
-    def accepted_(self) -> int:
-        """Index of the round whose state is kept; 0: the source."""
-        return 0 if self.rounds_ is None else self.rounds_.accepted_
-
-    @property
-    def termination_condition_(self) -> str:
-        """Why it ended; "" while it goes on."""
-        return "" if self.rounds_ is None else self.rounds_.termination_condition_
 
     def train_dataloader(self, **settings: Any) -> DataLoader[Any]:
         """The loader to give to ``Trainer.fit``: accepted items, and the source's.
@@ -182,12 +168,14 @@ class PseudoLabelCallback(Callback):
             **settings: Of the DataLoader, such as ``num_workers``.
         """
         given = {**self.target.settings, "batch_size": self.batch_size, **settings}
-        return DataLoader(self._items, sampler=self._sampler, **given)
+        return ResumableLoader(
+            position=self.position, dataset=self._items, sampler=self._sampler, **given
+        )
 
     # ---- hooks -----------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Label the target with the source model."""
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse a start that needs labels before there are any."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
                 isinstance(other, LoRACallback)
@@ -198,16 +186,9 @@ class PseudoLabelCallback(Callback):
                     f"init={other.config.init!r} would start from batches without labels yet: give "
                     "LoRACallback(data=…, loss=…), or another init"
                 )
-        before = self._predicted(pl_module)
-        network = self._network(pl_module)
-        look = self.canary.accuracy if self.canary is not None else None
-        canary = None if look is None else partial(look, pl_module, network)
-        self.rounds_ = Rounds(network, before, self.limits, canary)
-        self._take(before)
-        if self._resumed is not None:
-            self.rounds_.load_state_dict(self._resumed["rounds"])
+        super().check(trainer, module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check_loader(self, trainer: Trainer) -> None:
         """A loader without our labels would train on something else."""
         loader: Any = trainer.train_dataloader
         if getattr(loader, "dataset", None) is not self._items:
@@ -216,11 +197,6 @@ class PseudoLabelCallback(Callback):
                 "trainer.fit(module, callback.train_dataloader()), and give source items as "
                 "PseudoLabelCallback(source=…)"
             )
-        if self.teacher_decay is not None:  # now that the factors have started
-            self._teacher = Teacher(self._network(pl_module), self.teacher_decay)
-            if self._resumed is not None and self._resumed["teacher"] is not None:
-                self._teacher.load_state_dict(self._resumed["teacher"])
-        self._resumed = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -234,63 +210,31 @@ class PseudoLabelCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The teacher follows; after so many steps a round ends."""
-        if self._teacher is not None:
-            self._teacher.update(self._network(pl_module))
+        super().on_train_batch_end(trainer, pl_module)
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._end_round(pl_module)
+            self.end_round(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def due(self, trainer: Trainer) -> bool:
         """After so many epochs a round ends."""
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if not self.every_n_steps and due:
-            self._end_round(pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The best accepted state comes back, before any file is written of it."""
-        assert self.rounds_ is not None
-        self.rounds_.finish(self._network(pl_module))
-        if self.plot is not None and trainer.is_global_zero:
-            self.rounds_.draw(self.plot)
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        if self.rounds_ is None:
-            return {}
-        teacher = self._teacher.state_dict() if self._teacher else None
-        return {"rounds": self.rounds_.state_dict(), "teacher": teacher}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint; put in place when the fit starts."""
-        self._resumed = state_dict or None
+        return not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     # ---- what it does ----------------------------------------------------------------------
 
-    def _end_round(self, pl_module: LightningModule) -> None:
-        assert self.rounds_ is not None
-        network = self._network(pl_module)
-        found, now = self.rounds_.end_round(
-            network, lambda: self._predicted(pl_module), self.pseudo_labels_
-        )
-        if now is not None and not found.alarms:
-            if self._teacher is not None:
-                with self._teacher.applied(network):
-                    now = self._predicted(pl_module)
-            self._take(now)
-        found.tell(pl_module, len(self.target))
-        pl_module.trainer.should_stop |= bool(found.alarms)
+    def network(self, module: LightningModule) -> nn.Module:
+        """The backbone."""
+        return module.get_submodule(self.backbone)
 
-    def _take(self, now: Predicted) -> None:
-        found = self.label(now.features, now.probabilities)
+    def label(self, now: Predicted) -> dict[str, Any]:
+        """A label for each item; some must be accepted."""
+        found = self.labeller(now.features, now.probabilities)
         if not bool(found.accepted.any()):
             raise DataError(
                 f"none of the {len(self.target)} items of the target gets a pseudo-label, such as "
                 f"item 0: {found.reasons[0]}. Ask less of them, or choose other labels="
             )
-        self.pseudo_labels_ = found
+        return vars(found)
+
+    def use(self, labels: dict[str, Any]) -> None:
+        """Draw from the items with a label."""
+        self.pseudo_labels_ = found = PseudoLabels(**labels)
         self._sampler.accepted = found.accepted.nonzero().flatten().tolist()
-
-    def _network(self, pl_module: LightningModule) -> Any:
-        return pl_module.get_submodule(self.backbone)
-
-    def _predicted(self, pl_module: LightningModule) -> Predicted:
-        return seen_by(pl_module, self._network(pl_module), self.target, self.batch_size)

@@ -1,8 +1,4 @@
-"""`Rounds`: after each round, ask the guard, keep the best accepted state, write down what was.
-
-Used by `TransductiveTask` and `PseudoLabelCallback`, which differ only in how they train; how a
-round is told of is that of `PseudoTranscriptCallback` as well.
-"""
+"""`Rounds`: what a model answers round by round, which state is kept, and why it ended."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,14 +14,14 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.guard import Guard, Limits, Verdict
 from lora_lightning.adaptation.neighbours import nearest
-from lora_lightning.adaptation.pseudo_labels import PseudoLabels
-from lora_lightning.adaptation.target import Predicted
 from lora_lightning.adaptation.teacher import Snapshot
-from lora_lightning.errors import DataError
 
+Answers = TypeVar("Answers")
+Check = Callable[[Any, Any], Verdict]  # what is answered now, and by the last accepted state
 SOURCE_ROUND = 0  # the source model's own predictions
 NEIGHBOURS = 5  # of each item, that the guard looks at
 NAN = float("nan")
+DONE = "all rounds done"
 WIDTH = 80  # of a line on the terminal
 
 
@@ -59,7 +55,7 @@ class Round:
         return f"round {self.index}: {labels}{told}: {verdict}"
 
     def tell(self, module: LightningModule, items: int) -> None:
-        """Log the scores and print the line."""
+        """Log the scores and print the line, in lines that fit a terminal."""
         trainer = module.trainer
         for logger in trainer.loggers:
             scores = {f"target/{name}": value for name, value in self.scores.items()}
@@ -68,102 +64,78 @@ class Round:
 
 
 def say(module: LightningModule, text: str) -> None:
-    """Print what the guard thinks, in lines that fit a terminal."""
+    """Print a text in lines that fit a terminal."""
     module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
 
 
-class Rounds:
-    """The course of an adaptation without labels.
+class Rounds(Generic[Answers]):
+    """The course of a training without labels: the best accepted state, and what was.
 
     Args:
-        model: The source model, the state to fall back to.
-        source: What it says of the target.
-        limits: Of the guard; None: no guard, every round is accepted.
-        canary: Gives the accuracy on a few labelled items, by the model as it is; a round that
-            loses on them sets off an alarm. None: there are none.
+        guard: From what the source model answers to a function ``check(now, accepted)`` that
+            gives a `Verdict` of a round; accepted: what the last accepted state answers, None
+            before there is one.
 
     Attributes:
+        source: what the source model answers.
+        answers_: what the accepted state answers.
         history_: the rounds, the source first.
         accepted_: index of the round whose state is kept; 0: the source.
-        probabilities_: (N, K) of that round.
-        changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
+        changed_in_: the accepted round in which each item got the label it has.
         termination_condition_: why it ended; "" while it goes on.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        source: Predicted,
-        limits: Limits | None,
-        canary: Callable[[], float] | None = None,
-    ):
-        near = nearest(source.features, NEIGHBOURS)[0] if len(source.features) > 1 else None
-        self.guard = Guard(source.probabilities, near, limits)
-        self.guarded = limits is not None
-        self.source = source.probabilities
-        self.canary = canary
-        self.history_ = [Round(SOURCE_ROUND, self.guard.check(self.source).scores)]
-        if canary is not None:
-            self.history_[0].scores["canary"] = canary()
-        self.accepted_, self.probabilities_ = SOURCE_ROUND, self.source
-        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
-        self.termination_condition_ = ""
-        self._previous = self.source.argmax(dim=1)
+    def __init__(self, guard: Callable[[Answers], Check]):
+        self._guard_of = guard
+        self.source: Any = None
+        self.answers_: Any = None
+        self.history_: list[Round] = []
+        self.accepted_, self.termination_condition_ = SOURCE_ROUND, ""
+        self.changed_in_: Any = {}
+
+    def start(self, model: nn.Module, source: Answers) -> None:
+        """Begin with the source model and what it answers."""
+        self.history_, self.accepted_, self.termination_condition_ = [], SOURCE_ROUND, ""
+        self.source = self.answers_ = self._previous = source
+        self.check = self._guard_of(source)
+        self.history_ = [Round(SOURCE_ROUND, self.check(source, None).scores)]
+        self.changed_in_ = {}
         self._best = Snapshot(model)
 
     def end_round(
         self,
         model: nn.Module,
-        see: Callable[[], Predicted],
-        labels: PseudoLabels | None = None,
-    ) -> tuple[Round, Predicted | None]:
-        """Look at the target and judge what is seen: None where the weights are broken.
+        now: Answers | None,
+        verdict: Verdict | None = None,
+        labelled: int | None = None,
+        histogram: Sequence[int] = (),
+    ) -> Round:
+        """Judge a round; its state is kept where the guard accepts it.
 
         Args:
-            model: Its state is kept where the guard accepts it.
-            see: Gives the model's predictions.
-            labels: Those that the round was trained with.
+            model: Whose state it is.
+            now: What it answers; None: nothing that can be looked at.
+            verdict: In place of the guard's.
+            labelled: Items whose pseudo-label the round was trained with.
+            histogram: Those by class.
         """
-        try:
-            now = see()
-        except DataError:  # for the guard to say
-            return self._judge(model, torch.full_like(self.source, NAN), labels), None
-        return self._judge(model, now.probabilities, labels), now
-
-    def _judge(self, model: nn.Module, probabilities: Tensor, labels: PseudoLabels | None) -> Round:
-        before = self.probabilities_ if self.accepted_ != SOURCE_ROUND else None
-        verdict = self.guard.check(probabilities, before)
-        if not self.guarded:
-            verdict = Verdict(verdict.scores)
-        if self.canary is not None and verdict.scores:
-            verdict = self._tried(verdict, self.canary())
-        now = torch.nan_to_num(probabilities).argmax(dim=1)
+        if now is None:
+            now = self._previous
+        accepted = self.answers_ if self.accepted_ != SOURCE_ROUND else None
+        verdict = verdict or self.check(now, accepted)
         found = Round(
-            len(self.history_),
-            verdict.scores,
-            verdict.alarms,
-            None if labels is None else int(labels.accepted.sum()),
-            [] if labels is None else labels.histogram(probabilities.shape[1]).tolist(),
-            float((now == self._previous).double().mean()),
-        )
+            len(self.history_), verdict.scores, verdict.alarms, labelled, list(histogram),
+            self.alike(self._previous, now),
+        )  # fmt: skip
         self.history_.append(found)
         self._previous = now
-        if verdict.accepted:
-            self.changed_in_[now != self.probabilities_.argmax(dim=1)] = found.index
-            self.changed_in_[now == self.source.argmax(dim=1)] = SOURCE_ROUND
-            self.accepted_, self.probabilities_ = found.index, probabilities
-            self._best = Snapshot(model)
-        else:
+        if found.alarms:
             self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
+        else:
+            self.note(found.index, now)
+            self.accepted_, self.answers_ = found.index, now
+            self._best = Snapshot(model)
         return found
-
-    def _tried(self, verdict: Verdict, now: float) -> Verdict:
-        """The verdict with what the canary says to it."""
-        before = self.history_[SOURCE_ROUND].scores["canary"]
-        alarms = [*verdict.alarms]
-        if now < before:
-            alarms.append(f"the canary's accuracy falls from {before:.1%} to {now:.1%}")
-        return Verdict({**verdict.scores, "canary": now}, alarms)
 
     def restore(self, model: nn.Module) -> None:
         """Bring the best accepted state back."""
@@ -172,7 +144,7 @@ class Rounds:
     def finish(self, model: nn.Module) -> None:
         """The end: the best accepted state, and why it is one."""
         self.restore(model)
-        self.termination_condition_ = self.termination_condition_ or "all rounds done"
+        self.termination_condition_ = self.termination_condition_ or DONE
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
         """Write a picture of the rounds: scores, alarms, and the classes of the pseudo-labels."""
@@ -180,24 +152,115 @@ class Rounds:
 
         rounds_figure([asdict(r) for r in self.history_], classes).savefig(path, dpi=160)
 
+    # ---- checkpoints -----------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
+        answers = (self.source, self.answers_, self._previous)
         return {
-            "source": self.source,
-            "neighbours": self.guard.neighbours,
+            "answers": [self.packed(a) for a in answers],
             "history": [asdict(r) for r in self.history_],
             "accepted": self.accepted_,
-            "probabilities": self.probabilities_,
             "changed_in": self.changed_in_,
-            "previous": self._previous,
+            "stopped": "" if self.termination_condition_ == DONE else self.termination_condition_,
             "best": self._best.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint; the model may have left the source behind."""
-        self.source = state["source"]
-        self.guard = Guard(self.source, state["neighbours"], self.guard.limits)
+        self.source, self.answers_, self._previous = map(self.unpacked, state["answers"])
+        self.check = self._guard_of(self.source)
         self.history_ = [Round(**r) for r in state["history"]]
-        self.accepted_, self.probabilities_ = state["accepted"], state["probabilities"]
-        self.changed_in_, self._previous = state["changed_in"], state["previous"]
-        self._best.load_state_dict(state["best"])
+        self.accepted_, self.termination_condition_ = state["accepted"], state["stopped"]
+        self.changed_in_ = state["changed_in"]
+        self._best = Snapshot.of(state["best"])
+
+    # ---- what depends on the kind of answers -----------------------------------------------
+
+    def alike(self, before: Answers, now: Answers) -> float:
+        """How far two answers agree, 1 at most."""
+        return 1.0
+
+    def note(self, index: int, now: Answers) -> None:
+        """An accepted round: write down which labels changed in it."""
+
+    def packed(self, answers: Answers) -> Any:
+        """Answers as plain types and tensors."""
+        return answers
+
+    def unpacked(self, state: Any) -> Any:
+        """The inverse."""
+        return state
+
+
+class PredictionRounds(Rounds[Tensor]):
+    """Rounds of a classifier; answers are the probabilities (N, K) of the target's items.
+
+    Args:
+        limits: Of the guard; None: no guard, every round is accepted.
+
+    Attributes:
+        canary: gives the accuracy on a few labelled items, by the model as it is; a round that
+            loses on them sets off an alarm. None: there are none.
+        changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
+        guard: the `Guard`.
+    """
+
+    def __init__(self, limits: Limits | None):
+        super().__init__(self._check_of)
+        self.limits = limits
+        self.canary: Callable[[], float] | None = None
+        self._near: Tensor | None = None
+
+    @property
+    def probabilities_(self) -> Tensor:
+        """(N, K) by the accepted state."""
+        found: Tensor = self.answers_
+        return found
+
+    def start(self, model: nn.Module, source: Any) -> None:
+        """Begin with the source model and what it says of the target, a `Predicted`."""
+        features = source.features
+        self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
+        super().start(model, source.probabilities)
+        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
+
+    def end_round(self, model: nn.Module, now: Any, *args: Any, **labelled: Any) -> Round:
+        """Judge a round by what the model says of the target now, a `Predicted`."""
+        probabilities = None if now is None else now.probabilities
+        return super().end_round(model, probabilities, *args, **labelled)
+
+    def _check_of(self, source: Tensor) -> Check:
+        self.guard = Guard(source, self._near, self.limits)
+        return self._verdict
+
+    def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
+        found = self.guard.check(now, accepted)
+        alarms = found.alarms if self.limits is not None else []
+        if self.canary is None:
+            return Verdict(found.scores, alarms)
+        accuracy = self.canary()
+        before = self.history_[SOURCE_ROUND].scores["canary"] if self.history_ else accuracy
+        if accuracy < before:
+            fall = f"the canary's accuracy falls from {before:.1%} to {accuracy:.1%}"
+            alarms = [*alarms, fall]
+        return Verdict({**found.scores, "canary": accuracy}, alarms)
+
+    def alike(self, before: Tensor, now: Tensor) -> float:
+        """The part of the items that keep their label."""
+        return float((before.argmax(dim=1) == now.argmax(dim=1)).double().mean())
+
+    def note(self, index: int, now: Tensor) -> None:
+        """In which round each item got the label that it has."""
+        labels = now.argmax(dim=1)
+        self.changed_in_[labels != self.answers_.argmax(dim=1)] = index
+        self.changed_in_[labels == self.source.argmax(dim=1)] = SOURCE_ROUND
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {**super().state_dict(), "neighbours": self._near}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self._near = state["neighbours"]
+        super().load_state_dict(state)

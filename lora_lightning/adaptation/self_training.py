@@ -1,10 +1,265 @@
-"""What trainings on a model's own answers share."""
+"""`SelfTraining`: a training on a model's own answers, in rounds, each judged by a guard."""
 
 from __future__ import annotations
 
-from torchmetrics.functional.text import edit_distance
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lora_lightning.adaptation.guard import Limits, Verdict
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels
+from lora_lightning.adaptation.resumable_loader import Position
+from lora_lightning.adaptation.rounds import PredictionRounds, Round, say
+from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.teacher import Teacher
+from lora_lightning.errors import ConfigError, DataError
 
 
-def normalised_distance(a: str, b: str) -> float:
-    """Edit distance of characters over the length of the longer; 0 for two empty texts."""
-    return float(edit_distance(a, b)) / max(len(a), len(b), 1)
+class Course:
+    """What is known of a training in rounds; `rounds_` keeps it."""
+
+    rounds_: Any
+
+    @property
+    def history_(self) -> list[Round]:
+        """The rounds, the source first."""
+        return self.rounds_.history_  # type: ignore[no-any-return]
+
+    @property
+    def accepted_(self) -> int:
+        """Index of the round whose state is kept; 0: the source."""
+        return self.rounds_.accepted_  # type: ignore[no-any-return]
+
+    @property
+    def changed_in_(self) -> Any:
+        """The accepted round in which each item got the label it has."""
+        return self.rounds_.changed_in_
+
+    @property
+    def termination_condition_(self) -> str:
+        """Why it ended; "" while it goes on."""
+        return self.rounds_.termination_condition_  # type: ignore[no-any-return]
+
+
+class SelfTraining(Course, Callback):
+    """Rounds within a fit: look at the target, judge, keep the best state, label the next round.
+
+    A subclass says what is looked at (`look`), which labels are taken from that (`label`) and
+    where they go (`use`), and when a round is due. At the first alarm training stops; at the end
+    the last accepted state comes back, or else the source model. A checkpoint holds the rounds:
+    a resumed fit does not take the adapted model for the source.
+
+    Args:
+        rounds: How rounds are judged.
+        position: Where the loader that is trained from is, see `ResumableLoader`.
+
+    Attributes:
+        rounds_: the course of it, a `Rounds`.
+    """
+
+    broken = ""  # the alarm where nothing can be looked at; "": the error's own words
+    teacher_decay: float | None = None
+    plot: Any = None
+
+    def __init__(self, rounds: Any, position: Position | None = None):
+        self.rounds_ = rounds
+        self.position = position or Position()
+        self._labels: Any = None
+        self._teacher: Teacher | None = None
+        self._judged_at = 0
+        self._resumed: dict[str, Any] | None = None
+
+    # ---- what a subclass gives -------------------------------------------------------------
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what it cannot work with, when the fit starts."""
+
+    def check_loader(self, trainer: Trainer) -> None:
+        """Refuse other data than ours, when the training starts."""
+
+    def network(self, module: LightningModule) -> nn.Module:
+        """What is adapted."""
+        return module.get_submodule("model")
+
+    def look(self, module: LightningModule) -> Any:
+        """What the model as it is answers to the target."""
+        raise NotImplementedError
+
+    def label(self, now: Any) -> Any:
+        """What the next round learns from these answers, as plain types and tensors."""
+
+    def use(self, labels: Any) -> None:
+        """Put labels where the training finds them."""
+
+    def labelled(self) -> dict[str, Any]:
+        """How many labels the round has learnt, for `Rounds.end_round`."""
+        return {}
+
+    def due(self, trainer: Trainer) -> bool:
+        """Whether a round ends with the epoch that ends now."""
+        return True
+
+    def due_at_end(self, trainer: Trainer) -> bool:
+        """Whether a round ends with the training."""
+        return False
+
+    def start(self, module: LightningModule, source: Any) -> None:
+        """Start the rounds with the source model's answers."""
+        self.rounds_.start(self.network(module), source)
+        self._learn(source)
+
+    # ---- hooks -----------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the target by the source model, unless a fit that is resumed has done so."""
+        self.check(trainer, pl_module)
+        self._teacher, self._judged_at = None, 0
+        if self._resumed is None:
+            self.start(pl_module, self.look(pl_module))
+            return
+        self.rounds_.load_state_dict(self._resumed["rounds"])
+        self.position.load_state_dict(self._resumed["position"])
+        self._judged_at, self._labels = self._resumed["judged_at"], self._resumed["labels"]
+        self.use(self._labels)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the teacher, now that the factors have started."""
+        self.check_loader(trainer)
+        state, self._resumed = self._resumed, None
+        if self.teacher_decay is not None:
+            self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
+            if state is not None:
+                self._teacher.load_state_dict(state["teacher"])
+        if state is not None:
+            begin_next_epoch(trainer)
+        if self.termination_condition_:
+            say(pl_module, self.termination_condition_)
+            trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is saved from now on is of mid-epoch."""
+        self.position.epoch_ended = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The teacher follows."""
+        if self._teacher is not None:
+            self._teacher.update(self.network(pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A round may end with the epoch."""
+        self.position.epoch_ended = True
+        if self.due(trainer):
+            self.end_round(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last round, then the best accepted state, before any file is written of it."""
+        if self.due_at_end(trainer):
+            self.end_round(trainer, pl_module)
+        self.rounds_.finish(self.network(pl_module))
+        if self.plot is not None and trainer.is_global_zero:
+            self.rounds_.draw(self.plot)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        if not self.history_:
+            return {}
+        return {
+            "rounds": self.rounds_.state_dict(),
+            "labels": self._labels,
+            "judged_at": self._judged_at,
+            "position": self.position.state_dict(),
+            "teacher": self._teacher.state_dict() if self._teacher else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint; put in place when the fit starts."""
+        self._resumed = state_dict or None
+
+    # ---- what it does ----------------------------------------------------------------------
+
+    def end_round(self, trainer: Trainer, module: LightningModule) -> None:
+        """Judge; stop at an alarm."""
+        self._judged_at = trainer.global_step
+        now, verdict = None, None
+        try:
+            now = self.look(module)
+        except (ConfigError, DataError) as error:
+            verdict = Verdict({}, [self.broken or str(error)])
+        if self.judge(module, now, verdict).alarms:
+            trainer.should_stop = True
+
+    def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:
+        """End a round with these answers; the next is labelled by them where it is accepted."""
+        network = self.network(module)
+        found: Round = self.rounds_.end_round(network, now, verdict, **self.labelled())
+        found.tell(module, len(self.rounds_.source))
+        if found.alarms:
+            return found
+        if self._teacher is not None:
+            with self._teacher.applied(network):
+                now = self.look(module)
+        self._learn(now)
+        return found
+
+    def _learn(self, now: Any) -> None:
+        self._labels = self.label(now)
+        self.use(self._labels)
+
+
+class PredictionSelfTraining(SelfTraining):
+    """Rounds of a classifier, judged by what it says of all items of a target.
+
+    Args:
+        target: The items.
+        limits: Of the guard; None: no guard.
+        canary: A few labelled items of the target, (input, class); None: none.
+        plot: A PNG of the rounds, written at the end; None: none.
+        batch_size: Items in a batch.
+
+    Attributes:
+        pseudo_labels_: the labels that are trained with; None without.
+    """
+
+    broken = "the predictions are NaN: the learning rate is too high"
+    rounds_: PredictionRounds
+
+    def __init__(
+        self, target: Target, limits: Limits | None, canary: Any, plot: Any, batch_size: int
+    ):
+        super().__init__(PredictionRounds(limits))
+        self.target, self.plot, self.batch_size = target, plot, batch_size
+        self.canary = None if canary is None else Canary(canary, batch_size)
+        self.pseudo_labels_: PseudoLabels | None = None
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let the canary be heard."""
+        if self.canary is not None:
+            look = self.canary.accuracy
+            self.rounds_.canary = partial(look, module, self.network(module))
+
+    def look(self, module: LightningModule) -> Predicted:
+        """What the network says of every item."""
+        return seen_by(module, self.network(module), self.target, self.batch_size)
+
+    def labelled(self) -> dict[str, Any]:
+        """The accepted labels, and those by class."""
+        if self.pseudo_labels_ is None:
+            return {}
+        count, classes = int(self.pseudo_labels_.accepted.sum()), self.rounds_.source.shape[1]
+        return {"labelled": count, "histogram": self.pseudo_labels_.histogram(classes).tolist()}
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Let a fit by ``max_steps`` that was stopped at an epoch's end go on with the next epoch.
+
+    Lightning 2.6 takes it for one in mid-epoch (see `FitLoop.restarting`), and trains on one more
+    batch of the epoch that is over.
+    """
+    loop: Any = trainer.fit_loop
+    if trainer.max_steps != -1 and getattr(loop, "restarted_on_epoch_end", False):
+        for each in (loop, loop.epoch_loop):
+            each._restarting = False
+            each.reset_restart_stage()
+        loop.epoch_progress.increment_completed()

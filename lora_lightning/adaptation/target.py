@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lora_lightning.adaptation.resumable_loader import Position, ResumableLoader
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.model.probing import preserved
@@ -63,12 +64,19 @@ class Target(Dataset[Any]):
         x = input_of(self.items[index])
         return (x if self.augment is None else self.augment(x)), index
 
-    def loader(self, batch_size: int, shuffle: bool) -> DataLoader[Any]:
-        """Batches of (inputs, indices)."""
+    def loader(
+        self, batch_size: int, shuffle: bool, position: Position | None = None
+    ) -> DataLoader[Any]:
+        """Batches of (inputs, indices); `position`: where a training's loader is."""
         # A last batch of one would leave diversity, and BatchNorm, nothing to look at.
         drop = shuffle and len(self) > 1 and len(self) % batch_size == 1
-        return DataLoader(
-            self, batch_size=batch_size, shuffle=shuffle, drop_last=drop, **self.settings
+        return ResumableLoader(
+            position=position,
+            dataset=self,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop,
+            **self.settings,
         )
 
 

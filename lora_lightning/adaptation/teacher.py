@@ -41,9 +41,12 @@ class Snapshot:
         """For a checkpoint."""
         return dict(self._values)
 
-    def load_state_dict(self, values: dict[str, Tensor]) -> None:
+    @classmethod
+    def of(cls, values: dict[str, Tensor]) -> Snapshot:
         """From a checkpoint."""
-        self._values = {n: t.clone() for n, t in values.items()}
+        found = cls.__new__(cls)
+        found._values = {n: t.clone() for n, t in values.items()}
+        return found
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:

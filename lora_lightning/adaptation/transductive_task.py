@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.guard import Limits
-from lora_lightning.adaptation.loss import Loss, Objective
-from lora_lightning.adaptation.rounds import Round, Rounds, say
-from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.loss import Function, Loss
+from lora_lightning.adaptation.objectives import Objective
+from lora_lightning.adaptation.rounds import PredictionRounds
+from lora_lightning.adaptation.self_training import PredictionSelfTraining
+from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
@@ -50,7 +53,8 @@ class TransductiveTask(Optimised):
             them are not looked at.
         objective: ``"information-maximisation"``, ``"neighbour-consistency"`` (NRC's, with the
             spread over the classes), ``"minimum-class-confusion"``, ``"entropy"`` (TENT's, which
-            collapses easily), or a function from logits to a loss.
+            collapses easily), another name in `OBJECTIVES`, an `Objective`, or a function from
+            logits to a loss.
         training: The same items as they are to be trained on, where those differ (by random
             crops, say); None: `target`.
         augment: Applied to each input in training, not where the target is labelled.
@@ -85,7 +89,7 @@ class TransductiveTask(Optimised):
         self,
         model: nn.Module,
         target: Any,
-        objective: str | Objective = "information-maximisation",
+        objective: str | Objective | Function = "information-maximisation",
         *,
         training: Any = None,
         augment: Callable[[Any], Any] | None = None,
@@ -104,13 +108,10 @@ class TransductiveTask(Optimised):
         schedule: str = "one-cycle",
     ):
         super().__init__(learning_rate, weight_decay, schedule)
-        self.loss = Loss(objective, prior, diversity, pseudo_label_weight, source_weight, pull)
-        if batch_norm not in BATCH_NORM:
-            raise ConfigError(
-                f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}"
-            )
-        if batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+        check_settings(batch_norm, batch_size)
+        self.loss = Loss(
+            objective, prior, diversity, pseudo_label_weight, source_weight, pull, batch_size
+        )
         # In training mode, as a Trainer expects it; it is looked at in eval mode.
         self.model = model.train()
         self.target = Target(target)
@@ -120,71 +121,33 @@ class TransductiveTask(Optimised):
                 f"target and training must be the same items in the same order, got "
                 f"{len(self.target)} and {len(self.training_items)}"
             )
-        self.plot = plot
-        self.canary = None if canary is None else Canary(canary, batch_size)
-        self.batch_norm, self.limits, self.batch_size = batch_norm, limits, batch_size
-        self.rounds_: Rounds | None = None
-        self._now: Predicted | None = None  # by the model as it is, from round to round
-        self._resumed: dict[str, Any] | None = None
+        self.batch_norm, self.batch_size = batch_norm, batch_size
+        self._course = _Course(self.loss, self.target, limits, canary, plot, batch_size)
+
+    @property
+    def rounds_(self) -> PredictionRounds | None:
+        """The course of it; None before."""
+        return self._course.rounds_ if self._course.history_ else None
 
     @property
     def probabilities_(self) -> Tensor:
         """(N, K) of the target's items, in its order, by the accepted state."""
-        return self._course.probabilities_
-
-    @property
-    def _course(self) -> Rounds:
         if self.rounds_ is None:
             raise ConfigError("nothing was adapted yet: Trainer.fit(task) first")
-        return self.rounds_
+        return self.rounds_.probabilities_
+
+    def configure_callbacks(self) -> Any:
+        """What keeps the rounds."""
+        return [self._course]
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (B, …) → logits (B, K)."""
         logits: Tensor = self.model(x)
         return logits
 
-    # ---- Lightning -------------------------------------------------------------------------
-
     def train_dataloader(self) -> Any:
         """The target's items with their indices, shuffled."""
-        return self.training_items.loader(self.batch_size, shuffle=True)
-
-    def on_fit_start(self) -> None:
-        """Look at the target with the source model; choose BatchNorm's statistics."""
-        if any(
-            p.requires_grad
-            for name in classifier_modules(self.model)
-            for p in self.model.get_submodule(name).parameters()
-        ):
-            warnings.warn(
-                "the classifier is trained too: without labels it forgets what it knew. Give "
-                "LoRACallback trainable=[], and exclude_modules with the classifier's name where "
-                'target_modules="all"',
-                stacklevel=2,
-            )
-        before = self._now = self._predicted()
-        look = None if self.canary is None else self._canary
-        self.rounds_ = Rounds(self.model, before, self.limits, look)
-        self.loss.begin(before, self.batch_size)
-        self.loss.begin_round(before)  # what starts an adapter by the loss's gradient asks for it
-        if self._resumed is not None:
-            self.rounds_.load_state_dict(self._resumed)
-        else:
-            self._choose_statistics(before)
-
-    def on_train_start(self) -> None:
-        """There must be something to learn from."""
-        if len(self.target) < 2:
-            self._course.termination_condition_ = (
-                "the target has one item: nothing can be learnt from it, the source model stays"
-            )
-        if self._course.termination_condition_:
-            say(self, self._course.termination_condition_)
-            self.trainer.should_stop = True
-
-    def on_train_epoch_start(self) -> None:
-        """Pseudo-labels for the round, by the model as it is."""
-        self.loss.begin_round(self._now or self._predicted())
+        return self.training_items.loader(self.batch_size, True, self._course.position)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -193,60 +156,82 @@ class TransductiveTask(Optimised):
         self.log("train_loss", loss, batch_size=len(x))
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """The round is over: the guard decides."""
-        self.trainer.should_stop |= bool(self._end_round(self._predicted).alarms)
 
-    def on_train_end(self) -> None:
-        """The best accepted state comes back, before any file is written of it."""
-        self._course.finish(self.model)
-        if self.plot is not None and self.trainer.is_global_zero:
-            self._course.draw(self.plot)
+class _Course(PredictionSelfTraining):
+    """The rounds of a `TransductiveTask`, which it finds as the module that is trained."""
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The rounds so far go with it."""
-        if self.rounds_ is not None:
-            checkpoint["transduction"] = self.rounds_.state_dict()
+    def __init__(self, loss: Loss, *target: Any):
+        super().__init__(*target)
+        self.loss = loss
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed fit goes on with its rounds."""
-        self._resumed = checkpoint.get("transduction")
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        super().check(trainer, module)
+        network = self.network(module)
+        if any(
+            p.requires_grad
+            for name in classifier_modules(network)
+            for p in network.get_submodule(name).parameters()
+        ):
+            warnings.warn(
+                "the classifier is trained too: without labels it forgets what it knew. Give "
+                "LoRACallback trainable=[], and exclude_modules with the classifier's name where "
+                'target_modules="all"',
+                stacklevel=2,
+            )
 
-    # ---- what it does ----------------------------------------------------------------------
+    def start(self, module: Any, source: Predicted) -> None:
+        self.loss.begin(source)
+        super().start(module, source)
+        self._choose_statistics(module, source)
+        if len(self.target) < 2:
+            self.rounds_.termination_condition_ = (
+                "the target has one item: nothing can be learnt from it, the source model stays"
+            )
 
-    def _canary(self) -> float:
-        assert self.canary is not None
-        return self.canary.accuracy(self, self.model)
+    def label(self, now: Predicted) -> dict[str, Any]:
+        self.loss.begin_round(now)
+        return self.loss.state_dict()
 
-    def _predicted(self) -> Predicted:
-        return seen_by(self, self.model, self.target, self.batch_size)
+    def use(self, labels: dict[str, Any]) -> None:
+        self.loss.load_state_dict(labels)
+        self.pseudo_labels_ = self.loss.labels
 
-    def _choose_statistics(self, before: Predicted) -> None:
-        if self.batch_norm == "source":
+    def state_dict(self) -> dict[str, Any]:
+        self._labels = self.loss.state_dict()  # which goes on within a round
+        return super().state_dict()
+
+    def _choose_statistics(self, module: Any, source: Predicted) -> None:
+        if module.batch_norm == "source" or not statistics_of(module, self.target):
             return
-        # Mixed: in batches of one class, as folders give them, the features vary too little.
-        loader = self.target.loader(2 * self.batch_size, shuffle=True)
-        inputs = (x.to(self.device) for x, _ in loader)
-        if not reestimated(self.model, self, inputs, SOURCE_ITEMS):
+        if module.batch_norm == "target":
+            self.judge(module, self.look(module))
             return
-        if self.batch_norm == "target":
-            self._end_round(self._predicted)
-            return
-        now = self._predicted()
-        start = information(before.probabilities)
+        now, rounds = self.look(module), self.rounds_
+        start = information(source.probabilities)
         gain = (information(now.probabilities) - start) / max(1 - start, 1e-6)
-        alarms = self._course.guard.check(now.probabilities).alarms if self.limits else []
+        alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
         if gain >= GAIN and not alarms:
-            self._end_round(lambda: now)
+            self.judge(module, now)
             return
-        self._course.restore(self.model)
+        rounds.restore(self.network(module))
         why = alarms[0] if alarms else f"they bring {gain:.2f} of what is lacking, below {GAIN:g}"
-        self._course.termination_condition_ = (
+        rounds.termination_condition_ = (
             f"BatchNorm's statistics of the target do not help ({why}): the source model stays; "
             'batch_norm="source" or "target" trains all the same'
         )
 
-    def _end_round(self, see: Callable[[], Predicted]) -> Round:
-        found, self._now = self._course.end_round(self.model, see, self.loss.labels)
-        found.tell(self, len(self.target))
-        return found
+
+def check_settings(batch_norm: str, batch_size: int) -> None:
+    """Raise ConfigError for what cannot be."""
+    if batch_norm not in BATCH_NORM:
+        raise ConfigError(f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}")
+    if batch_size < 2:
+        raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+
+
+def statistics_of(module: Any, target: Target) -> bool:
+    """Take BatchNorm's statistics from a target; returns whether `module.model` has any."""
+    # Mixed: in batches of one class, as folders give them, the features vary too little.
+    loader = target.loader(2 * module.batch_size, shuffle=True)
+    inputs = (x.to(module.device) for x, _ in loader)
+    return reestimated(module.model, module, inputs, SOURCE_ITEMS)

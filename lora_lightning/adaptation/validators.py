@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation import neighbours
-from lora_lightning.adaptation.neighbours import CHUNK, unit_rows
 from lora_lightning.errors import ConfigError, DataError
 
 
@@ -73,29 +72,6 @@ def agreement(probabilities: Tensor, others: Tensor) -> float:
             f"{tuple(probabilities.shape)} and {tuple(others.shape)}"
         )
     return float((probabilities.argmax(1) == others.argmax(1)).double().mean())
-
-
-def neighbourhood_density(features: Tensor, temperature: float = 0.05) -> float:
-    r"""Entropy of each item's softmax similarity to all others, over log(N − 1), the mean.
-
-    Soft neighbourhood density: high where items lie in dense groups. Features (N, D), also the
-    probabilities. Blind to which group is which class, and to a single dense lump. Saito et al.
-    2021, "Tune it the right way", arXiv:2108.10860.
-
-    Raises:
-        DataError: fewer than three items, or NaN.
-    """
-    if len(features) < 3 or not bool(torch.isfinite(features).all()):
-        raise DataError(f"density needs three finite items or more, got {len(features)}")
-    z = unit_rows(features.detach().float())
-    total = 0.0
-    for start in range(0, len(z), CHUNK):  # never N × N at once
-        near = z[start : start + CHUNK] @ z.T / temperature
-        own = torch.arange(len(near), device=z.device)
-        near[own, own + start] = -math.inf
-        p = near.softmax(dim=1).double()
-        total += float(_entropy(p).sum())
-    return total / len(z) / math.log(len(z) - 1)
 
 
 def expected_accuracy(probabilities: Tensor, variants: Sequence[Tensor]) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation.objectives import entropy, minimum_class_confusion
-from lora_lightning.adaptation.self_training import normalised_distance
+from lora_lightning.adaptation.text_self_training import normalised_distance
 from lora_lightning.errors import ConfigError
 
 

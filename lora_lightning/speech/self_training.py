@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lora_lightning.adaptation.guard import Verdict
-from lora_lightning.adaptation.rounds import SOURCE_ROUND, Round
-from lora_lightning.adaptation.self_training import normalised_distance
-from lora_lightning.adaptation.teacher import Snapshot, Teacher
+from lora_lightning.adaptation.resumable_loader import Position
+from lora_lightning.adaptation.rounds import Check
+from lora_lightning.adaptation.text_self_training import (
+    TextRounds,
+    TextSelfTraining,
+    check_keep,
+    normalised_distance,
+)
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.probing import preserved
@@ -24,12 +27,7 @@ from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
 from lora_lightning.speech.tasks.decoding import greedy
 from lora_lightning.speech.tasks.lexicon import Lexicon, LexiconSearch
-from lora_lightning.speech.transcript_guard import (
-    SpeechGuard,
-    SpeechLimits,
-    Understood,
-    agreement,
-)
+from lora_lightning.speech.transcript_guard import SpeechGuard, SpeechLimits, Understood
 
 # Recordings with the transcripts of the round, as `PseudoTranscriptCallback` trains on them.
 
@@ -48,6 +46,7 @@ class LabelledSpeech(SpeechData):
     def __init__(self, recordings: Sequence[Utterance], **settings: Any):
         super().__init__(train=recordings, **settings)
         self.labels: dict[str, str] = {}
+        self.position = Position()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Those that the round learns."""
@@ -57,9 +56,11 @@ class LabelledSpeech(SpeechData):
         known = [replace(u, text=self.labels[path]) for u, path in paths if path in self.labels]
         self.items["train"] = known or every
         try:
-            return super().train_dataloader()
+            loader: Any = super().train_dataloader()
         finally:
             self.items["train"] = every
+        loader.position = self.position  # this one takes the place of the epoch's before
+        return loader  # type: ignore[no-any-return]
 
     def everything(self) -> DataLoader[Any]:
         """All recordings, in order."""
@@ -71,7 +72,7 @@ class LabelledSpeech(SpeechData):
 KEEP = (0.4, 0.5, 0.7, 0.8, 0.9)
 
 
-class PseudoTranscriptCallback(Callback):
+class PseudoTranscriptCallback(TextSelfTraining):
     """Adapt a `CTCRecognition` to recordings without transcripts.
 
         pseudo = PseudoTranscriptCallback(recordings, Lexicon.read("words.txt"))
@@ -113,6 +114,10 @@ class PseudoTranscriptCallback(Callback):
         DataError: there is no recording, or nothing is understood in any.
     """
 
+    task = CTCRecognition
+    called = "recordings", "understood in", "speech"
+    data: LabelledSpeech
+
     def __init__(
         self,
         recordings: Sequence[Utterance],
@@ -128,140 +133,52 @@ class PseudoTranscriptCallback(Callback):
     ):
         if not recordings:
             raise DataError("the target is empty: there is no recording to adapt to")
-        if not keep or not all(0 < k <= 1 for k in keep):
-            raise ConfigError(f"keep must hold parts in (0, 1], one for each round; got {keep}")
+        check_keep(keep)
         if variants < 1:
             raise ConfigError(f"variants must be at least 1, got {variants}")
         # Whatever text they come with must not leak into the training.
         self.recordings = [replace(u, text=None) for u in recordings]
-        self.lexicon, self.keep, self.limits = lexicon, list(keep), limits
+        rounds = TextRounds(self._check_of, Understood, written="written", label="label")
+        super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
+        self.lexicon, self.limits = lexicon, limits
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight
-        self.data = LabelledSpeech(self.recordings, **data)
-        self.history_: list[Round] = []
-        self.accepted_, self.termination_condition_ = 0, ""
-        self.changed_in_: dict[str, int] = {}
-        self.source_: dict[str, Understood] = {}
-        self.transcripts_: dict[str, Understood] = {}
         self._search: LexiconSearch | None = None
-        self._guard: SpeechGuard | None = None
-        self._teacher: Teacher | None = None
-        self._best: Snapshot | None = None
-        self._previous: dict[str, Understood] = {}
-        self._judged_at = 0
 
     @property
     def pseudo_labels_(self) -> dict[str, str]:
         """Path → what is learnt for it."""
         return self.data.labels
 
-    # ---- hooks -----------------------------------------------------------------------------
+    @property
+    def transcripts_(self) -> dict[str, Understood]:
+        """Path → `Understood` by the accepted state."""
+        return self.rounds_.answers_ or {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Transcribe the target by the source model."""
-        if not isinstance(pl_module, CTCRecognition):
-            raise ConfigError(
-                f"PseudoTranscriptCallback adapts a CTCRecognition, not {type(pl_module).__name__}"
-            )
-        reload: Any = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
-        if reload != 1 or trainer.max_steps < 1:
-            raise ConfigError(
-                "PseudoTranscriptCallback needs Trainer(reload_dataloaders_every_n_epochs=1, "
-                "max_steps=…): each round has recordings of its own, and so many steps"
-            )
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what it cannot work with; make the search."""
+        super().check(trainer, module)
         if self.lexicon is not None:
-            self._search = LexiconSearch(
-                self.lexicon, pl_module.labels, self.beam_size, self.language_weight
-            )
-        self.source_ = self.transcripts_ = self._previous = self._understood(trainer, pl_module)
-        self._best = Snapshot(pl_module.model)
-        self._guard = SpeechGuard(self.source_, self.limits, self._search is not None)
-        self.history_ = [Round(SOURCE_ROUND, self._guard.scores)]
-        self._take(self.source_)
+            labels: Any = module.labels
+            self._search = LexiconSearch(self.lexicon, labels, self.beam_size, self.language_weight)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Other data than ours would be learnt without any of this."""
-        if getattr(trainer, "datamodule", None) is not self.data:
-            raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
-        if self.teacher_decay is not None:  # now that the factors have started
-            self._teacher = Teacher(pl_module.model, self.teacher_decay)
+    def _check_of(self, source: dict[str, Understood]) -> Check:
+        return SpeechGuard(source, self.limits, self.lexicon is not None).check
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """The teacher follows."""
-        if self._teacher is not None:
-            self._teacher.update(pl_module.model)
+    def doubt(self, written: Understood) -> float:
+        """How far it is from the lexicon's sentence, or changes under dropout."""
+        return written.distance
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A round ends with the first epoch that has its number of steps."""
-        due = trainer.max_steps / len(self.keep)
-        if trainer.global_step - self._judged_at >= due and trainer.global_step < trainer.max_steps:
-            self._end_round(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The last round, then the best accepted state, before any file is written of it."""
-        if trainer.global_step > self._judged_at:
-            self._end_round(trainer, pl_module)
-        assert self._best is not None
-        self._best.restore(pl_module.model)
-        self.termination_condition_ = self.termination_condition_ or "all rounds done"
-
-    # ---- what it does ----------------------------------------------------------------------
-
-    def _end_round(self, trainer: Trainer, pl_module: Any) -> None:
-        self._judged_at = trainer.global_step
-        assert self._guard is not None
-        try:
-            now = self._understood(trainer, pl_module)
-            verdict = self._guard.check(now)
-        except ConfigError as error:  # NaN
-            now, verdict = self._previous, Verdict({}, [str(error)])
-        found = Round(
-            len(self.history_),
-            verdict.scores,
-            verdict.alarms,
-            len(self.pseudo_labels_),
-            agreement_before=agreement(self._previous, now),
-        )
-        self.history_.append(found)
-        self._previous = now
-        found.tell(pl_module, len(self.source_))
-        if found.alarms:
-            self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
-            trainer.should_stop = True
-            return
-        self._note(found.index, now)
-        self.accepted_, self.transcripts_ = found.index, now
-        self._best = Snapshot(pl_module.model)
-        if self._teacher is not None:
-            with self._teacher.applied(pl_module.model):
-                now = self._understood(trainer, pl_module)
-        self._take(now)
-
-    def _note(self, index: int, now: dict[str, Understood]) -> None:
-        """In which round each recording got the label that it has."""
-        for path, understood in now.items():
-            if understood.label == self.source_[path].label:
-                self.changed_in_.pop(path, None)
-            elif understood.label != self.transcripts_[path].label:
-                self.changed_in_[path] = index
-
-    def _take(self, now: dict[str, Understood]) -> None:
-        """The labels of the next round: those that are the surest."""
-        usable = [path for path, u in now.items() if u.label]
-        if not usable:
-            raise DataError(
-                f"nothing is understood in any of the {len(now)} recordings: the source model does "
-                "not fit this speech, and cannot teach itself"
-            )
-        part = self.keep[min(len(self.history_) - 1, len(self.keep) - 1)]
-        count = max(1, math.floor(part * len(now)))
-        kept = sorted(usable, key=lambda path: now[path].distance)[:count]
-        self.data.labels = {path: now[path].label for path in kept}
+    def use(self, labels: dict[str, str]) -> None:
+        """The recordings that are learnt."""
+        self.data.labels = labels
 
     @torch.no_grad()
-    def _understood(self, trainer: Trainer, module: Any) -> dict[str, Understood]:
+    def look(self, module: Any) -> dict[str, Understood]:
+        """Transcribe the recordings."""
         found: dict[str, Understood] = {}
-        with preserved(module.model), trainer.strategy.precision_plugin.forward_context():
+        precision = module.trainer.strategy.precision_plugin
+        with preserved(module.model), precision.forward_context():
             for batch in self.data.everything():
                 module.model.eval()
                 for path, each in self._of(module, batch.to(module.device)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean as mean
 
 from lora_lightning.adaptation.guard import Verdict
-from lora_lightning.adaptation.self_training import normalised_distance
+from lora_lightning.adaptation.text_self_training import text_agreement
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class SpeechGuard:
         self.source, self.limits, self.spelling = source, limits, spelling
         self.scores = self._scores(source)
 
-    def check(self, now: Mapping[str, Understood]) -> Verdict:
+    def check(
+        self, now: Mapping[str, Understood], accepted: Mapping[str, Understood] | None = None
+    ) -> Verdict:
         """Look at a round's transcripts of the same recordings."""
         scores = self._scores(now)
         return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
@@ -68,7 +70,7 @@ class SpeechGuard:
     def _scores(self, now: Mapping[str, Understood]) -> dict[str, float]:
         return {
             "rate": mean(u.rate for u in now.values()),
-            "agreement": agreement(self.source, now),
+            "agreement": text_agreement(self.source, now, "written"),
             "spelling": mean(u.distance for u in now.values()),
         }
 
@@ -89,8 +91,3 @@ class SpeechGuard:
         worst = self.scores["spelling"] + limits.spelling
         if self.spelling and scores["spelling"] > worst:
             yield (f"it spells worse: {scores['spelling']:.2f} from the lexicon, above {worst:.2f}")
-
-
-def agreement(before: Mapping[str, Understood], now: Mapping[str, Understood]) -> float:
-    """1 − mean normalised edit distance between two transcripts of each recording."""
-    return mean(1 - normalised_distance(before[path].written, now[path].written) for path in now)

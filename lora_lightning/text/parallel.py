@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lora_lightning.adaptation.resumable_loader import Position, ResumableLoader
 from lora_lightning.errors import DataError
 from lora_lightning.runner.tables import read_rows
 from lora_lightning.text.subwords import BEGIN, PAD, Subwords
@@ -97,20 +98,30 @@ class ParallelData(LightningDataModule):
         self.batch_size, self.dropped = batch_size, dropped
         self._order = torch.Generator().manual_seed(seed)
         self._noise = np.random.default_rng(seed)
+        order, noise = self._order, self._noise.bit_generator
+        self.position = Position(
+            (order.get_state, order.set_state),
+            (lambda: noise.state, lambda state: setattr(noise, "state", state)),
+            iterators=2,  # `PseudoTranslationCallback` has it made again in each epoch
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Pairs to learn, shuffled."""
-        return self._loader(self.train, self._noisy, shuffle=True, generator=self._order)
+        return ResumableLoader(
+            position=self.position,
+            dataset=self.train,
+            batch_size=self.batch_size,
+            collate_fn=self._noisy,
+            shuffle=True,
+            generator=self._order,
+        )
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Sentences to translate."""
-        return self._loader(self.test, self._batch)
+        found: Any = self.test  # a list will do as a Dataset
+        return DataLoader(found, batch_size=self.batch_size, collate_fn=self._batch)
 
     test_dataloader = predict_dataloader
-
-    def _loader(self, pairs: list[Pair], collate: Any, **order: Any) -> DataLoader[Any]:
-        found: Any = pairs  # a list will do as a Dataset
-        return DataLoader(found, batch_size=self.batch_size, collate_fn=collate, **order)
 
     def _batch(self, pairs: Sequence[Pair]) -> TextBatch:
         return TextBatch.of(pairs, self.subwords)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import fmean as mean
 
 from lora_lightning.adaptation.guard import Verdict
-from lora_lightning.adaptation.self_training import normalised_distance
+from lora_lightning.adaptation.text_self_training import text_agreement
 from lora_lightning.text.translation import Translated
 
 
@@ -48,8 +48,12 @@ class TranslationGuard:
         self.words = None if words is None else frozenset(words)
         self.scores = self._scores(source)
 
-    def check(self, now: Mapping[str, Translated]) -> Verdict:
+    def check(
+        self, now: Mapping[str, Translated], accepted: Mapping[str, Translated] | None = None
+    ) -> Verdict:
         """Look at a round's translations of the same sentences."""
+        if not all(math.isfinite(t.log_probability) for t in now.values()):
+            return Verdict({}, ["the translations are NaN: the learning rate is too high"])
         scores = self._scores(now)
         return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
 
@@ -57,7 +61,7 @@ class TranslationGuard:
         written = [word for t in now.values() for word in t.text.split()]
         scores = {
             "length": len(written) / max(sum(len(s.split()) for s in now), 1),
-            "agreement": kept(self.source, now),
+            "agreement": text_agreement(self.source, now, "text"),
         }
         if self.words is not None:
             right = sum(word in self.words for word in written)
@@ -81,8 +85,3 @@ class TranslationGuard:
         least = self.scores.get("known", 0.0) - limits.known
         if scores.get("known", 1.0) < least:
             yield f"{scores['known']:.0%} of the words it writes are known, below {least:.0%}"
-
-
-def kept(before: Mapping[str, Translated], now: Mapping[str, Translated]) -> float:
-    """1 − mean normalised edit distance between two translations of each sentence."""
-    return mean(1 - normalised_distance(before[s].text, now[s].text) for s in now)

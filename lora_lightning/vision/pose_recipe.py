@@ -37,7 +37,7 @@ def label_free(context: Any) -> list[Row]:
     task = _task(model, settings, pictures.unlabelled(), pictures.unlabelled(True, settings.jitter))
     rows = fitted(context, model, task, settings.epochs)
     before, after = task.source_.plain, task.answers_.plain
-    say(context, task, before, after, [None] * len(after))
+    say(context, task.rounds_, before, after, [None] * len(after))
     return rows
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.guard import Verdict
-from lora_lightning.adaptation.rounds import SOURCE_ROUND, Round, say
+from lora_lightning.adaptation.resumable_loader import ResumableLoader
+from lora_lightning.adaptation.rounds import Check, Rounds
+from lora_lightning.adaptation.self_training import Course, SelfTraining
 from lora_lightning.adaptation.target import Target
-from lora_lightning.adaptation.teacher import Snapshot
-from lora_lightning.adaptation.transductive_task import BATCH_NORM, SOURCE_ITEMS
+from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.probing import preserved
 from lora_lightning.training.optimised_module import Optimised
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
@@ -60,6 +60,9 @@ class Twice:
 
     plain: Tensor
     mirror: Tensor
+
+    def __len__(self) -> int:
+        return len(self.plain)
 
     @property
     def mean(self) -> Tensor:
@@ -144,7 +147,7 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
 JUDGED = 4  # each so-many-th picture is not learnt from: by those the guard judges
 
 
-class TransductivePose(Optimised):
+class TransductivePose(Course, Optimised):
     r"""Adapt `model` to pictures without their angles, and leave it no worse as far as it can tell.
 
         task = TransductivePose(model, pictures)
@@ -202,19 +205,27 @@ class TransductivePose(Optimised):
         super().__init__(learning_rate, weight_decay, schedule)
         if not 0 < tolerance <= 180:
             raise ConfigError(f"tolerance must lie in (0, 180] degrees, got {tolerance}")
-        if batch_norm not in BATCH_NORM:
-            raise ConfigError(
-                f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}"
-            )
-        if batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+        check_settings(batch_norm, batch_size)
         self.model = model.to(memory_format=torch.channels_last).train()
         self.target = Target(target)
         self.training_items = Target(target if training is None else training)
         self.tolerance, self.batch_norm, self.batch_size = tolerance, batch_norm, batch_size
-        self.limits = limits
-        self.history_: list[Round] = []
-        self.accepted_, self.termination_condition_ = SOURCE_ROUND, ""
+        self._course = _Course(self.target, limits)
+        self.rounds_ = self._course.rounds_
+
+    @property
+    def source_(self) -> Twice:
+        """By the source model, of each picture."""
+        return self.rounds_.source  # type: ignore[no-any-return]
+
+    @property
+    def answers_(self) -> Twice:
+        """By the accepted state, from which is learnt."""
+        return self.rounds_.answers_  # type: ignore[no-any-return]
+
+    def configure_callbacks(self) -> Any:
+        """What keeps the rounds."""
+        return [self._course]
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) → vectors (B, 2)."""
@@ -225,65 +236,60 @@ class TransductivePose(Optimised):
         """The pictures that are learnt from, with their indices, shuffled."""
         learnt = [i for i in range(len(self.target)) if i % JUDGED or len(self.target) < JUDGED]
         drop = len(learnt) > 1 and len(learnt) % self.batch_size == 1  # BatchNorm needs two
-        items = Subset(self.training_items, learnt)
-        return DataLoader(items, batch_size=self.batch_size, shuffle=True, drop_last=drop)
-
-    def on_fit_start(self) -> None:
-        """Look at the target with the source model; choose BatchNorm's statistics."""
-        self.source_ = self.answers_ = self._look()
-        self._judged = torch.arange(0, len(self.target), JUDGED)
-        self._best = Snapshot(self.model)
-        source = self.source_.of(self._judged)
-        self.history_ = [Round(SOURCE_ROUND, judge(source, source, source, self.limits).scores)]
-        if self.batch_norm == "source":
-            return
-        # Mixed: in batches of one class, as folders give them, the features vary too little.
-        loader = self.target.loader(2 * self.batch_size, shuffle=True)
-        inputs = (x.to(self.device) for x, _ in loader)
-        if reestimated(self.model, self, inputs, SOURCE_ITEMS):
-            self._end_round(must=self.batch_norm == "target")
-            self._best.restore(self.model)
-
-    def on_train_epoch_start(self) -> None:
-        """Pseudo-labels for the round, by the model as it is; BatchNorm keeps its statistics."""
-        self._labels = self.answers_.mean
-        self._labelled = self.answers_.apart <= self.tolerance
+        return ResumableLoader(
+            position=self._course.position,
+            dataset=Subset(self.training_items, learnt),
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=drop,
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, indices = batch
-        wanted = self._labels[indices.cpu()].to(x)
+        labels = self.answers_.of(indices.cpu())
+        wanted = labels.mean.to(x)
         chosen = torch.rand(len(x), device=x.device) < 0.5
         x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
         wanted = torch.where(chosen[:, None], mirrored(wanted), wanted)
-        known = self._labelled[indices.cpu()].to(x)
+        known = (labels.apart <= self.tolerance).to(x)
         loss: Tensor = ((self(x) - wanted).square().sum(dim=1) * known).mean()
         self.log("train_loss", loss, batch_size=len(x))
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """The round is over: the guard decides."""
-        if self._end_round().alarms:
-            self.termination_condition_ = (
-                f"alarm in round {self.history_[-1].index}: {self.history_[-1].alarms[0]}"
-            )
-            self.trainer.should_stop = True
 
-    def on_train_end(self) -> None:
-        """The best accepted state comes back, before any file is written of it."""
-        self._best.restore(self.model)
-        self.termination_condition_ = self.termination_condition_ or "all rounds done"
+class _Rounds(Rounds[Twice]):
+    """Answers to pictures and to their mirror images."""
 
-    def _look(self) -> Twice:
-        return seen_twice(self.model, self.target, 2 * self.batch_size, self.device)
+    def packed(self, answers: Twice) -> Any:
+        return vars(answers)
 
-    def _end_round(self, must: bool = False) -> Round:
-        now, on = self._look(), self._judged
-        verdict = judge(self.source_.of(on), self.answers_.of(on), now.of(on), self.limits)
-        alarms = [] if must else verdict.alarms
-        found = Round(len(self.history_), verdict.scores, alarms)
-        if not alarms:
-            self.accepted_, self.answers_, self._best = found.index, now, Snapshot(self.model)
-        self.history_.append(found)
-        say(self, found.line(len(self.target)))
-        return found
+    def unpacked(self, state: Any) -> Twice:
+        return Twice(**state)
+
+
+class _Course(SelfTraining):
+    """The rounds of a `TransductivePose`, which it finds as the module that is trained."""
+
+    def __init__(self, target: Target, limits: PoseLimits):
+        super().__init__(_Rounds(self._check_of))
+        self.target, self.limits = target, limits
+
+    def _check_of(self, source: Twice) -> Check:
+        on = torch.arange(0, len(source), JUDGED)
+        return lambda now, accepted: judge(
+            source.of(on), (accepted or source).of(on), now.of(on), self.limits
+        )
+
+    def look(self, module: Any) -> Twice:
+        return seen_twice(module.model, self.target, 2 * module.batch_size, module.device)
+
+    def start(self, module: Any, source: Twice) -> None:
+        super().start(module, source)
+        if module.batch_norm == "source" or not statistics_of(module, self.target):
+            return
+        now = self.look(module)
+        scores = self.rounds_.check(now, None).scores
+        self.judge(module, now, Verdict(scores) if module.batch_norm == "target" else None)
+        self.rounds_.termination_condition_ = ""  # without them training goes on
+        self.rounds_.restore(module.model)

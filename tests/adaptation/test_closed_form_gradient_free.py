@@ -10,7 +10,6 @@ from torch import nn
 
 from lora_lightning.adaptation.closed_form import lame, recentred
 from lora_lightning.adaptation.label_propagation import propagate
-from lora_lightning.adaptation.temperature import fitted_temperature, matched_temperature
 from lora_lightning.errors import ConfigError, DataError
 
 # Two items that lie together, one of them wrong, and one alone.
@@ -67,24 +66,3 @@ def test_propagation_of_one_and_of_items_that_nothing_resembles():
     assert even.weights.max() < 1e-6
     with pytest.raises(ConfigError, match="alpha"):
         propagate(FEATURES, SAID, alpha=1.0)
-
-
-def test_temperatures():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 3, (3000,), generator=generator)
-    logits = torch.nn.functional.one_hot(labels, 3).float() * 1.0
-    # Draw labels from the softmax itself: it is calibrated, and 4 × the logits are not.
-    drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    assert fitted_temperature(4 * logits, drawn) == pytest.approx(4, rel=0.1)
-    confidence = float(logits.softmax(1).amax(1).mean())
-    assert matched_temperature(4 * logits, confidence) == pytest.approx(4, rel=1e-3)
-    assert matched_temperature(logits, 1.0) == 0.01
-    assert matched_temperature(logits, 0.0) == 100.0
-    with pytest.raises(ConfigError, match="one label"):
-        fitted_temperature(logits, drawn[:5])
-    with pytest.raises(ConfigError, match="accuracy"):
-        matched_temperature(logits, 1.5)
-    with pytest.raises(DataError, match="NaN"):
-        matched_temperature(torch.full((2, 2), math.nan), 0.5)
-    with pytest.raises(DataError, match="shape"):
-        matched_temperature(torch.zeros(3), 0.5)

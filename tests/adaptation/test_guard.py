@@ -35,14 +35,6 @@ def test_scores_by_hand():
     assert v.expected_accuracy(identity[[0, 0]], [identity[[0, 0]]]) == 0  # one class only
 
 
-def test_neighbourhood_density_knows_groups():
-    torch.manual_seed(0)
-    groups = torch.eye(8)[torch.arange(40) % 4] + 0.01 * torch.randn(40, 8)
-    assert v.neighbourhood_density(groups) < v.neighbourhood_density(groups[:4].repeat(10, 1) + 1)
-    with pytest.raises(DataError, match="three finite items"):
-        v.neighbourhood_density(groups[:2])
-
-
 def test_cohesion_by_hand():
     labels, near = torch.tensor([0, 0, 1, 1]), torch.tensor([[1], [0], [3], [2]])
     assert v.cohesion(labels, near, 2) == pytest.approx(1)

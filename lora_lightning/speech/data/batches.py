@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from lora_lightning.adaptation.resumable_loader import ResumableLoader
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
@@ -95,7 +96,7 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
         return waveform if self.augment is None else _applied(self.augment, waveform.clone(), item)
 
 
-class BatchLoader(DataLoader[Any]):
+class BatchLoader(ResumableLoader):
     """Reports what could not be read, in the process that trains, and steps over empty batches."""
 
     def __iter__(self) -> Iterator[AudioBatch]:  # type: ignore[override]

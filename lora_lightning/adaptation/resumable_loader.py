@@ -1,0 +1,113 @@
+"""`ResumableLoader`: a DataLoader with the same batches, a fit interrupted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # gives a random state; sets one
+
+
+class Position:
+    """How far a loader is in its epoch, and the random states that its order comes from.
+
+    Args:
+        *sources: Random states that the loader depends on beside torch's own.
+        iterators: Iterators that Lightning makes for each epoch but the first, two where it makes
+            the loader again in each. Every one of them draws a seed for its workers.
+    """
+
+    def __init__(self, *sources: Source, iterators: int = 1):
+        self.sources = [(torch.get_rng_state, torch.set_rng_state), (_cuda, _set_cuda), *sources]
+        self.iterators, self.epoch_ended = iterators, False
+        self.taken = self.batches = 0
+        self.made = self.begun = self.random()  # when the iterator was made, and first asked
+        self.resumed: dict[str, Any] | None = None
+
+    def random(self) -> list[Any]:
+        """The random states now."""
+        return [get() for get, _ in self.sources]
+
+    def set_random(self, states: list[Any]) -> None:
+        """Put random states back."""
+        for (_, put), state in zip(self.sources, states, strict=True):
+            put(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: plain types and tensors."""
+        finished = self.epoch_ended or self.taken >= self.batches
+        states = {"made": self.made, "begun": self.begun, "now": self.random()}
+        return {"finished": finished, "taken": self.taken, **states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint: the next iterator goes on from there."""
+        self.resumed = state
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that goes on in mid-epoch, or with the next epoch's order, where it stopped.
+
+    Args:
+        position: Where it is; loaders that take each other's place share one.
+        **settings: Of the DataLoader.
+    """
+
+    def __init__(self, *, position: Position | None = None, **settings: Any):
+        super().__init__(**settings)
+        self.position = position or Position()
+
+    def __iter__(self) -> Any:
+        if self.position.resumed is None:
+            self.position.made = self.position.random()
+        # At once, as a DataLoader's own: it draws a seed for its workers.
+        return self._follow(super().__iter__())
+
+    def _follow(self, batches: Iterator[Any]) -> Iterator[Any]:
+        place = self.position
+        state, place.resumed = place.resumed, None
+        if state is None:
+            place.taken, place.begun = 0, place.random()
+        else:
+            batches = self._resume(state)
+        place.batches = len(self)
+        for batch in batches:
+            place.taken += 1
+            yield batch
+
+    def _resume(self, state: dict[str, Any]) -> Iterator[Any]:
+        place = self.position
+        place.set_random(state["now"])
+        if state["finished"]:
+            for _ in range(place.iterators):
+                place.made, batches = place.random(), super().__iter__()
+            place.taken, place.begun = 0, place.random()
+            return batches
+        place.made, place.begun, place.taken = state["made"], state["begun"], state["taken"]
+        place.set_random(place.made)
+        batches = super().__iter__()
+        place.set_random(place.begun)
+        list(islice(batches, place.taken))
+        place.set_random(state["now"])
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning, in mid-epoch; `SelfTraining` saves it at an epoch's end as well."""
+        return self.position.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Likewise."""
+        self.position.load_state_dict(state_dict)
+
+
+def _cuda() -> Any:
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state() if used else None
+
+
+def _set_cuda(state: Any) -> None:
+    if state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
