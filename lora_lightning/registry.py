@@ -63,6 +63,9 @@ class Registry(Generic[T]):
             Registry._load_plugins()
         return name in self._known
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
 

@@ -14,24 +14,35 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.registry import unknown
+from lora_lightning.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from lora_lightning.report.results import Run
 
-# Kind of run → its dataclass of settings as module:name, and the one of its `run(config) -> Run`.
-KINDS = {
-    "classification": ("lora_lightning.vision.settings:Config", "lora_lightning.vision.recipe"),
-    "pose": ("lora_lightning.vision.settings:PoseConfig", "lora_lightning.vision.pose_recipe"),
-    "speech": ("lora_lightning.speech.settings:Config", "lora_lightning.speech.recipe"),
-    "translation": ("lora_lightning.text.settings:Config", "lora_lightning.text.recipe"),
-}
+
+class Kind(NamedTuple):
+    """A kind of run, imported only where it is needed: "module:name" of its `RunConfig` and of its
+    `Experiment`; or those themselves.
+    """
+
+    config: str | type
+    experiment: str | type
+
+
+KINDS: Registry[Kind] = Registry("kind")
+for _kind, _config, _experiment in (
+    ("classification", "vision.settings:Config", "vision.recipe:Classification"),
+    ("pose", "vision.settings:PoseConfig", "vision.pose_recipe:PoseEstimation"),
+    ("speech", "speech.settings:Config", "speech.experiment:Recognition"),
+    ("translation", "text.settings:Config", "text.experiment:Translating"),
+):
+    KINDS.register(_kind)(Kind(f"lora_lightning.{_config}", f"lora_lightning.{_experiment}"))
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -78,8 +89,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     kind = given.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    module, _, name_of_config = KINDS[kind][0].partition(":")
-    config = OmegaConf.structured(getattr(importlib.import_module(module), name_of_config))
+    config = OmegaConf.structured(_imported(KINDS.get(kind).config))
     known = set(settings(config))
     for key in _leaves(given):
         if key not in known and not _inside_free(key, config):
@@ -145,9 +155,17 @@ def run_recipe(
     config = apply_overrides(load_recipe(name), overrides)
     if out is not None:
         config.out = str(out)
-    module = importlib.import_module(KINDS[config.kind][1])
-    result: Run = module.run(config)
-    return result
+    from lora_lightning.runner.runner import run
+
+    return run(_imported(KINDS.get(config.kind).experiment), config)
+
+
+def _imported(what: str | type) -> Any:
+    """The thing itself, of "module:name"."""
+    if not isinstance(what, str):
+        return what
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def sweep_recipe(

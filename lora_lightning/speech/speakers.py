@@ -21,7 +21,8 @@ from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
 from lora_lightning.runner.progress import Ticks, quiet_lightning
-from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.runner.settings import RunConfig
+from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
 from lora_lightning.speech.enrolment import (
@@ -29,7 +30,6 @@ from lora_lightning.speech.enrolment import (
     KEPT,
     THERE,
     Outcome,
-    Place,
     SpeakerSettings,
     Tick,
     judged,
@@ -65,7 +65,7 @@ def learn_untranscribed(
     canary: Sequence[Utterance],
     path: Path,
     settings: SpeakerSettings,
-    place: Place,
+    place: RunConfig,
     tick: Tick,
 ) -> Outcome:
     """Train an adapter on the recogniser's own transcripts, and keep it if the guard accepts it.
@@ -100,10 +100,8 @@ def learn_untranscribed(
     trainer = make_trainer(
         place,
         [callback, pseudo, Ticks(tick)],
-        max_epochs=-1,
-        max_steps=settings.steps or 200,
         gradient_clip_val=5.0,
-        reload_dataloaders_every_n_epochs=1,
+        **in_rounds(settings.steps or 200),
     )
     with _masked(base.model):
         trainer.fit(module, datamodule=pseudo.data)
@@ -170,7 +168,7 @@ def _one(
     try:
         with TemporaryDirectory() as folder, quiet_lightning():
             if settings.untranscribed or not labelled:
-                place = Place(settings.accelerator, folder)
+                place = RunConfig(accelerator=settings.accelerator, out=folder)
                 tick = stage(name)
                 return learn_untranscribed(
                     base, name, adapter, utterances, labelled, path, settings, place, tick
@@ -204,7 +202,7 @@ def _learn(
     # The callback's own file is not the one to keep: it is not judged yet.
     callback = LoRACallback(settings.lora, name=adapter, output_dir=folder)
     trainer = make_trainer(
-        Place(settings.accelerator, folder),
+        RunConfig(accelerator=settings.accelerator, out=folder),
         [callback, Ticks(tick)],
         max_epochs=-1,
         max_steps=settings.steps or 150,

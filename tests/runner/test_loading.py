@@ -262,7 +262,8 @@ def test_comments_are_read_from_yaml():
 
 def test_every_field_is_documented():
     for cls in (typed.Config, typed.DataSettings, typed.RenderSettings, typed.ModelSettings):
-        assert all(f"\n        {f.name}: " in cls.__doc__ for f in fields(cls))
+        said = "".join(base.__doc__ or "" for base in cls.__mro__)
+        assert all(f"\n        {f.name}: " in said for f in fields(cls))
 
 
 # ---- backbones --------------------------------------------------------------------------------
