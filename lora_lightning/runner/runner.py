@@ -32,6 +32,7 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
     """
     with quiet_lightning(), interruptible():
         config: Any = OmegaConf.to_object(given)
+        check_plan(config.methods, config.seeds, kind.methods)
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
             _check(experiment)
@@ -44,7 +45,6 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
 
 def _check(experiment: Experiment[Any]) -> None:
     config = experiment.config
-    check_plan(config.methods, config.seeds, experiment.methods)
     experiment.check()
     # Both check what they are given; better now than after the source model's training.
     LoRACallback(config.lora, batch_norm=experiment.batch_norm)
