@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,6 +21,7 @@ from torch import nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row, Run
+from lora_lightning.runner.cases import Adapted, Case, Unlabelled
 from lora_lightning.runner.progress import Stages, Ticks
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import make_trainer
@@ -29,66 +29,6 @@ from lora_lightning.training.lora_callback import LoRACallback
 
 Config = TypeVar("Config", bound=RunConfig)
 Method = Callable[..., list[Row]]
-# What a method is given of a target: nothing, labels, or items without labels.
-NOTHING, LABELS, NO_LABELS = "nothing", "labels", "no labels"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One adaptation, and what it is measured on.
-
-    Attributes:
-        name: Of its files.
-        train: What it learns from: one domain, or several.
-        tested: The domains that it is measured on.
-        given: What the method is given, as a row is called: "20 target labels"; "" for nothing.
-        size: How much of it, where that is a setting.
-    """
-
-    name: str
-    train: Any
-    tested: Sequence[Any]
-    given: str = ""
-    size: int | None = None
-
-    @property
-    def items(self) -> int | None:
-        """Labelled items of the target that the method is given."""
-        return self.size if self.given.endswith("target labels") else None
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A model that a method made, and what it cost; `decoding` goes to `Experiment.measure`."""
-
-    model: Any
-    seconds: float = 0.0
-    parameters: int = 0
-    file_bytes: int | None = None
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Unlabelled:
-    """A training without labels.
-
-    Attributes:
-        task: What is fitted.
-        tell: Called when it is done: adds notes and examples to the run.
-        data: What it is fitted on; None: the task has it.
-        callbacks: That train it.
-        trainer: Settings of the trainer.
-        batch_norm: Of the adapter's `LoRACallback`.
-        decodings: End of a row's name → how it is decoded; a row for each.
-    """
-
-    task: LightningModule
-    tell: Callable[[], None]
-    data: LightningDataModule | None = None
-    callbacks: Sequence[Callback] = ()
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    batch_norm: str = "frozen"
-    decodings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
 
 class Experiment(ABC, Generic[Config]):

@@ -8,11 +8,8 @@ the later ones over the earlier: the configuration's defaults, recipe.yaml, ``ke
 from __future__ import annotations
 
 import importlib
-import inspect
-import re
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -213,61 +210,3 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def _inside_free(key: str, config: DictConfig) -> bool:
     """Whether a key lies in a mapping with keys of the user's own, such as `rank_pattern`."""
     return any(key.startswith(f"{k}.") for k, v in settings(config).items() if isinstance(v, dict))
-
-
-def comments(name: str | Path) -> dict[str, str]:
-    """Dotted key → what is said of it: in recipe.yaml, else in the configuration's docstring."""
-    config = load_recipe(name)
-    said = dict(_docstrings(OmegaConf.get_type(config) or object))
-    return said | yaml_comments(find_recipe(name).read_text(encoding="utf-8"))
-
-
-def yaml_comments(text: str) -> dict[str, str]:
-    """Dotted key → its comment: the lines above it, and the one at its end."""
-    found: dict[str, str] = {}
-    path: list[tuple[int, str]] = []
-    above: list[str] = []
-    for line in text.splitlines():
-        key = re.match(r"( *)([A-Za-z_]\w*):(?: .*?| *)(?:\s#\s*(.*))?$", line)
-        if key is None:
-            note = re.match(r" *# ?(.*)", line)
-            above = [*above, note[1]] if note else []  # an empty line ends a comment
-            continue
-        indent = len(key[1])
-        path = [(i, k) for i, k in path if i < indent] + [(indent, key[2])]
-        comment = " ".join([*above, key[3] or ""]).strip()
-        if comment:
-            found[".".join(k for _, k in path)] = comment
-        above = []
-    return found
-
-
-def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key → the first sentence of its entry in the dataclass's docstring."""
-    hints = typing.get_type_hints(cls)
-    # What a base class says of a field need not be said again.
-    bases = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
-    said = {name: text for doc in bases for name, text in _entries(doc).items()}
-    for field in fields(cls) if is_dataclass(cls) else ():
-        if is_dataclass(hints[field.name]):
-            yield from _docstrings(hints[field.name], f"{prefix}{field.name}.")
-        elif field.name in said:
-            yield f"{prefix}{field.name}", _first_sentence(said[field.name])
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".").replace("`", "")
-
-
-def _entries(doc: str) -> dict[str, str]:
-    """Name → text of each indented ``name: text``, lines that go on indented further."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in doc.splitlines():
-        if entry := re.match(r" {4}(\w+): (.+)", line):
-            name, found[entry[1]] = entry[1], entry[2]
-        elif name and line.startswith(" " * 8):
-            found[name] += f" {line.strip()}"
-        else:
-            name = ""
-    return found

@@ -21,15 +21,8 @@ from lora_lightning.model.switching import merge
 from lora_lightning.model.targets import without_head
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
-from lora_lightning.runner.experiment import (
-    LABELS,
-    NO_LABELS,
-    NOTHING,
-    Adapted,
-    Case,
-    Experiment,
-    Method,
-)
+from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case
+from lora_lightning.runner.experiment import Experiment, Method
 from lora_lightning.runner.sweep import Rank, at_rank
 from lora_lightning.training.lora_callback import LoRACallback
 

@@ -48,6 +48,8 @@ def make_trainer(
     """
     logger = LOGGERS.get(config.logger)(config.out) if config.logger else None
     trains = max_epochs != 0 or max_steps > 0
+    if trains and logger:
+        settings["log_every_n_steps"] = 1  # a target has few batches
     try:
         return Trainer(
             max_epochs=max_epochs,

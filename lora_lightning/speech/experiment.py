@@ -12,15 +12,9 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Transcript
+from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
-from lora_lightning.runner.experiment import (
-    LABELS,
-    NO_LABELS,
-    Adapted,
-    Case,
-    Experiment,
-    Unlabelled,
-)
+from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.speech_data import SpeechData

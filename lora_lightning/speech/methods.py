@@ -12,7 +12,8 @@ from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
 from lora_lightning.runner import methods as common
-from lora_lightning.runner.experiment import NOTHING, Adapted, Case, Method
+from lora_lightning.runner.cases import NOTHING, Adapted, Case
+from lora_lightning.runner.experiment import Method
 
 if TYPE_CHECKING:
     from lora_lightning.speech.experiment import Recognition

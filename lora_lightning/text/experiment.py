@@ -12,16 +12,9 @@ from lightning.pytorch import seed_everything
 from torchmetrics.functional.text import sacre_bleu_score
 
 from lora_lightning.report.results import Transcript
+from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
-from lora_lightning.runner.experiment import (
-    LABELS,
-    NO_LABELS,
-    NOTHING,
-    Adapted,
-    Case,
-    Experiment,
-    Unlabelled,
-)
+from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.text.domains import read_domains
 from lora_lightning.text.methods import METHODS

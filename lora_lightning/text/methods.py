@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
 from lora_lightning.runner import methods as common
-from lora_lightning.runner.experiment import LABELS, Adapted, Case, Method
+from lora_lightning.runner.cases import LABELS, Adapted, Case
+from lora_lightning.runner.experiment import Method
 from lora_lightning.text.parallel import TextBatch
 from lora_lightning.text.translation_memory import TranslationMemory
 

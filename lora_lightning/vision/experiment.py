@@ -5,10 +5,8 @@ One adapter learns all target domains together: there is one case.
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,41 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.rounds import Round
-from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Prediction, Row
+from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least
-from lora_lightning.runner.experiment import (
-    LABELS,
-    NO_LABELS,
-    Adapted,
-    Case,
-    Experiment,
-    Unlabelled,
-)
+from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
+from lora_lightning.vision.seen import Seen
 from lora_lightning.vision.settings import Config
 
 NAME = "LoRA, no labels"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the source model says of some pictures.
-
-    Attributes:
-        said: its answers and features.
-        labels: (N,), for those who may look at them.
-        seconds: that it took.
-    """
-
-    said: Predicted
-    labels: Tensor
-    seconds: float
 
 
 class Pictures(Experiment[Config]):
@@ -62,6 +39,7 @@ class Pictures(Experiment[Config]):
     Attributes:
         domains: reads the pictures.
         data: the pictures.
+        looks: what the source model says of them, see `seen`.
     """
 
     packages = ("timm",)
@@ -102,7 +80,7 @@ class Pictures(Experiment[Config]):
     def begin(self, seed: int) -> None:
         """See `Experiment.begin`."""
         super().begin(seed)
-        self._seen: dict[str, Seen] = {}
+        self.looks: dict[str, Seen] = {}
 
     def check(self) -> None:
         """Raise ConfigError for a value that cannot be."""
@@ -202,23 +180,6 @@ class Pictures(Experiment[Config]):
             "LoRA, target labels": "LoRA with target labels",
             "full, target labels": "full fine-tuning with target labels",
         }.get(label, label)
-
-    def seen(self, which: str) -> Seen:
-        """The source model on the source's training pictures ("learnt"), or on the held-out ones
-        of the "source" or of all targets ("target"); looked at once.
-        """
-        if which not in self._seen:
-            data = self.data.on(train=[self.data.source])
-            pictures, items = data.unlabelled(), data.training_pictures()
-            if which != "learnt":
-                data = data.on(test=[data.source] if which == "source" else data.target)
-                pictures, items = data.predict_dataloader().dataset, data.held_out()
-            start = time.perf_counter()
-            model = self.fresh()
-            loader = Target(pictures).loader(2 * data.batch_size, shuffle=False)
-            said = predicted(model, model, loader, next(model.parameters()).device)
-            self._seen[which] = Seen(said, self.labels(items), time.perf_counter() - start)
-        return self._seen[which]
 
     # ---- examples ----------------------------------------------------------------------------
 

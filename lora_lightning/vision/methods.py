@@ -15,10 +15,12 @@ from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
 from lora_lightning.runner import methods as common
-from lora_lightning.runner.experiment import Adapted, Method
+from lora_lightning.runner.cases import Adapted
+from lora_lightning.runner.experiment import Method
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
 from lora_lightning.vision.experiment import Pictures
+from lora_lightning.vision.seen import seen
 
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
@@ -37,16 +39,16 @@ def recentre(experiment: Pictures) -> list[Row]:
     if not isinstance(head, nn.Linear):
         experiment.run.notes.append("The backbone has no linear head: no features to re-centre.")
         return []
-    learnt, target = experiment.seen("learnt"), experiment.seen("target")
+    learnt, target = seen(experiment, "learnt"), seen(experiment, "target")
     moved = recentred(target.said.features, learnt.said.features.mean(dim=0), head)
-    answers = torch.cat([experiment.seen("source").said.probabilities, moved])
+    answers = torch.cat([seen(experiment, "source").said.probabilities, moved])
     return experiment.score("feature re-centring", answers, learnt.seconds + target.seconds)
 
 
 @METHODS.register("lame")
 def lame_row(experiment: Pictures) -> list[Row]:
     """The source model's answers, made to agree among neighbours."""
-    source, target = experiment.seen("source"), experiment.seen("target")
+    source, target = seen(experiment, "source"), seen(experiment, "target")
     start = time.perf_counter()
     answers = [lame(p.features, p.probabilities) for p in (source.said, target.said)]
     seconds = source.seconds + target.seconds + time.perf_counter() - start
@@ -57,13 +59,13 @@ def aligned(name: str, align: Aligned) -> Method:
     """The method whose row has this name: answers from what the source model sees."""
 
     def row(experiment: Pictures) -> list[Row]:
-        learnt = experiment.seen("learnt")
+        learnt = seen(experiment, "learnt")
         answers, seconds = [], learnt.seconds
         for which in ("source", "target"):
-            seen = experiment.seen(which)
+            now = seen(experiment, which)
             start = time.perf_counter()
-            answers.append(align(learnt.said.features, learnt.labels, seen.said.features))
-            seconds += seen.seconds + time.perf_counter() - start
+            answers.append(align(learnt.said.features, learnt.labels, now.said.features))
+            seconds += now.seconds + time.perf_counter() - start
         return experiment.score(name, torch.cat(answers), seconds)
 
     row.__doc__ = f"{name}: source features and target features aligned in closed form."

@@ -13,15 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning import load_adapter, shift
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.runner.comments import comments, yaml_comments
 from lora_lightning.runner.loading import (
     apply_overrides,
-    comments,
     find_recipe,
     list_recipes,
     load_recipe,
     run_recipe,
     settings,
-    yaml_comments,
 )
 from lora_lightning.vision import settings as typed
 from lora_lightning.vision.backbones import create_backbone
