@@ -1,1 +1,1 @@
-"""What runs a recipe: its YAML, its trainer, its progress."""
+"""What runs a recipe: its YAML, the one runner, the methods that every kind has, its trainer."""

@@ -142,19 +142,10 @@ class Config(RunConfig):
     out: str = "runs/classification"
     methods: list[str] = field(
         default_factory=lambda: [
-            "source_only",
-            "recentre",
-            "lame",
-            "nearest_centroid",
-            "subspace",
-            "nmf_subspace",
-            "coral",
-            "batchnorm",
-            "label_free",
-            "lora",
-            "full",
+            "source_only", "recentre", "lame", "nearest_centroid", "subspace", "nmf_subspace",
+            "coral", "batchnorm", "label_free", "lora", "full",
         ]
-    )
+    )  # fmt: skip
     batch_norm: str = "frozen"
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -205,17 +196,10 @@ class PoseConfig(Config):
     out: str = "runs/pose"
     methods: list[str] = field(
         default_factory=lambda: [
-            "source_only",
-            "ridge",
-            "subspace",
-            "nmf_subspace",
-            "coral",
-            "batchnorm",
-            "label_free",
-            "lora",
-            "full",
+            "source_only", "ridge", "subspace", "nmf_subspace", "coral", "batchnorm",
+            "label_free", "lora", "full",
         ]
-    )
+    )  # fmt: skip
     data: DataSettings = field(
         default_factory=lambda: DataSettings(render=RenderSettings(shift="pose"))
     )
