@@ -154,7 +154,8 @@ def _help(arguments: argparse.Namespace) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from lora_lightning.runner.loading import apply_overrides, comments, load_recipe, settings
+    from lora_lightning.runner.comments import comments
+    from lora_lightning.runner.loading import apply_overrides, load_recipe, settings
 
     config = apply_overrides(load_recipe(arguments.name), arguments.overrides)
     said = comments(arguments.name)

@@ -1,4 +1,4 @@
-"""What runs a recipe: its YAML, its trainer, its progress."""
+"""What runs a recipe: its YAML, the one runner, the common methods, its trainer."""
 
 import lazy_loader
 

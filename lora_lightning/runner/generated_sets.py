@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,14 +114,3 @@ def progress(items: Sequence[T], description: str, show: bool) -> Iterator[Itera
 
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         yield bar.track(items, description=description)
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Name → version, of Python, this package and those named."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("lora-lightning", *packages):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a checkout that was never installed
-            found[name] = "unknown"
-    return found

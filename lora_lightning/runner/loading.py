@@ -8,30 +8,38 @@ the later ones over the earlier: the configuration's defaults, recipe.yaml, ``ke
 from __future__ import annotations
 
 import importlib
-import inspect
-import re
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.registry import unknown
+from lora_lightning.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from lora_lightning.report.results import Run
 
-# Kind of run → its dataclass of settings as module:name, and the one of its `run(config) -> Run`.
-KINDS = {
-    "classification": ("lora_lightning.vision.settings:Config", "lora_lightning.vision.recipe"),
-    "pose": ("lora_lightning.vision.settings:PoseConfig", "lora_lightning.vision.pose_recipe"),
-    "speech": ("lora_lightning.speech.settings:Config", "lora_lightning.speech.recipe"),
-    "translation": ("lora_lightning.text.settings:Config", "lora_lightning.text.recipe"),
-}
+
+class Kind(NamedTuple):
+    """A kind of run, imported only where it is needed: "module:name" of its `RunConfig` and of its
+    `Experiment`; or those themselves.
+    """
+
+    config: str | type
+    experiment: str | type
+
+
+KINDS: Registry[Kind] = Registry("kind")
+for _kind, _config, _experiment in (
+    ("classification", "vision.settings:Config", "vision.recipe:Classification"),
+    ("pose", "vision.settings:PoseConfig", "vision.pose_recipe:PoseEstimation"),
+    ("speech", "speech.settings:Config", "speech.experiment:Recognition"),
+    ("translation", "text.settings:Config", "text.experiment:Translating"),
+):
+    KINDS.register(_kind)(Kind(f"lora_lightning.{_config}", f"lora_lightning.{_experiment}"))
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -78,8 +86,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     kind = given.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    module, _, name_of_config = KINDS[kind][0].partition(":")
-    config = OmegaConf.structured(getattr(importlib.import_module(module), name_of_config))
+    config = OmegaConf.structured(_imported(KINDS.get(kind).config))
     known = set(settings(config))
     for key in _leaves(given):
         if key not in known and not _inside_free(key, config):
@@ -145,9 +152,17 @@ def run_recipe(
     config = apply_overrides(load_recipe(name), overrides)
     if out is not None:
         config.out = str(out)
-    module = importlib.import_module(KINDS[config.kind][1])
-    result: Run = module.run(config)
-    return result
+    from lora_lightning.runner.runner import run
+
+    return run(_imported(KINDS.get(config.kind).experiment), config)
+
+
+def _imported(what: str | type) -> Any:
+    """The thing itself, of "module:name"."""
+    if not isinstance(what, str):
+        return what
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def sweep_recipe(
@@ -195,61 +210,3 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def _inside_free(key: str, config: DictConfig) -> bool:
     """Whether a key lies in a mapping with keys of the user's own, such as `rank_pattern`."""
     return any(key.startswith(f"{k}.") for k, v in settings(config).items() if isinstance(v, dict))
-
-
-def comments(name: str | Path) -> dict[str, str]:
-    """Dotted key → what is said of it: in recipe.yaml, else in the configuration's docstring."""
-    config = load_recipe(name)
-    said = dict(_docstrings(OmegaConf.get_type(config) or object))
-    return said | yaml_comments(find_recipe(name).read_text(encoding="utf-8"))
-
-
-def yaml_comments(text: str) -> dict[str, str]:
-    """Dotted key → its comment: the lines above it, and the one at its end."""
-    found: dict[str, str] = {}
-    path: list[tuple[int, str]] = []
-    above: list[str] = []
-    for line in text.splitlines():
-        key = re.match(r"( *)([A-Za-z_]\w*):(?: .*?| *)(?:\s#\s*(.*))?$", line)
-        if key is None:
-            note = re.match(r" *# ?(.*)", line)
-            above = [*above, note[1]] if note else []  # an empty line ends a comment
-            continue
-        indent = len(key[1])
-        path = [(i, k) for i, k in path if i < indent] + [(indent, key[2])]
-        comment = " ".join([*above, key[3] or ""]).strip()
-        if comment:
-            found[".".join(k for _, k in path)] = comment
-        above = []
-    return found
-
-
-def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key → the first sentence of its entry in the dataclass's docstring."""
-    hints = typing.get_type_hints(cls)
-    # What a base class says of a field need not be said again.
-    bases = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
-    said = {name: text for doc in bases for name, text in _entries(doc).items()}
-    for field in fields(cls) if is_dataclass(cls) else ():
-        if is_dataclass(hints[field.name]):
-            yield from _docstrings(hints[field.name], f"{prefix}{field.name}.")
-        elif field.name in said:
-            yield f"{prefix}{field.name}", _first_sentence(said[field.name])
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".").replace("`", "")
-
-
-def _entries(doc: str) -> dict[str, str]:
-    """Name → text of each indented ``name: text``, lines that go on indented further."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in doc.splitlines():
-        if entry := re.match(r" {4}(\w+): (.+)", line):
-            name, found[entry[1]] = entry[1], entry[2]
-        elif name and line.startswith(" " * 8):
-            found[name] += f" {line.strip()}"
-        else:
-            name = ""
-    return found

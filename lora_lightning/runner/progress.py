@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,10 @@ _CHOSEN = (
 
 
 class Stages:
-    """Progress bars, one below the other; what is done stays on the screen."""
+    """Progress bars, one below the other; what is done stays on the screen.
+
+    They show from the first stage on: before it, what is printed stands alone.
+    """
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
@@ -42,7 +45,6 @@ class Stages:
         )
 
     def __enter__(self) -> Stages:
-        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -54,12 +56,20 @@ class Stages:
 
     def stage(self, name: str, unit: str, total: float = 1) -> Callable[[int, int], None]:
         """Begin a stage; returns what to call with (done, total)."""
+        self._bars.start()
         task = self._bars.add_task(name, total=total, unit=unit)
 
         def tick(done: int, total: int) -> None:
             self._bars.update(task, completed=done, total=total)
 
         return tick
+
+    def left_out(self, what: str, skipped: Sequence[tuple[str, str]]) -> None:
+        """Say which inputs are left out: (path, reason) of each."""
+        if skipped:
+            self.console.print(f"[yellow]{len(skipped)} {what} left out:")
+            for path, reason in skipped[:5]:
+                self.console.print(f"  {path}: {reason}", markup=False)
 
 
 class Ticks(Callback):

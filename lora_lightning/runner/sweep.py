@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from lora_lightning.lora.config import NOMINAL_RANK, LoRAConfig
+from lora_lightning.registry import Registry
 
 _AT = re.compile(r"lora@(\d+|auto)")
 Rank = int | str
@@ -27,10 +28,10 @@ def rank_of(method: str) -> Rank | None:
     return found[1] if found[1] == "auto" else int(found[1])
 
 
-def method_of(name: str, methods: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def method_of(name: str, methods: Registry[Callable[..., Any]]) -> Callable[..., Any]:
     """The method of this name; ``lora@8`` is ``lora`` at rank 8."""
     rank = rank_of(name)
-    return methods[name] if rank is None else partial(methods["lora"], rank=rank)
+    return methods.get(name) if rank is None else partial(methods.get("lora"), rank=rank)
 
 
 def at_rank(lora: LoRAConfig, rank: Rank | None) -> LoRAConfig:

@@ -1,28 +1,35 @@
-"""What every kind of run needs: a quiet trainer, threads, checks of the plan, versions."""
+"""A quiet trainer by a run's settings, and torch's threads."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lora_lightning.errors import ConfigError
-from lora_lightning.registry import unknown
-from lora_lightning.runner.sweep import rank_of
+from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.registry import Registry
+from lora_lightning.runner.settings import RunConfig
+
+# Name → a logger that writes into this folder.
+LOGGERS: Registry[Callable[[str], Logger]] = Registry("logger")
 
 
-class RunConfig(Protocol):
-    """What `make_trainer` reads of a run's configuration."""
+@LOGGERS.register("csv")
+def _csv(folder: str) -> Logger:
+    return CSVLogger(folder, name="logs")
 
-    accelerator: str
-    out: str
+
+@LOGGERS.register("tensorboard")
+def _tensorboard(folder: str) -> Logger:
+    try:
+        return TensorBoardLogger(folder, name="logs")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("logger=tensorboard: pip install tensorboard") from error
 
 
 def make_trainer(
@@ -32,18 +39,24 @@ def make_trainer(
     max_steps: int = -1,
     **settings: Any,
 ) -> Trainer:
-    """A trainer that shows nothing and writes nothing by itself.
+    """A trainer that shows nothing, and logs only what `config.logger` asks for.
+
+    Without epochs or steps it predicts: on one device, so that no item is missing or doubled.
 
     Raises:
-        ConfigError: there is no such accelerator, or not here.
+        ConfigError: there is no such accelerator, or not here; or no such logger.
     """
+    logger = LOGGERS.get(config.logger)(config.out) if config.logger else None
+    trains = max_epochs != 0 or max_steps > 0
+    if trains and logger:
+        settings["log_every_n_steps"] = 1  # a target has few batches
     try:
         return Trainer(
             max_epochs=max_epochs,
             max_steps=max_steps,
             accelerator=config.accelerator,
-            devices=1,
-            logger=False,
+            devices=config.devices if trains else 1,
+            logger=logger if trains and logger else False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -57,6 +70,11 @@ def make_trainer(
         ) from error
 
 
+def in_rounds(steps: int) -> dict[str, int]:
+    """Settings of a trainer whose callback brings other items in every round."""
+    return {"max_epochs": -1, "max_steps": steps, "reload_dataloaders_every_n_epochs": 1}
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Within the block torch uses so many threads of the CPU; None: as many as it would."""
@@ -67,23 +85,3 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[str]) -> None:
-    """Raise ConfigError for a method that is not known, or seeds that cannot be used."""
-    for name in methods:
-        if name not in known and (rank_of(name) is None or "lora" not in known):
-            raise ConfigError(f"methods: {unknown('method', name, known)}")
-    if not seeds or not methods:
-        raise ConfigError("seeds and methods must not be empty")
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds must be different and 0 or more, got {list(seeds)}")
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Name → version of what a run depends on; `packages` are further ones. Hardware last."""
-    found = {"lora-lightning": version("lora-lightning"), "python": platform.python_version()}
-    found["torch"] = torch.__version__
-    found |= {name: version(name) for name in ("lightning", *packages)}
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {**found, "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores{gpu}"}

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from torch import Tensor
 
 from lora_lightning.errors import DataError
 from lora_lightning.runner.progress import Stages
-from lora_lightning.speech.data.audio import checked
+from lora_lightning.speech.data.audio import checked, read_audio
 from lora_lightning.speech.data.manifests import load_utterances
 from lora_lightning.speech.data.synthetic.acoustics import environment
 from lora_lightning.speech.data.synthetic.espeak import Voice
@@ -22,6 +23,7 @@ from lora_lightning.speech.data.utterances import Utterance, by_speaker
 from lora_lightning.speech.settings import Config, SpeechDataSettings
 
 Transform = Callable[[Tensor, Utterance], Tensor]
+PLAYED = 8  # held-out recordings of a target that are kept as audio, where it is transformed
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ class Domain:
             found.append(utterance)
             total += utterance.seconds
         return found
+
+    def sounds(self, out: Path, sample_rate: int) -> list[str]:
+        """Audio files of held-out recordings, as a model hears them; some, if they are made."""
+        if self.transform is None:
+            return [str(item.path) for item in self.held_out]
+        folder, paths = out / "audio" / self.name, []
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in self.held_out[:PLAYED]:
+            path = folder / f"{item.path.parent.name}-{item.path.stem}.flac"
+            waveform = self.transform(read_audio(item.path, sample_rate), item)
+            soundfile.write(path, waveform.clamp(-1, 1).numpy(), sample_rate)
+            paths.append(str(path))
+        return paths
 
 
 @dataclass

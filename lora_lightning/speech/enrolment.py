@@ -82,14 +82,6 @@ class SpeakerSettings:
     lexicon: Lexicon | None = None
 
 
-@dataclass
-class Place:
-    """Where a trainer runs and may write."""
-
-    accelerator: str
-    out: str
-
-
 def judged(
     base: NamedRecogniser,
     name: str,

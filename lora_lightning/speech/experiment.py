@@ -1,50 +1,107 @@
-"""`Context`: what the methods of a speech run have in common."""
+"""`Recognition`: a recogniser is adapted to each speaker, or to each acoustic environment."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from lora_lightning.report.results import Row, Run
-from lora_lightning.runner.progress import Stages
-from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.errors import ConfigError
+from lora_lightning.report.results import Transcript
+from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
+from lora_lightning.runner.checks import at_least, step_a_round
+from lora_lightning.runner.experiment import Experiment
+from lora_lightning.runner.trainer import in_rounds, make_trainer
+from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.speech_data import SpeechData
-from lora_lightning.speech.domains import Domain, Recordings
-from lora_lightning.speech.settings import Adaptation, Config
+from lora_lightning.speech.data.utterances import Utterance
+from lora_lightning.speech.domains import Domain, recordings
+from lora_lightning.speech.methods import METHODS, FrozenBatchNorm
+from lora_lightning.speech.self_training import PseudoTranscriptCallback
+from lora_lightning.speech.settings import Config
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
-from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.training.lora_callback import LoRACallback
 
 
-@dataclass
-class Context:
-    """What a method may use: the recordings, the source model, ways to train and measure.
+class Recognition(Experiment[Config]):
+    """One case for each target and size of its enrolment; answers are domain → texts."""
 
-    Attributes:
-        source: the source model; a method works on a copy of it (`fresh`).
-        hypotheses: (method, domain) → what was understood of the held-out recordings.
-        run: what the report is made of; a method may add spectra and notes.
-    """
+    metric = "WER"
+    methods = METHODS
+    packages = ("torchaudio",)
+    gradient_clip = 5.0
 
-    config: Config
-    recordings: Recordings
-    source: ConformerCTC
-    seed: int
-    stages: Stages
-    run: Run
-    hypotheses: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        config, sizes = self.config, self.config.enrolment
+        if not sizes or min(sizes) < 1 or sorted(set(sizes)) != sizes:
+            raise ConfigError(f"enrolment must be sizes in rising order, at least 1; got {sizes}")
+        if config.headline not in sizes:
+            raise ConfigError(f"headline must be one of enrolment={sizes}, got {config.headline}")
+        for name in ("lora", "full"):
+            steps = getattr(config.train, name).steps
+            if len(steps) != len(sizes) or min(steps) < 1:
+                raise ConfigError(
+                    f"train.{name}.steps must hold a number of steps for each size of "
+                    f"enrolment={sizes}, got {steps}"
+                )
+        at_least(config, 1, ["data.test"])
+        self._check_unlabelled()
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the first seed, which the report shows where it shows one."""
-        return self.seed == self.config.seeds[0]
+    def _check_unlabelled(self) -> None:
+        settings, seconds = self.config.train.label_free, self.config.unlabelled
+        step_a_round(settings.steps, settings.keep)
+        if not seconds or min(seconds) <= 0:
+            raise ConfigError(f"unlabelled must hold numbers of seconds above 0: {seconds}")
+        # The callback checks what it is given; better now than after the source model's training.
+        PseudoTranscriptCallback([Utterance(Path("none"))], keep=settings.keep)
+        if (decay := settings.teacher_decay) is not None and not 0 <= decay < 1:
+            raise ConfigError(f"train.label_free.teacher_decay: {decay} not in [0, 1)")
+        LoRACallback(self.config.lora, batch_norm=settings.batch_norm)
+        if self.config.data.lexicon is not None:
+            Lexicon.read(self.config.data.lexicon)
+
+    # ---- data and source model ---------------------------------------------------------------
+
+    def load(self) -> None:
+        """Find, or let speak, the recordings."""
+        config, run, path = self.config, self.run, self.config.model.checkpoint
+        self._given = None if path is None else load_recogniser(path)
+        rate = 16000 if self._given is None else self._given.sample_rate
+        self.recordings = heard = recordings(config, rate, self._given is None, self.stages)
+        self.stages.left_out("recordings are", heard.skipped)
+        what = "environment" if config.data.environments else "speaker"
+        run.data_root = Path(config.data.target or config.out)
+        run.skipped, run.read_audio = heard.skipped, read_audio
+        run.notes += [
+            f"One adapter for each {what} and size of enrolment; {config.data.test} held-out "
+            f"recordings of each of {len(heard.domains)} {what}s, which no training hears.",
+            "Every method starts from the same source model, with the same enrolment.",
+        ]
+
+    def source(self) -> ConformerCTC:
+        """The user's own, the package's, or trained on the source's recordings."""
+        model = self._trained() if self._given is None else self._given
+        # An adapter is of use together with the model that it was made for only.
+        save_recogniser(model, Path(self.config.out, "source.safetensors"))
+        return model
+
+    def _trained(self) -> ConformerCTC:
+        data = self.config.data
+        seed_everything(data.seed, verbose=False)
+        sizes = {k: v for k, v in vars(self.config.model).items() if k != "checkpoint"}
+        model = ConformerCTC(**sizes)
+        heard = self.recordings.source
+        source = SpeechData(train=heard, batch_seconds=data.batch_seconds, seed=data.seed)
+        self.train_source(model, source)
+        # Rounded as the file rounds them: the model that is measured is the one that is kept.
+        return model.half().float()
 
     def lexicon(self) -> Lexicon | None:
         """The words that may be said, where they are known."""
@@ -53,79 +110,85 @@ class Context:
             return Lexicon.read(data.lexicon)
         return None if data.target else spoken_lexicon()
 
-    def named(self, domain: Domain, what: str) -> str:
-        """A name for this seed's adapter: the first seed's is plain."""
-        return f"{domain.name}-{what}" + ("" if self.first else f"-seed{self.seed}")
+    # ---- cases -------------------------------------------------------------------------------
 
-    def fresh(self) -> ConformerCTC:
-        """A copy of the source model, and the random numbers that every method starts with."""
-        seed_everything(self.seed, verbose=False)
-        return copy.deepcopy(self.source)
+    def cases(self, what: str) -> Iterator[Case]:
+        """Each target, for each size of the enrolment or each number of seconds."""
+        sizes: Sequence[int | None] = {
+            LABELS: self.config.enrolment,
+            NO_LABELS: self.config.unlabelled,
+        }.get(what, [None])
+        form = {LABELS: "{} target labels", NO_LABELS: "no labels, {} s"}.get(what, "")
+        unit = "s" if what == NO_LABELS else ""
+        for size in sizes:
+            for domain in self.recordings.domains:
+                name = f"{domain.name}-{size}{unit}"
+                yield Case(name, domain, [domain], form.format(size), size)
 
-    def fit(
-        self,
-        model: ConformerCTC,
-        settings: Adaptation,
-        domain: Domain,
-        size: int,
-        callbacks: Sequence[Callback] = (),
-    ) -> float:
-        """Train `model` on the domain's enrolment of this size; returns the seconds."""
-        steps = settings.steps[self.config.enrolment.index(size)]
-        model.augment = spec_augment() if settings.spec_augment else None
-        module = CTCRecognition(
-            model.train(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+    def task(self, model: ConformerCTC, stage: Any) -> CTCRecognition:
+        """By CTC, with SpecAugment unless the stage says otherwise."""
+        model.augment = spec_augment() if getattr(stage, "spec_augment", True) else None
+        return CTCRecognition(model.train(), **stage.arguments())
+
+    def fit_data(self, case: Case, stage: Any) -> SpeechData:
+        """The domain's enrolment of this size."""
+        return SpeechData(
+            train=case.train.enrolment(case.size, self.seed),
+            sample_rate=self.source_model.sample_rate,
+            max_batch=stage.batch,
+            transform=case.train.transform,
+            seed=self.seed,
         )
-        data = SpeechData(
-            train=domain.enrolment(size, self.seed),
+
+    def length(self, case: Case, stage: Any) -> dict[str, int]:
+        """The steps of this size of enrolment."""
+        assert case.size is not None
+        steps = stage.steps[self.config.enrolment.index(case.size)]
+        return {"max_epochs": -1, "max_steps": steps}
+
+    def full_callbacks(self) -> list[Callback]:
+        """BatchNorm as under the adapter."""
+        return [FrozenBatchNorm()] if self.batch_norm == "frozen" else []
+
+    def shows(self, case: Case, rank: int | str | None) -> bool:
+        """The first of the headline's size."""
+        return case.size == self.config.headline and not self.run.spectra
+
+    def unlabelled(self, model: ConformerCTC, case: Case) -> Unlabelled:
+        """On transcripts that the recogniser writes itself; decoded with a lexicon too."""
+        settings, domain, lexicon = self.config.train.label_free, case.train, self.lexicon()
+        heard = domain.unlabelled(case.size, self.seed)
+        pseudo = PseudoTranscriptCallback(
+            heard,
+            lexicon,
+            keep=settings.keep,
+            teacher_decay=settings.teacher_decay,
             sample_rate=model.sample_rate,
             max_batch=settings.batch,
             transform=domain.transform,
             seed=self.seed,
         )
-        trainer = make_trainer(
-            self.config, callbacks, max_epochs=-1, max_steps=steps, gradient_clip_val=5.0
+        return Unlabelled(
+            self.task(model, settings),
+            lambda: self._tell(case, heard, pseudo),
+            pseudo.data,
+            [pseudo],
+            in_rounds(settings.steps),
+            settings.batch_norm,
+            {"": {}} if lexicon is None else {"": {}, ", lexicon": {"lexicon": lexicon}},
         )
-        start = time.perf_counter()
-        trainer.fit(module, datamodule=data)
-        return time.perf_counter() - start
 
-    def measure(
-        self,
-        method: str,
-        model: nn.Module,
-        domain: Domain,
-        seconds: float,
-        parameters: int = 0,
-        file_bytes: int | None = None,
-        items: int | None = None,
-        lexicon: Lexicon | None = None,
-    ) -> list[Row]:
+    def measure(self, label: str, case: Case, adapted: Adapted) -> list[tuple[str, str, float]]:
         """WER and CER on the domain's held-out recordings, decoded with a lexicon if given."""
-        found = self.understood(model, domain, lexicon)
-        return self.score(method, found, domain, seconds, parameters, file_bytes, items)
+        [domain] = case.tested
+        return self.score(label, domain, self.understood(adapted.model, domain, **adapted.decoding))
 
-    def score(
-        self,
-        method: str,
-        found: list[str],
-        domain: Domain,
-        seconds: float,
-        parameters: int = 0,
-        file_bytes: int | None = None,
-        items: int | None = None,
-    ) -> list[Row]:
+    def score(self, label: str, domain: Domain, found: list[str]) -> list[tuple[str, str, float]]:
         """WER and CER of what was understood of the domain's held-out recordings."""
-        self.hypotheses[method, domain.name] = found
-        said = [self.source.labels.normalise(u.text or "") for u in domain.held_out]
+        self.answers.setdefault(label, {})[domain.name] = found
+        said = [self.source_model.labels.normalise(u.text or "") for u in domain.held_out]
         rates = {"WER": word_error_rate(found, said), "CER": char_error_rate(found, said)}
-        return [
-            Row(
-                method, domain.name, self.seed, metric, float(rate), parameters, seconds,
-                file_bytes, items,
-            )
-            for metric, rate in rates.items()
-        ]  # fmt: skip
+        return [(domain.name, metric, float(rate)) for metric, rate in rates.items()]
 
     def understood(
         self, model: nn.Module, domain: Domain, lexicon: Lexicon | None = None
@@ -133,12 +196,47 @@ class Context:
         """What the model writes for each held-out recording."""
         data = SpeechData(
             test=domain.held_out,
-            sample_rate=self.source.sample_rate,
+            sample_rate=self.source_model.sample_rate,
             batch_seconds=self.config.data.batch_seconds,
             transform=domain.transform,
         )
-        trainer = make_trainer(self.config)
-        module = CTCRecognition(model, self.source.labels, lexicon=lexicon)
-        batches: Any = trainer.predict(module, data)
+        module = CTCRecognition(model, self.source_model.labels, lexicon=lexicon)
+        batches: Any = make_trainer(self.config).predict(module, data)
         found = {t.path: t.text for batch in batches for t in batch}
         return [found.get(str(item.path), "") for item in domain.held_out]
+
+    # ---- examples ----------------------------------------------------------------------------
+
+    def shown(self) -> Sequence[str]:
+        """The adapter at the headline's size; else the one that heard most without labels."""
+        unlabelled = [f"LoRA, no labels, {s} s" for s in self.config.unlabelled]
+        return [*unlabelled, f"LoRA, {self.config.headline} target labels"]
+
+    def show(self, before: dict[str, list[str]], after: dict[str, list[str]]) -> None:
+        """The held-out recordings before and after adaptation."""
+        for domain in self.recordings.domains:
+            sounds = domain.sounds(Path(self.config.out), self.source_model.sample_rate)
+            for index, item in enumerate(domain.held_out):
+                texts = before[domain.name][index], after[domain.name][index]
+                audio = sounds[index] if index < len(sounds) else None
+                self._transcript(domain, item, *texts, audio=audio)
+
+    def _transcript(self, domain: Domain, item: Utterance, old: str, new: str, **more: Any) -> None:
+        said = self.source_model.labels.normalise(item.text or "")
+        found = Transcript(item.path.name, domain.name, said, old, new, self.seed, **more)
+        self.run.transcripts.append(found)
+
+    def _tell(
+        self, case: Case, heard: Sequence[Utterance], pseudo: PseudoTranscriptCallback
+    ) -> None:
+        """What the recordings that most was learnt from were taken for, before and after."""
+        if case.size != max(self.config.unlabelled):
+            return
+        for item in heard:
+            path = str(item.path)
+            before, after = (x.get(path) for x in (pseudo.source_, pseudo.transcripts_))
+            if before is not None and after is not None:
+                when = pseudo.changed_in_.get(path, 0)
+                more: dict[str, Any] = {"split": "target", "round": when}
+                more["confidence"] = round(1 - after.distance, 4)
+                self._transcript(case.train, item, before.label, after.label, **more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.runner.settings import Optimisation, RunConfig, Scheduled
 
 
 @dataclass
@@ -83,41 +83,36 @@ class RecogniserSettings:
 
 
 @dataclass
-class SourceTraining:
+class SourceTraining(Optimisation):
     """Training of the source model, as `lora_lightning.speech.tasks.ctc.CTCRecognition` takes it.
 
     Args:
         epochs: Passes over the source.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
     """
 
-    epochs: int = 10
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
+    epochs: int = 10
 
 
 @dataclass
-class Adaptation:
+class Adaptation(Optimisation):
     """Training on the enrolment of a target.
 
     Args:
+        learning_rate: Peak learning rate of AdamW, one-cycle.
         steps: Optimizer steps, for each size of `enrolment`.
         batch: Recordings in a batch, at most.
-        learning_rate: Peak learning rate of AdamW, one-cycle.
-        weight_decay: Weight decay of AdamW.
         spec_augment: Mask bands and frames at random.
     """
 
+    weight_decay: float = 0.0
     steps: list[int] = field(default_factory=lambda: [40, 60, 120])
     batch: int = 10
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
     spec_augment: bool = True
 
 
 @dataclass
-class LabelFreeAdaptation:
+class LabelFreeAdaptation(Scheduled):
     """Training on recordings of a target without their transcripts, as
     `lora_lightning.speech.self_training.PseudoTranscriptCallback` does it.
 
@@ -125,21 +120,18 @@ class LabelFreeAdaptation:
         steps: Optimizer steps, in all rounds together.
         keep: Part of the recordings that each round learns, in turn.
         batch: Recordings in a batch, at most.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
         spec_augment: Mask bands and frames at random.
         batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
         teacher_decay: Decay of a moving average of the factors, which then writes the labels;
             null: the model itself does.
     """
 
-    steps: int = 200
-    keep: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8, 0.9])
-    batch: int = 8
     learning_rate: float = 8e-3
     weight_decay: float = 0.0
     schedule: str = "cosine"
+    steps: int = 200
+    keep: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8, 0.9])
+    batch: int = 8
     spec_augment: bool = True
     batch_norm: str = "adapt"
     teacher_decay: float | None = None
@@ -163,44 +155,34 @@ class AdaptationStages:
 
 
 @dataclass
-class Config:
-    """A whole run.
+class Config(RunConfig):
+    """A speech run.
 
     Args:
-        kind: Which code runs the recipe.
-        name: Name of the run.
-        title: Title of table and report.
-        out: Folder for all results.
-        seeds: One run for each; they decide on enrolment, order and factors.
         methods: What is compared, keys of `lora_lightning.speech.methods.METHODS`.
         enrolment: Labelled recordings of a target that a method is given; one row for each.
         unlabelled: Seconds of a target's speech that a method without labels is given; one row for
             each. A target that has less gives all of its enrolment.
         headline: The size of `enrolment` that the report shows where it shows one.
-        accelerator: cpu, gpu, mps or auto, as Lightning has it.
         threads: Threads of the CPU that torch uses; null: as many as it would.
         batch_norm: BatchNorm statistics while a target is learnt: frozen, adapt or reset.
         data: The recordings.
         model: The recogniser.
         train: The trainings.
-        lora: The adapter, a `LoRAConfig`.
     """
 
     kind: str = "speech"
     name: str = "speech"
     title: str = "Domain adaptation of a speech recogniser"
     out: str = "runs/speech"
-    seeds: list[int] = field(default_factory=lambda: [0])
     methods: list[str] = field(
         default_factory=lambda: ["source_only", "lexicon", "label_free", "lora", "full"]
     )
     enrolment: list[int] = field(default_factory=lambda: [5, 20, 100])
     unlabelled: list[int] = field(default_factory=lambda: [90, 150])
     headline: int = 20
-    accelerator: str = "auto"
     threads: int | None = None
     batch_norm: str = "frozen"
     data: SpeechDataSettings = field(default_factory=SpeechDataSettings)
     model: RecogniserSettings = field(default_factory=RecogniserSettings)
     train: AdaptationStages = field(default_factory=AdaptationStages)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,13 +16,13 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 from lora_lightning.errors import AdapterFileError, DataError
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.adapter_file.checks import check_base
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
 from lora_lightning.runner.progress import Ticks, quiet_lightning
-from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.runner.settings import RunConfig
+from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
 from lora_lightning.speech.enrolment import (
@@ -29,7 +30,6 @@ from lora_lightning.speech.enrolment import (
     KEPT,
     THERE,
     Outcome,
-    Place,
     SpeakerSettings,
     Tick,
     judged,
@@ -41,76 +41,20 @@ from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
 from lora_lightning.training.lora_callback import LoRACallback
 
-# Learn a speaker from recordings that nobody wrote down.
+
+@dataclass(frozen=True)
+class _Training:
+    """How a speaker is learnt, where the settings leave it open."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    schedule: str
+    batch_norm: str
 
 
-@contextmanager
-def _masked(model: nn.Module) -> Iterator[None]:
-    """Within the block our own recogniser trains with SpecAugment; torchaudio's have no place."""
-    if not isinstance(model, ConformerCTC):
-        yield
-        return
-    before, model.augment = model.augment, spec_augment()
-    try:
-        yield
-    finally:
-        model.augment = before
-
-
-def learn_untranscribed(
-    base: NamedRecogniser,
-    name: str,
-    adapter: str,
-    recordings: Sequence[Utterance],
-    canary: Sequence[Utterance],
-    path: Path,
-    settings: SpeakerSettings,
-    place: Place,
-    tick: Tick,
-) -> Outcome:
-    """Train an adapter on the recogniser's own transcripts, and keep it if the guard accepts it.
-
-    Args:
-        base: The recogniser, in training mode.
-        name: Of the speaker.
-        adapter: Of the adapter.
-        recordings: All of the speaker's; their texts are not looked at.
-        canary: Those with a transcript: an adapter that makes more errors on them is not kept.
-        path: The file to write.
-        settings: How.
-        place: Where a trainer runs and may write.
-        tick: Told the steps that are done.
-    """
-    pseudo = PseudoTranscriptCallback(
-        recordings,
-        settings.lexicon,
-        sample_rate=base.sample_rate,
-        max_batch=settings.batch or 8,
-        seed=settings.seed,
-    )
-    module = CTCRecognition(
-        base.model,
-        base.labels,
-        learning_rate=settings.learning_rate or 8e-3,
-        weight_decay=0.0,
-        schedule="cosine",
-    )
-    lora: LoRAConfig = without_head(settings.lora, base.model)
-    callback = LoRACallback(lora, name=adapter, output_dir=place.out, batch_norm="adapt")
-    trainer = make_trainer(
-        place,
-        [callback, pseudo, Ticks(tick)],
-        max_epochs=-1,
-        max_steps=settings.steps or 200,
-        gradient_clip_val=5.0,
-        reload_dataloaders_every_n_epochs=1,
-    )
-    with _masked(base.model):
-        trainer.fit(module, datamodule=pseudo.data)
-    if not pseudo.accepted_:
-        reason = pseudo.termination_condition_
-        return Outcome(name, KEPT, len(recordings), len(canary), reason=reason)
-    return judged(base, name, recordings, canary, path)
+_TRANSCRIBED = _Training(150, 4, 4e-3, "one-cycle", "frozen")
+_UNTRANSCRIBED = _Training(200, 8, 8e-3, "cosine", "adapt")
 
 
 def adapt_speakers(
@@ -168,15 +112,23 @@ def _one(
     labelled = [u for u in utterances if u.text and base.labels.encode(u.text)]
     adapter, model = re.sub(r"\W", "_", name), base.model.train()
     try:
-        with TemporaryDirectory() as folder, quiet_lightning():
-            if settings.untranscribed or not labelled:
-                place = Place(settings.accelerator, folder)
-                tick = stage(name)
-                return learn_untranscribed(
-                    base, name, adapter, utterances, labelled, path, settings, place, tick
-                )
+        # Without transcripts, those that are there judge: an adapter that errs more is not kept.
+        learn, test, pseudo = utterances, labelled, None
+        if settings.untranscribed or not labelled:
+            pseudo = PseudoTranscriptCallback(
+                learn,
+                settings.lexicon,
+                sample_rate=base.sample_rate,
+                max_batch=settings.batch or _UNTRANSCRIBED.batch,
+                seed=settings.seed,
+            )
+        else:
             learn, test = split(labelled, settings)
-            _learn(base, adapter, learn, settings, folder, stage(name))
+        with TemporaryDirectory() as folder, quiet_lightning():
+            _learn(base, adapter, learn, settings, folder, stage(name), pseudo)
+        if pseudo is not None and not pseudo.accepted_:
+            reason = pseudo.termination_condition_
+            return Outcome(name, KEPT, len(learn), len(test), reason=reason)
         return judged(base, name, learn, test, path)
     finally:
         if adapter in adapters(model):
@@ -191,23 +143,51 @@ def _learn(
     settings: SpeakerSettings,
     folder: str,
     tick: Tick,
+    pseudo: PseudoTranscriptCallback | None,
 ) -> None:
-    """Train an adapter on recordings with transcripts."""
-    rate = settings.learning_rate or 4e-3
-    module = CTCRecognition(base.model, base.labels, learning_rate=rate, weight_decay=0.0)
-    data = SpeechData(
-        train=learn,
-        sample_rate=base.sample_rate,
-        max_batch=settings.batch or 4,
-        seed=settings.seed,
+    """Train an adapter on recordings with transcripts, or on those that `pseudo` writes."""
+    how, lora = _TRANSCRIBED, settings.lora
+    steps: dict[str, int] = {"max_epochs": -1, "max_steps": settings.steps or how.steps}
+    if pseudo is not None:
+        how, lora = _UNTRANSCRIBED, without_head(settings.lora, base.model)
+        steps = in_rounds(settings.steps or how.steps)
+    module = CTCRecognition(
+        base.model,
+        base.labels,
+        learning_rate=settings.learning_rate or how.learning_rate,
+        weight_decay=0.0,
+        schedule=how.schedule,
+    )
+    data: SpeechData = (
+        pseudo.data
+        if pseudo is not None
+        else SpeechData(
+            train=learn,
+            sample_rate=base.sample_rate,
+            max_batch=settings.batch or how.batch,
+            seed=settings.seed,
+        )
     )
     # The callback's own file is not the one to keep: it is not judged yet.
-    callback = LoRACallback(settings.lora, name=adapter, output_dir=folder)
+    callback = LoRACallback(lora, name=adapter, output_dir=folder, batch_norm=how.batch_norm)
     trainer = make_trainer(
-        Place(settings.accelerator, folder),
-        [callback, Ticks(tick)],
-        max_epochs=-1,
-        max_steps=settings.steps or 150,
+        RunConfig(accelerator=settings.accelerator, out=folder),
+        [callback, *([] if pseudo is None else [pseudo]), Ticks(tick)],
         gradient_clip_val=5.0,
+        **steps,
     )
-    trainer.fit(module, datamodule=data)
+    with nullcontext() if pseudo is None else _masked(base.model):
+        trainer.fit(module, datamodule=data)
+
+
+@contextmanager
+def _masked(model: nn.Module) -> Iterator[None]:
+    """Within the block our own recogniser trains with SpecAugment; torchaudio's have no place."""
+    if not isinstance(model, ConformerCTC):
+        yield
+        return
+    before, model.augment = model.augment, spec_augment()
+    try:
+        yield
+    finally:
+        model.augment = before

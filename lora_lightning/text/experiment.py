@@ -1,148 +1,194 @@
-"""`Context`: what the methods of a translation run have in common."""
+"""`Translating`: a translator is adapted to each domain of text, with an adapter of its own."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from torchmetrics.functional.text import sacre_bleu_score
 
-from lora_lightning.report.results import Row, Run
-from lora_lightning.runner.progress import Stages
-from lora_lightning.runner.settings import TrainSettings
-from lora_lightning.runner.trainer import make_trainer
-from lora_lightning.text.decoding import Adjust
+from lora_lightning.report.results import Transcript
+from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case, Unlabelled
+from lora_lightning.runner.checks import at_least, step_a_round
+from lora_lightning.runner.experiment import Experiment
+from lora_lightning.runner.trainer import in_rounds, make_trainer
+from lora_lightning.text.domains import read_domains
+from lora_lightning.text.methods import METHODS
 from lora_lightning.text.parallel import Pair, ParallelData
+from lora_lightning.text.self_training import PseudoTranslationCallback, check_rounds
 from lora_lightning.text.settings import Config
+from lora_lightning.text.subwords import Subwords
 from lora_lightning.text.translation import Translation
-from lora_lightning.text.translators import Translator
+from lora_lightning.text.translation_memory import check_memory
+from lora_lightning.text.translators import Translator, load_translator, save_translator
+
+AT_LEAST_ONE = (
+    "labelled", "unlabelled", "data.test", "data.batch_size", "data.target_batch_size",
+    "data.registers.source_train", "train.source.epochs", "train.lora.epochs", "train.full.epochs",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Domain:
-    """A kind of text.
-
-    Attributes:
-        name: of the domain.
-        train: pairs to draw from.
-        test: held-out pairs.
-    """
-
-    name: str
-    train: list[Pair]
-    test: list[Pair]
-
-    def drawn(self, count: int, seed: int) -> list[Pair]:
-        """Pairs drawn for this seed; fewer draws are a part of more."""
-        order = np.random.default_rng(seed).permutation(len(self.train))
-        return [self.train[i] for i in order[:count]]
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A translator that a method made for a domain, and what it cost."""
-
-    model: Translator
-    seconds: float
-    parameters: int = 0
-    file_bytes: int | None = None
-    adjust: Adjust | None = None
-
-
-@dataclass
-class Context:
-    """What a method may use: the pairs, the source model, ways to train and measure.
+class Translating(Experiment[Config]):
+    """One case for each target, measured on the source domain too; answers are domain → texts.
 
     Attributes:
         everyday: the source domain.
         targets: the domains to adapt to.
-        source: the source model; a method works on a copy of it (`fresh`).
-        written: (method, domain) → what was written for the held-out sentences.
-        run: what the report is made of; a method may add spectra and notes.
     """
 
-    config: Config
-    everyday: Domain
-    targets: list[Domain]
-    source: Translator
-    seed: int
-    stages: Stages
-    run: Run
-    written: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    metric = "BLEU"
+    methods = METHODS
+    packages = ("torchmetrics",)
+    gradient_clip = 1.0
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the first seed, which the report shows where it shows one."""
-        return self.seed == self.config.seeds[0]
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        config, own = self.config, self.config.train.label_free
+        at_least(config, 1, AT_LEAST_ONE)
+        # All of these check what they are given; better now than after the source's training.
+        tiny = Translator(Subwords.learn(["a"]), dim=2, num_layers=1, num_heads=1, ffn_dim=2)
+        for stage in (config.train.source, config.train.lora, config.train.full):
+            self.task(tiny, stage)
+        check_memory(**vars(config.memory))
+        check_rounds(own.keep, own.dropped)
+        step_a_round(own.steps, own.keep)
+        self.task(tiny, own)
 
-    def named(self, domain: Domain, what: str = "") -> str:
-        """A name for this seed's adapter: the first seed's is plain."""
-        return domain.name + what + ("" if self.first else f"-seed{self.seed}")
+    # ---- data and source model ---------------------------------------------------------------
 
-    def fresh(self) -> Translator:
-        """A copy of the source model, and the random numbers that every method starts with."""
-        seed_everything(self.seed, verbose=False)
-        return copy.deepcopy(self.source)
+    def load(self) -> None:
+        """Read the pairs, or make them by the grammar."""
+        self.everyday, *self.targets = read_domains(self.config)
+        self.run.texts = "translations"
+        self.run.data_root = Path(self.config.data.pairs or self.config.out)
+        self.run.notes += [
+            f"One adapter for each of {len(self.targets)} target domains, from "
+            f"{self.config.labelled} labelled pairs of it; {len(self.everyday.test)} held-out "
+            "pairs of each domain, which no training sees.",
+            "Every method starts from the same source model, with the same pairs. In the column "
+            "of the source domain is the mean over all adapters: what is lost there was forgotten.",
+        ]
 
-    def labelled(self, domain: Domain) -> list[Pair]:
+    def source(self) -> Translator:
+        """The user's own, or trained on the source domain."""
+        path = self.config.model.checkpoint
+        model = load_translator(path) if path else self._trained()
+        # An adapter is of use together with the model that it was made for only.
+        save_translator(model, Path(self.config.out, "source.safetensors"))
+        return model
+
+    def _trained(self) -> Translator:
+        given, seed = self.config.data, self.config.data.seed
+        seed_everything(seed, verbose=False)
+        texts = [text for p in self.everyday.train for text in (p.source, p.target)]
+        sizes = {k: v for k, v in vars(self.config.model).items() if k != "checkpoint"}
+        model = Translator(Subwords.learn(texts, sizes.pop("merges")), **sizes)
+        pairs = self.everyday.train
+        data = ParallelData(model.subwords, pairs, batch_size=given.batch_size, seed=seed)
+        self.train_source(model, data)
+        return model.eval()
+
+    # ---- cases -------------------------------------------------------------------------------
+
+    def cases(self, what: str) -> Iterator[Case]:
+        """Each target; the source domain, which no method changes, is measured once at first."""
+        for index, domain in enumerate(self.targets):
+            if what == NOTHING:
+                tested = [domain] if index else [self.everyday, domain]
+                yield Case(domain.name, domain, tested)
+            elif what == LABELS:
+                tested, size = [domain, self.everyday], self.config.labelled
+                yield Case(domain.name, domain, tested, "target labels", size)
+            elif what == NO_LABELS:
+                yield Case(domain.name, domain, [domain, self.everyday], "no labels")
+
+    def task(self, model: Translator, stage: Any) -> Translation:
+        """A `Translation`."""
+        return Translation(model.train(), **stage.arguments())
+
+    def labelled(self, case: Case) -> list[Pair]:
         """The pairs that a method with labels is given."""
-        return domain.drawn(self.config.labelled, self.seed)
+        drawn: list[Pair] = case.train.drawn(self.config.labelled, self.seed)
+        return drawn
 
-    def fit(
-        self,
-        model: Translator,
-        settings: TrainSettings,
-        domain: Domain,
-        callbacks: Sequence[Callback] = (),
-    ) -> float:
-        """Train `model` on the domain's labelled pairs; returns the seconds."""
-        data = ParallelData(
+    def fit_data(self, case: Case, stage: Any) -> ParallelData:
+        """The domain's labelled pairs."""
+        subwords, size = self.source_model.subwords, self.config.data.target_batch_size
+        return ParallelData(subwords, self.labelled(case), batch_size=size, seed=self.seed)
+
+    def unlabelled(self, model: Translator, case: Case) -> Unlabelled:
+        """On translations that the translator writes itself."""
+        settings = self.config.train.label_free
+        pairs = case.train.drawn(self.config.unlabelled, self.seed)
+        own = PseudoTranslationCallback(
+            [p.source for p in pairs],
             model.subwords,
-            self.labelled(domain),
+            {word for p in self.everyday.train for word in p.target.split()},
+            keep=settings.keep,
+            dropped=settings.dropped,
             batch_size=self.config.data.target_batch_size,
             seed=self.seed,
         )
-        trainer = make_trainer(
-            self.config, callbacks, max_epochs=settings.epochs, gradient_clip_val=1.0
-        )
-        start = time.perf_counter()
-        trainer.fit(translation(model.train(), settings), datamodule=data)
-        return time.perf_counter() - start
+        task, length = self.task(model, settings), in_rounds(settings.steps)
+        return Unlabelled(task, lambda: self._tell(case, pairs, own), own.data, [own], length)
 
-    def measure(self, method: str, domain: Domain, adapted: Adapted) -> list[Row]:
-        """BLEU, and whole sentences that are right, on a domain's held-out pairs."""
-        found = self.translated(adapted, domain)
-        if domain is not self.everyday:
-            self.written[method, domain.name] = found
-        wanted = [p.target for p in domain.test]
-        right = fmean(a == b for a, b in zip(found, wanted, strict=True))
-        bleu = float(sacre_bleu_score(found, [[w] for w in wanted]))
-        items = self.config.labelled if "target labels" in method else None
-        return [
-            Row(
-                method, domain.name, self.seed, metric, value, adapted.parameters,
-                adapted.seconds, adapted.file_bytes, items,
-            )
-            for metric, value in {"BLEU": bleu, "exact": right}.items()
-        ]  # fmt: skip
+    def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
+        """BLEU, and whole sentences that are right, on held-out pairs."""
+        for domain in case.tested:
+            found = self.translated(adapted, domain.test)
+            if domain is not self.everyday:
+                self.answers.setdefault(label, {})[domain.name] = found
+            wanted = [p.target for p in domain.test]
+            yield domain.name, "BLEU", float(sacre_bleu_score(found, [[w] for w in wanted]))
+            right = fmean(a == b for a, b in zip(found, wanted, strict=True))
+            yield domain.name, "exact", right
 
-    def translated(self, adapted: Adapted, domain: Domain) -> list[str]:
-        """What is written for each held-out sentence."""
-        data = ParallelData(
-            self.source.subwords, test=domain.test, batch_size=self.config.data.batch_size
-        )
-        module = Translation(adapted.model, adjust=adapted.adjust)
+    def translated(self, adapted: Adapted, pairs: Sequence[Pair]) -> list[str]:
+        """What is written for each sentence."""
+        size = self.config.data.batch_size
+        data = ParallelData(self.source_model.subwords, test=pairs, batch_size=size)
+        module = Translation(adapted.model, **adapted.decoding)
         batches: Any = make_trainer(self.config).predict(module, datamodule=data)
         return [t.text for batch in batches for t in batch]
 
+    # ---- examples ----------------------------------------------------------------------------
 
-def translation(model: Translator, settings: TrainSettings) -> Translation:
-    """The module that trains `model` in this way; raises ConfigError for a bad value."""
-    s = settings
-    return Translation(model, s.learning_rate, s.weight_decay, s.label_smoothing, s.schedule)
+    def shown(self) -> Sequence[str]:
+        """The adapted model that the translations show."""
+        return ("LoRA, no labels", "full, target labels", "LoRA, target labels")
+
+    def show(self, before: dict[str, list[str]], after: dict[str, list[str]]) -> None:
+        """The held-out sentences before and after adaptation."""
+        for domain in self.targets:
+            texts = before[domain.name], after[domain.name]
+            self.run.transcripts += [
+                Transcript(pair.source, domain.name, pair.target, old, new, self.seed)
+                for pair, old, new in zip(domain.test, *texts, strict=True)
+            ]
+
+    def _tell(self, case: Case, pairs: list[Pair], own: PseudoTranslationCallback) -> None:
+        """How it ended, and what the sentences that were learnt from were taken for."""
+        name = case.train.name
+        self.run.notes.append(
+            f"LoRA, no labels, {name} (seed {self.seed}): {own.termination_condition_}; the state "
+            f"of round {own.accepted_} of {len(own.history_) - 1} is kept."
+        )
+        for pair in pairs:
+            before, after = own.source_[pair.source], own.translations_[pair.source]
+            self.run.transcripts.append(
+                Transcript(
+                    item=pair.source,
+                    domain=name,
+                    reference=pair.target,
+                    source=before.text,
+                    adapted=after.text,
+                    seed=self.seed,
+                    split="target",
+                    confidence=round(math.exp(after.log_probability), 4),
+                    round=own.changed_in_.get(pair.source, 0),
+                )
+            )

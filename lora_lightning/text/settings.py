@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.runner.settings import TrainSettings
+from lora_lightning.runner.settings import RunConfig, Scheduled, TrainStages
 
 
 @dataclass
@@ -86,7 +85,7 @@ class MemorySettings:
 
 
 @dataclass
-class SelfTraining:
+class SelfTraining(Scheduled):
     """Training without translations, as
     `lora_lightning.text.self_training.PseudoTranslationCallback` does it.
 
@@ -94,75 +93,55 @@ class SelfTraining:
         steps: Optimizer steps, in all rounds together.
         keep: Part of the sentences that each round learns, in turn.
         dropped: Probability of leaving out a word of a sentence to learn.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
         label_smoothing: Part of the target spread over all pieces.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
     """
 
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
     steps: int = 60
     keep: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5])
     dropped: float = 0.1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
     label_smoothing: float = 0.0
-    schedule: str = "cosine"
 
 
 @dataclass
-class TranslationStages:
+class TranslationStages(TrainStages):
     """The trainings of a run.
 
     Args:
-        source: Of the source model, on the source domain.
-        lora: Of the adapter, on the labelled pairs of a target.
-        full: Of all weights, on the same pairs.
         label_free: Of the adapter, on the target's sentences without translations.
     """
 
-    source: TrainSettings = field(default_factory=TrainSettings)
-    lora: TrainSettings = field(default_factory=TrainSettings)
-    full: TrainSettings = field(default_factory=TrainSettings)
     label_free: SelfTraining = field(default_factory=SelfTraining)
 
 
 @dataclass
-class Config:
-    """A whole run.
+class Config(RunConfig):
+    """A translation run.
 
     Args:
-        kind: Which code runs the recipe.
-        name: Name of the run.
-        title: Title of table and report.
-        out: Folder for all results.
-        seeds: One run for each; they decide on the labelled pairs, order and factors.
         methods: What is compared, keys of `lora_lightning.text.methods.METHODS`.
         labelled: Pairs of a target that a method with labels is given.
         unlabelled: Sentences of a target that a method without labels is given; fewer where it has
             fewer.
-        accelerator: cpu, gpu, mps or auto, as Lightning has it.
         threads: Threads of the CPU that torch uses; null: as many as it would.
         data: The pairs.
         model: The translator.
         memory: The baseline that trains nothing.
         train: The trainings.
-        lora: The adapter, a `LoRAConfig`.
     """
 
     kind: str = "translation"
     name: str = "translation"
     title: str = "Domain adaptation of a translator"
     out: str = "runs/translation"
-    seeds: list[int] = field(default_factory=lambda: [0])
     methods: list[str] = field(
         default_factory=lambda: ["source_only", "memory", "label_free", "lora", "full"]
     )
     labelled: int = 100
     unlabelled: int = 200
-    accelerator: str = "auto"
     threads: int | None = None
     data: PairSettings = field(default_factory=PairSettings)
     model: TranslatorSettings = field(default_factory=TranslatorSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     train: TranslationStages = field(default_factory=TranslationStages)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)

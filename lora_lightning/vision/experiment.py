@@ -1,190 +1,231 @@
-"""`Context`: what the methods of a run over pictures have in common; here for classification."""
+"""`Pictures`: what runs over domains of pictures have in common, whatever a label is.
+
+One adapter learns all target domains together: there is one case.
+"""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning import LightningModule
+from lightning.pytorch import seed_everything
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.target import Predicted, Target, predicted
-from lora_lightning.report.results import Row, Run
-from lora_lightning.runner.progress import Stages, Ticks
-from lora_lightning.runner.settings import TrainSettings
+from lora_lightning.adaptation.rounds import Round
+from lora_lightning.errors import ConfigError
+from lora_lightning.report.results import Prediction, Row
+from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
+from lora_lightning.runner.checks import at_least
+from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import make_trainer
-from lora_lightning.vision.classifier import Classifier
+from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.data.recipe_data import read_pictures
+from lora_lightning.vision.seen import Seen
 from lora_lightning.vision.settings import Config
 
-
-@dataclass(frozen=True)
-class Seen:
-    """What the source model says of some pictures.
-
-    Attributes:
-        said: its answers and features.
-        labels: (N,), for those who may look at them.
-        seconds: that it took.
-    """
-
-    said: Predicted
-    labels: Tensor
-    seconds: float
+NAME = "LoRA, no labels"
 
 
-@dataclass
-class Context:
-    """What a method may use: the data, the trained source model, and ways to train and measure.
+class Pictures(Experiment[Config]):
+    """A run over domains of pictures; its answers are (held-out pictures, outputs).
 
     Attributes:
-        source: the source model; a method works on a copy of it (`fresh`).
-        answers: method → (held-out items, outputs), as `measure` leaves them: probabilities.
-        run: what the report is made of; a method may add spectra and notes.
+        domains: reads the pictures.
+        data: the pictures.
+        looks: what the source model says of them, see `seen`.
     """
 
-    metric: ClassVar[str] = "accuracy"
-
-    config: Config
+    packages = ("timm",)
+    source_each_seed = True
+    counts_batches = True
+    separator = "_"
+    domains: ClassVar[type[ImageDomains]] = ImageDomains
     data: ImageDomains
-    source: nn.Module
-    seed: int
-    stages: Stages
-    run: Run
-    answers: dict[str, Tensor] = field(default_factory=dict)
-    _seen: dict[str, Seen] = field(default_factory=dict)
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the first seed, which the report shows where it shows one."""
-        return self.seed == self.config.seeds[0]
+    # ---- what a label is ---------------------------------------------------------------------
 
-    @property
-    def domains(self) -> list[str]:
-        """The source and each target domain, in the order in which they are measured."""
-        return [self.data.source, *self.data.target]
-
-    def named(self, name: str) -> str:
-        """A name for this seed's file: the first seed's is plain."""
-        return name if self.first else f"{name}-seed{self.seed}"
-
-    def fresh(self) -> nn.Module:
-        """A copy of the source model, and the random numbers that every method starts with."""
-        seed_everything(self.seed, verbose=False)
-        return copy.deepcopy(self.source)
-
-    def fit(
-        self,
-        model: nn.Module,
-        settings: TrainSettings,
-        domains: Sequence[str],
-        title: str,
-        callbacks: Sequence[Callback] = (),
-    ) -> float:
-        """Train `model` on the labelled training pictures of `domains`; returns the seconds."""
-        module = self.module(model, settings)
-        tick = self.stages.stage(title, "batches")
-        trainer = make_trainer(self.config, [*callbacks, Ticks(tick)], max_epochs=settings.epochs)
-        start = time.perf_counter()
-        trainer.fit(module, datamodule=self.data.on(train=domains))
-        return time.perf_counter() - start
-
-    def measure(
-        self,
-        method: str,
-        model: nn.Module,
-        seconds: float,
-        parameters: int = 0,
-        file_bytes: int | None = None,
-    ) -> list[Row]:
-        """The metric on the held-out pictures of the source and of each target domain."""
-        data = self.data.on(test=self.domains)
-        tick = self.stages.stage(f"  measuring {method}", "batches")
-        trainer = make_trainer(self.config, [Ticks(tick)])
-        outputs: Any = trainer.predict(self.module(model), datamodule=data)
-        return self.score(method, torch.cat(outputs), seconds, parameters, file_bytes)
-
-    # ---- what another kind of run does otherwise ----------------------------------------------
-
-    @staticmethod
-    def outputs(data: ImageDomains) -> int:
+    @abstractmethod
+    def outputs(self) -> int:
         """Numbers that the network gives for each picture."""
-        return len(data.classes)
 
-    @staticmethod
-    def module(model: nn.Module, settings: Any = None) -> Any:
-        """The LightningModule that trains `model` by these settings, and predicts."""
-        return Classifier(model) if settings is None else classifier(model, settings)
-
+    @abstractmethod
     def labels(self, items: Sequence[Item]) -> Tensor:
-        """The classes of pictures, as numbers."""
-        return torch.tensor([self.data.classes.index(i.class_name) for i in items])
+        """The labels of pictures, as numbers."""
 
+    @abstractmethod
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
         """What each picture contributes to the metric, (N,)."""
-        return answers.argmax(1) == self.labels(items)
 
+    @abstractmethod
     def label(self, item: Item) -> str:
         """What a picture shows, for people."""
-        return item.class_name
 
+    @abstractmethod
     def said(self, answer: Tensor) -> tuple[str, float]:
         """An answer (outputs,) for people, and how sure the network is of it, 0 to 1."""
-        return best(answer, self.data.classes)
 
-    # --------------------------------------------------------------------------------------------
+    @abstractmethod
+    def transductive(self, model: nn.Module, target: Any, training: Any = None) -> Any:
+        """The task that trains `model` on pictures without labels."""
 
-    def seen(self, which: str) -> Seen:
-        """The source model on the source's training pictures ("learnt"), or on the held-out ones
-        of the "source" or of all targets ("target"); looked at once.
-        """
-        if which not in self._seen:
-            data = self.data.on(train=[self.data.source])
-            pictures, items = data.unlabelled(), data.training_pictures()
-            if which != "learnt":
-                data = data.on(test=[data.source] if which == "source" else data.target)
-                pictures, items = data.predict_dataloader().dataset, data.held_out()
-            start = time.perf_counter()
-            model = self.fresh()
-            loader = Target(pictures).loader(2 * data.batch_size, shuffle=False)
-            said = predicted(model, model, loader, next(model.parameters()).device)
-            self._seen[which] = Seen(said, self.labels(items), time.perf_counter() - start)
-        return self._seen[which]
+    # ---- data and source model ---------------------------------------------------------------
 
-    def score(
-        self,
-        method: str,
-        answers: Tensor,
-        seconds: float,
-        parameters: int = 0,
-        file_bytes: int | None = None,
-    ) -> list[Row]:
-        """The rows of answers (held-out pictures of `domains` in order, outputs)."""
-        data = self.data.on(test=self.domains)
-        items = data.held_out()
-        self.answers[method] = answers
+    def begin(self, seed: int) -> None:
+        """See `Experiment.begin`."""
+        super().begin(seed)
+        self.looks: dict[str, Seen] = {}
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        stages, trained = self.config.train, ("source", "lora", "full", "label_free")
+        at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
+        for stage in (stages.source, stages.lora, stages.full):
+            self.task(nn.Identity(), stage)
+        if not 0 <= (jitter := stages.label_free.jitter) <= 1:
+            raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {jitter}")
+        self.transductive(nn.Identity(), torch.zeros(1, 1))
+        at_least(self.config, 2, ("data.size", "data.batch_size"))
+
+    def load(self) -> None:
+        """Read the pictures; without a folder of the user's own they are rendered."""
+        # The backbone first: a mistake in its name should not cost the reading of the pictures.
+        known: Any = getattr(self._backbone(2, []), "pretrained_cfg", None) or {}
+        self.data = data = read_pictures(self.domains, self.config.data, known, self.stages)
+        self.run.classes, self.run.data_root = data.classes, data.root
+        self.run.skipped = data.skipped
+        train, test = (sum(i.split == s for i in data.items) for s in ("train", "test"))
+        self.run.notes += [
+            f"One adapter for all target domains together; {len(data.classes)} classes, "
+            f"{train} training and {test} held-out pictures.",
+            "Every method starts from the same source model and is measured on the same held-out "
+            "pictures, which no training sees.",
+        ]
+
+    def _backbone(self, outputs: int, notices: list[str]) -> nn.Module:
+        m = self.config.model
+        return create_backbone(m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices)
+
+    def source(self) -> nn.Module:
+        """Trained on the source domain, for each seed."""
+        seed_everything(self.seed, verbose=False)
+        notices: list[str] = []
+        model = self._backbone(self.outputs(), notices)
+        self.run.notes += [n for n in notices if n not in self.run.notes]
+        self.train_source(model, self.data.on(train=[self.data.source]))
+        # The adapter is of use together with the model that it was made for only.
+        weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, Path(self.config.out) / f"{self.named('source')}.safetensors")
+        return model
+
+    # ---- the one case ------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Path:
+        """There are few: beside the report."""
+        return Path(self.config.out)
+
+    def cases(self, what: str) -> list[Case]:
+        """All target domains together, measured on the source too."""
+        given = {LABELS: "target labels", NO_LABELS: "no labels"}.get(what, "")
+        return [Case("adapter", self.data.target, [self.data.source, *self.data.target], given)]
+
+    def fit_data(self, case: Case, stage: Any) -> ImageDomains:
+        """The labelled training pictures."""
+        return self.data.on(train=case.train)
+
+    def unlabelled(self, model: nn.Module, case: Case) -> Unlabelled:
+        """See `transductive`."""
+        settings, pictures = self.config.train.label_free, self.data.on(train=case.train)
+        training = pictures.unlabelled(True, settings.jitter)
+        task: LightningModule = self.transductive(model, pictures.unlabelled(), training)
+        length = {"max_epochs": settings.epochs}
+        return Unlabelled(task, lambda: self.tell(task), trainer=length)
+
+    def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
+        """The metric on the held-out pictures of the source and of each target domain."""
+        bar = self.bar(f"  measuring {label}")
+        trainer = make_trainer(self.config, [bar])
+        task = self.task(adapted.model, self.config.train.source)
+        outputs: Any = trainer.predict(task, datamodule=self.data.on(test=case.tested))
+        return self._means(label, case, torch.cat(outputs))
+
+    def _means(self, label: str, case: Case, answers: Tensor) -> Iterator[tuple[str, str, float]]:
+        self.answers[label] = answers
+        items = self.data.on(test=case.tested).held_out()
         values = self.values(answers, items).double()
-        rows = []
-        for domain in self.domains:
-            value = float(values[torch.tensor([i.domain == domain for i in items])].mean())
-            rows.append(
-                Row(method, domain, self.seed, self.metric, value, parameters, seconds, file_bytes)
-            )
-        return rows
+        for domain in case.tested:
+            of = torch.tensor([i.domain == domain for i in items])
+            yield domain, self.metric, float(values[of].mean())
 
+    def score(self, label: str, answers: Tensor, seconds: float) -> list[Row]:
+        """The rows of answers that no training was needed for."""
+        [case] = self.cases("")
+        cost = Adapted(self.source_model, seconds)
+        return self.table(label, case, cost, self._means(label, case, answers))
 
-def classifier(model: nn.Module, settings: TrainSettings) -> Classifier:
-    """The module that trains `model` in this way; raises ConfigError for a bad value."""
-    s = settings
-    return Classifier(model, s.learning_rate, s.weight_decay, s.label_smoothing, s.schedule)
+    def shows(self, case: Case, rank: int | str | None) -> bool:
+        """At the recipe's own rank."""
+        return rank is None
 
+    def title(self, label: str) -> str:
+        """A row's name as its progress bar says it."""
+        return {
+            "LoRA, target labels": "LoRA with target labels",
+            "full, target labels": "full fine-tuning with target labels",
+        }.get(label, label)
 
-def best(probabilities: Tensor, classes: Sequence[str]) -> tuple[str, float]:
-    """The likeliest class of (K,) probabilities, and how likely it is."""
-    index = int(probabilities.argmax())
-    return classes[index], round(float(probabilities[index]), 4)
+    # ---- examples ----------------------------------------------------------------------------
+
+    def shown(self) -> Sequence[str]:
+        """The adapted model that the predictions show."""
+        return ("BatchNorm statistics", NAME, "full, target labels", "LoRA, target labels")
+
+    def show(self, before: Tensor, after: Tensor) -> None:
+        """The held-out target pictures before and after adaptation."""
+        items = self.data.on(test=[self.data.source, *self.data.target]).held_out()
+        self.run.predictions += [
+            self._prediction(item, old, new)
+            for item, old, new in zip(items, before, after, strict=True)
+            if item.domain != self.data.source
+        ]
+
+    @abstractmethod
+    def tell(self, task: Any) -> None:
+        """Call `tell_course` with what a task of `transductive` has done."""
+
+    def tell_course(
+        self, course: Any, before: Tensor, after: Tensor, changed_in: Sequence[int | None]
+    ) -> None:
+        """What the target's own pictures were taken for, and how it ended.
+
+        Args:
+            course: How it went, such as `lora_lightning.adaptation.rounds.Rounds`.
+            before: The source model's answers to the target's training pictures.
+            after: Those of the state that was kept.
+            changed_in: The round in which each changed, where that is known.
+        """
+        history: list[Round] = course.history_
+        self.run.rounds[self.seed] = [vars(r) for r in history]
+        where = "" if self.first else f" (seed {self.seed})"
+        self.run.notes.append(
+            f"{NAME}{where}: {course.termination_condition_}; the state of round "
+            f"{course.accepted_} of {len(history) - 1} is kept."
+        )
+        pictures = self.data.on(train=self.data.target).training_pictures()
+        rows = zip(pictures, before, after, changed_in, strict=True)
+        self.run.predictions += [
+            self._prediction(item, old, new, "target", NAME, changed)
+            for item, old, new, changed in rows
+        ]
+
+    def _prediction(self, item: Item, old: Tensor, new: Tensor, *more: Any) -> Prediction:
+        name = item.path.relative_to(self.data.root).as_posix()
+        said = *self.said(old), *self.said(new)
+        return Prediction(name, item.domain, self.label(item), *said, self.seed, *more)

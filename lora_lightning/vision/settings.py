@@ -1,11 +1,10 @@
-"""The typed configuration of a classification run; every field is a key of recipe.yaml."""
+"""The settings of runs over pictures; every field is a key of recipe.yaml."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.runner.settings import TrainSettings
+from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 
 
 @dataclass
@@ -81,145 +80,88 @@ class ModelSettings:
 
 
 @dataclass
-class LabelFreeSettings:
-    """Training without labels, as `lora_lightning.TransductiveTask` takes it.
+class PictureTraining(EpochTraining):
+    """Training on pictures without labels.
 
     Args:
         epochs: Passes over the target's pictures; after each the guard looks.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
-        objective: information-maximisation, minimum-class-confusion or entropy.
-        pseudo_label_weight: Of the pseudo-labels by class centroid in the loss.
-        diversity: How hard the predictions are spread over the classes; 0 for a target that
-            lacks classes.
         batch_norm: BatchNorm statistics before training: auto, source or target.
         batch_size: Pictures in a batch.
         jitter: Part by which brightness, contrast and saturation change at random in training,
-            while the pseudo-labels are of the pictures as they are; 0: not.
+            while the answers to learn are to the pictures as they are; 0: not.
     """
 
-    epochs: int = 4
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    schedule: str = "one-cycle"
-    objective: str = "information-maximisation"
-    pseudo_label_weight: float = 0.3
-    diversity: float = 1.0
     batch_norm: str = "auto"
     batch_size: int = 32
     jitter: float = 0.4
 
 
 @dataclass
-class TrainStages:
+class LabelFreeSettings(PictureTraining):
+    """Training without labels, as `lora_lightning.TransductiveTask` takes it.
+
+    Args:
+        objective: information-maximisation, minimum-class-confusion or entropy.
+        pseudo_label_weight: Of the pseudo-labels by class centroid in the loss.
+        diversity: How hard the predictions are spread over the classes; 0 for a target that
+            lacks classes.
+    """
+
+    objective: str = "information-maximisation"
+    pseudo_label_weight: float = 0.3
+    diversity: float = 1.0
+
+
+@dataclass
+class ClassifierStages(TrainStages):
     """The trainings of a run.
 
     Args:
-        source: Of the source model, on the source domain.
-        lora: Of the adapter, on the target domains with their labels.
-        full: Of all weights, on the target domains with their labels.
         label_free: Of the adapter, on the target domains without labels.
     """
 
-    source: TrainSettings = field(default_factory=TrainSettings)
-    lora: TrainSettings = field(default_factory=TrainSettings)
-    full: TrainSettings = field(default_factory=TrainSettings)
     label_free: LabelFreeSettings = field(default_factory=LabelFreeSettings)
 
 
 @dataclass
-class Config:
-    """A whole run.
+class Config(RunConfig):
+    """A classification run.
 
     Args:
-        kind: Which code runs the recipe.
-        name: Name of the run.
-        title: Title of table and report.
-        out: Folder for all results.
-        seeds: One run for each; they decide on heads, order, augmentation and factors.
         methods: What is compared, keys of `lora_lightning.vision.methods.METHODS`.
-        accelerator: cpu, gpu, mps or auto, as Lightning has it.
         batch_norm: BatchNorm statistics under the adapter: frozen, adapt or reset.
         data: The pictures.
         model: The backbone.
         train: The trainings.
-        lora: The adapter, a `LoRAConfig`.
     """
 
     kind: str = "classification"
     name: str = "classification"
     title: str = "Domain adaptation of an image classifier"
     out: str = "runs/classification"
-    seeds: list[int] = field(default_factory=lambda: [0])
     methods: list[str] = field(
         default_factory=lambda: [
-            "source_only",
-            "recentre",
-            "lame",
-            "nearest_centroid",
-            "subspace",
-            "nmf_subspace",
-            "coral",
-            "batchnorm",
-            "label_free",
-            "lora",
-            "full",
+            "source_only", "recentre", "lame", "nearest_centroid", "subspace", "nmf_subspace",
+            "coral", "batchnorm", "label_free", "lora", "full",
         ]
-    )
-    accelerator: str = "auto"
+    )  # fmt: skip
     batch_norm: str = "frozen"
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    train: TrainStages = field(default_factory=TrainStages)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-
-
-# The typed configuration of a pose run; every field is a key of recipe.yaml.
+    train: ClassifierStages = field(default_factory=ClassifierStages)
 
 
 @dataclass
-class AngleTraining:
-    """One training, as `lora_lightning.vision.pose_regressor.PoseRegressor` takes it.
-
-    Args:
-        epochs: Passes over the training pictures.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
-    """
-
-    epochs: int = 4
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    schedule: str = "one-cycle"
-
-
-@dataclass
-class MirrorTraining:
+class MirrorTraining(PictureTraining):
     """Training without labels, as `TransductivePose` takes it.
 
     Args:
-        epochs: Passes over the target's pictures; after each the guard looks.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
-        schedule: Of the learning rate: one-cycle, cosine or constant.
         tolerance: A picture is learnt from where the answers to it and to its mirror image lie
             within so many degrees.
-        batch_norm: BatchNorm statistics before training: auto, source or target.
-        batch_size: Pictures in a batch.
-        jitter: Part by which brightness, contrast and saturation change at random in training; 0:
-            not.
     """
 
-    epochs: int = 4
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    schedule: str = "one-cycle"
     tolerance: float = 60.0
-    batch_norm: str = "auto"
-    batch_size: int = 32
-    jitter: float = 0.4
 
 
 @dataclass
@@ -233,9 +175,9 @@ class PoseStages:
         label_free: Of the adapter, on the target domains without labels.
     """
 
-    source: AngleTraining = field(default_factory=AngleTraining)
-    lora: AngleTraining = field(default_factory=AngleTraining)
-    full: AngleTraining = field(default_factory=AngleTraining)
+    source: EpochTraining = field(default_factory=EpochTraining)
+    lora: EpochTraining = field(default_factory=EpochTraining)
+    full: EpochTraining = field(default_factory=EpochTraining)
     label_free: MirrorTraining = field(default_factory=MirrorTraining)
 
 
@@ -254,17 +196,10 @@ class PoseConfig(Config):
     out: str = "runs/pose"
     methods: list[str] = field(
         default_factory=lambda: [
-            "source_only",
-            "ridge",
-            "subspace",
-            "nmf_subspace",
-            "coral",
-            "batchnorm",
-            "label_free",
-            "lora",
-            "full",
+            "source_only", "ridge", "subspace", "nmf_subspace", "coral", "batchnorm",
+            "label_free", "lora", "full",
         ]
-    )
+    )  # fmt: skip
     data: DataSettings = field(
         default_factory=lambda: DataSettings(render=RenderSettings(shift="pose"))
     )

@@ -13,15 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning import load_adapter, shift
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.runner.comments import comments, yaml_comments
 from lora_lightning.runner.loading import (
     apply_overrides,
-    comments,
     find_recipe,
     list_recipes,
     load_recipe,
     run_recipe,
     settings,
-    yaml_comments,
 )
 from lora_lightning.vision import settings as typed
 from lora_lightning.vision.backbones import create_backbone
@@ -262,7 +261,8 @@ def test_comments_are_read_from_yaml():
 
 def test_every_field_is_documented():
     for cls in (typed.Config, typed.DataSettings, typed.RenderSettings, typed.ModelSettings):
-        assert all(f"\n        {f.name}: " in cls.__doc__ for f in fields(cls))
+        said = "".join(base.__doc__ or "" for base in cls.__mro__)
+        assert all(f"\n        {f.name}: " in said for f in fields(cls))
 
 
 # ---- backbones --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lora_lightning.errors import ConfigError, MissingDependencyError
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
+from lora_lightning.runner.versions import versions
 from lora_lightning.speech.data.synthetic.espeak import Voice, speak_all
 from lora_lightning.speech.data.synthetic.phrases import phrases
 
@@ -69,7 +70,7 @@ def spoken_set(
                 _write(folder / row["path"], samples, rate, sample_rate)
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / LISTING).write_text("".join(lines), encoding="utf-8")
-        return {"versions": generated_sets.versions("numpy", "espeakng-loader", "soundfile")}
+        return {"versions": versions("numpy", "espeakng-loader", "soundfile")}
 
     files = [*(row["path"] for row in rows), LISTING]
     return made_set(root, "spoken", settings, files, make, own=[*speakers, LISTING])

@@ -22,6 +22,7 @@ import numpy as np
 from lora_lightning.errors import ConfigError
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
+from lora_lightning.runner.versions import versions
 from lora_lightning.vision.data.pose_domains import LABELS, Pose, write_poses
 from lora_lightning.vision.data.synthetic.meshes import CLASSES, FRONTS
 from lora_lightning.vision.data.synthetic.scene import Renderer
@@ -165,5 +166,5 @@ def _write(
             Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
     if _faces(settings):
         write_poses(folder, poses)
-    versions = generated_sets.versions("numpy", "panda3d", "pillow", "trimesh")
-    return {"versions": versions, "pixels_sha256": pixels.hexdigest()}
+    made_with = versions("numpy", "panda3d", "pillow", "trimesh")
+    return {"versions": made_with, "pixels_sha256": pixels.hexdigest()}

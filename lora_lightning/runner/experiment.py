@@ -1,0 +1,202 @@
+"""`Experiment`: data, task and methods of one kind of recipe; all else is the runner's.
+
+A kind is a class that says what its source model is, which cases it adapts to, how a model is
+trained on a case and measured on it. `lora_lightning.runner.methods` has the methods that every
+kind shares, `lora_lightning.runner.runner` runs them for every seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, seed_everything
+from torch import nn
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.registry import Registry
+from lora_lightning.report.results import Row, Run
+from lora_lightning.runner.cases import Adapted, Case, Unlabelled
+from lora_lightning.runner.progress import Stages, Ticks
+from lora_lightning.runner.settings import RunConfig
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.training.lora_callback import LoRACallback
+
+Config = TypeVar("Config", bound=RunConfig)
+Method = Callable[..., list[Row]]
+
+
+class Experiment(ABC, Generic[Config]):
+    """One kind of recipe, with the state of one run that its methods read.
+
+    Attributes:
+        metric: That the report shows.
+        methods: Name → a function from the experiment to rows, in the order of the table.
+        packages: Whose versions the report names.
+        gradient_clip: The largest norm of a gradient in training; None: any.
+        source_each_seed: Whether every seed has a source model of its own.
+        counts_batches: Progress bars of methods count batches; else the cases that are done.
+        separator: Between the parts of an adapter's name.
+        config: The settings.
+        run: What the report is made of; a method may add spectra and notes.
+        stages: The progress bars.
+        seed: Of the methods that are being run.
+        source_model: A method works on a copy of it (`fresh`).
+        answers: Row's name → answers on held-out items, as `measure` leaves them.
+    """
+
+    metric: ClassVar[str]
+    methods: ClassVar[Registry[Method]]
+    packages: ClassVar[Sequence[str]] = ()
+    gradient_clip: ClassVar[float | None] = None
+    source_each_seed: ClassVar[bool] = False
+    counts_batches: ClassVar[bool] = False
+    separator: ClassVar[str] = "-"
+
+    def __init__(self, config: Config, run: Run, stages: Stages):
+        self.config, self.run, self.stages = config, run, stages
+        self.source_model: Any = None
+        self.begin(config.seeds[0])
+
+    def begin(self, seed: int) -> None:
+        """The methods that follow have this seed."""
+        self.seed, self.answers = seed, dict[str, Any]()
+
+    # ---- what a kind says --------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ConfigError for values that no type catches."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the data; tell the run of them."""
+
+    @abstractmethod
+    def source(self) -> nn.Module:
+        """The source model, trained or the user's own, saved beside the adapters."""
+
+    def before_methods(self) -> None:
+        """Called for each seed, when its source model is there."""
+
+    @abstractmethod
+    def cases(self, what: str) -> Iterable[Case]:
+        """What a method is run on that is given `NOTHING`, `LABELS` or `NO_LABELS`."""
+
+    @abstractmethod
+    def task(self, model: Any, stage: Any) -> LightningModule:
+        """What trains `model` by the settings of a stage; raises ConfigError for a bad value."""
+
+    @abstractmethod
+    def fit_data(self, case: Case, stage: Any) -> LightningDataModule:
+        """The labelled training items of a case."""
+
+    def length(self, case: Case, stage: Any) -> dict[str, int]:
+        """How long a training on a case lasts, as a trainer takes it."""
+        return {"max_epochs": stage.epochs}
+
+    @abstractmethod
+    def unlabelled(self, model: Any, case: Case) -> Unlabelled:
+        """The training of `model` on a case without its labels."""
+
+    @abstractmethod
+    def measure(self, label: str, case: Case, adapted: Adapted) -> Iterable[tuple[str, str, float]]:
+        """(domain, metric, value) of each thing measured; keeps the answers by the row's label."""
+
+    def shows(self, case: Case, rank: int | str | None) -> bool:
+        """Whether the report shows the spectra of this adapter."""
+        return not self.run.spectra
+
+    def title(self, label: str) -> str:
+        """A row's name as its progress bar says it."""
+        return label
+
+    def full_callbacks(self) -> list[Callback]:
+        """Of the training of all weights."""
+        return []
+
+    @abstractmethod
+    def shown(self) -> Sequence[str]:
+        """Rows of whose answers the report shows examples, the preferred ones last."""
+
+    @abstractmethod
+    def show(self, before: Any, after: Any) -> None:
+        """Add examples to the run, of the source model's answers and of the shown row's."""
+
+    # ---- what methods use --------------------------------------------------------------------
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first seed, which the report shows where it shows one."""
+        return self.seed == self.config.seeds[0]
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of the adapters."""
+        return Path(self.config.out, "adapters")
+
+    @property
+    def batch_norm(self) -> str:
+        """What BatchNorm does while an adapter learns from labels."""
+        return getattr(self.config, "batch_norm", "frozen")
+
+    def named(self, name: str) -> str:
+        """A name for this seed's file: the first seed's is plain."""
+        return name if self.first else f"{name}-seed{self.seed}"
+
+    def fresh(self) -> Any:
+        """A copy of the source model, and the random numbers that every method starts with."""
+        seed_everything(self.seed, verbose=False)
+        return copy.deepcopy(self.source_model)
+
+    def adapter(self, lora: LoRAConfig, case: Case, *what: str, batch_norm: str) -> LoRACallback:
+        """Of this case, with a file of its own."""
+        name = self.named(self.separator.join((case.name, *what)))
+        return LoRACallback(lora, name=name, batch_norm=batch_norm, output_dir=self.adapters)
+
+    def bar(self, title: str) -> Ticks:
+        """A progress bar that counts a trainer's batches."""
+        return Ticks(self.stages.stage(title, "batches"))
+
+    def train(
+        self,
+        task: LightningModule,
+        data: LightningDataModule | None,
+        callbacks: Sequence[Callback],
+        **settings: Any,
+    ) -> float:
+        """Fit a task; returns the seconds."""
+        settings["gradient_clip_val"] = self.gradient_clip
+        trainer = make_trainer(self.config, callbacks, **settings)
+        start = time.perf_counter()
+        trainer.fit(task, datamodule=data)
+        return time.perf_counter() - start
+
+    def train_source(self, model: nn.Module, data: LightningDataModule) -> None:
+        """Fit the source model."""
+        stage: Any = self.config.train  # type: ignore[attr-defined]
+        bar = self.bar("training the source model")
+        self.train(self.task(model, stage.source), data, [bar], max_epochs=stage.source.epochs)
+
+    def rows(self, label: str, case: Case, adapted: Adapted) -> list[Row]:
+        """What is measured of an adapted model, as rows."""
+        return self.table(label, case, adapted, self.measure(label, case, adapted))
+
+    def table(
+        self,
+        label: str,
+        case: Case,
+        cost: Adapted,
+        measured: Iterable[tuple[str, str, float]],
+    ) -> list[Row]:
+        """Rows of (domain, metric, value)."""
+        costs = cost.parameters, cost.seconds, cost.file_bytes, case.items
+        return [
+            Row(label, domain, self.seed, metric, value, *costs)
+            for domain, metric, value in measured
+        ]

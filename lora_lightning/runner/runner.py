@@ -1,0 +1,94 @@
+"""The one runner: settings are checked, then every method is run for every seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning.report.results import Run
+from lora_lightning.report.write import write_report
+from lora_lightning.runner.checks import check_plan
+from lora_lightning.runner.experiment import Experiment
+from lora_lightning.runner.progress import Stages, interruptible, quiet_lightning
+from lora_lightning.runner.settings import RunConfig
+from lora_lightning.runner.sweep import method_of
+from lora_lightning.runner.trainer import make_trainer, threads
+from lora_lightning.runner.versions import hardware, versions
+from lora_lightning.training.lora_callback import LoRACallback
+
+
+def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
+    """Run every stage for every seed; the results lie in ``config.out`` afterwards.
+
+    Args:
+        kind: Of the run.
+        given: Its settings.
+
+    Raises:
+        ConfigError: a value that no type could catch, before anything is read or trained.
+        DataError: the data cannot be used.
+    """
+    with quiet_lightning(), interruptible():
+        config: Any = OmegaConf.to_object(given)
+        check_plan(config.methods, config.seeds, kind.methods)
+        with threads(getattr(config, "threads", None)), Stages() as stages:
+            experiment = kind(config, _empty(kind, config, given), stages)
+            _check(experiment)
+            out = Path(config.out)
+            out.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(given, out / "config.yaml")
+            _run(experiment)
+            return experiment.run
+
+
+def _check(experiment: Experiment[Any]) -> None:
+    config = experiment.config
+    experiment.check()
+    # Both check what they are given; better now than after the source model's training.
+    LoRACallback(config.lora, batch_norm=experiment.batch_norm)
+    make_trainer(config)
+
+
+def _run(experiment: Experiment[Any]) -> None:
+    config, stages = experiment.config, experiment.stages
+    experiment.load()
+    if not experiment.source_each_seed:
+        experiment.source_model = experiment.source()
+    for seed in config.seeds:
+        stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
+        experiment.begin(seed)
+        _one_seed(experiment)
+        write_report(experiment.run, Path(config.out))
+
+
+def _one_seed(experiment: Experiment[Any]) -> None:
+    if experiment.source_each_seed:
+        experiment.source_model = experiment.source()
+    experiment.before_methods()
+    for name in experiment.config.methods:
+        experiment.run.rows += method_of(name, experiment.methods)(experiment)
+    answers = experiment.answers
+    shown = [label for label in experiment.shown() if label in answers]
+    if shown and "source only" in answers:
+        experiment.show(answers["source only"], answers[shown[-1]])
+
+
+def _empty(kind: type[Experiment[Any]], config: RunConfig, given: DictConfig) -> Run:
+    plain: Any = OmegaConf.to_container(given)
+    made_with = versions("torch", "lightning", *kind.packages)
+    return Run(
+        name=config.name,
+        title=config.title,
+        metric=kind.metric,
+        rows=[],
+        predictions=[],
+        classes=[],
+        spectra={},
+        config=plain,
+        data_root=Path(config.out),
+        versions={**made_with, "hardware": hardware()},
+        skipped=[],
+        notes=[],
+    )

@@ -1,0 +1,28 @@
+"""Versions of what a run or a generated set was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Name → version of this package, of Python, and of those named."""
+    found = {"lora-lightning": _version("lora-lightning"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in packages}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "unknown"
+
+
+def hardware() -> str:
+    """The machine, in a line."""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores{gpu}"

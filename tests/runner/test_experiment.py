@@ -1,0 +1,160 @@
+"""A kind of recipe of one's own, by an `Experiment`; devices and loggers; the common methods."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch import seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.registry import Registry
+from lora_lightning.runner import methods as common
+from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
+from lora_lightning.runner.experiment import Experiment, Method
+from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
+from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
+from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.vision.classifier import Classifier
+
+METHODS: Registry[Method] = Registry("method")
+common.add(METHODS, "source_only", "label_free", "lora", "full")
+HOME, AWAY = "home", ("near", "far")
+
+
+@dataclass
+class Stages(TrainStages):
+    label_free: EpochTraining = field(default_factory=lambda: EpochTraining(epochs=1))
+
+
+@dataclass
+class Settings(RunConfig):
+    kind: str = "points"
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    train: Stages = field(default_factory=Stages)
+
+
+class Points(LightningDataModule):
+    def __init__(self, shift: float):
+        super().__init__()
+        x = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0)) + shift
+        self.items = TensorDataset(x, (x.flatten(1).sum(1) > 4 * shift).long())
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.items, 8)
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(self.items, 8)
+
+
+DATA = {HOME: Points(0), "near": Points(1), "far": Points(2)}
+
+
+class PointsExperiment(Experiment[Settings]):
+    """Two targets, each measured on the source domain too."""
+
+    metric = "accuracy"
+    methods = METHODS
+
+    def check(self) -> None:
+        if self.config.title == "nothing":
+            raise ConfigError("title: say more")
+
+    def load(self) -> None:
+        self.run.notes.append("points")
+
+    def source(self) -> nn.Module:
+        seed_everything(0, verbose=False)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.train_source(model, DATA[HOME])
+        return model
+
+    def cases(self, what: str) -> Iterator[Case]:
+        for name in AWAY:
+            given, size = ("16 target labels", 16) if what == LABELS else (what, None)
+            yield Case(name, name, [name, HOME], "" if what == "nothing" else given, size)
+
+    def task(self, model: Any, stage: Any) -> Classifier:
+        return Classifier(model, **stage.arguments())
+
+    def fit_data(self, case: Case, stage: Any) -> Points:
+        return DATA[case.train]
+
+    def unlabelled(self, model: Any, case: Case) -> Unlabelled:
+        stage = self.config.train.label_free
+        task = self.task(model, stage)
+        told = self.run.notes
+        return Unlabelled(
+            task, lambda: told.append(case.name), DATA[case.train], trainer={"max_epochs": 1}
+        )
+
+    def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
+        for domain in case.tested:
+            x, y = DATA[domain].items.tensors
+            found = adapted.model.eval()(x).argmax(1)
+            self.answers.setdefault(label, {})[domain] = found
+            yield domain, "accuracy", float((found == y).float().mean())
+
+    def shown(self) -> list[str]:
+        return ["LoRA, no labels", "LoRA, 16 target labels"]
+
+    def show(self, before: Any, after: Any) -> None:
+        self.run.notes.append(f"shown: {sorted(before)}")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The folder of a recipe of this kind."""
+    monkeypatch.setattr(KINDS, "_known", dict(KINDS._known))
+    KINDS.register("points")(Kind(Settings, PointsExperiment))
+    lines = ["kind: points", "accelerator: cpu", "lora: {rank: 1, target_modules: [all]}"]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_a_kind_of_ones_own_has_the_common_methods(recipe):
+    run = run_recipe(recipe, ["methods=[source_only,label_free,lora,lora@2,full]"], recipe / "out")
+    names = ["LoRA, no labels", "LoRA, 16 target labels", "LoRA, rank 2, 16 target labels"]
+    names = ["source only", *names, "full, 16 target labels"]
+    assert list(dict.fromkeys(r.method for r in run.rows)) == names
+    # A domain that both adapters were measured on comes last, once.
+    assert [r.domain for r in run.rows] == [*AWAY, HOME] * len(names)
+    assert {r.items for r in run.rows if "labels" in r.method} == {None, 16}
+    assert run.notes == ["points", *AWAY, f"shown: {sorted(DATA)}"]
+    made = {p.name.removesuffix(".safetensors") for p in (recipe / "out/adapters").iterdir()}
+    assert made == {f"{d}{end}" for d in AWAY for end in ("", "-rank-2", "-no-labels")}
+    assert run.spectra
+
+
+def test_a_kind_checks_its_settings_first(recipe):
+    with pytest.raises(ConfigError, match="say more"):
+        run_recipe(recipe, ["title=nothing"], recipe / "out")
+    assert not (recipe / "out").exists()
+    with pytest.raises(ConfigError, match="unknown key 'headline'"):
+        run_recipe(recipe, ["headline=3"], recipe / "out")
+
+
+def test_trainings_log_where_the_run_says(recipe):
+    run_recipe(recipe, ["methods=[lora]", "logger=csv"], recipe / "out")
+    logged = sorted((recipe / "out/logs").glob("*/metrics.csv"))
+    assert len(logged) == 3  # the source model's, and one for each target
+    assert "loss" in logged[0].read_text().splitlines()[0]
+    with pytest.raises(ConfigError, match="unknown logger 'cvs'; did you mean 'csv'"):
+        run_recipe(recipe, ["logger=cvs"], recipe / "out")
+
+
+def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
+    config = RunConfig(accelerator="cpu", devices=2, out=str(tmp_path))
+    assert make_trainer(config, max_epochs=1).num_devices == 2
+    assert make_trainer(config).num_devices == 1
+    with pytest.raises(ConfigError, match="devices=0"):
+        make_trainer(RunConfig(accelerator="cpu", devices=0, out=str(tmp_path)), max_epochs=1)
+
+
+def test_every_recipe_has_devices_and_logger():
+    config = load_recipe("speaker")
+    assert (config.devices, config.logger) == (1, None)
