@@ -29,8 +29,6 @@ from .selection import Candidate as Candidate
 from .selection import Selection as Selection
 from .selection import select as select
 from .stream import StreamAdapter as StreamAdapter
-from .temperature import fitted_temperature as fitted_temperature
-from .temperature import matched_temperature as matched_temperature
 from .transductive_task import TransductiveTask as TransductiveTask
 from .validators import agreement as agreement
 from .validators import cohesion as cohesion
@@ -38,6 +36,5 @@ from .validators import expected_accuracy as expected_accuracy
 from .validators import information as information
 from .validators import marginal_entropy as marginal_entropy
 from .validators import mean_entropy as mean_entropy
-from .validators import neighbourhood_density as neighbourhood_density
 from .validators import nuclear_norm as nuclear_norm
 from .validators import thresholded_confidence as thresholded_confidence
