@@ -28,15 +28,14 @@ PURPOSE = {
     "report": "results, plots, page", "linalg": "decompositions",
 }  # fmt: skip
 
-
 # To the side, so that arrows which skip a floor are seen.
 SHIFT = {"model": 0.12, "lora": -0.05, "linalg": -0.1, "bank": 0.1, "report": 0.1, "runner": 0.08}
 
 
 def floors() -> list[list[str]]:
     """Rooms by floor, lowest first."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    contract = settings["tool"]["importlinter"]["contracts"][0]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    contract = tools["importlinter"]["contracts"][0]
     return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]][::-1]
 
 
@@ -45,13 +44,12 @@ def arrows(rooms: list[str]) -> dict[tuple[str, str], int]:
     graph = grimp.build_graph("lora_lightning", exclude_type_checking_imports=True)
     names = {room: f"lora_lightning.{room}" for room in rooms}
     inside = {room: {name} | graph.find_descendants(name) for room, name in names.items()}
-    seen = Counter(
+    return Counter(
         (above, below)
         for above, below in permutations(rooms, 2)
         for module in inside[above]
         for _ in graph.find_modules_directly_imported_by(module) & inside[below]
     )
-    return dict(seen)
 
 
 def main() -> None:
@@ -73,8 +71,8 @@ def main() -> None:
     words = {room: f"{room}\n{PURPOSE[room]}" for room in place}
     words[errors], place[errors] = f"{registry}, {errors}: every room imports them", (0.5, -1)
     for room, (x, y) in place.items():
-        box = {"boxstyle": "round", "facecolor": "white"}
-        axes.text(x, y, words[room], ha="center", va="center", bbox=box, fontsize=11, zorder=5)
+        look = {"boxstyle": "round", "facecolor": "white"}
+        axes.text(x, y, words[room], ha="center", va="center", bbox=look, fontsize=11, zorder=5)
     figure.savefig(ROOT / "docs/images/rooms.png", dpi=100, metadata={"Software": None})
 
 
