@@ -8,6 +8,7 @@ Floors come from the contract in pyproject.toml, arrows from the imports themsel
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
@@ -27,15 +28,14 @@ PURPOSE = {
     "report": "results, plots, page", "linalg": "decompositions",
 }  # fmt: skip
 
-
 # To the side, so that arrows which skip a floor are seen.
 SHIFT = {"model": 0.12, "lora": -0.05, "linalg": -0.1, "bank": 0.1, "report": 0.1, "runner": 0.08}
 
 
 def floors() -> list[list[str]]:
     """Rooms by floor, lowest first."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    contract = settings["tool"]["importlinter"]["contracts"][0]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    contract = tools["importlinter"]["contracts"][0]
     return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]][::-1]
 
 
@@ -44,14 +44,12 @@ def arrows(rooms: list[str]) -> dict[tuple[str, str], int]:
     graph = grimp.build_graph("lora_lightning", exclude_type_checking_imports=True)
     names = {room: f"lora_lightning.{room}" for room in rooms}
     inside = {room: {name} | graph.find_descendants(name) for room, name in names.items()}
-    found = {
-        (above, below): sum(
-            len(graph.find_modules_directly_imported_by(module) & inside[below])
-            for module in inside[above]
-        )
+    return Counter(
+        (above, below)
         for above, below in permutations(rooms, 2)
-    }
-    return {pair: count for pair, count in found.items() if count}
+        for module in inside[above]
+        for _ in graph.find_modules_directly_imported_by(module) & inside[below]
+    )
 
 
 def main() -> None:
@@ -68,15 +66,13 @@ def main() -> None:
     for i, ((above, below), count) in enumerate(arrows(list(place)).items()):
         (x0, y0), (x1, y1) = place[above], place[below]
         line = {"arrowstyle": "-|>", "color": f"C{list(place).index(above)}", "alpha": 0.6}
-        line["linewidth"] = min(0.7 + count / 8, 4)
-        line["connectionstyle"] = f"arc3,rad={0.06 * (y0 - y1 - 1)}"
+        line |= {"lw": min(0.7 + count / 8, 4), "connectionstyle": f"arc3,rad={(y0 - y1 - 1) / 16}"}
         axes.annotate("", (x1, y1 + 0.25), (x0 + 0.012 * (i % 5 - 2), y0 - 0.25), arrowprops=line)
     words = {room: f"{room}\n{PURPOSE[room]}" for room in place}
-    words[errors] = f"{registry}, {errors}: every room imports them"
-    place[errors] = (0.5, -1)
+    words[errors], place[errors] = f"{registry}, {errors}: every room imports them", (0.5, -1)
     for room, (x, y) in place.items():
-        box = {"boxstyle": "round,pad=0.4", "facecolor": "white"}
-        axes.text(x, y, words[room], ha="center", va="center", bbox=box, fontsize=11, zorder=5)
+        look = {"boxstyle": "round", "facecolor": "white"}
+        axes.text(x, y, words[room], ha="center", va="center", bbox=look, fontsize=11, zorder=5)
     figure.savefig(ROOT / "docs/images/rooms.png", dpi=100, metadata={"Software": None})
 
 
