@@ -242,13 +242,15 @@ def _alike(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return True
     b = b.to(a.device)
-    if a.shape != b.shape or a.dtype != b.dtype or torch.equal(a, b):
-        return a.shape == b.shape and a.dtype == b.dtype
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
     if not a.is_floating_point() or not torch.equal(a.isnan(), b.isnan()):
         return False
     a, b = a.nan_to_num(0.0, torch.inf, -torch.inf), b.nan_to_num(0.0, torch.inf, -torch.inf)
     limit: float = torch.finfo(a.dtype).eps ** 0.5
-    return difference([a.double()], [b.double()]) <= limit
+    return bool(difference([a.double()], [b.double()]) <= limit)
 
 
 def _signature(layout: Layout) -> str:
