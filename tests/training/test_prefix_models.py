@@ -104,6 +104,7 @@ def test_outputs_and_gradients_are_those_without(name):
     turned = tuple(x.flip(0) for x in inputs)
     with PrefixCache(20, eval_prefix=True).attach(model) as cache:
         step(model, inputs)
+        drawn = torch.get_rng_state()
         now = step(model, turned)
         forward = cache._forward
         assert (forward.hits, forward.lookups, len(forward.store.records)) == (3, 6, 3)
@@ -114,6 +115,7 @@ def test_outputs_and_gradients_are_those_without(name):
     plain = step(model, turned)
     assert len(now) == len(plain)
     assert all(map(torch.equal, now, plain))
+    assert torch.equal(torch.get_rng_state(), drawn), "no check uses up random numbers"
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 

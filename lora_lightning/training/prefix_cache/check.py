@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -24,7 +23,7 @@ from lora_lightning.training.prefix_cache.cut import (
     candidates,
 )
 from lora_lightning.training.prefix_cache.store import Inputs
-from lora_lightning.training.prefix_cache.watch import Watch, noise, silenced
+from lora_lightning.training.prefix_cache.watch import Watch, aside, noise, silenced
 
 
 class Prefix:
@@ -45,7 +44,7 @@ class Prefix:
 
     def kind(self, inputs: Inputs) -> Hashable:
         """What is checked once: arguments of one structure, in one set of modes."""
-        return inputs.kind(), tuple(m.training for m in self._moded())
+        return inputs.kind(), *(m.training for m in self._moded())
 
     def _moded(self) -> list[nn.Module]:
         own = [] if self.cut.eval_prefix else self.cut.before
@@ -60,9 +59,8 @@ class Prefix:
         known = self.layouts.setdefault((inputs.shared(), inputs.size), layout)
         if known is not layout and _signature(known) != _signature(layout):
             raise ConfigError(
-                f"PrefixCache: what modules before {self.cut.path} give differs, in shape or in a "
-                "value that belongs to no item, between batches of one shape, so that it cannot be "
-                "stored by item. Leave PrefixCache out"
+                f"PrefixCache: what comes before {self.cut.path} differs, in shape or in a value "
+                "of no item, between batches of one shape. Leave PrefixCache out"
             )
 
     def check(self, inputs: Inputs) -> list[Record]:
@@ -78,10 +76,7 @@ class Prefix:
             batch, some = inputs.rows(range(size)), inputs.rows(index)
             real = _Trial(cut, batch)
             if batch.keys(b"") != inputs.keys(b""):
-                raise ConfigError(
-                    "PrefixCache: the model writes into its input, and the cache needs it as it "
-                    "was. Write into a copy"
-                )
+                raise ConfigError("PrefixCache: the model writes into its input: take a copy")
             if cut.replaced is None:
                 after = {m for module in real.run.after for m in module.modules()}
                 cut.before = [(p, m) for p, m in cut.before if m not in after]
@@ -108,11 +103,7 @@ class Prefix:
 
 
 def find_prefix(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Prefix:
-    """The prefix of `root`, from a batch of its inputs.
-
-    Raises:
-        ConfigError: there is none that can be stored.
-    """
+    """The prefix of `root`, from a batch of its inputs."""
     with _trials(root):
         paths, why = candidates(root, inputs.rows(range(inputs.size)))
     problem = ConfigError(f"PrefixCache: {why}")
@@ -146,7 +137,7 @@ class _Trial:
 @contextmanager
 def _trials(root: nn.Module) -> Iterator[None]:
     """Modes, buffers and random numbers are afterwards what they were; errors are `ConfigError`."""
-    with torch.inference_mode(False), preserved(root), isolate_rng():
+    with torch.inference_mode(False), preserved(root), aside():
         try:
             yield
         except (ConfigError, torch.cuda.OutOfMemoryError):
@@ -154,8 +145,7 @@ def _trials(root: nn.Module) -> Iterator[None]:
         except Exception as error:
             raise ConfigError(
                 f"PrefixCache: a trial forward of {type(root).__name__}, with other items or with "
-                f"stored features, ended in {type(error).__name__}: {error}. Leave PrefixCache out "
-                "where that is how the model is"
+                f"stored features, ended in {type(error).__name__}: {error}"
             ) from error
         finally:
             torch.clear_autocast_cache()  # casts made here know no gradient
@@ -211,8 +201,8 @@ def _records(cut: Cut, one: _Trial, other: _Trial, index: list[int]) -> list[Rec
     if not same([*expected, *alone], [*found, *also]):
         raise ConfigError(
             f"PrefixCache: what {cut.path} is given for an item is random, or depends on the other "
-            "items of its batch (batch statistics, or a batch dimension that is not the first), so "
-            "that it cannot be stored. Leave PrefixCache out"
+            "items (batch statistics, or a batch dimension that is not the first). Leave "
+            "PrefixCache out"
         )
     return records
 
@@ -234,8 +224,7 @@ def _compare(real: _Trial, served: _Trial) -> None:
 
 def same(a: list[Record], b: list[Record]) -> bool:
     """Whether values are the same, but for rounding: half the digits must agree."""
-    rows = list(zip(a, b, strict=True))
-    return all(len(x) == len(y) and all(map(_alike, x, y)) for x, y in rows)
+    return all(len(x) == len(y) and all(map(_alike, x, y)) for x, y in zip(a, b, strict=True))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -254,5 +243,6 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _signature(layout: Layout) -> str:
-    shapes = [(id(m), tree_map_only(Tensor, lambda x: (x.shape, x.dtype), v)) for m, v in layout]
-    return repr(shapes)
+    return repr(
+        [(id(m), tree_map_only(Tensor, lambda x: (x.shape, x.dtype), v)) for m, v in layout]
+    )

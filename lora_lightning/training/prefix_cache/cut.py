@@ -35,7 +35,8 @@ class Stop(BaseException):
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
     """Within the block each call of these modules' forward goes through `around`."""
-    kept = [(m, m.__dict__.get("forward")) for m in modules if not _scripted(m)]
+    scripted = torch.jit.ScriptModule
+    kept = [(m, m.__dict__.get("forward")) for m in modules if not isinstance(m, scripted)]
     if "torch._dynamo" in sys.modules:  # a compiled module would trace what is none of its code
         around = torch.compiler.disable(around)  # type: ignore[no-untyped-call]
     for module, _ in kept:
@@ -46,10 +47,6 @@ def intercepted(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Ite
         for module, own in kept:
             del module.__dict__["forward"]
             module.__dict__.update({} if own is None else {"forward": own})
-
-
-def _scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
 
 
 def candidates(root: nn.Module, inputs: Inputs) -> tuple[list[str], str]:
@@ -147,10 +144,8 @@ class Cut:
     def running(self, run: Run) -> Iterator[None]:
         """Within the block one forward of the model is noted, or served from records."""
         chosen = (m for _, m in self.before) if self.replaced is None else self.replaced
-        # A hook that comes first, so that others of the block see what it is given.
-        handle = self.block.register_forward_pre_hook(
-            partial(self._enter, run), with_kwargs=True, prepend=True
-        )
+        enter = partial(self._enter, run)  # comes first: other hooks see what the block is given
+        handle = self.block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         try:
             with intercepted(chosen, partial(self._call, run)):
                 yield
@@ -158,11 +153,7 @@ class Cut:
             handle.remove()
 
     def forward(self, inputs: Inputs, run: Run) -> Any:
-        """The model's own forward, up to where `run` stops it.
-
-        Raises:
-            ConfigError: the block is not called.
-        """
+        """The model's own forward, up to where `run` stops it."""
         out = None
         try:
             with self.running(run):
@@ -193,9 +184,9 @@ class Cut:
     def astray(self) -> ConfigError:
         """The error for a forward that goes another way."""
         return ConfigError(
-            f"PrefixCache: modules before {self.path} are called in another order, or it is not: "
-            "the model takes another path than in its first batch (layers dropped at random, or a "
-            "path that depends on the data). Switch that off, or leave PrefixCache out"
+            f"PrefixCache: up to {self.path} the model takes another path than in its first batch "
+            "(layers dropped at random, or a path that depends on the data). Switch that off, or "
+            "leave PrefixCache out"
         )
 
     def _call(self, run: Run, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,8 +231,7 @@ class Cut:
             run.layout.append((module, tree_map_only(Tensor, _meta, (args, kwargs))))
         elif run.at != len(run.layout) - 1:
             raise self.astray()
-        columns = zip(*run.records, strict=True)
-        shapes = tree_leaves(run.layout[-1][1])
+        columns, shapes = zip(*run.records, strict=True), tree_leaves(run.layout[-1][1])
         for i, place in enumerate(self.leaves if run.records else ()):
             if place is not None:
                 given[i] = place.join(list(next(columns)), shapes[i].shape, given[i].device)

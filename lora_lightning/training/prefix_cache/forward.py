@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lora_lightning.errors import ConfigError
@@ -17,6 +16,7 @@ from lora_lightning.model.state import merged_layers
 from lora_lightning.training.prefix_cache.check import Prefix, find_prefix, same
 from lora_lightning.training.prefix_cache.cut import Record, Run
 from lora_lightning.training.prefix_cache.store import Inputs, Store
+from lora_lightning.training.prefix_cache.watch import aside
 
 _RENEWALS = 3  # in a row without a hit; then the weights change all the time
 _KINDS = 50  # of arguments; more, and one of them is another in each step
@@ -110,19 +110,17 @@ class CachedForward:
         prefix = None if wanted and torch.is_grad_enabled() else self._ready(inputs)
         if prefix is not None:
             run = self._serve(prefix, inputs)
-            running = prefix.cut.running(run)
-            running.__enter__()
-            self._run = running, run, inputs
+            self._run = prefix.cut.running(run), run, inputs
+            self._run[0].__enter__()
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         last, prefix = self._run, self.prefix
         self._end()
         if last is None or prefix is None or output is None:  # then another error is on its way
             return
-        _, run, inputs = last
-        if not run.entered:
+        if not last[1].entered:
             raise prefix.cut.astray()
-        prefix.note(inputs, run.layout)
+        prefix.note(last[2], last[1].layout)
 
     def _end(self) -> None:
         last, self._run = self._run, None
@@ -145,7 +143,7 @@ class CachedForward:
         if first or layout is None or len(missing) == size or (missing and not inputs.separable):
             return Run(partial(self._keep, prefix, keys))
         if missing:
-            with torch.inference_mode(False), torch.no_grad(), isolate_rng():
+            with torch.inference_mode(False), torch.no_grad(), aside():
                 some = prefix.cut.features(inputs.rows(missing))
             self._put([keys[i] for i in missing], some, self.lookups - 1)
             known = [record or some[missing.index(i)] for i, record in enumerate(known)]
@@ -162,9 +160,8 @@ class CachedForward:
                 self._batch_of[key] = batch
             elif known is not None and not same([record], [known]):
                 raise ConfigError(
-                    "PrefixCache: stored features differ from those computed now for the same "
-                    "item: they depend on more than the item and the shape of its batch. Leave "
-                    "PrefixCache out"
+                    "PrefixCache: stored features of an item differ from those computed now: they "
+                    "depend on more than it and the shape of its batch. Leave PrefixCache out"
                 )
 
     # ---- is this forward one that can be served? -------------------------------------------
@@ -179,8 +176,7 @@ class CachedForward:
             if not torch.is_grad_enabled() or self._waits or not trains or merged_layers(self.root):
                 return None  # a look with other weights for a while
             self._renew(inputs)
-        prefix = self.prefix
-        if prefix is None:
+        if (prefix := self.prefix) is None:
             return None
         kind = prefix.kind(inputs)
         if kind not in self._refusals:
@@ -215,10 +211,7 @@ class CachedForward:
         self.store.clear()
         self.renewals += bool(self.end)
         if self.renewals > _RENEWALS:
-            self.off = (
-                "the weights before the first trained block, or attributes of modules there, "
-                "change all the time"
-            )
+            self.off = "weights, or attributes, before the first trained block change all the time"
             rank_zero_warn(f"PrefixCache is off: {self.off}")
             return
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,19 @@ def noise(before: Modules, around: Modules) -> str:
                 "PrefixCache(eval_prefix=True) keeps that part in eval mode while training"
             )
     return ""
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Random numbers drawn within the block leave the generators as they are, errors or not."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class Watch:
