@@ -79,7 +79,8 @@ def noise(before: Modules, around: Modules) -> str:
 def aside() -> Iterator[None]:
     """Random numbers drawn within the block leave the generators as they are, errors or not."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if used else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
