@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import LoRACallback, PrefixCache, inject
 from lora_lightning.model.probing import floats
 from lora_lightning.runner.progress import quiet_lightning
-from lora_lightning.training.prefix_cache.inputs import Inputs
+from lora_lightning.training.prefix_cache.store import Inputs
 
 CLASSES = 10
 GOAL = 3.0
@@ -210,15 +210,15 @@ def prefix_seconds(name: str, x: Tensor, given: argparse.Namespace) -> dict[str,
     with PrefixCache(given.budget).attach(model) as cache:
         model(x[: given.batch])
         assert cache._forward is not None
-        assert cache._forward.found is not None
-        prefix = cache._forward.found.prefix
+        assert cache._forward.prefix is not None
+        cut = cache._forward.prefix.cut
         times = []
         for _ in range(3):
             start = time.perf_counter(), time.process_time()
             for batch in x.split(2 * given.batch) if given.look else ():
-                prefix.outputs(Inputs((batch,), {}))
+                cut.features(Inputs((batch,), {}))
             for batch in x.split(given.batch):
-                prefix.outputs(Inputs((batch,), {}))
+                cut.features(Inputs((batch,), {}))
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return {"wall": min(t[0] for t in times), "processor": min(t[1] for t in times)}
 

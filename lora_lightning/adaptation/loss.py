@@ -60,11 +60,8 @@ class Loss:
         ):
             if not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
-        self.objective = (
-            objective
-            if callable(objective)
-            else OBJECTIVES.get(objective)(prior, diversity, batch_size)
-        )
+        known = OBJECTIVES.get(objective) if isinstance(objective, str) else objective
+        self.objective = known(prior, diversity, batch_size) if isinstance(known, type) else known
         self.pseudo_label_weight, self.source_weight = pseudo_label_weight, source_weight
         self.pull = pull
         self.labels: PseudoLabels | None = None

@@ -127,8 +127,7 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
     flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
     try:
         for f in factors.values():
-            for key, parameter in f.named_parameters():
-                parameter.requires_grad_(f.trains(key))
+            f.require_grad()
         randomise(model, factors, seed=0)
         yield
     finally:

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from lora_lightning import inject
 from lora_lightning.adaptation import objectives as o
+from lora_lightning.adaptation.loss import Loss
+from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.speech.ctc_objectives import (
     dust,
@@ -183,3 +186,31 @@ def test_suta_by_hand():
         suta(frames, lengths, weight=2.0)
     with pytest.raises(ConfigError, match="two classes beside"):
         suta(frames[:, :, :2], lengths)
+
+
+@pytest.mark.parametrize("kind", ["function", "class"])
+def test_an_objective_is_added_in_one_place(kind):
+    name = f"mine, a {kind}"
+    if kind == "function":
+        o.OBJECTIVES.register(name)(lambda logits: 2 * o.entropy(logits))
+    else:
+
+        @o.OBJECTIVES.register(name)
+        class Mine(o.Objective):
+            def begin_round(self, now):
+                self.weight = 2 * now.probabilities.sum(1)
+
+            def __call__(self, logits, indices):
+                return self.weight[indices].mean() * o.entropy(logits)
+
+    logits, indices = torch.randn(4, 3), torch.arange(4)
+    seen = Predicted(torch.full((4, 3), 1 / 3), torch.randn(4, 2))
+    losses = [Loss(given, None, 1.0, 0.0, 0.0, 0.0, 8) for given in (name, name, o.entropy)]
+    losses[0].begin(seen)
+    losses[0].begin_round(seen)
+    losses[1].load_state_dict(losses[0].state_dict())
+    found = [loss(logits, indices, nn.Identity()) for loss in losses]
+    torch.testing.assert_close(found[0], 2 * found[2])
+    torch.testing.assert_close(found[1], found[0])
+    with pytest.raises(ConfigError, match="objective must be one of"):
+        Loss("yours", None, 1.0, 0.0, 0.0, 0.0, 8)

@@ -109,9 +109,9 @@ def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
     assert cache.hit_rate_ == 1
     assert cache.items_ == ITEMS
     assert cache.megabytes_ == pytest.approx(ITEMS * 17 * 64 * 4 / 1e6)
-    assert cache.boundary_ == "blocks.2.attn.qkv"
+    assert cache.boundary_ == "blocks.2"
     assert not cache.termination_condition_
-    assert counts[1] - counts[0] == 2, "two items are computed anew and compared"
+    assert counts[1] - counts[0] == BATCH, "a batch is computed and compared"
     assert counts[2] == counts[1]
 
 
@@ -122,7 +122,7 @@ def test_what_is_reported(tmp_path, caplog):
     assert cache.seconds_before_ > 0
     assert cache.seconds_after_ > 0
     assert cache.speed_up_ == cache.seconds_before_ / cache.seconds_after_
-    assert "PrefixCache: features before blocks.2.attn.qkv, 12 items in 0.1 MB" in caplog.text
+    assert "PrefixCache: features before blocks.2, 12 items in 0.1 MB" in caplog.text
     assert "times as fast" in caplog.text
 
 
@@ -142,7 +142,7 @@ def test_a_network_with_batchnorm_and_a_validation(tmp_path):
 def test_what_trains_besides_the_adapter_counts(tmp_path):
     cache = PrefixCache(10)
     fit(tmp_path, cache, lora={"trainable": ["head", "blocks.1.norm2"]})
-    assert cache.boundary_ == "blocks.1.norm2"
+    assert cache.boundary_ == "blocks.1"
 
 
 def test_autocast(tmp_path):
@@ -259,16 +259,11 @@ def test_a_network_that_is_never_called(tmp_path):
     [
         (lambda: vit(proj_drop_rate=0.1), {}, r"blocks.0.attn.proj_drop \(Dropout\) drops with"),
         (resnet, {"target_modules": "all", "batch_norm": "adapt"}, "its statistics move"),
-        (vit, {"blocks": None, "target_modules": "patch_embed.proj"}, "patch_embed.proj is trai"),
-        (vit, {"blocks": None, "target_modules": "pos_embed"}, None),
+        (vit, {"blocks": None, "target_modules": "patch_embed.proj"}, "no layer comes before pat"),
+        (vit, {"blocks": None, "target_modules": "pos_embed"}, "something that is trained has a"),
     ],
 )
 def test_what_cannot_be_stored_is_said_before_the_first_step(tmp_path, model, lora, message):
-    if message is None:  # what comes before the bare parameter is the patch embedding
-        cache = PrefixCache(10)
-        fit(tmp_path, cache, model=model(), lora=lora)
-        assert cache.megabytes_ == pytest.approx(ITEMS * 16 * 64 * 4 / 1e6)
-        return
     module = model()
     with pytest.raises(ConfigError, match=message):
         fit(tmp_path, PrefixCache(10), model=module, lora=lora)
@@ -279,7 +274,7 @@ def test_what_cannot_be_stored_is_said_before_the_first_step(tmp_path, model, lo
 def test_checkpointed_activations_are_refused(tmp_path):
     model = vit()
     model.set_grad_checkpointing()
-    with pytest.raises(ConfigError, match="grad_checkpointing is on"):
+    with pytest.raises(ConfigError, match="activations of the model are checkpointed"):
         fit(tmp_path, PrefixCache(10), model=model)
 
 

@@ -265,7 +265,7 @@ def test_pictures_without_labels_are_told(tmp_path):
 # ---- closed forms -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", list(ALIGNMENTS))
 def test_a_moved_and_scaled_target_is_regressed(alignment):
     g = torch.Generator().manual_seed(0)
     degrees = 120 * torch.rand(300, generator=g) - 60

@@ -1,4 +1,4 @@
-"""`PrefixCache`: features before the first trained layer, computed once and looked up after."""
+"""`PrefixCache`: features before the first trained block, computed once and looked up after."""
 
 from __future__ import annotations
 
@@ -13,46 +13,44 @@ from torch import nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.training.checks import find_backbone
-from lora_lightning.training.prefix_cache.session import CachedForward
+from lora_lightning.training.prefix_cache.forward import CachedForward
 from lora_lightning.training.prefix_cache.store import Store
 
 
 class PrefixCache(Callback):
-    r"""Compute what comes before the first trained layer once per item, not once per epoch.
+    r"""Compute what comes before the first trained block once per item, not once per epoch.
 
         Trainer(callbacks=[LoRACallback(blocks=[8, 9, 10, 11]), PrefixCache()])
 
     With adapters in later blocks only, the features before them are the same in every epoch. They
     are stored the first time that an item comes, found again by a hash of the item itself, and the
-    calls of the modules before the first trained layer are replaced by them. Order, batches and
+    calls of the modules before the first trained block are replaced by them. Order, batches and
     workers may change; items that change (augmentation) are noticed. With P the time of the
     prefix's forward pass and S that of forward and backward through the rest, an epoch becomes at
     most :math:`(P + S) / S` times as fast.
 
-    Exactness comes first. The first training batch is watched operator by operator: which modules
-    finish before anything trained is touched, and which of their results are used later. Then it
-    is checked that nothing is drawn at random, that no item depends on others in its batch, that
-    training and eval mode agree, and that the model's output is what it is without the cache. In
-    every forward weights, attributes, adapters, modes and arguments are compared with those of the
-    check: one that differs (`disabled` with other statistics, BatchNorm in training mode, an
-    adapter in an earlier layer) is computed as if there were no cache, and weights that stay
+    The forward is cut at the first block that holds something trained. Exactness comes first: on
+    the first training batch it is checked that features of an item do not depend on others, that
+    nothing is random or moves before the cut, and that the model's output is what it is without
+    the cache. In every forward weights, adapters, modes and arguments are compared with those of
+    the check: one that differs is computed as if there were no cache, and weights that stay
     different begin a new one.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
         folder: Where to put a file that is mapped into memory, removed at the end; None: memory.
         backbone: Attribute path of the network in the LightningModule, as `LoRACallback`'s.
-        eval_prefix: Compute what comes before the first trained layer in eval mode while training:
+        eval_prefix: Compute what comes before the first trained block in eval mode while training:
             no dropout and no moving statistics there. Without it a prefix with either is refused.
             Modules keep their own mode, in which forwards that are left alone are computed.
 
     Attributes:
-        boundary_: the module that the prefix ends before.
+        boundary_: the block that the prefix ends before.
         items_: items stored.
         megabytes_: their size.
         hit_rate_: part of all items asked for since the first epoch that were found.
         seconds_before_: of the first epoch, without what was spent on finding and checking the
-            prefix; NaN before.
+            cut; NaN before.
         seconds_after_: of later epochs, the median; NaN before.
         speed_up_: their ratio.
         termination_condition_: why it was switched off; "" while it is on.
@@ -136,7 +134,7 @@ class PrefixCache(Callback):
         forward.check_weights()
         if _compiled(forward.root):
             forward.tell("the model was compiled in place, so that it calls no modules")
-        if forward.found is None:
+        if forward.prefix is None:
             self._measure(forward)
             return
         self._epochs += 1
@@ -155,18 +153,17 @@ class PrefixCache(Callback):
         self.boundary_, self.termination_condition_ = forward.end, forward.off
         self._why = forward.why
         if not forward.off:
-            self.items_, self.megabytes_ = len(forward.store), forward.store.used / 1e6
+            self.items_, self.megabytes_ = len(forward.store.records), forward.store.used / 1e6
         asked, found = forward.lookups - self._first[0], forward.hits - self._first[1]
         self.hit_rate_ = found / asked if asked else 0.0
         if self._later:
             self.seconds_after_ = statistics.median(self._later)
 
     def _say_full(self, forward: CachedForward) -> None:
-        store = forward.store
-        if store.refused and not self._told_full:
+        if forward.store.refused and not self._told_full:
             self._told_full = True
             rank_zero_warn(
-                f"PrefixCache: budget_mb={self.budget_mb:g} holds {len(store)} items, and there "
+                f"PrefixCache: budget_mb={self.budget_mb:g} holds {self.items_} items, and there "
                 "was no room for others, which are computed each time. Give a larger budget, or a "
                 "folder"
             )
@@ -177,9 +174,7 @@ class PrefixCache(Callback):
             "(random augmentation?), so that storing features is of no use"
         )
         forward.close(why)
-        rank_zero_warn(
-            f"PrefixCache is off: {why}. Take the randomness out, or PrefixCache{forward.plain}"
-        )
+        rank_zero_warn(f"PrefixCache is off: {why}. Take the randomness out, or PrefixCache")
 
     def summary(self) -> str:
         """What was stored and what it brought, in a line."""
