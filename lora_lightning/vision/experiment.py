@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -27,8 +27,10 @@ from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
-from lora_lightning.vision.seen import Seen
 from lora_lightning.vision.settings import Config
+
+if TYPE_CHECKING:
+    from lora_lightning.vision.methods import Seen
 
 NAME = "LoRA, no labels"
 
@@ -39,7 +41,7 @@ class Pictures(Experiment[Config]):
     Attributes:
         domains: reads the pictures.
         data: the pictures.
-        looks: what the source model says of them, see `seen`.
+        looks: what the source model says of them, see `lora_lightning.vision.methods.seen`.
     """
 
     packages = ("timm",)
