@@ -32,10 +32,11 @@ def run(
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Within the block random numbers are drawn from `seed`; afterwards as if it had not been."""
-    on_gpu = any(p.is_cuda for p in model.parameters())
-    devices = range(torch.cuda.device_count() if on_gpu else 0)
+    kinds = {p.device.type for p in model.parameters()}
+    devices = range(torch.cuda.device_count() if "cuda" in kinds else 0)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # `torch.manual_seed` would seed GPUs too, of which no state was kept.
+        (torch.manual_seed if kinds - {"cpu"} else torch.default_generator.manual_seed)(seed)
         yield
 
 
