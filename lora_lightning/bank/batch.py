@@ -211,7 +211,7 @@ def check_free(model: nn.Module) -> bool:
 
 @contextmanager
 def _explained(module: str, name: str | None) -> Iterator[None]:
-    """Within the block errors of torch get a note that only some of the items were run."""
+    """Re-raise errors of torch with the module and the adapter whose items were run alone."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -76,7 +76,7 @@ class AdaptedModule:
         per_tensor = self._modules["lora"]._modules.get(name)  # an attribute takes longer
         return {} if per_tensor is None else per_tensor._modules
 
-    def put_in_force(self, name: str | None) -> None:
+    def set_lora_active(self, name: str | None) -> None:
         """Activate the adapter `name`; where it is ``None`` or has no factors here, the base."""
         self.__dict__["lora_active"] = name if self.factors_of(name) else None
 

@@ -61,7 +61,7 @@ def activate(view: View, state: ModelState, name: str | None) -> None:
     if name != state.active:
         exchange(view, state, name)
     for layer in view.adapted.values():
-        layer.put_in_force(name)
+        layer.set_lora_active(name)
     forget_computed(state.cachers)
 
 

@@ -122,7 +122,7 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
 def _dead(
     model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
 ) -> dict[str, str]:
-    """Path → why no gradient reaches it; a gradient in one of three draws is enough.""" 
+    """Path → why no gradient reaches it; a gradient in one of three draws is enough."""
     dead: dict[str, str] = dict.fromkeys(factors, "")
     for attempt in range(_TRIES):
         with without_noise(model, training), torch.enable_grad():
