@@ -22,10 +22,10 @@ T = TypeVar("T")
 Added = TypeVar("Added")
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest ones that do."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
     return f"unknown {kind} {name!r}; {hint}"
 
@@ -66,6 +66,8 @@ class Registry(Generic[T]):
         return ((name, self._known[name]) for name in self)
 
     def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):  # a list, say, cannot be looked up
+            return False
         if name not in self._known:
             Registry._load_plugins()
         return name in self._known

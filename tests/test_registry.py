@@ -52,6 +52,9 @@ def test_unknown_names_get_the_nearest_ones(colours):
         colours.get("gren")
     with pytest.raises(ConfigError, match="unknown colour 'x'; known: blue, green, red"):
         colours["x"]
+    for name in (5, None, ["green"]):  # from YAML
+        with pytest.raises(ConfigError, match=r"unknown colour .*known"):
+            colours.get(name)
 
 
 def test_a_name_is_taken_once(colours):

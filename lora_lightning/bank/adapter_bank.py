@@ -145,6 +145,7 @@ class AdapterBank:
         Raises:
             AdapterError: the batch has less than two items, or the model fails to run.
         """
+        check_free(self.model)  # before `forward` runs it
         call = call_of(self.model, batch, forward)
         names = (names,) if isinstance(names, str) else names
         chosen = list(names or self._store.representatives())

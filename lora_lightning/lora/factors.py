@@ -275,6 +275,12 @@ class Factors(nn.Module):
         norm: Tensor = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
+    def require_grad(self, on: bool = True) -> None:
+        """Let what trains require a gradient (or nothing, if not `on`), and the rest none."""
+        for key, parameter in self._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(on and self.trains(key))
+
     def extra_repr(self) -> str:
         """Rank, alpha and options, for ``print(model)``."""
         s = self.spec

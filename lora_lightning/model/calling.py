@@ -82,7 +82,8 @@ def on_inputs(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model within `torch.compile` or data parallelism, whose forwards take anything."""
-    inner = model._modules.get("_orig_mod")
+    children = model._modules  # TorchScript's has no `get`
+    inner = children["_orig_mod"] if "_orig_mod" in children else None  # noqa: SIM401
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
     return model if inner is None else _unwrapped(inner)
@@ -92,7 +93,8 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # TorchScript's have none
-        return [inspect.Parameter("input", inspect.Parameter.POSITIONAL_ONLY)]
+        kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD
+        return [inspect.Parameter("input", kind) for kind in kinds]
 
 
 def _required(parameters: list[inspect.Parameter]) -> int:

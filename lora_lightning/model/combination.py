@@ -16,7 +16,7 @@ from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.model import state as states
 from lora_lightning.model.injection import check_free, register
 from lora_lightning.model.injection_report import InjectionReport, Row
-from lora_lightning.model.owned_tensors import extras, owned_names, snapshot
+from lora_lightning.model.owned_tensors import check_parked, extras, owned_names, snapshot
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.switching import switch
 from lora_lightning.model.view import View
@@ -123,13 +123,9 @@ def _extras(view: View, state: ModelState, weights: dict[str, float]) -> dict[st
     snapshot(view, state)  # of a layer that was replaced, what is there now
     sums: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
+        check_parked(view, state, name)
         for key in extras(view, state, name):
             source = state.source[key][1].to(live[key].device)
             own = live[key].data if state.active == name else state.parked[name].get(key, source)
-            if own.shape != source.shape:
-                raise AdapterError(
-                    f"adapter {name!r} holds {key} of shape {tuple(own.shape)}, and the model's is "
-                    f"{tuple(source.shape)}: the layer was replaced while the adapter was inactive"
-                )
             sums[key] = sums.get(key, source.clone()) + weight * (own - source)
     return sums

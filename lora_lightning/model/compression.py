@@ -135,9 +135,7 @@ def _smaller(
     small.lora_B.copy_(lora_B)
     if small.magnitude is not None and factors.magnitude is not None:
         small.magnitude.copy_(factors.magnitude)
-    on = any(p.requires_grad for p in factors.parameters())
-    for key, parameter in small.named_parameters():
-        parameter.requires_grad_(on and small.trains(key))
+    small.require_grad(any(p.requires_grad for p in factors.parameters()))
     return small.train(factors.training)
 
 

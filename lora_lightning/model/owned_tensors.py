@@ -102,7 +102,7 @@ def exchange(view: View, state: ModelState, name: str | None) -> None:
         AdapterError: they no longer fit; nothing was changed.
     """
     if name is not None:
-        _check_parked(view, state, name)
+        check_parked(view, state, name)
     if state.active is not None:
         _park(view, state, state.active)
     state.active = name
@@ -111,7 +111,8 @@ def exchange(view: View, state: ModelState, name: str | None) -> None:
             view.tensors[key].data = like(value, view.tensors[key])
 
 
-def _check_parked(view: View, state: ModelState, name: str) -> None:
+def check_parked(view: View, state: ModelState, name: str) -> None:
+    """Raise `AdapterError` where an inactive adapter's own tensors no longer fit."""
     live = view.tensors
     for key, value in state.parked.get(name, {}).items():
         if key not in live or live[key].shape != value.shape:

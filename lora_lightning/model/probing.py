@@ -32,10 +32,11 @@ def run(
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Within the block random numbers are drawn from `seed`; afterwards the state is restored."""
-    on_gpu = any(p.is_cuda for p in model.parameters())
-    devices = range(torch.cuda.device_count() if on_gpu else 0)
+    kinds = {p.device.type for p in model.parameters()}
+    devices = range(torch.cuda.device_count() if "cuda" in kinds else 0)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # `torch.manual_seed` would seed GPUs too, of which no state was kept.
+        (torch.manual_seed if kinds - {"cpu"} else torch.default_generator.manual_seed)(seed)
         yield
 
 
@@ -126,8 +127,7 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
     flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
     try:
         for f in factors.values():
-            for key, parameter in f.named_parameters():
-                parameter.requires_grad_(f.trains(key))
+            f.require_grad()
         randomise(model, factors, seed=0)
         yield
     finally:

@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.adapted_module import release
-from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.merging import check_unchanged, merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import state_dict
@@ -78,13 +77,7 @@ def freeze(view: View, state: ModelState, among: Collection[str | None] | None =
     for layer in view.adapted.values():
         for name in layer.lora if among is None else among:
             for factors in layer.factors_of(name).values():
-                _set_factor_grad(factors, name == state.active)
-
-
-def _set_factor_grad(factors: Factors, on: bool) -> None:
-    for key, parameter in factors._parameters.items():
-        if parameter is not None:
-            parameter.requires_grad_(on and factors.trains(key))
+                factors.require_grad(name == state.active)
 
 
 @contextmanager

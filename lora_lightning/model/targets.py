@@ -39,7 +39,8 @@ def select(model: nn.Module | View, config: LoRAConfig) -> list[Target]:
         found = _keyword(view, pattern, config) if keyword else _named(view, pattern)
         chosen |= {target.path: target for target in found}
     _check_exclusions(view, config.exclude_modules)
-    chosen = {path: t for path, t in chosen.items() if not _excluded(t, config.exclude_modules)}
+    left = config.exclude_modules
+    chosen = {path: t for path, t in chosen.items() if not any(map(t.hit_by, left))}
     if config.blocks is not None:
         prefixes = _block_prefixes(view.model, config.blocks)
         chosen = {p: t for p, t in chosen.items() if p.startswith(prefixes)}
@@ -138,10 +139,6 @@ def _check_exclusions(view: View, patterns: list[str]) -> None:
     for pattern in patterns:
         if not any(matches(pattern, n, m) for n, m in names):
             raise TargetError(f"exclude_modules: {pattern!r} matches nothing{_near(pattern, view)}")
-
-
-def _excluded(target: Target, patterns: list[str]) -> bool:
-    return any(matches(p, target.name, target.module) or matches(p, target.path) for p in patterns)
 
 
 def _refuse(targets: list[Target]) -> None:

@@ -88,9 +88,7 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
         f'<th colspan="{len(list(members))}" scope="colgroup"><span>{escape(group)}</span></th>'
         for group, members in groupby(columns, key=lambda c: c.group)
     )
-    names = "".join(
-        f'<th scope="col">{escape(n)}</th>' for n in (*(c.name for c in columns), *costs)
-    )
+    names = _heads((*(c.name for c in columns), *costs))
     body = []
     best = summary.best()
     for method in summary.methods:
@@ -106,6 +104,10 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
     )
 
 
+def _heads(names: Iterable[str]) -> str:
+    return "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+
+
 def _cell(cell: Cell) -> str:
     mean, spread = cell.texts()
     return f"<td>{mean}" + (f' <span class="sd">{spread}</span>' if spread else "") + "</td>"
@@ -117,7 +119,7 @@ def _shifts(run: Run, summary: Summary) -> str:
     before = summary.before()
     measured = {r.domain: r.value for r in run.rows if (r.method, r.seed) == (before, seed)}
     names = ("verdict", "expected", "measured", "proxy A", "Fréchet", "enters at")
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("target", *names))
+    head = _heads(("target", *names))
     rows = []
     for domain, s in found.items():
         accuracy = (s["expected_accuracy"], measured.get(domain))
@@ -168,7 +170,7 @@ def _details(run: Run, summary: Summary) -> list[str]:
 
 
 def _by_domain(summary: Summary) -> str:
-    names = "".join(f'<th scope="col">{escape(m)}</th>' for m in summary.methods)
+    names = _heads(summary.methods)
     sources = [summary.source] if summary.source else []
     rows = "".join(
         f'<tr><th scope="row">{escape(domain)}</th>'

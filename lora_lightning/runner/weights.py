@@ -1,14 +1,20 @@
-"""Weights of a source model, from a local file."""
+"""Files of source models: weights alone, and weights with how their model is built."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.report.files import atomic_write
+
+FORMAT = 1  # of the files of `save_built`
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -38,3 +44,40 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ConfigError(f"model.checkpoint: {path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+def save_built(path: Path | str, kind: str, weights: dict[str, Tensor], **built: Any) -> None:
+    """Write weights, and in the header how their model is built, to safetensors.
+
+    Args:
+        path: Of the file; its folder is created if missing.
+        kind: "recogniser" or "translator".
+        weights: A state dict of tensors that share no memory.
+        built: What `load_built` gives back, as JSON.
+    """
+    from safetensors.torch import save
+
+    header = {kind: json.dumps({"format": FORMAT, **built})}
+    atomic_write(Path(path), save(weights, metadata=header))
+
+
+def load_built(path: Path, kind: str) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """How the model is built, and its weights, from a file of `save_built`.
+
+    Raises:
+        ConfigError: it is damaged, or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            built = json.loads((file.metadata() or {}).get(kind, "null"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged, or no safetensors file ({error})") from error
+    if not isinstance(built, dict) or built.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} was not written by save_{kind} of this version; it must say how the model "
+            "is built, not only its weights"
+        )
+    return built, weights

@@ -179,16 +179,7 @@ class Translating(Experiment[Config]):
         )
         for pair in pairs:
             before, after = own.source_[pair.source], own.translations_[pair.source]
-            self.run.transcripts.append(
-                Transcript(
-                    item=pair.source,
-                    domain=name,
-                    reference=pair.target,
-                    source=before.text,
-                    adapted=after.text,
-                    seed=self.seed,
-                    split="target",
-                    confidence=round(math.exp(after.log_probability), 4),
-                    round=own.changed_in_.get(pair.source, 0),
-                )
-            )
+            sure, when = math.exp(after.log_probability), own.changed_in_.get(pair.source, 0)
+            texts = pair.source, name, pair.target, before.text, after.text
+            found = Transcript(*texts, self.seed, None, "target", round(sure, 4), when)
+            self.run.transcripts.append(found)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import SacreBLEUScore
 
-from lora_lightning.errors import ConfigError
 from lora_lightning.text.decoding import Adjust, greedy
 from lora_lightning.text.parallel import TextBatch
 from lora_lightning.text.subwords import PAD
@@ -59,10 +58,8 @@ class Translation(Optimised):
         schedule: str = "one-cycle",
         adjust: Adjust | None = None,
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-        self.model, self.label_smoothing, self.adjust = model, label_smoothing, adjust
+        super().__init__(learning_rate, weight_decay, schedule, label_smoothing)
+        self.model, self.adjust = model, adjust
         self.test_bleu = SacreBLEUScore()
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B sentences, S pieces of the source, T of the target, D width, V vocabul
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.runner.weights import load_built, save_built
 from lora_lightning.text.subwords import PAD, Subwords
-
-FORMAT = 1  # of the file
 
 
 class Translator(nn.Module):
@@ -116,13 +114,9 @@ def positions(count: int, like: Tensor) -> Tensor:
 
 def save_translator(model: Translator, path: Path | str) -> None:
     """Write weights, pieces and sizes to safetensors."""
-    from safetensors.torch import save_file
-
-    header = {"format": FORMAT, "settings": model.settings, "subwords": model.subwords.dumps()}
     weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"translator": json.dumps(header)})
+    pieces = model.subwords.dumps()
+    save_built(path, "translator", weights, settings=model.settings, subwords=pieces)
 
 
 def load_translator(path: Path | str) -> Translator:
@@ -131,22 +125,10 @@ def load_translator(path: Path | str) -> Translator:
     Raises:
         ConfigError: there is no such file, or it holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no translator's file {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("translator", "null"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged, or no safetensors file ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} was not written by save_translator of this version; it must say how the model "
-            "is built, not only its weights"
-        )
-    model = Translator(Subwords.loads(header["subwords"]), **header["settings"])
+    built, weights = load_built(path, "translator")
+    model = Translator(Subwords.loads(built["subwords"]), **built["settings"])
     model.load_state_dict(weights, strict=True)
     return model.eval()

@@ -237,10 +237,10 @@ class FitGuard(Callback):
         self._source, self._best = state_dict["source"], state_dict["best"]
 
 
-def _some(batches: Any, most: int = 16) -> Iterator[Any]:
+def _some(batches: Any) -> Iterator[Any]:
     """The first batches: enough to know the source model's loss on the training items."""
     # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
-    yield from itertools.islice(batches, most)
+    yield from itertools.islice(batches, 16)
 
 
 def _rank(network: nn.Module) -> int:

@@ -19,12 +19,19 @@ class Optimised(LightningModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
+        label_smoothing: For a loss that is a cross-entropy, in [0, 1).
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    def __init__(self, learning_rate: float, weight_decay: float, schedule: str):
+    def __init__(
+        self,
+        learning_rate: float,
+        weight_decay: float,
+        schedule: str,
+        label_smoothing: float = 0.0,
+    ):
         super().__init__()
         if not learning_rate > 0:
             raise ConfigError(f"learning_rate must be above 0, got {learning_rate}")
@@ -32,7 +39,10 @@ class Optimised(LightningModule):
             raise ConfigError(f"weight_decay must be 0 or more, got {weight_decay}")
         if schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
+        self.label_smoothing = label_smoothing
 
     def configure_optimizers(self) -> Any:
         """AdamW, with the schedule."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from lora_lightning.errors import ConfigError
 from lora_lightning.training.optimised_module import Optimised
 
 
@@ -32,12 +31,9 @@ class Classifier(Optimised):
         label_smoothing: float = 0.0,
         schedule: str = "one-cycle",
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        super().__init__(learning_rate, weight_decay, schedule, label_smoothing)
         # Convolutions run twice as fast on a CPU, and faster on a GPU, with channels last.
         self.model = model.to(memory_format=torch.channels_last)
-        self.label_smoothing = label_smoothing
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W)."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import timm
@@ -54,6 +55,15 @@ def trained(base, tmp_path):
         model.head.weight.add_(0.1)
     path = save_adapter(model, tmp_path / "deep" / "alice.safetensors")
     return model, path, model(X).detach()
+
+
+def test_a_checkout_that_is_not_installed_saves(trained, tmp_path, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("lora_lightning.model.adapter_file.format.version", missing)
+    path = save_adapter(trained[0], tmp_path / "a.safetensors")
+    assert read_header(path)["versions"]["lora_lightning"] == "unknown"
 
 
 def untouched(model: nn.Module, base: nn.Module) -> bool:

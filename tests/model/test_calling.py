@@ -15,8 +15,9 @@ from lora_lightning import (
     shift,
     verify,
 )
-from lora_lightning.errors import DataError
+from lora_lightning.errors import AdapterError, DataError
 from lora_lightning.model.calling import call, call_of
+from lora_lightning.model.probing import run
 from tests.helpers.training import Module, loader, tiny_vit, trainer
 
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
@@ -132,6 +133,22 @@ class Pair(Net):
 PAIR = Pair().eval()
 
 
+def test_a_bank_checks_before_forward_runs_the_model(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    (tmp_path / "a.safetensors").touch()
+    bank = AdapterBank(model, tmp_path)
+    with pytest.raises(AdapterError, match="training mode"):
+        bank.probe(X, forward=lambda model, batch: model(batch))
+    assert model[1].num_batches_tracked == 0
+
+
+def test_a_look_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    run(One(), X)
+    assert not seeded
+
+
 def test_the_callback_passes_forward_on(tmp_path):
     seen = []
 
@@ -147,10 +164,12 @@ def test_the_callback_passes_forward_on(tmp_path):
 
 
 def test_a_wrapped_model_is_called_as_the_model_within():
-    for wrapped in (torch.compile(One(), backend="eager"), nn.DataParallel(One())):
+    scripted = torch.jit.trace(nn.Linear(6, 5), X)
+    for wrapped in (torch.compile(One(), backend="eager"), nn.DataParallel(One()), scripted):
         args, kwargs = call_of(wrapped, (X, Y))
         assert len(args) == 1
         assert not kwargs
+    assert call(scripted, {"input": X}).shape == (8, 5)
 
 
 def test_what_is_no_call_says_so():

@@ -8,7 +8,7 @@ import math
 import mmap
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,12 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries, for a file's header or a run."""
-    found = {"lora_lightning": version("lora-lightning"), "python": platform.python_version()}
-    return found | {"torch": str(torch.__version__)}
+    try:
+        own = version("lora-lightning")
+    except PackageNotFoundError:  # a checkout that was never installed
+        own = "unknown"
+    python, of_torch = platform.python_version(), str(torch.__version__)
+    return {"lora_lightning": own, "python": python, "torch": of_torch}
 
 
 def _by_safetensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:

@@ -42,16 +42,15 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         weights: Path → raw weight, a parameter.
         sink: What takes rows (N, in·kernel); the order of columns is that of the weight's matrix.
-        seed: Of the choice among very many rows.
     """
 
-    def __init__(self, weights: dict[str, Tensor], sink: Sink, seed: int = 0):
+    def __init__(self, weights: dict[str, Tensor], sink: Sink):
         super().__init__()  # type: ignore[no-untyped-call]
         self._paths: dict[int, list[tuple[str, Tensor]]] = {}
         for path, weight in weights.items():
             self._paths.setdefault(_storage(weight), []).append((path, weight))
         self._sink = sink
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(0)  # of the choice among many rows
         self.times: dict[str, int] = {}  # path → how often it was seen
 
     def __torch_dispatch__(
@@ -124,20 +123,17 @@ def _patches(
 
 
 @contextmanager
-def observed(
-    modules: dict[str, tuple[nn.Module, str]], sink: Sink, seed: int = 0
-) -> Iterator[Inputs]:
+def observed(modules: dict[str, tuple[nn.Module, str]], sink: Sink) -> Iterator[Inputs]:
     """Within the block forwards of a model give `sink` the inputs of these weights.
 
     Args:
         modules: Path → (module, name of its tensor).
         sink: See `Inputs`.
-        seed: See `Inputs`.
 
     Fused attention and recurrent kernels, whose products cannot be observed, are disabled within.
     """
     weights = {p: raw_tensor(m, t) for p, (m, t) in modules.items()}
-    mode = Inputs({p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}, sink, seed)
+    mode = Inputs({p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}, sink)
     handles = [
         module.register_forward_hook(_unless_seen(mode, path))
         for path, (module, _) in modules.items()

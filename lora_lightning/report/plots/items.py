@@ -77,9 +77,9 @@ def _matrix(ax: Axes, shares: np.ndarray, classes: list[str]) -> AxesImage:
     return image
 
 
-def sample(items: list[Prediction], count: int = MOST_SAMPLES, seed: int = 0) -> list[Prediction]:
+def sample(items: list[Prediction], count: int = MOST_SAMPLES) -> list[Prediction]:
     """A random sample: from one run, in turn from each domain, whatever was predicted."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     first = min(p.seed for p in items)
     piles: dict[str, list[Prediction]] = {}
     for p in sorted((p for p in items if p.seed == first), key=lambda p: p.item):
@@ -154,11 +154,11 @@ def _degrees(number: str) -> str:
     return f"{float(number):.0f}°".replace("-", "−")
 
 
-def _thumbnail(path: Path, size: int = 224) -> np.ndarray | None:
+def _thumbnail(path: Path) -> np.ndarray | None:
     """A square RGB array with the whole image in it, nothing for a file that cannot be read."""
     try:
         with Image.open(path) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(ImageOps.pad(picture, (size, size), color="#eceff1"))
+            return np.asarray(ImageOps.pad(picture, (224, 224), color="#eceff1"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

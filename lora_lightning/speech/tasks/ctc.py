@@ -120,34 +120,13 @@ class CTCRecognition(Recognition):
                 )
 
 
-def spec_augment(
-    bands: int = 20, frames: int = 20, band_masks: int = 2, frame_masks: int = 2
-) -> nn.Module:
-    """SpecAugment for features (B, n_mels, F), by torchaudio's own masks.
+def spec_augment() -> nn.Module:
+    """SpecAugment for features (B, n_mels, F): two masks of each kind, the same for a whole batch.
 
     Park et al. 2019, "SpecAugment: a simple data augmentation method for automatic speech
-    recognition", arXiv:1904.08779. The mask value is 0, the mean of normalised features; a time
-    mask covers at most a fifth of the frames.
-
-    Args:
-        bands: Widest mask over mel bands.
-        frames: Widest mask over time, in frames of 10 ms.
-        band_masks: Number of masks over mel bands.
-        frame_masks: Number of masks over time.
+    recognition", arXiv:1904.08779. The mask value is 0, the mean of normalised features. A mask
+    covers at most 20 mel bands, or 20 frames of 10 ms and a fifth of all.
     """
-    return _SpecAugment(bands, frames, band_masks, frame_masks)
-
-
-class _SpecAugment(nn.Module):
-    def __init__(self, bands: int, frames: int, band_masks: int, frame_masks: int):
-        super().__init__()
-        masking = torchaudio.transforms
-        self.masks = nn.Sequential(
-            *(masking.FrequencyMasking(bands) for _ in range(band_masks)),
-            *(masking.TimeMasking(frames, p=0.2) for _ in range(frame_masks)),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Mask features (B, n_mels, F), the same for the whole batch."""
-        masked: Tensor = self.masks(features)
-        return masked
+    bands = (torchaudio.transforms.FrequencyMasking(20) for _ in range(2))
+    times = (torchaudio.transforms.TimeMasking(20, p=0.2) for _ in range(2))
+    return nn.Sequential(*bands, *times)

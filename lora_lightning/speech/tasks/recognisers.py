@@ -6,7 +6,6 @@ layer that mixes frames.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.runner.weights import load_built, save_built
 from lora_lightning.speech.tasks.labels import Labels
 
 _Size = TypeVar("_Size", Tensor, int)
-FORMAT = 1  # of the file
 # Trained by `lora-lightning run speaker model.checkpoint=null`.
 PACKAGED = Path(__file__).parents[1] / "weights" / "spoken_conformer.safetensors"
 FLOOR = 1e-6  # energy below it counts as silence; that of a full-scale signal is about 1
@@ -175,17 +174,12 @@ def _half(size: _Size) -> _Size:  # after a stride of 2
 
 def save_recogniser(model: ConformerCTC, path: Path | str) -> None:
     """Write weights in half precision, and the model's settings, to safetensors."""
-    from safetensors.torch import save_file
-
     labels = model.labels
     spelt = {"symbols": labels.symbols, "blank": labels.blank, "separator": labels.separator}
-    header = {"format": FORMAT, "settings": model.settings, "labels": spelt}
     # Cloned: safetensors refuses tensors that share memory.
     state = model.state_dict()
     weights = {k: v.half() if v.is_floating_point() else v.clone() for k, v in state.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"recogniser": json.dumps(header)})
+    save_built(path, "recogniser", weights, settings=model.settings, labels=spelt)
 
 
 def load_recogniser(path: Path | str = "package") -> ConformerCTC:
@@ -194,22 +188,10 @@ def load_recogniser(path: Path | str = "package") -> ConformerCTC:
     Raises:
         ConfigError: there is no such file, or it holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     given, path = path, PACKAGED if path == "package" else Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no recogniser's file {given}; 'package' is the built-in one")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("recogniser", "null"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged, or no safetensors file ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} was not written by save_recogniser of this version; it must say how the model "
-            "is built, not only its weights"
-        )
-    model = ConformerCTC(Labels(**header["labels"]), **header["settings"])
+    built, weights = load_built(path, "recogniser")
+    model = ConformerCTC(Labels(**built["labels"]), **built["settings"])
     model.load_state_dict(weights, strict=True)
     return model.eval()
