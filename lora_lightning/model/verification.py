@@ -1,13 +1,13 @@
 """`verify`: whether each adapter acts and learns, in training and in eval, and merges exactly.
 
 `verify` gives every pair of factors random values for the length of the call (B = 0 would
-hide everything), runs the model and asks, of each adapted tensor:
+hide everything), runs the model and checks, for each adapted tensor:
 
 1. does a gradient reach both factors, in training mode and in eval mode?
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
-Factors, buffers, modes, gradients and random state are put back afterwards.
+Factors, buffers, modes, gradients and random state are restored afterwards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TRIES = 3
 
 @dataclass
 class Verification:
-    """What `verify` found for one adapter.
+    """The result of `verify` for one adapter.
 
     Attributes:
         name: the adapter.
@@ -85,12 +85,11 @@ def verify(
         AdapterNotFoundError: there is no adapter.
         VerificationError: names each adapted tensor that fails, and why.
     """
-    states.roots(model)
-    names = adapters.adapters(model)
+    (_, first), *_ = states.roots(model)
+    active, names = first.active, adapters.adapters(model)
     look = partial(run, model, example_batch, forward=forward)
     found = []
     with preserved(model), adapters.unmerged(model):
-        active = _active(model)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name in names:
@@ -98,7 +97,7 @@ def verify(
                 found.append(_verify_one(model, name, look, tolerance))
         finally:
             adapters.set_active(model, active)
-            for parameter, flag in flags:  # which the user may have set since the injection
+            for parameter, flag in flags:  # possibly set by the user since the injection
                 parameter.requires_grad_(flag)
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
@@ -122,7 +121,7 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
 def _dead(
     model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
 ) -> dict[str, str]:
-    """Path → why no gradient reaches it; what is alive in one of three draws is alive."""
+    """Path → why no gradient reaches it; a gradient in one of three draws is enough."""
     dead: dict[str, str] = dict.fromkeys(factors, "")
     for attempt in range(_TRIES):
         with without_noise(model, training), torch.enable_grad():
@@ -176,7 +175,8 @@ def _check_eval(
         plain = look()
         with adapters.disabled(model):
             source = look()
-        limit = _limit(plain) if tolerance is None else tolerance
+        usual = max((_TOLERANCE.get(o.dtype, 5e-2) for o in plain), default=1e-4)
+        limit = usual if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
             result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")
@@ -233,14 +233,6 @@ def _unmergeable(
 
 def _tensors_of(result: Verification, layer: str) -> list[str]:
     return [t for t in result.tensors if t.rpartition(".")[0] == layer]
-
-
-def _limit(outputs: list[Tensor]) -> float:
-    return max((_TOLERANCE.get(o.dtype, 5e-2) for o in outputs), default=1e-4)
-
-
-def _active(model: nn.Module) -> str | None:
-    return next((s.active for _, s in states.roots(model)), None)
 
 
 def _message(failing: list[Verification]) -> str:

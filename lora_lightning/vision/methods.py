@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import closed_form
 from lora_lightning.adaptation.closed_form import lame, recentred
+from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry
@@ -20,11 +22,45 @@ from lora_lightning.runner.experiment import Method
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
 from lora_lightning.vision.experiment import Pictures
-from lora_lightning.vision.seen import seen
 
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the source model says of some pictures.
+
+    Attributes:
+        said: its answers and features.
+        labels: (N,), for those who may look at them.
+        seconds: that it took.
+    """
+
+    said: Predicted
+    labels: Tensor
+    seconds: float
+
+
+def seen(experiment: Pictures, which: str) -> Seen:
+    """The source model on the source's training pictures ("learnt"), or on the held-out ones of the
+    "source" or of all targets ("target"); looked at once a seed.
+    """
+    if which not in experiment.looks:
+        data = experiment.data.on(train=[experiment.data.source])
+        pictures, items = data.unlabelled(), data.training_pictures()
+        if which != "learnt":
+            data = data.on(test=[data.source] if which == "source" else data.target)
+            pictures, items = data.predict_dataloader().dataset, data.held_out()
+        start = time.perf_counter()
+        model = experiment.fresh()
+        loader = Target(pictures).loader(2 * data.batch_size, shuffle=False)
+        said = predicted(model, model, loader, next(model.parameters()).device)
+        seconds = time.perf_counter() - start
+        experiment.looks[which] = Seen(said, experiment.labels(items), seconds)
+    return experiment.looks[which]
+
 
 # From source features (N, D), their labels and features (M, D) of a domain to answers (M, K).
 Aligned = Callable[[Tensor, Tensor, Tensor], Tensor]
