@@ -1,4 +1,4 @@
-"""An unlabelled target: objectives, pseudo-labels, guards, rounds, closed forms."""
+"""Unsupervised adaptation: objectives, pseudo-labels, self-training, guards, closed forms."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Alignment of two domains' features in closed form, and what reads an answer off it.
+"""Closed-form domain alignment (CORAL, subspaces), with classifiers and regressors on top.
 
 Nothing is trained, no weight changes: the baselines that every adapter has to beat. Legend of
 shapes: N labelled source items, M target items, D features, K classes, V values, d dimensions of
@@ -34,7 +34,7 @@ from lora_lightning.registry import Registry
 Matrix = NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]  # source (N, ·) and target (M, ·) in one space
 Alignment = Callable[[Tensor, Tensor], Pair]  # source (N, D), target (M, D)
-# What brings both domains into one space, before anything reads an answer off it.
+# Maps both domains into one space, in which a classifier or regressor is fitted.
 ALIGNMENTS: Registry[Alignment] = Registry("alignment")
 ENERGY = 0.9  # part of the source's variance that a subspace holds
 PARTS = 32  # dimensions of the NMF subspace at most
@@ -49,7 +49,7 @@ def nearest_centroid(source: Tensor, labels: Tensor, target: Tensor) -> Tensor:
         target: (M, D).
 
     Raises:
-        DataError: features or labels are none, or do not fit together.
+        DataError: features or labels of a wrong shape, empty, or not of the same items.
     """
     return _classified(source, labels, target, _standardised_each)
 
@@ -132,7 +132,7 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
 
     Raises:
         ConfigError: there is no such alignment.
-        DataError: features or values are none, or do not fit together.
+        DataError: features or values of a wrong shape, empty, or not of the same items.
     """
     from sklearn.linear_model import RidgeCV
 
@@ -226,20 +226,20 @@ def _standardised(x: Tensor) -> Matrix:
     return np.asarray(StandardScaler().fit_transform(x.double().numpy()))
 
 
-# Corrections of predictions that train nothing: LAME and feature re-centring.
+# Corrections of predictions without training: LAME and feature re-centring.
 #
-# They are the baselines that every adapter has to beat. Legend of shapes: N items, K classes,
+# Baselines that every adapter has to beat. Legend of shapes: N items, K classes,
 # D features, k neighbours.
 
 
-TOLERANCE = 1e-6  # of LAME's answers, where it stops
+TOLERANCE = 1e-6  # change of LAME's probabilities at which it stops
 
 
 @torch.no_grad()
 def lame(
     features: Tensor, probabilities: Tensor, neighbours: int = 5, iterations: int = 100
 ) -> Tensor:
-    r"""Answers that stay near the model's and agree among neighbours.
+    r"""LAME: probabilities near the model's that agree among neighbours.
 
     The fixed point of
     :math:`z_{ik} \propto p_{ik} \exp\big(\sum_j w_{ij} z_{jk}\big)`, begun at p, with
@@ -251,7 +251,7 @@ def lame(
         features: (N, D), compared by cosine.
         probabilities: (N, K), rows that sum to one.
         neighbours: k, at most N − 1 are used.
-        iterations: Steps at most; it ends when no answer moves by more than 1e-6.
+        iterations: Steps at most; it ends when no probability changes by more than 1e-6.
 
     Returns:
         (N, K), rows that sum to one. N = 1 keeps its prediction.
@@ -275,11 +275,11 @@ def lame(
 
 @torch.no_grad()
 def recentred(features: Tensor, source_mean: Tensor, head: nn.Module) -> Tensor:
-    r"""The head's answers for features moved to where the source's lie on the mean.
+    r"""The head's predictions for features shifted to the source's mean.
 
-    :math:`p_i = softmax(h(f_i - \bar f + \bar f_s))`: what the target's features share is taken
-    for the change of domain. It is wrong where the classes' shares change. The first moment of
-    CORAL, Sun et al. 2016, arXiv:1511.05547.
+    :math:`p_i = softmax(h(f_i - \bar f + \bar f_s))`: the difference of the means is taken for the
+    domain shift. It is wrong where the classes' shares change. The first moment of CORAL, Sun et
+    al. 2016, arXiv:1511.05547.
 
     Args:
         features: (N, D) that the head takes, of the target.

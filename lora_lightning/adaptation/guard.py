@@ -1,4 +1,4 @@
-"""`Guard`: has adaptation gone wrong? Asked after each round, answered without labels."""
+"""`Guard`: checks of adaptation without labels, after each round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Limits:
-    """Where the alarms ring; each compares a round with the source model on the same items.
+    """Thresholds of the alarms; each compares a round with the source model on the same items.
 
     Args:
         marginal_entropy: Least part of the source's entropy of the mean prediction: below, the
@@ -22,11 +22,11 @@ class Limits:
         class_share: A class may be predicted at most so many times as often as by the source
             (or as by chance, where the source hardly predicts it).
         agreement: Least part of the items that keep the source's label; or four fifths of the
-            source's mean confidence, where that is more: so many it expects to be right, if it is
-            somewhat too sure of itself.
+            source's mean confidence, where that is more: its expected accuracy, if it is
+            somewhat overconfident.
         steadiness: Least part of the items that keep the label of the last accepted round, once
-            there is one: a learning rate that is too high tears them out.
-        sure_flips: Most of the items that the source was surest of (the upper half) that may
+            there is one: a learning rate that is too high changes many.
+        sure_flips: Largest part of the source's most confident items (the upper half) that may
             change their label.
         cohesion: How much less than by the source's labels neighbours may agree, see `cohesion`.
     """
@@ -48,11 +48,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard thinks of a round.
+    """The guard's result for a round.
 
     Attributes:
-        scores: Name → value of all that was looked at.
-        alarms: What is wrong, in words; empty where nothing is.
+        scores: Name → value of each score.
+        alarms: Messages of what is wrong; empty where nothing is.
     """
 
     scores: dict[str, float]
@@ -70,7 +70,7 @@ class Guard:
     Args:
         source: (N, K) probabilities by the source model.
         neighbours: (N, k) each item's nearest by the source model's features; None: unknown.
-        limits: Where the alarms ring.
+        limits: Thresholds of the alarms.
 
     Raises:
         DataError: predictions that are none.
@@ -88,7 +88,7 @@ class Guard:
         self.cohesion = self._cohesion(self.labels)
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
-        """Look at a round's predictions of the same items, (N, K).
+        """Check a round's predictions of the same items, (N, K).
 
         Args:
             probabilities: Of the round.
@@ -148,7 +148,7 @@ class Guard:
         now, before = (
             torch.bincount(x, minlength=self.classes).double() for x in (labels, self.labels)
         )
-        # Of a class that the source hardly knows, every count would be many times as often.
+        # For a class that the source hardly predicts, any count would be a large multiple.
         return float((now / before.clamp_min(len(labels) / self.classes)).max())
 
     def _flips(self, labels: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Labels that spread over the graph of neighbours."""
+"""Label propagation over the graph of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # of the conjugate gradients
 def propagate(
     features: Tensor, probabilities: Tensor, neighbours: int = 10, alpha: float = 0.9
 ) -> PseudoLabels:
-    r"""Each item's label by the predictions of all, near ones first; sure answers weigh more.
+    r"""Labels propagated over the neighbour graph, weighted by their certainty.
 
     .. math:: Z = (I - \alpha S)^{-1} P, \qquad S = D^{-1/2} W D^{-1/2}, \qquad
               W = \tfrac12 (A + A^T), \qquad a_{ij} = \max(\cos(f_i, f_j), 0)^3
@@ -34,7 +34,7 @@ def propagate(
         features: (N, D), compared by cosine.
         probabilities: (N, K), rows that sum to one.
         neighbours: k, at most N − 1 are used.
-        alpha: α, in [0, 1): how far labels travel; 0 keeps the predictions.
+        alpha: α, in [0, 1): how far labels spread; 0 keeps the predictions.
 
     Raises:
         ConfigError: `alpha` or `neighbours` is out of range.
@@ -54,7 +54,7 @@ def propagate(
     graph = coo_array((strength, (rows, near.cpu().numpy().ravel())), shape=(len(p),) * 2).tocsr()
     graph = (graph + graph.T) / 2
     degrees = np.asarray(graph.sum(axis=1)).ravel()
-    # An item that no other resembles has no edge: it keeps its own prediction.
+    # An item without similar ones has no edge: it keeps its own prediction.
     scale = diags_array(1 / np.sqrt(np.where(degrees > 0, degrees, 1.0)))
     system = eye_array(len(p)) - alpha * (scale @ graph @ scale)
     start = p.double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""`Loss`: what a `TransductiveTask` minimises, put together from objectives."""
+"""`Loss`: the loss of a `TransductiveTask`, an objective with regularisers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[[Tensor], Tensor]  # logits → loss
 
 
 class Loss:
-    r"""The objective, and what it is held back by.
+    r"""The objective, pseudo-labels, and regularisers that keep the model near the source.
 
     :math:`L = O + w\,CE(p, \hat y) + v\,KL(p^s \| p) + \lambda \sum_l \|s_l B_l A_l\|^2`.
 
@@ -68,13 +68,13 @@ class Loss:
         self._source: Tensor | None = None
 
     def begin(self, source: Predicted) -> None:
-        """The source model's predictions are known."""
+        """Take the source model's predictions."""
         self._source = source.probabilities
         if isinstance(self.objective, Objective):
             self.objective.begin(source)
 
     def begin_round(self, now: Predicted) -> None:
-        """The model's predictions at the start of a round: labels and neighbours by them."""
+        """Take the predictions at the start of a round, for labels and neighbours."""
         if self.pseudo_label_weight:
             self.labels = centroid(now.features, now.probabilities)
         if isinstance(self.objective, Objective):

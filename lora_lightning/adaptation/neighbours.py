@@ -1,4 +1,4 @@
-"""The nearest items by cosine, and the checks that all functions on features share.
+"""Nearest neighbours by cosine similarity, and checks of features and probabilities.
 
 Legend of shapes: N items, K classes, D features, k neighbours.
 """
@@ -60,7 +60,7 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 def check_count(count: int, name: str) -> None:
-    """Refuse what cannot be a number of neighbours or rounds.
+    """Refuse an invalid number of neighbours or rounds.
 
     Raises:
         ConfigError: it is no whole number, or below 1.

@@ -1,7 +1,7 @@
-"""Losses that need no labels, or only guessed ones: tensors in, a scalar with a gradient out.
+"""Losses without labels, or with pseudo-labels: tensors in, a differentiable scalar out.
 
-Legend of shapes: B items, K classes. All compute in float32, also under autocast. Whether the
-logits are finite is for the caller to look at: a look would wait for the GPU in each step.
+Legend of shapes: B items, K classes. All compute in float32, also under autocast. The caller checks
+that the logits are finite: a check here would synchronise with the GPU in each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_lightning.model.view import View
 from lora_lightning.registry import Registry
 
 OBJECTIVES: Registry[Callable[..., Any]] = Registry("objective")
-NEIGHBOURS = 4  # of each item, that neighbour consistency looks at
+NEIGHBOURS = 4  # of each item, in neighbour consistency
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class RunningMarginal:
-    r"""The mean prediction over more than one batch, where a batch is small beside the classes.
+    r"""The running mean of the predictions, where a batch is small beside the number of classes.
 
     Its value is :math:`m \leftarrow \mu\,m + (1 - \mu)\,\bar p`; its gradient is that of the batch
     mean :math:`\bar p`, so that the loss pulls as hard as it does without.
@@ -62,7 +62,7 @@ class RunningMarginal:
         self.mean: Tensor | None = None
 
     def update(self, batch_mean: Tensor) -> Tensor:
-        """Take a batch's mean (K,) in; returns the running mean (K,) with its gradient."""
+        """Add a batch's mean (K,); returns the running mean (K,) with its gradient."""
         now = batch_mean.detach()
         before = now if self.mean is None else self.mean.to(now)
         self.mean = self.momentum * before + (1 - self.momentum) * now
@@ -75,7 +75,7 @@ def information_maximisation(
     diversity: float = 1.0,
     marginal: RunningMarginal | None = None,
 ) -> Tensor:
-    r"""Sure of each item, spread over the classes.
+    r"""Information maximisation: low entropy of each prediction, high entropy of their mean.
 
     The loss is :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p\|\pi)`.
     Krause et al. 2010, "Discriminative clustering by regularized information maximization"; SHOT,
@@ -104,7 +104,7 @@ def information_maximisation(
 
 
 def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
-    r"""How far classes are predicted for the same items, sure items counting more.
+    r"""Minimum class confusion: how far classes are predicted together, by certainty.
 
     With :math:`Y = softmax(logits / T)` and weights W that grow as the entropy of a row falls,
     :math:`C = Y^T W Y`, each row divided by its sum; the loss is the sum off the diagonal over K.
@@ -115,7 +115,7 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
         temperature: T, above 0.
 
     Raises:
-        ConfigError: shapes or a temperature that cannot be.
+        ConfigError: wrong shapes, or a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature must be above 0, got {temperature}")
@@ -151,7 +151,7 @@ def pseudo_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
 
 
 def consistency(weak: Tensor, strong: Tensor, least: float = 0.0) -> Tensor:
-    """Cross-entropy of a strongly augmented view to what is said of the weakly augmented one.
+    """Cross-entropy of a strongly augmented view to the prediction of the weakly augmented one.
 
     Only items whose weak view has a confidence of `least` or more count; 0 where none does. Sohn
     et al. 2020, "FixMatch", arXiv:2001.07685.
@@ -180,7 +180,7 @@ def neighbour_consistency(logits: Tensor, near: Tensor, affinities: Tensor | Non
 
     Yang et al. 2021, "Exploiting the intrinsic neighborhood structure for source-free domain
     adaptation" (NRC), arXiv:2110.04202, with a = 1 for reciprocal neighbours and 0.1 for others.
-    Alone it collapses; the paper adds the spread over the classes.
+    Alone it collapses; the paper adds the diversity term.
 
     Args:
         logits: (B, K).
@@ -248,7 +248,7 @@ def pull_to_source(model: nn.Module) -> Tensor:
 
 
 class Objective:
-    """An objective that looks at the target before it is asked; others are plain functions.
+    """An objective with state from the target's predictions; others are plain functions.
 
         @OBJECTIVES.register("my-objective")  # as well on a function from logits to a loss
         class MyObjective(Objective):
@@ -257,7 +257,7 @@ class Objective:
 
     Args:
         prior: π, the share of each class in the target; None: uniform.
-        diversity: d, the weight of the spread over the classes.
+        diversity: d, the weight of the diversity term.
         batch_size: Items in a batch.
     """
 
@@ -265,10 +265,10 @@ class Objective:
         self.prior, self.diversity, self.batch_size = prior, diversity, batch_size
 
     def begin(self, source: Predicted) -> None:
-        """The source model's predictions are known; not called where a fit is resumed."""
+        """Take the source model's predictions; not called where a fit is resumed."""
 
     def begin_round(self, now: Predicted) -> None:
-        """The model's predictions at the start of a round."""
+        """Take the model's predictions at the start of a round."""
 
     def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
         """The loss of a batch: logits (B, K) of the items with these indices (B,)."""
@@ -290,9 +290,9 @@ class InformationMaximisation(Objective):
     marginal: RunningMarginal | None = None
 
     def begin(self, source: Predicted) -> None:
-        """Count the classes."""
+        """Add a running mean, where batches are small."""
         classes = source.probabilities.shape[1]
-        if self.batch_size < 4 * classes:  # too few to see the classes' shares in
+        if self.batch_size < 4 * classes:  # too few to estimate the classes' shares
             self.marginal = RunningMarginal(classes)
 
     def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
@@ -313,10 +313,10 @@ class InformationMaximisation(Objective):
 
 @OBJECTIVES.register("neighbour-consistency")
 class NeighbourConsistency(InformationMaximisation):
-    """`neighbour_consistency`, and the spread over the classes."""
+    """`neighbour_consistency` with the diversity term."""
 
     def begin_round(self, now: Predicted) -> None:
-        """Neighbours, and what is said of them."""
+        """Find neighbours, and keep their predictions."""
         self.bank = now.probabilities, nearest(now.features, NEIGHBOURS)[0]
 
     def __call__(self, logits: Tensor, indices: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ def _checked(logits: Tensor) -> Tensor:
 
 
 def _prior(prior: Tensor, mean: Tensor) -> Tensor:
-    # Looked at where it lies: as a rule on the CPU, where a look waits for nothing.
+    # Checked on its own device: as a rule the CPU, where nothing is synchronised.
     found = torch.as_tensor(prior)
     if found.shape != mean.shape:
         raise ConfigError(f"prior must hold a share for each of {len(mean)} classes")

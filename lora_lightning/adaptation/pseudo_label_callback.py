@@ -1,4 +1,4 @@
-"""`PseudoLabelCallback`: the user's own training step, on target items with pseudo-labels."""
+"""`PseudoLabelCallback`: self-training by the user's own training step, on pseudo-labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.registry import Registry
 from lora_lightning.training.lora_callback import LoRACallback
 
-# Items of the target and of the source in one loader, which are drawn anew in each round.
+# Items of the target and of the source in one loader, redrawn in each round.
 
 
 class Mixed(Dataset[Any]):
@@ -59,7 +59,7 @@ class Accepted(Sampler[int]):
         return min(self.source, round(self.ratio * len(self.accepted)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch it is."""
+        """Called by Lightning before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -92,8 +92,8 @@ class PseudoLabelCallback(PredictionSelfTraining):
 
     The module's ``training_step`` receives batches (inputs, labels) as if the target were
     labelled; ``module(inputs)`` must give logits (B, K). Every `every_n_epochs` epochs (or
-    `every_n_steps` steps) the labels are taken anew; then the guard compares the predictions with
-    the source model's, stops at the first alarm and brings the last accepted state back.
+    `every_n_steps` steps) the labels are updated; then the guard compares the predictions with
+    the source model's, stops at the first alarm and restores the last accepted state.
 
     Args:
         target: The items, see `lora_lightning.adaptation.target.Target`.
@@ -104,10 +104,10 @@ class PseudoLabelCallback(PredictionSelfTraining):
         source_ratio: Source items for each accepted target item.
         augment: Applied to each input in training.
         backbone: Attribute of the module that holds the network; ``""``: the module.
-        every_n_epochs: How often labels are taken anew.
-        every_n_steps: How often instead, in optimizer steps.
+        every_n_epochs: How often labels are updated.
+        every_n_steps: The same in optimizer steps, instead.
         canary: A few labelled items of the target, (input, class): a round that does worse on them
-            than the source model sets off an alarm. They are not trained on.
+            than the source model raises an alarm. They are not trained on.
         teacher_decay: Decay of a moving average of what is trained, which then gives the labels;
             None: the model itself does.
         limits: Of the guard; None: no guard.
@@ -116,8 +116,8 @@ class PseudoLabelCallback(PredictionSelfTraining):
         seed: Of the order of the items.
 
     Attributes:
-        pseudo_labels_: the labels that are trained with.
-        rounds_: the course of it, a `Rounds`.
+        pseudo_labels_: the current pseudo-labels.
+        rounds_: the `Rounds`, their history and best state.
         accepted_: the round whose state is kept; 0: the source.
         termination_condition_: why it ended.
 
@@ -175,7 +175,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
     # ---- hooks -----------------------------------------------------------------------------
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse a start that needs labels before there are any."""
+        """Refuse callbacks that would need labels before there are any."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
                 isinstance(other, LoRACallback)
@@ -189,7 +189,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
         super().check(trainer, module)
 
     def check_loader(self, trainer: Trainer) -> None:
-        """A loader without our labels would train on something else."""
+        """Refuse a trainer with another loader, which has no pseudo-labels."""
         loader: Any = trainer.train_dataloader
         if getattr(loader, "dataset", None) is not self._items:
             raise ConfigError(
@@ -201,7 +201,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """In place of each item's index comes its label."""
+        """Replace each item's index by its label."""
         assert self.pseudo_labels_ is not None
         codes = batch[1]
         of_source = codes < 0
@@ -209,13 +209,13 @@ class PseudoLabelCallback(PredictionSelfTraining):
         codes.copy_(torch.where(of_source, -1 - codes, labels))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """The teacher follows; after so many steps a round ends."""
+        """Update the teacher; end a round after `every_n_steps`."""
         super().on_train_batch_end(trainer, pl_module)
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.end_round(trainer, pl_module)
 
     def due(self, trainer: Trainer) -> bool:
-        """After so many epochs a round ends."""
+        """Whether a round ends with this epoch, by `every_n_epochs`."""
         return not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     # ---- what it does ----------------------------------------------------------------------
@@ -225,7 +225,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
         return module.get_submodule(self.backbone)
 
     def label(self, now: Predicted) -> dict[str, Any]:
-        """A label for each item; some must be accepted."""
+        """Pseudo-labels of all items, of which some must be accepted."""
         found = self.labeller(now.features, now.probabilities)
         if not bool(found.accepted.any()):
             raise DataError(
@@ -235,6 +235,6 @@ class PseudoLabelCallback(PredictionSelfTraining):
         return vars(found)
 
     def use(self, labels: dict[str, Any]) -> None:
-        """Draw from the items with a label."""
+        """Sample from the items with a label."""
         self.pseudo_labels_ = found = PseudoLabels(**labels)
         self._sampler.accepted = found.accepted.nonzero().flatten().tolist()

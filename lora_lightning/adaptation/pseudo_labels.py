@@ -1,7 +1,7 @@
-"""Pseudo-labels: which label an unlabelled item gets, how far it counts, and why it does not.
+"""Pseudo-labels of unlabelled items: labels, weights, and reasons for leaving items out.
 
 Legend of shapes: N items, K classes, D features, k neighbours. All functions take detached
-tensors of any device, answer on that device, and give the same output for the same input.
+tensors of any device, give results on that device, and are deterministic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALONE = "no neighbour to ask"
 
 @dataclass
 class PseudoLabels:
-    """Labels of N items that nobody labelled.
+    """Pseudo-labels of N unlabelled items.
 
     Attributes:
         labels: (N,) int64, also of the items left out.
@@ -103,7 +103,7 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
 
     Class-balanced self-training selects by a threshold of each class; its labels are weighted by
     those thresholds, ours are the predictions as they are. Of equal confidences the earlier item
-    is taken. Classes that nobody predicts get nothing. Zou et al. 2018, arXiv:1810.07911.
+    is taken. Classes that are never predicted get nothing. Zou et al. 2018, arXiv:1810.07911.
 
     Args:
         probabilities: (N, K), rows that sum to one.
@@ -127,7 +127,7 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
     reasons = [""] * len(labels)
     for label in sorted(set(labels.tolist())):
         items = (labels == label).nonzero().squeeze(1)
-        # Less a trifle: 0.1 · 30 is a bit more than 3 in floating point.
+        # Less a small tolerance: 0.1 · 30 is a bit more than 3 in floating point.
         part = math.ceil(per_class * len(items) - 1e-9) if isinstance(per_class, float) else 0
         count = part if isinstance(per_class, float) else per_class
         ranked = items[confidence[items].argsort(descending=True, stable=True)]
@@ -144,7 +144,7 @@ def centroid(features: Tensor, probabilities: Tensor) -> PseudoLabels:
     .. math:: c_k = \frac{\sum_i p_{ik} z_i}{\sum_i p_{ik}}, \qquad
               \hat y_i = \arg\max_k \cos(z_i, c_k), \qquad z_i = f_i / \|f_i\|
 
-    then once more with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that nobody predicts
+    then once more with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that are never predicted
     have no centroid. SHOT, Liang et al. 2020, arXiv:2002.08546, whose features have a 1
     appended; ours are as given. N = 1 keeps its prediction.
 
@@ -161,7 +161,7 @@ def centroid(features: Tensor, probabilities: Tensor) -> PseudoLabels:
     shares = p
     for _ in range(2):
         predicted = torch.bincount(labels, minlength=p.shape[1]) > 0
-        # The sum has the direction of the mean: no division by what may be zero.
+        # The sum has the direction of the mean, without a division by zero.
         similarity = z @ unit_rows(shares.T @ z).T
         labels = similarity.masked_fill(~predicted, -torch.inf).argmax(dim=1)
         shares = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
@@ -173,8 +173,8 @@ def vote(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> Pseudo
 
     .. math:: q_i = \frac1k \sum_{j \in N_k(i)} p_j, \qquad \hat y_i = \arg\max_k q_{ik}
 
-    Without itself. N = 1 is left out with its own prediction. AdaContrast's refinement, Chen et
-    al. 2022, arXiv:2204.10377.
+    The item itself is not counted. N = 1 is left out with its own prediction. AdaContrast's
+    refinement, Chen et al. 2022, arXiv:2204.10377.
 
     Args:
         features: (N, D), compared by cosine.

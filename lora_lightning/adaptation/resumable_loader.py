@@ -1,4 +1,4 @@
-"""`ResumableLoader`: a DataLoader with the same batches, whether a fit was interrupted or not."""
+"""`ResumableLoader`: a DataLoader with a state, for exact resumption in mid-epoch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # gives a random state; sets one
+Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # getter and setter of a random state
 
 
 class Position:
-    """How far a loader is in its epoch, and the random states that its order comes from.
+    """A loader's place in its epoch, and the random states that determine its order.
 
     Args:
         *sources: Random states that the loader depends on beside torch's own.
@@ -30,11 +30,11 @@ class Position:
         self.resumed: dict[str, Any] | None = None
 
     def random(self) -> list[Any]:
-        """The random states now."""
+        """The present random states."""
         return [get() for get, _ in self.sources]
 
     def set_random(self, states: list[Any]) -> None:
-        """Put random states back."""
+        """Set the random states."""
         for (_, put), state in zip(self.sources, states, strict=True):
             put(state)
 
@@ -45,15 +45,15 @@ class Position:
         return {"finished": finished, "taken": self.taken, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint: the next iterator goes on from there."""
+        """From a checkpoint: the next iterator resumes there."""
         self.resumed = state
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that goes on in mid-epoch, or with the next epoch's order, where it stopped.
+    """A DataLoader that resumes in mid-epoch, or with the next epoch's order.
 
     Args:
-        position: Where it is; loaders that take each other's place share one.
+        position: Its place in the epoch; loaders that replace each other share one.
         **settings: Of the DataLoader.
     """
 

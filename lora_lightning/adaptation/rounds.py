@@ -1,4 +1,4 @@
-"""`Rounds`: what a model answers round by round, which state is kept, and why it ended."""
+"""`Rounds`: history of self-training in rounds, and the best accepted state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lora_lightning.adaptation.neighbours import nearest
 from lora_lightning.adaptation.teacher import Snapshot
 
 Answers = TypeVar("Answers")
-Check = Callable[[Any, Any], Verdict]  # what is answered now, and by the last accepted state
+Check = Callable[[Any, Any], Verdict]  # predictions now, and by the last accepted state
 SOURCE_ROUND = 0  # the source model's own predictions
-NEIGHBOURS = 5  # of each item, that the guard looks at
+NEIGHBOURS = 5  # of each item, for the guard
 NAN = float("nan")
 DONE = "all rounds done"
 WIDTH = 80  # of a line on the terminal
@@ -27,7 +27,7 @@ WIDTH = 80  # of a line on the terminal
 
 @dataclass
 class Round:
-    """One round, as it is reported.
+    """The record of one round.
 
     Attributes:
         index: 0: the source model; then 1, 2, …
@@ -44,7 +44,7 @@ class Round:
     histogram: list[int] = field(default_factory=list)
 
     def line(self, items: int) -> str:
-        """What the guard thinks, in a line."""
+        """The guard's result as one line of text."""
         labels = "" if self.labelled is None else f"{self.labelled} of {items} labelled, "
         told = f"agreement with the source {self.scores.get('agreement', NAN):.2f}"
         if "nuclear_norm" in self.scores:
@@ -53,7 +53,7 @@ class Round:
         return f"round {self.index}: {labels}{told}: {verdict}"
 
     def tell(self, module: LightningModule, items: int) -> None:
-        """Log the scores and print the line, in lines that fit a terminal."""
+        """Log the scores, and print the line wrapped to the terminal."""
         trainer = module.trainer
         for logger in trainer.loggers:
             scores = {f"target/{name}": value for name, value in self.scores.items()}
@@ -62,25 +62,25 @@ class Round:
 
 
 def say(module: LightningModule, text: str) -> None:
-    """Print a text in lines that fit a terminal."""
+    """Print a text wrapped to the terminal, on rank 0."""
     module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
 
 
 class Rounds(Generic[Answers]):
-    """The course of a training without labels: the best accepted state, and what was.
+    """The rounds of a training without labels: history, and the best accepted state.
 
     Args:
-        guard: From what the source model answers to a function ``check(now, accepted)`` that
-            gives a `Verdict` of a round; accepted: what the last accepted state answers, None
+        guard: From the source model's predictions to a function ``check(now, accepted)`` that
+            gives a `Verdict` of a round; accepted: predictions of the last accepted state, None
             before there is one.
 
     Attributes:
-        source: what the source model answers.
-        answers_: what the accepted state answers.
+        source: predictions of the source model.
+        answers_: predictions of the accepted state.
         history_: the rounds, the source first.
         accepted_: index of the round whose state is kept; 0: the source.
         changed_in_: the accepted round in which each item got the label it has.
-        termination_condition_: why it ended; "" while it goes on.
+        termination_condition_: why it ended; "" before.
     """
 
     def __init__(self, guard: Callable[[Answers], Check]):
@@ -92,7 +92,7 @@ class Rounds(Generic[Answers]):
         self.changed_in_: Any = {}
 
     def start(self, model: nn.Module, source: Answers) -> None:
-        """Begin with the source model and what it answers."""
+        """Begin with the source model and its predictions."""
         self.history_, self.accepted_, self.termination_condition_ = [], SOURCE_ROUND, ""
         self.source = self.answers_ = source
         self.check = self._guard_of(source)
@@ -108,11 +108,11 @@ class Rounds(Generic[Answers]):
         labelled: int | None = None,
         histogram: Sequence[int] = (),
     ) -> Round:
-        """Judge a round; its state is kept where the guard accepts it.
+        """Check a round; its state is kept where the guard accepts it.
 
         Args:
             model: Whose state it is.
-            now: What it answers; None: nothing that can be looked at, with an alarm in `verdict`.
+            now: Its predictions; None: there are no valid ones, and `verdict` has an alarm.
             verdict: In place of the guard's.
             labelled: Items whose pseudo-label the round was trained with.
             histogram: Those by class.
@@ -131,16 +131,16 @@ class Rounds(Generic[Answers]):
         return found
 
     def restore(self, model: nn.Module) -> None:
-        """Bring the best accepted state back."""
+        """Restore the best accepted state."""
         self._best.restore(model)
 
     def finish(self, model: nn.Module) -> None:
-        """The end: the best accepted state, and why it is one."""
+        """Restore the best accepted state, and log why training ended."""
         self.restore(model)
         self.termination_condition_ = self.termination_condition_ or DONE
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
-        """Write a picture of the rounds: scores, alarms, and the classes of the pseudo-labels."""
+        """Write a plot of the rounds: scores, alarms, and the classes of the pseudo-labels."""
         from lora_lightning.report.plots.rounds import rounds_figure
 
         rounds_figure([asdict(r) for r in self.history_], classes).savefig(path, dpi=160)
@@ -159,7 +159,7 @@ class Rounds(Generic[Answers]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint; the model may have left the source behind."""
+        """From a checkpoint; the model need not be at the source's state."""
         self.source, self.answers_ = map(self.unpacked, state["answers"])
         self.check = self._guard_of(self.source)
         self.history_ = [Round(**r) for r in state["history"]]
@@ -167,29 +167,29 @@ class Rounds(Generic[Answers]):
         self.changed_in_ = state["changed_in"]
         self._best = Snapshot.of(state["best"])
 
-    # ---- what depends on the kind of answers -----------------------------------------------
+    # ---- what depends on the kind of predictions -------------------------------------------
 
     def note(self, index: int, now: Answers) -> None:
-        """An accepted round: write down which labels changed in it."""
+        """Record which labels changed in an accepted round."""
 
     def packed(self, answers: Answers) -> Any:
-        """Answers as plain types and tensors."""
+        """Predictions as plain types and tensors."""
         return answers
 
     def unpacked(self, state: Any) -> Any:
-        """The inverse."""
+        """The inverse of `packed`."""
         return state
 
 
 class PredictionRounds(Rounds[Tensor]):
-    """Rounds of a classifier; answers are the probabilities (N, K) of the target's items.
+    """Rounds of a classifier, by the probabilities (N, K) of the target's items.
 
     Args:
         limits: Of the guard; None: no guard, every round is accepted.
 
     Attributes:
         canary: gives the accuracy on a few labelled items, by the model as it is; a round that
-            loses on them sets off an alarm. None: there are none.
+            loses on them raises an alarm. None: there are none.
         changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
         guard: the `Guard`.
     """
@@ -207,14 +207,14 @@ class PredictionRounds(Rounds[Tensor]):
         return found
 
     def start(self, model: nn.Module, source: Any) -> None:
-        """Begin with the source model and what it says of the target, a `Predicted`."""
+        """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
 
     def end_round(self, model: nn.Module, now: Any, *args: Any, **labelled: Any) -> Round:
-        """Judge a round by what the model says of the target now, a `Predicted`."""
+        """Check a round by the model's predictions of the target, a `Predicted`."""
         probabilities = None if now is None else now.probabilities
         return super().end_round(model, probabilities, *args, **labelled)
 
@@ -235,7 +235,7 @@ class PredictionRounds(Rounds[Tensor]):
         return Verdict({**found.scores, "canary": accuracy}, alarms)
 
     def note(self, index: int, now: Tensor) -> None:
-        """In which round each item got the label that it has."""
+        """Record the round in which each item got its present label."""
         labels = now.argmax(dim=1)
         self.changed_in_[labels != self.answers_.argmax(dim=1)] = index
         self.changed_in_[labels == self.source.argmax(dim=1)] = SOURCE_ROUND

@@ -14,16 +14,16 @@ from lora_lightning.adaptation.validators import agreement, nuclear_norm
 from lora_lightning.errors import ConfigError
 
 SOURCE = "source"
-LEAST_CANDIDATES = 3  # that have not collapsed: of two, none is in a minority
+LEAST_CANDIDATES = 3  # that have not collapsed: two have no majority
 LEAST_AGREEMENT = 0.5  # of the chosen one with the others, in the mean
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to adapt, by what it says of the target.
+    """An adapted model, by its predictions of the target.
 
     Attributes:
-        name: What the choice is reported as.
+        name: For the report of the choice.
         probabilities: (N, K), of the same items in the same order for all candidates.
         canary: Accuracy on a small labelled set; None without one.
     """
@@ -35,11 +35,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and why.
+    """The chosen candidate, and why.
 
     Attributes:
         name: The chosen candidate, or ``"source"``.
-        scores: Name → what the criterion says of those that were considered.
+        scores: Name → value of the criterion for those that were considered.
         rejected: Name → the guard's first alarm.
         criterion: ``"canary"``, ``"agreement"`` or ``"nuclear norm"``.
     """
@@ -56,19 +56,19 @@ def select(
     neighbours: Tensor | None = None,
     limits: Limits | None = None,
 ) -> Selection:
-    """The candidate that the others agree with most, collapsed ones left out.
+    """The candidate with the highest agreement with the others, collapsed ones left out.
 
-    Candidates that adapted by different objectives or rates err differently; what most of them say
-    is right more often than what the surest of them says. (The nuclear norm alone takes the
+    Candidates that adapted by different objectives or rates err differently; the majority's
+    prediction is right more often than the most confident one. (The nuclear norm alone takes the
     candidate that was driven hardest.) Where three or more have not collapsed and the chosen one
     agrees with the others on half of the items, that decides, also against the guard's other
-    alarms, which compare with the source model. Where not, those that set off no alarm are ranked
+    alarms, which compare with the source model. Where not, those without an alarm are ranked
     by nuclear norm; if there is none, the source stays. The medoid is that of a vote as in Hu et
     al. 2024, "Towards reliable model selection for unsupervised domain adaptation", NeurIPS
     Datasets and Benchmarks, who compare with the ensemble's mean.
 
-    Candidates with a `canary` that set off no alarm are ranked by it, nuclear norm deciding between
-    equals: no canary redeems a candidate that sets off an alarm.
+    Candidates with a `canary` and without an alarm are ranked by it, ties broken by nuclear norm:
+    a canary never outweighs an alarm.
 
     Args:
         candidates: With predictions of the same items.
@@ -83,7 +83,7 @@ def select(
     _check(candidates)
     limits = limits or Limits()
     if candidates[0].canary is None:
-        # Only what tells of a collapse; how far the source is left behind, the others judge.
+        # Only the alarm of a collapse; the other candidates replace the comparison with the source.
         collapse = replace(limits, agreement=0.0, sure_flips=1.0, cohesion=math.inf)
         found = _by_agreement(*_pass(candidates, Guard(source, neighbours, collapse)))
         if found is not None:
@@ -116,7 +116,7 @@ def _pass(candidates: Sequence[Candidate], guard: Guard) -> tuple[list[Candidate
 
 
 def _by_agreement(passed: list[Candidate], rejected: dict[str, str]) -> Selection | None:
-    """The medoid; None where too few are left, or they agree on too little, to be a majority."""
+    """The medoid; None where too few are left, or agree too little, for a majority."""
     if len(passed) < LEAST_CANDIDATES:
         return None
     scores = {

@@ -1,4 +1,4 @@
-"""`SelfTraining`: a training on a model's own answers, in rounds, each judged by a guard."""
+"""`SelfTraining`: self-training in rounds as a callback, each round checked by a guard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_lightning.errors import ConfigError, DataError
 
 
 class Course:
-    """What is known of a training in rounds; `rounds_` keeps it."""
+    """Attributes of a training in rounds, read from `rounds_`."""
 
     rounds_: Any
 
@@ -39,27 +39,27 @@ class Course:
 
     @property
     def termination_condition_(self) -> str:
-        """Why it ended; "" while it goes on."""
+        """Why it ended; "" before."""
         return self.rounds_.termination_condition_  # type: ignore[no-any-return]
 
 
 class SelfTraining(Course, Callback):
-    """Rounds within a fit: look at the target, judge, keep the best state, label the next round.
+    """Rounds within a fit: predict the target, check, keep the best state, label the next round.
 
-    A subclass says what is looked at (`look`), which labels are taken from that (`label`) and
-    where they go (`use`), and when a round is due. At the first alarm training stops; at the end
-    the last accepted state comes back, or else the source model. A checkpoint holds the rounds:
-    a resumed fit does not take the adapted model for the source.
+    A subclass defines the predictions (`look`), the labels made of them (`label`), their use
+    (`use`), and when a round is due. At the first alarm training stops; at the end the last
+    accepted state is restored, or else the source model. A checkpoint holds the rounds: a resumed
+    fit does not take the adapted model for the source.
 
     Args:
-        rounds: How rounds are judged.
-        position: Where the loader that is trained from is, see `ResumableLoader`.
+        rounds: How rounds are checked.
+        position: Of the training loader, see `ResumableLoader`.
 
     Attributes:
-        rounds_: the course of it, a `Rounds`.
+        rounds_: the `Rounds`, their history and best state.
     """
 
-    broken = ""  # the alarm where nothing can be looked at; "": the error's own words
+    broken = ""  # the alarm where predictions are invalid; "": the error's message
     teacher_decay: float | None = None
     plot: Any = None
 
@@ -71,30 +71,30 @@ class SelfTraining(Course, Callback):
         self._judged_at = 0
         self._resumed: dict[str, Any] | None = None
 
-    # ---- what a subclass gives -------------------------------------------------------------
+    # ---- what a subclass defines -----------------------------------------------------------
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse what it cannot work with, when the fit starts."""
+        """Refuse unsuitable modules and settings, when the fit starts."""
 
     def check_loader(self, trainer: Trainer) -> None:
-        """Refuse other data than ours, when the training starts."""
+        """Refuse another training loader, when training starts."""
 
     def network(self, module: LightningModule) -> nn.Module:
-        """What is adapted."""
+        """The adapted network."""
         return module.get_submodule("model")
 
     def look(self, module: LightningModule) -> Any:
-        """What the model as it is answers to the target."""
+        """The model's predictions of the target."""
         raise NotImplementedError
 
     def label(self, now: Any) -> Any:
-        """What the next round learns from these answers, as plain types and tensors."""
+        """The next round's labels from these predictions, as plain types and tensors."""
 
     def use(self, labels: Any) -> None:
-        """Put labels where the training finds them."""
+        """Hand labels to the training data."""
 
     def labelled(self) -> dict[str, Any]:
-        """How many labels the round has learnt, for `Rounds.end_round`."""
+        """Numbers of labels of the round, for `Rounds.end_round`."""
         return {}
 
     def due(self, trainer: Trainer) -> bool:
@@ -106,14 +106,14 @@ class SelfTraining(Course, Callback):
         return False
 
     def start(self, module: LightningModule, source: Any) -> None:
-        """Start the rounds with the source model's answers."""
+        """Start the rounds with the source model's predictions."""
         self.rounds_.start(self.network(module), source)
         self._learn(source)
 
     # ---- hooks -----------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the target by the source model, unless a fit that is resumed has done so."""
+        """Predict the target by the source model, unless the fit is resumed."""
         self.check(trainer, pl_module)
         self._teacher, self._judged_at = None, 0
         if self._resumed is None:
@@ -125,7 +125,7 @@ class SelfTraining(Course, Callback):
         self.use(self._labels)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the teacher, now that the factors have started."""
+        """Start the teacher, now that the factors are initialised."""
         self.check_loader(trainer)
         state, self._resumed = self._resumed, None
         if self.teacher_decay is not None:
@@ -139,22 +139,22 @@ class SelfTraining(Course, Callback):
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is saved from now on is of mid-epoch."""
+        """Note that checkpoints from now on are of mid-epoch."""
         self.position.epoch_ended = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """The teacher follows."""
+        """Update the teacher."""
         if self._teacher is not None:
             self._teacher.update(self.network(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A round may end with the epoch."""
+        """End a round, where one is due."""
         self.position.epoch_ended = True
         if self.due(trainer):
             self.end_round(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last round, then the best accepted state, before any file is written of it."""
+        """End the last round and restore the best state, before an adapter file is written."""
         if self.due_at_end(trainer):
             self.end_round(trainer, pl_module)
         self.rounds_.finish(self.network(pl_module))
@@ -174,13 +174,13 @@ class SelfTraining(Course, Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint; put in place when the fit starts."""
+        """From a checkpoint; applied when the fit starts."""
         self._resumed = state_dict or None
 
-    # ---- what it does ----------------------------------------------------------------------
+    # ---- rounds ----------------------------------------------------------------------------
 
     def end_round(self, trainer: Trainer, module: LightningModule) -> None:
-        """Judge; stop at an alarm."""
+        """Check a round; stop at an alarm."""
         self._judged_at = trainer.global_step
         now, verdict = None, None
         try:
@@ -191,7 +191,7 @@ class SelfTraining(Course, Callback):
             trainer.should_stop = True
 
     def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:
-        """End a round with these answers; the next is labelled by them where it is accepted."""
+        """End a round with these predictions; where accepted, they label the next."""
         network = self.network(module)
         found: Round = self.rounds_.end_round(network, now, verdict, **self.labelled())
         found.tell(module, len(self.rounds_.source))
@@ -209,7 +209,7 @@ class SelfTraining(Course, Callback):
 
 
 class PredictionSelfTraining(SelfTraining):
-    """Rounds of a classifier, judged by what it says of all items of a target.
+    """Rounds of a classifier, checked by its predictions of all items of a target.
 
     Args:
         target: The items.
@@ -219,7 +219,7 @@ class PredictionSelfTraining(SelfTraining):
         batch_size: Items in a batch.
 
     Attributes:
-        pseudo_labels_: the labels that are trained with; None without.
+        pseudo_labels_: the current pseudo-labels; None without.
     """
 
     broken = "the predictions are NaN: the learning rate is too high"
@@ -234,17 +234,17 @@ class PredictionSelfTraining(SelfTraining):
         self.pseudo_labels_: PseudoLabels | None = None
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Let the canary be heard."""
+        """Connect the canary to the rounds."""
         if self.canary is not None:
             look = self.canary.accuracy
             self.rounds_.canary = partial(look, module, self.network(module))
 
     def look(self, module: LightningModule) -> Predicted:
-        """What the network says of every item."""
+        """The network's predictions of all items."""
         return seen_by(module, self.network(module), self.target, self.batch_size)
 
     def labelled(self) -> dict[str, Any]:
-        """The accepted labels, and those by class."""
+        """Numbers of accepted labels, in all and by class."""
         if self.pseudo_labels_ is None:
             return {}
         count, classes = int(self.pseudo_labels_.accepted.sum()), self.rounds_.source.shape[1]

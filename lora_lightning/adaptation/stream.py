@@ -1,4 +1,4 @@
-"""`StreamAdapter`: adapt while predicting, to items that come one after the other."""
+"""`StreamAdapter`: online test-time adaptation of a classifier to a stream of items."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class StreamAdapter:
         stream.reset()  # another camera
 
     The last `memory` inputs are kept. Each call takes one step of the loss on them, then
-    predicts. Each time that `memory` new items have come, the guard compares what the model says
-    of those kept with what the source model says of them; at an alarm the model is the source
-    again, exactly, and begins anew. All stays in eval mode, BatchNorm's statistics too. Online
-    adaptation as in TENT, Wang et al. 2021, arXiv:2006.10726, with another loss and a guard.
+    predicts. After every `memory` new items the guard compares the model's predictions of those
+    kept with the source model's; at an alarm the model is reset to the source, exactly. All stays
+    in eval mode, BatchNorm's statistics too. Online adaptation as in TENT, Wang et al. 2021,
+    arXiv:2006.10726, with another loss and a guard.
 
     Args:
         model: From inputs (B, …) to logits (B, K), with an adapter on, not merged.
@@ -40,7 +40,7 @@ class StreamAdapter:
 
     Attributes:
         seen_: items since the last reset.
-        resets_: (items seen until then, alarm) of each time that the guard went back.
+        resets_: (items seen until then, alarm) of each reset by the guard.
 
     Raises:
         ConfigError: a value is out of range, or nothing of the model is trained.
@@ -70,9 +70,9 @@ class StreamAdapter:
         self.reset()
 
     def reset(self) -> None:
-        """Be the source model again, bit for bit, and forget all items."""
+        """Restore the source model, bit for bit, and forget all items."""
         self._source.restore(self.model)
-        # Its moments belong to what was forgotten.
+        # The optimizer's moments belong to forgotten items.
         self._optimizer = torch.optim.AdamW(trained(self.model).values(), lr=self.learning_rate)
         self._marginal: RunningMarginal | None = None
         self._kept: Tensor | None = None
@@ -83,7 +83,7 @@ class StreamAdapter:
         """Inputs (B, …) → probabilities (B, K), after a step on them and on those before.
 
         Raises:
-            DataError: the inputs, or what the source model says of them, hold NaN; nothing was
+            DataError: the inputs, or the source model's predictions of them, hold NaN; nothing was
                 learnt from them.
         """
         if not bool(torch.isfinite(inputs).all()):
@@ -109,7 +109,7 @@ class StreamAdapter:
     def _step(self) -> None:
         assert self._kept is not None
         if len(self._kept) < 2:
-            return  # of one item nothing can be learnt
+            return  # one item is too few for the loss
         with torch.enable_grad():
             loss = self._loss(self.model(self._kept))
             self._optimizer.zero_grad()

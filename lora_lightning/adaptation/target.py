@@ -1,4 +1,4 @@
-"""The unlabelled target as a dataset that says which item is which, and predictions of it."""
+"""`Target`: an unlabelled dataset with indices, and predictions of its items."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Predict = Callable[[Tensor], Tensor]  # inputs → logits (B, K)
 
 
 class Target(Dataset[Any]):
-    """Items of the target, each with its index; labels, where there are some, are dropped.
+    """Items of the target, each with its index; labels, if any, are dropped.
 
     With the index an item keeps its pseudo-label in whatever order, and from whatever worker
     process, it comes.
 
     Args:
-        items: A dataset of a known length; of each item the input is taken, alone or first in a
-            tuple. Or a DataLoader over such a one, whose dataset is used, with as many workers.
+        items: A dataset of known length; an item is the input, or begins with it, as in a
+            tuple. Or a DataLoader of one, whose dataset is used, with as many workers.
         augment: Applied to each input of a training batch on its own.
 
     Raises:
@@ -38,7 +38,7 @@ class Target(Dataset[Any]):
     def __init__(self, items: Any, augment: Callable[[Any], Any] | None = None):
         self.settings: dict[str, Any] = {}
         if isinstance(items, DataLoader):
-            # Not its collate function, which knows no indices.
+            # Not its collate function, which expects no indices.
             self.settings = {n: getattr(items, n) for n in ("num_workers", "pin_memory")}
             if items.batch_size is None:
                 raise ConfigError(
@@ -67,8 +67,8 @@ class Target(Dataset[Any]):
     def loader(
         self, batch_size: int, shuffle: bool, position: Position | None = None
     ) -> DataLoader[Any]:
-        """Batches of (inputs, indices); `position`: where a training's loader is."""
-        # A last batch of one would leave diversity, and BatchNorm, nothing to look at.
+        """Batches of (inputs, indices); `position`: of a training loader, see `ResumableLoader`."""
+        # A last batch of one is too small for the diversity term and for BatchNorm.
         drop = shuffle and len(self) > 1 and len(self) % batch_size == 1
         return ResumableLoader(
             position=position,
@@ -81,7 +81,7 @@ class Target(Dataset[Any]):
 
 
 def input_of(item: Any) -> Any:
-    """What the network is given of an item.
+    """The network's input in an item.
 
     Raises:
         ConfigError: it is neither a tensor nor a tuple or list that begins with one.
@@ -96,7 +96,7 @@ def input_of(item: Any) -> Any:
 
 
 class Canary:
-    """A few labelled items of the target, to notice by that adapting does harm.
+    """A few labelled items of the target, to detect an adaptation that does harm.
 
     Args:
         items: A dataset of (input, class).
@@ -115,18 +115,18 @@ class Canary:
         self.labels = torch.tensor([int(x[1]) for x in found])
 
     def accuracy(self, module: LightningModule, network: nn.Module) -> float:
-        """The part of the items that the network labels rightly."""
+        """The network's accuracy on these items."""
         found = seen_by(module, network, self.target, self.batch_size).probabilities
         return float((found.argmax(dim=1) == self.labels).double().mean())
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model says of every item of the target, in the dataset's order.
+    """A model's predictions of all items of the target, in the dataset's order.
 
     Attributes:
         probabilities: (N, K), float32, on the CPU.
-        features: (N, D), what the classifier sees; the log-probabilities where the model has no
+        features: (N, D), the classifier's input; the log-probabilities where the model has no
             classifier of its own.
     """
 
@@ -135,7 +135,7 @@ class Predicted:
 
 
 class HeadInput:
-    """Within the block, `batches` collects what the model's classifier is given."""
+    """Within the block, `batches` collects the inputs of the model's classifier."""
 
     def __init__(self, model: nn.Module):
         heads = sorted(classifier_modules(model))
@@ -165,7 +165,7 @@ class HeadInput:
 def seen_by(
     module: LightningModule, network: nn.Module, target: Target, batch_size: int
 ) -> Predicted:
-    """What a module that is being trained says of the whole target, in its trainer's precision."""
+    """Predictions of the whole target by a module in training, in its trainer's precision."""
     loader = target.loader(2 * batch_size, shuffle=False)
     with module.trainer.strategy.precision_plugin.forward_context():
         return predicted(module, network, loader, module.device)
@@ -178,7 +178,7 @@ def predicted(
     """Predictions of the whole target, in eval mode; the model's modes stay as they were.
 
     Raises:
-        DataError: the model gives something else than (B, K) finite numbers; says for which items.
+        DataError: the model's outputs are not (B, K) finite numbers; names the items.
     """
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     with evaluating(model), HeadInput(model) as head:

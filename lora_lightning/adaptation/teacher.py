@@ -1,6 +1,6 @@
-"""`Teacher`, a moving average of what is trained, and `Snapshot`, a state to come back to.
+"""`Teacher`, a moving average of the trained parameters, and `Snapshot`, a state to restore.
 
-Both hold factors (and whatever else trains) and no frozen weight: kilobytes, no second model.
+Both hold factors and other trained tensors, no frozen weight: kilobytes, no second model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Snapshot:
-    """What training moves, parameters and buffers, as it was at one time.
+    """A copy of the trained parameters and the buffers.
 
     Args:
-        model: Of which; the snapshot holds copies.
+        model: Whose values are copied.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,7 +32,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Put the values back, bit for bit."""
+        """Restore the values, bit for bit."""
         live = _moving(model)
         for name, value in self._values.items():
             live[name].copy_(value)
@@ -54,11 +54,11 @@ def _moving(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Teacher:
-    r"""The exponential moving average of what is trained.
+    r"""The exponential moving average of the trained parameters.
 
     After each step :math:`\bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta` for the
     parameters that require a gradient. In the first steps the decay is
-    :math:`\min(d, (1 + t) / (10 + t))`, so that the start weighs no more than it should.
+    :math:`\min(d, (1 + t) / (10 + t))`, so that the initial values are not overweighted.
     Tarvainen & Valpola 2017, "Mean teachers are better role models", arXiv:1703.01780.
 
     Args:
@@ -79,12 +79,12 @@ class Teacher:
 
     @property
     def nbytes(self) -> int:
-        """What the teacher costs, in bytes."""
+        """The teacher's size in bytes."""
         return sum(t.nbytes for t in self._mean.values())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take a step of the student in."""
+        """Update the average after a step of the student."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         live = trained(model)
@@ -93,7 +93,7 @@ class Teacher:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the block the model is the teacher; afterwards the student, bit for bit."""
+        """Within the block the model holds the teacher's values; afterwards the student's again."""
         live = trained(model)
         student = {name: live[name].detach().clone() for name in self._mean}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What trainings on a model's own texts share, whether it transcribes or translates."""
+"""`TextSelfTraining`: self-training on a model's own transcripts or translations."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def normalised_distance(a: str, b: str) -> float:
 
 
 def text_agreement(before: Mapping[str, Any], now: Mapping[str, Any], written: str) -> float:
-    """1 − mean normalised edit distance of what is written for each item, as this attribute."""
+    """1 − mean normalised edit distance of the texts in this attribute, item by item."""
     text = attrgetter(written)
     return fmean(1 - normalised_distance(text(before[n]), text(now[n])) for n in now)
 
 
 class TextRounds(Rounds[Mapping[str, Any]]):
-    """Rounds of a model that writes a text for each item: name → what it writes.
+    """Rounds of a model that predicts a text for each item: name → prediction.
 
     Args:
         guard: See `Rounds`.
-        kind: Of what is written, a dataclass or named tuple.
-        label: Its attribute that is learnt.
+        kind: Type of a prediction, a dataclass or named tuple.
+        label: Its attribute that is trained on.
 
     Attributes:
         changed_in_: name → round, of those whose label is not the source's.
@@ -58,30 +58,30 @@ class TextRounds(Rounds[Mapping[str, Any]]):
         return {n: tuple(a) if isinstance(a, tuple) else astuple(a) for n, a in answers.items()}
 
     def unpacked(self, state: Any) -> Mapping[str, Any]:
-        """Name → what is written."""
+        """Name → prediction."""
         return {name: self.kind(*values) for name, values in state.items()}
 
 
 def check_keep(keep: Sequence[float]) -> None:
-    """Raise ConfigError for parts of the items, one for each round, that cannot be."""
+    """Raise ConfigError for invalid parts of the items, one for each round."""
     if not keep or not all(0 < k <= 1 for k in keep):
         raise ConfigError(f"keep must hold parts in (0, 1], one for each round; got {list(keep)}")
 
 
 class TextSelfTraining(SelfTraining):
-    """Rounds of equal numbers of steps; each learns a part of the items, the surest first.
+    """Rounds of equal numbers of steps, each on the most certain part of the items.
 
-    A subclass says what is written (`look`), how doubtful it is, and where labels go (`use`).
+    A subclass defines the predictions (`look`), their uncertainty (`doubt`), and `use`.
 
     Args:
-        rounds: How rounds are judged.
-        keep: Part of the items that each round learns, in turn. As many rounds, of equal numbers
+        rounds: How rounds are checked.
+        keep: Part of the items that each round trains on. As many rounds, of equal numbers
             of the trainer's ``max_steps``.
-        data: What to give to ``Trainer.fit``, with the `Position` of its loader.
+        data: The data of ``Trainer.fit``, with the `Position` of its loader.
     """
 
-    task: type[LightningModule]  # that is adapted
-    called = "items", "written for", "text"  # in messages
+    task: type[LightningModule]  # of the adapted module
+    called = "items", "written for", "text"  # nouns in messages
 
     def __init__(self, rounds: TextRounds, keep: Sequence[float], data: Any):
         super().__init__(rounds, data.position)
@@ -89,15 +89,15 @@ class TextSelfTraining(SelfTraining):
 
     @property
     def source_(self) -> dict[str, Any]:
-        """Name → what the source model writes."""
+        """Name → prediction of the source model."""
         return self.rounds_.source or {}
 
     def doubt(self, written: Any) -> float:
-        """How doubtful it is that this is right."""
+        """The uncertainty of a prediction."""
         raise NotImplementedError
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse another module, and a trainer in which no round would end."""
+        """Refuse another module, and a trainer without ``max_steps``."""
         name = type(self).__name__
         if not isinstance(module, self.task):
             raise ConfigError(f"{name} adapts a {self.task.__name__}, not {type(module).__name__}")
@@ -109,26 +109,26 @@ class TextSelfTraining(SelfTraining):
             )
 
     def check_loader(self, trainer: Trainer) -> None:
-        """Other data than ours would be learnt without any of this."""
+        """Refuse another training loader, which would have no pseudo-labels."""
         if getattr(trainer, "datamodule", None) is not self.data:
             raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
 
     def due(self, trainer: Trainer) -> bool:
-        """A round ends with the first epoch that has its number of steps; the last at the end."""
+        """Whether the epoch completes a round's number of steps; the last round ends at the end."""
         steps = trainer.global_step - self._judged_at
         last = trainer.global_step >= trainer.max_steps
         return steps >= trainer.max_steps / len(self.keep) and not last
 
     def due_at_end(self, trainer: Trainer) -> bool:
-        """The last round."""
+        """Whether the last round is still to be ended."""
         return trainer.global_step > self._judged_at
 
     def labelled(self) -> dict[str, Any]:
-        """The items that the round has learnt."""
+        """The number of items of the round."""
         return {"labelled": len(self._labels)}
 
     def label(self, now: Mapping[str, Any]) -> dict[str, str]:
-        """What is surest: name → text."""
+        """The most certain predictions: name → text."""
         texts = {name: self.rounds_.label(each) for name, each in now.items()}
         usable = [name for name, text in texts.items() if text]
         if not usable:

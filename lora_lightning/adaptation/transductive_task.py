@@ -1,4 +1,4 @@
-"""`TransductiveTask`: adapt a classifier to unlabelled items, by a loss that needs no labels."""
+"""`TransductiveTask`: unsupervised adaptation of a classifier to the items of a target."""
 
 from __future__ import annotations
 
@@ -23,53 +23,53 @@ from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.training.optimised_module import Optimised
 
 BATCH_NORM = ("auto", "source", "target")
-# Of the information that the source's predictions lack, as much as BatchNorm's statistics of the
-# target must bring: less they also bring where classes are missing, or where nothing helps.
+# Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
+# predictions lack: a smaller gain also comes where classes are missing, or where nothing helps.
 GAIN = 0.18
-SOURCE_ITEMS = 8  # that the source's statistics count for beside the target's items
+SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 
 
 class TransductiveTask(Optimised):
-    r"""Adapt `model` to the items of `target` without their labels, and leave it no worse.
+    r"""Adapt `model` to the items of `target` without their labels.
 
         task = TransductiveTask(model, target)
         Trainer(max_epochs=4, callbacks=[LoRACallback(trainable=[])]).fit(task)
         task.probabilities_  # of each item of the target
 
     The loss of a batch is
-    :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p \| \pi) + w\,CE(p_i, \hat y_i)`: sure of each item,
-    spread over the classes as the prior π, and true to the pseudo-labels ŷ by the nearest class
-    centroid, taken anew in each epoch (SHOT, Liang et al. 2020, arXiv:2002.08546). Train the
-    factors only: the head that the source model learnt is what its features are measured by.
+    :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p \| \pi) + w\,CE(p_i, \hat y_i)`: low entropy of each
+    prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ by the nearest
+    class centroid, updated in each epoch (SHOT, Liang et al. 2020, arXiv:2002.08546). Train the
+    factors only: the source model's head is the fixed reference for its features.
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
-    source model's. At the first alarm training stops, and the last accepted state comes back; if
+    source model's. At the first alarm training stops, and the last accepted state is restored; if
     there is none, the source model.
 
     Args:
         model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
             ``model``.
         target: The items, see `lora_lightning.adaptation.target.Target`. Labels that come with
-            them are not looked at.
+            them are ignored.
         objective: ``"information-maximisation"``, ``"neighbour-consistency"`` (NRC's, with the
-            spread over the classes), ``"minimum-class-confusion"``, ``"entropy"`` (TENT's, which
+            diversity term), ``"minimum-class-confusion"``, ``"entropy"`` (TENT's, which
             collapses easily), another name in `OBJECTIVES`, an `Objective`, or a function from
             logits to a loss.
-        training: The same items as they are to be trained on, where those differ (by random
-            crops, say); None: `target`.
-        augment: Applied to each input in training, not where the target is labelled.
+        training: The same items for training, where those differ (by random
+            crops, for example); None: `target`.
+        augment: Applied to each input in training, not in predictions of the target.
         pseudo_label_weight: w; 0: no pseudo-labels.
-        diversity: d; 0 where the target lacks classes, or holds things of no class.
+        diversity: d; 0 where the target lacks classes, or holds items of no class.
         source_weight: v of :math:`v\,KL(p^s_i \| p_i)`, which holds to the source's predictions.
         pull: λ of :math:`\lambda\sum_l\|s_l B_l A_l\|_F^2`, which holds to the source's weights.
         canary: A few labelled items of the target, (input, class): a round that does worse on them
-            than the source model sets off an alarm. They are not trained on.
+            than the source model raises an alarm. They are not trained on.
         prior: π, the share of each class in the target; None: uniform.
-        batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
-            training, ``"source"`` leaves them. ``"auto"`` takes them where the predictions gain
-            information by it and the guard accepts them; where not, the target is near the
-            source, or so strange that its own predictions teach nothing: the source model stays.
-            While training they stay as they are. Without BatchNorm all three are the same.
+        batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
+            training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
+            gain information by it and the guard accepts them; where not, the target is near the
+            source, or so far that its own predictions are useless: the source model stays.
+            They are frozen during training. Without BatchNorm all three are the same.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -78,7 +78,7 @@ class TransductiveTask(Optimised):
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
 
     Attributes:
-        rounds_: the course of it, a `Rounds`.
+        rounds_: the `Rounds`, their history and best state.
 
     Raises:
         ConfigError: a value is out of range, or items of another kind than expected.
@@ -112,7 +112,7 @@ class TransductiveTask(Optimised):
         self.loss = Loss(
             objective, prior, diversity, pseudo_label_weight, source_weight, pull, batch_size
         )
-        # In training mode, as a Trainer expects it; it is looked at in eval mode.
+        # In training mode, as a Trainer expects it; predictions are made in eval mode.
         self.model = model.train()
         self.target = Target(target)
         self.training_items = Target(target if training is None else training, augment)
@@ -126,7 +126,7 @@ class TransductiveTask(Optimised):
 
     @property
     def rounds_(self) -> PredictionRounds | None:
-        """The course of it; None before."""
+        """The `Rounds`; None before the fit."""
         return self._course.rounds_ if self._course.history_ else None
 
     @property
@@ -137,7 +137,7 @@ class TransductiveTask(Optimised):
         return self.rounds_.probabilities_
 
     def configure_callbacks(self) -> Any:
-        """What keeps the rounds."""
+        """The callback that runs the rounds."""
         return [self._course]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class TransductiveTask(Optimised):
 
 
 class _Course(PredictionSelfTraining):
-    """The rounds of a `TransductiveTask`, which it finds as the module that is trained."""
+    """The rounds of a `TransductiveTask`, which is the module in training."""
 
     def __init__(self, loss: Loss, *target: Any):
         super().__init__(*target)
@@ -197,7 +197,7 @@ class _Course(PredictionSelfTraining):
         self.pseudo_labels_ = self.loss.labels
 
     def state_dict(self) -> dict[str, Any]:
-        self._labels = self.loss.state_dict()  # which goes on within a round
+        self._labels = self.loss.state_dict()  # which changes within a round
         return super().state_dict()
 
     def _choose_statistics(self, module: Any, source: Predicted) -> None:
@@ -222,7 +222,7 @@ class _Course(PredictionSelfTraining):
 
 
 def check_settings(batch_norm: str, batch_size: int) -> None:
-    """Raise ConfigError for what cannot be."""
+    """Raise ConfigError for invalid settings."""
     if batch_norm not in BATCH_NORM:
         raise ConfigError(f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}")
     if batch_size < 2:
@@ -230,7 +230,7 @@ def check_settings(batch_norm: str, batch_size: int) -> None:
 
 
 def statistics_of(module: Any, target: Target) -> bool:
-    """Take BatchNorm's statistics from a target; returns whether `module.model` has any."""
+    """Re-estimate BatchNorm's statistics on a target; returns whether `module.model` has any."""
     # Mixed: in batches of one class, as folders give them, the features vary too little.
     loader = target.loader(2 * module.batch_size, shuffle=True)
     inputs = (x.to(module.device) for x, _ in loader)

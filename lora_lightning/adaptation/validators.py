@@ -1,7 +1,7 @@
-"""Scores of predictions that need no labels.
+"""Unsupervised validators: scores of predictions without labels.
 
 Legend of shapes: N items, K classes, D features. Probabilities are rows that sum to one.
-No score is right always: each docstring says what it is blind to.
+Every score has blind spots: the docstrings name them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> T
 
 
 def nuclear_norm(probabilities: Tensor) -> float:
-    r"""Sharp and diverse predictions at once, in (0, 1]: ‖P‖* / √(N · min(N, K)).
+    r"""Nuclear norm of confident and diverse predictions, in (0, 1]: ‖P‖* / √(N · min(N, K)).
 
     Blind to confident mistakes that are spread evenly over the classes. Cui et al. 2020, "Towards
     discriminability and diversity", arXiv:2003.12237; as a validator Deng et al. 2023,
@@ -42,7 +42,7 @@ def nuclear_norm(probabilities: Tensor) -> float:
 
 
 def mean_entropy(probabilities: Tensor) -> float:
-    """Mean entropy of the rows in nats. Blind to collapse: one sure class for all is 0."""
+    """Mean entropy of the rows in nats. Blind to collapse: one class for all, confidently, is 0."""
     return float(_entropy(check_probabilities(probabilities)).mean())
 
 
@@ -54,7 +54,7 @@ def marginal_entropy(probabilities: Tensor) -> float:
 def information(probabilities: Tensor) -> float:
     r"""(H(p̄) − mean H(pᵢ)) / log K, in [0, 1]: the objective of information maximisation.
 
-    Whoever trains on it will score high in it: it judges other objectives better.
+    A model trained on it scores high in it: it suits the comparison of other objectives.
     """
     found = marginal_entropy(probabilities) - mean_entropy(probabilities)
     return found / math.log(probabilities.shape[1])
@@ -99,9 +99,9 @@ def thresholded_confidence(
     r"""Expected accuracy: the part of the items with a confidence of t or more.
 
     t is such that this part, of the source's items that the model was not trained on, is its
-    accuracy there. Blind to a model that is sure and wrong. Average thresholded confidence (ATC),
-    Garg et al. 2022, "Leveraging unlabeled data to predict out-of-distribution performance",
-    arXiv:2201.04234.
+    accuracy there. Blind to a model that is confident and wrong. Average thresholded confidence
+    (ATC), Garg et al. 2022, "Leveraging unlabeled data to predict out-of-distribution
+    performance", arXiv:2201.04234.
 
     Args:
         confidence: (M,) of the target's items: the likeliest class's probability.
@@ -124,7 +124,7 @@ def thresholded_confidence(
 
 
 def cohesion(labels: Tensor, near: Tensor, classes: int) -> float:
-    r"""How far neighbours carry the same label, beyond chance: Cohen's kappa, 1 at most.
+    r"""Agreement of neighbours' labels beyond chance: Cohen's kappa, 1 at most.
 
     :math:`(a - c) / (1 - c)` with a the part of the (item, neighbour) pairs that agree and c what
     the labels' shares would give by chance. Labels (N,), neighbours `near` (N, k) by the *source's*

@@ -1,4 +1,4 @@
-"""`AdapterBank`: another adapter for every item of a batch."""
+"""`AdapterBank`: mixed batches, in which each item has its own adapter."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""`AdapterBank`: many adapters for one base model, another one for every item of a batch.
+"""`AdapterBank`: many adapters for one base model, one for each item of a mixed batch.
 
-Reading order: this file; `batch` (what is put on the model, and how it comes off), `tensor` (what
-a layer reads as its weight) and `products` (what is computed with it); `layout` and `probe` (where
-the items lie); `store` (files).
+Reading order: this file; `batch` (applied to the model and removed), `tensor` (read by layers as
+their weight) and `products` (computed with it); `layout` and `probe` (the items' dimension in each
+tensor); `store` (files).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_lightning.model.view import View
 
 
 class AdapterBank:
-    r"""Adapter files for one model, of which every item of a batch may have its own.
+    r"""Adapter files for one model, one of them for each item of a batch.
 
     .. code-block:: python
 
@@ -45,11 +45,11 @@ class AdapterBank:
     per item follow Wen & Chaudhuri 2023, "Batched low-rank adaptation of foundation models",
     arXiv:2312.05677.)
 
-    Where the items lie in the input of each layer is found out from a few runs of the first mixed
+    The items' dimension in the input of each layer is inferred from a few runs of the first mixed
     batch (or of `example`), see `lora_lightning.bank.probe`, and kept: other batch sizes, lengths
-    and picture sizes are fine; a batch of another kind is looked at as well. What cannot be done
-    per item in place runs once for every adapter of the batch (`places` tells); what cannot be done
-    at all is an error that names the tensors.
+    and image sizes are fine; a batch of another kind is probed as well. Layers that cannot compute
+    per item run once for every adapter of the batch (see `places`); where that is impossible too,
+    an error names the tensors.
 
     Args:
         model: The base of all adapters. One bank at a time can serve it. Its weights must
@@ -58,8 +58,8 @@ class AdapterBank:
             name to path; or paths. A file is read when it is first needed.
         capacity: How many adapters are kept in memory; those used last stay.
         capacity_bytes: How many bytes they may take. ``None``: no limit.
-        example: A batch of two items or more to look at at once; what the model is called with for
-            it, see `lora_lightning.model.calling`. ``None``: the first mixed batch is looked at.
+        example: A batch of two items or more to probe at once; how the model is called with
+            it, see `lora_lightning.model.calling`. ``None``: the first mixed batch is probed.
         forward: From (model, batch): runs the model once on `example`.
         dim: Dimension of the model's inputs that holds the items. An input whose size is another
             there has them in the first dimension that fits, or is shared by all items.
@@ -92,7 +92,7 @@ class AdapterBank:
             self.probe(example, forward=forward)
 
     def add(self, source: Source, *, overwrite: bool = False) -> list[str]:
-        """Enter more files, named as in the constructor; returns their names.
+        """Add more files, named as in the constructor; returns their names.
 
         Raises:
             AdapterExistsError: a name is taken and `overwrite` is off.
@@ -135,11 +135,11 @@ class AdapterBank:
         *,
         forward: Forward | None = None,
     ) -> dict[str, str]:
-        """Look at where the items lie in this batch, and return `places`.
+        """Infer the items' dimension in each tensor from this batch, and return `places`.
 
         Args:
             batch: As `example`.
-            names: Whose tensors to look at; default: the adapters in memory, else the first.
+            names: Whose tensors to probe; default: the adapters in memory, else the first.
             forward: As in the constructor.
 
         Raises:
@@ -161,22 +161,22 @@ class AdapterBank:
 
     @property
     def places(self) -> dict[str, str]:
-        """Tensor's path → where its items lie, as far as it has been looked at; for people."""
+        """Tensor's path → where its items lie, as far as it has been probed, as text."""
         return self._looks.describe()
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order in which they came."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._store.files)
 
     @property
     def held(self) -> list[str]:
-        """Names of the adapters in memory, the one used last at the end."""
+        """Names of the adapters in memory, the most recently used last."""
         return list(self._store.held)
 
     @property
     def nbytes(self) -> int:
-        """Memory that they take."""
+        """Memory of these adapters, in bytes."""
         return self._store.nbytes
 
     def __contains__(self, name: object) -> bool:
@@ -206,7 +206,7 @@ class AdapterBank:
             yield self.model
 
     def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
-        """The batch, put on the model until `stack` closes."""
+        """The batch, applied to the model until `stack` closes."""
         if check_free(self.model):
             stack.enter_context(disabled(self.model))
         with lasting(self.model):
@@ -225,7 +225,7 @@ class AdapterBank:
         return batch
 
     def _before(self, batch: Batch, call: Call, expected: int | None) -> None:
-        """Before the model is called: is it the batch that was announced, and is it known?"""
+        """Before a call of the model: check its number of items; probe an unknown kind of call."""
         if expected is None or batch.looking:
             return
         found = items_of(call, self.dim)

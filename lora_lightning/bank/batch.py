@@ -1,4 +1,4 @@
-"""`Batch`: what each layer reads for a batch of many adapters; modules that run in groups.
+"""`Batch`: the tensors that layers read for a mixed batch; modules that run in groups.
 
 While it is on the model, modules have the classes of `lora_lightning.bank.classes`, afterwards
 their own. So nothing is injected, renamed or left behind: another batch is only other tensors.
@@ -35,9 +35,9 @@ class Batch:
     Attributes:
         n: number of items, or 1 where all have the same adapter.
         now: module's path → tensor's name → its `Mix`, or the source's own tensor.
-        looking: whether the model runs only to be looked at.
-        before: is told of each call of the model before it runs.
-        announced: whether it has been told of the call that is about to run.
+        looking: whether the model runs only to be probed.
+        before: called before each call of the model.
+        announced: whether it has been called for the next call of the model.
         inside: how many calls of the model are running.
     """
 
@@ -98,7 +98,7 @@ class Batch:
         self.announced = False
 
     def arrange(self, places: Places) -> None:
-        """Let the items lie as it is known of calls of another kind."""
+        """Use the layouts that are known for calls of another kind."""
         if places is self.places:
             return
         self.places = places
@@ -110,10 +110,10 @@ class Batch:
         self.swap()
 
     def swap(self) -> None:
-        """Give each module concerned its class for this batch; again after `places` has grown."""
+        """Swap the classes of the modules concerned; called again after `places` has grown."""
         self._swap_back()
         self.grouped = {self.places.around[p] for p in self.paths if p in self.places.around}
-        # The model itself always: it may turn out while it is called that it has to run in groups.
+        # The model itself always: it may be found during a call that it has to run in groups.
         for path in sorted({"", *self.now, *self.grouped}):
             module = self._modules.get(path) or self.model.get_submodule(path)
             self._classes.append((module, type(module)))
@@ -130,7 +130,7 @@ class Batch:
 
     @contextmanager
     def watched(self, watch: Watch) -> Iterator[None]:
-        """Within the block the model is the source, and `watch` is told what is used."""
+        """Within the block the model is the source, and `watch` records the uses of tensors."""
         kept = self.n, self.now
         self.looking, self.n, self.now = True, 1, {
             module: {
@@ -146,7 +146,7 @@ class Batch:
     def in_groups(
         self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a module once for every adapter of the batch, each time with that one's items."""
+        """Run a module once for every adapter of the batch, on that adapter's items."""
         leaves, spec = tree_flatten((args, kwargs))
         crossing = self.places.crossings[path].get(signature(leaves))
         if crossing is None or not all(
@@ -194,7 +194,7 @@ class Batch:
 
 
 def check_free(model: nn.Module) -> bool:
-    """Raise where a bank cannot serve the model; whether it has an active adapter of its own."""
+    """Raise where a bank cannot serve the model; returns whether it has an active adapter."""
     active = False
     for path, module in View(model).modules:
         where = path or type(model).__name__
@@ -211,7 +211,7 @@ def check_free(model: nn.Module) -> bool:
 
 @contextmanager
 def _explained(module: str, name: str | None) -> Iterator[None]:
-    """Within the block an error of torch's says that it is about some of the batch's items."""
+    """Re-raise errors of torch with the module and the adapter whose items were run alone."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,7 +1,7 @@
-"""Calls of a model: how many items they have, of what kind they are, and others made from one.
+"""Calls of a model: their number of items, their kind, and variants of them for a probe.
 
-The runs that are compared (see `lora_lightning.bank.probe`) are calls made from the caller's own.
-Each runs on tensors and containers of its own: a model may write into what it is given.
+The runs that are compared (see `lora_lightning.bank.probe`) are variants of the caller's own call.
+Each runs on tensors and containers of its own: a model may write into its inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Kind = tuple[Any, ...]
 
 
 def items_of(call: Call, dim: int) -> int:
-    """How many items a call of the model has, by its first input."""
+    """The number of items of a call of the model, by its first input."""
     for leaf in tree_leaves(call):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[dim if leaf.dim() > dim else 0]
@@ -39,7 +39,7 @@ def check_lists(call: Call, n: int) -> None:
 
 
 def item_dim(x: Any, n: int, dim: int) -> int | None:
-    """Along which dimension an input of the model holds items: `dim`, else the first that can."""
+    """The dimension of an input that holds the items: `dim`, else the first that fits."""
     if not isinstance(x, Tensor):
         return None
     dims = [dim, *range(x.dim())]
@@ -47,10 +47,10 @@ def item_dim(x: Any, n: int, dim: int) -> int | None:
 
 
 def kind_of(call: Call, n: int, dim: int) -> Kind:
-    """What calls have in common between which a model's layouts are taken to be the same.
+    """The kind of a call; calls of one kind are assumed to have the same layouts.
 
-    Which inputs there are, of how many dimensions, and which of these have but one entry: a
-    dimension of one entry hides where it is put, (n, 1, W) → (1·n·W). So does a mask left out.
+    The inputs, their numbers of dimensions, and which of these have only one entry: a dimension of
+    one entry hides where it is folded, (n, 1, W) → (1·n·W). So does a mask left out.
     """
 
     def of(leaf: Any) -> Any:
@@ -68,7 +68,7 @@ def lengths_of(call: Call, n: int, dim: int) -> list[Any]:
 
 
 def variants(call: Call, n: int, dim: int) -> list[tuple[Call, int]]:
-    """The call as it is, with its last item once more, with the first and the last changed.
+    """The call as it is, with its last item repeated, with the first and the last changed.
 
     Where it has lengths or masks, then twice with others, each as it is and with the first item
     changed.
@@ -85,7 +85,7 @@ def variants(call: Call, n: int, dim: int) -> list[tuple[Call, int]]:
         (_moved(call, n - 1, n, dim), n),
     ]
     if any(_tells_length(leaf, n, dim) for leaf in tree_leaves(call)):
-        for item in (0, n - 1):  # whichever way a model sorts by length, one of them changes place
+        for item in (0, n - 1):  # in whichever order a model sorts by length, one of them moves
             other = _shortened(call, item, n, dim)
             found += [(other, n), (_moved(other, 0, n, dim), n)]
     return found
@@ -102,12 +102,12 @@ def _copied(x: Any) -> Any:
         return x.clone()
     try:
         return x if isinstance(x, nn.Module) else copy.deepcopy(x)
-    except Exception:  # a lock, a generator: nothing that a model could write its items into
+    except Exception:  # a lock, a generator: not a container of items
         return x
 
 
 def _moved(call: Call, item: int, n: int, dim: int) -> Call:
-    """The call with other values in one item, where that can be done without breaking a rule."""
+    """The call with other values in one item, where those stay valid."""
     generator = torch.Generator().manual_seed(item)
 
     def move(x: Any) -> Any:
@@ -119,7 +119,7 @@ def _moved(call: Call, item: int, n: int, dim: int) -> Call:
         if x.is_floating_point() or x.is_complex():
             noise = torch.randn(one.shape, generator=generator, dtype=one.dtype).to(one.device)
             one += noise * (one.std(correction=0) + 1e-2)
-        else:  # tokens: those that are there, in another order
+        else:  # tokens: the same ones in another order
             one.copy_(one.flatten().roll(1).view(one.shape))
         return x
 
@@ -130,7 +130,7 @@ def _moved(call: Call, item: int, n: int, dim: int) -> Call:
 
 
 def _tells_length(x: Any, n: int, dim: int) -> bool:
-    """Whether this input may say how much of an item counts: one number an item, or a mask."""
+    """Whether this input may be the items' lengths (one number an item), or a mask."""
     if item_dim(x, n, dim) is None or x.is_complex():
         return False
     if x.numel() == n or x.dtype == torch.bool:
@@ -139,7 +139,7 @@ def _tells_length(x: Any, n: int, dim: int) -> bool:
 
 
 def _shortened(call: Call, item: int, n: int, dim: int) -> Call:
-    """The call with less of this item, and as much of the item at the other end as of any."""
+    """The call with a shorter item, and with the item at the other end as long as the longest."""
 
     def shorten(x: Any) -> Any:
         if not _tells_length(x, n, dim):
@@ -149,7 +149,7 @@ def _shortened(call: Call, item: int, n: int, dim: int) -> Call:
         if x.numel() > n or x.dtype == torch.bool:
             _mask_more(one)
             return x
-        x.select(d, n - 1 - item).fill_(x.max())  # lengths: none above those that are there
+        x.select(d, n - 1 - item).fill_(x.max())  # lengths: none above the largest
         one.copy_(torch.where(one > 1, one // 2, one) if not x.is_floating_point() else one / 2)
         return x
 
@@ -157,7 +157,7 @@ def _shortened(call: Call, item: int, n: int, dim: int) -> Call:
 
 
 def _mask_more(mask: Tensor) -> None:
-    """The other value in the second half, or where it is there already the first half's."""
+    """Set the second half to the other value; or, where it has that, to the first half's."""
     if not mask.dim():
         mask.copy_(mask == 0)
         return

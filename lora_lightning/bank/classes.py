@@ -25,7 +25,7 @@ ATTRIBUTE = "_lora_batch"  # on a module: (the bank's batch, the module's path)
 @once
 def mixed_class(cls: type[nn.Module], tensors: tuple[str, ...], grouped: bool) -> type[nn.Module]:
     """The subclass of `cls` that reads these tensors from the bank's batch; made once each."""
-    # An adapted class has a forward that passes the property by: the base's own reads it.
+    # An adapted class has a forward that bypasses the property: the base's own reads it.
     base: Any = getattr(cls, "_adapted_base", cls)
     forward = _compilable(base) if "weight" in tensors else base.forward
     body: dict[str, Any] = {"forward": _grouped(forward) if grouped else forward}
@@ -72,7 +72,7 @@ def _compilable(base: Any) -> Callable[..., Any]:
 
 
 def _grouped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)  # whose signature tells how a batch is passed
+    @wraps(forward)  # whose signature shows how a batch is passed
     def in_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch, path = self.__dict__[ATTRIBUTE]
         if path:

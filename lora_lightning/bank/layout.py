@@ -1,8 +1,8 @@
-"""Where the items of a batch lie in a tensor.
+"""`Layout`: the dimension of a tensor that holds the items of a batch.
 
-Not always along the first dimension: Swin folds windows into the batch, (n·windows, w², C), a
-Conformer turns time to the front, (T, n, C), attention flattens, (T·n, C). `Layout` says which,
-and gives the views in which a product per item is one batched product.
+It is not always the first: Swin folds windows into the batch, (n·windows, w², C), a Conformer has
+time first, (T, n, C), attention flattens, (T·n, C). `Layout` gives the views in which a product per
+item is one batched product.
 
 Shapes: n items; a tensor's dimension of items has k·n entries.
 """
@@ -22,7 +22,7 @@ from lora_lightning.errors import AdapterError
 class Layout:
     """Items lie along dimension `dim`, whose entry e belongs to item e // k, or e % n if `minor`.
 
-    `minor` is ``None`` where k was 1 whenever it was looked at: then nobody knows the order yet.
+    `minor` is ``None`` where k was 1 in all runs: then the order is still unknown.
     """
 
     dim: int
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def place(self) -> int:
-        """Which dimension of `split`'s result the items have to themselves."""
+        """The items' own dimension in `split`'s result."""
         return self.dim + 1 if self.minor else self.dim
 
     def fits(self, x: Tensor, n: int) -> bool:
@@ -39,7 +39,7 @@ class Layout:
         return size == n or (size % n == 0 and self.minor is not None)
 
     def split(self, x: Tensor, n: int) -> Tensor:
-        """A view of `x` in which the items have a dimension to themselves."""
+        """A view of `x` in which the items have a dimension of their own."""
         k = x.shape[self.dim] // n
         sizes = (k, n) if self.minor else (n, k)
         split: Tensor = x.unflatten(self.dim, sizes)  # type: ignore[no-untyped-call]
@@ -112,10 +112,10 @@ WHOLE = Layout(0)  # of n = 1: everything belongs to the one item
 
 @dataclass
 class Seen:
-    """What was seen of one tensor in one run: its shape, and for each dimension a print.
+    """The shape of one tensor in one run, and a fingerprint of each of its dimensions.
 
-    A print has one number for each entry of the dimension, which is another number when anything
-    at that entry changes. `whole` is that of the whole tensor.
+    A fingerprint has one number for each entry of the dimension, which changes when anything
+    at that entry does. `whole` is that of the whole tensor.
     """
 
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class Seen:
 
     @classmethod
     def of(cls, x: Tensor, n: int) -> Seen:
-        """What is to be seen of `x` in a run with n items."""
+        """The fingerprints of `x` in a run with n items."""
         with torch.no_grad():
             dims = [d for d, size in enumerate(x.shape) if size and size % n == 0]
             whole = _prints(x.reshape(1, -1), 0)
@@ -146,7 +146,7 @@ def locate(
     n: int,
     others: Sequence[tuple[Seen, Seen]] = (),
 ) -> Layout | str | None:
-    """The layout of a tensor from four runs; in words why there is none; ``None``: no items in it.
+    """The layout of a tensor from four runs; or a text why there is none; ``None``: no items in it.
 
     Args:
         base: Seen in a run with n items.
@@ -200,7 +200,7 @@ def _order(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> Layout | str
 
 
 def _fitting(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> list[bool]:
-    """The values of `Layout.minor` by which an item's own entries alone have moved with it."""
+    """The values of `Layout.minor` for which only an item's own entries changed with it."""
     size = base.shape[dim]
     entry = torch.arange(size)
     owners = {False: entry // (size // n), True: entry % n}

@@ -17,7 +17,7 @@ from lora_lightning.errors import AdapterError
 
 @dataclass(frozen=True)
 class Part:
-    r"""What one adapter does to one tensor W: replace it, or
+    r"""The effect of one adapter on one tensor W: replace it, or
 
     .. math:: W' = c \odot (W + B A)
 
@@ -31,7 +31,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Its memory in bytes."""
         tensors = (self.lora_A, self.lora_B, self.scale, self.full)
         return sum(t.nbytes for t in tensors if t is not None)
 
@@ -46,19 +46,19 @@ class Part:
 
 
 class Room:
-    """Memory in which the factors of a batch are stacked, the same for every batch of its size.
+    """Reused memory in which the factors of a batch are stacked.
 
-    Fresh memory costs more than copying into it does.
+    Allocation costs more than copying.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
     def stack(self, key: tuple[str, str], tensors: list[Tensor]) -> Tensor:
-        """The tensors as one, in the place of what was stacked under this key before."""
+        """The stacked tensors, in the memory of those stacked under this key before."""
         if len(tensors) == 1:
             return tensors[0][None]
-        if torch.is_grad_enabled():  # a graph of the batch before may still need what it read
+        if torch.is_grad_enabled():  # the previous batch's graph may still need its tensors
             return torch.stack(tensors)
         first, known = tensors[0], self._tensors.get(key)
         shape = (len(tensors), *first.shape)
@@ -85,7 +85,7 @@ class Mix:
     lora_B: Tensor | None = None
     scale: Tensor | None = None
     full: Tensor | None = None
-    # In a probe: is told of every use, and then the raw tensor is used.
+    # In a probe: called for every use; the raw tensor is then used.
     watch: Callable[[Mix, Any, Tensor | None], None] | None = None
 
     @classmethod
@@ -114,7 +114,7 @@ class Mix:
 
     @property
     def is_bare(self) -> bool:
-        """Whether the factors see the tensor as another matrix than a layer's weight is."""
+        """Whether the factors' matrix is shaped otherwise than a layer's weight."""
         return self.lora_B is not None and self.lora_B.shape[1] != len(self.raw)
 
     @property
@@ -164,7 +164,7 @@ class Mix:
 
 
 def _of_one_rank(parts: Sequence[Part | None], given: Sequence[Part], key: str) -> list[Tensor]:
-    """Each item's factor in the largest shape of them, filled up with zeros."""
+    """Each item's factor, padded with zeros to the largest shape."""
     shapes = {getattr(part, key).shape for part in given}
     shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
     zeros = getattr(given[0], key).new_zeros(shape)
@@ -176,7 +176,7 @@ def _of_one_rank(parts: Sequence[Part | None], given: Sequence[Part], key: str) 
 
 @contextmanager
 def lasting(model: nn.Module) -> Iterator[None]:
-    """Within the block tensors are made that can be kept: in full precision, for any later use."""
+    """Within the block new tensors can be kept: no autocast, no inference mode."""
     first, grad = next(model.parameters(), None), torch.is_grad_enabled()
     device = "cpu" if first is None else first.device.type
     exact = torch.autocast(device, enabled=False)

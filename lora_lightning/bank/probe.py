@@ -1,13 +1,13 @@
-"""Where a model puts the items of a batch, inferred from a few runs of it.
+"""Inference of the items' dimension in each tensor, from a few runs of a model.
 
 Four runs of the same batch are compared: as it is, with one item twice, and with the first and the
 last item changed. The dimension that grows in the second run holds the items; what changes in the
-others tells the order, and whether items interact. So a square input (T = n) is no riddle. With
+others shows the order, and whether items interact. So a square input (T = n) is unambiguous. With
 lengths or masks among the inputs, four more runs have others of these.
 
-Where a tensor is used in a way that the items cannot share (a recurrent layer, a standardised
-convolution), or by something that all items have in common, the nearest module around it whose
-inputs and outputs can be told apart is called once for every adapter of the batch, with its items.
+Where a tensor is used in a way that has no product per item (a recurrent layer, a standardised
+convolution), or in a computation shared by all items, the nearest module around it whose inputs
+and outputs can be split by items is called once for every adapter of the batch, with its items.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Signature = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class Crossable:
-    """How a module's inputs and outputs lie, leaf by leaf; ``None``: not by items."""
+    """Layouts of a module's inputs and outputs, leaf by leaf; ``None``: without items."""
 
     inputs: tuple[Layout | None, ...]
     outputs: tuple[Layout | None, ...]
@@ -36,15 +36,15 @@ class Crossable:
 
 @dataclass
 class Places:
-    """What is known of a model and calls of one kind: where each tensor meets a batch's items.
+    """Layouts of a batch's items at each tensor of a model, for calls of one kind.
 
     Attributes:
         layouts: tensor's path → number of dimensions of the input → its layout.
-        around: tensor's path → the module that runs in groups for its sake.
-        crossings: that module → how its inputs and outputs lie.
-        problems: tensor's path → why neither can be.
-        firm: tensor's path → why the items cannot each have theirs there, whatever batch follows.
-        known: the paths that need no look any more.
+        around: tensor's path → the module that runs in groups for it.
+        crossings: that module → layouts of its inputs and outputs.
+        problems: tensor's path → why neither is possible.
+        firm: tensor's path → why the items cannot each have theirs there, in any batch.
+        known: the paths that need no further probe.
     """
 
     layouts: dict[str, dict[int, Layout]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Places:
     known: set[str] = field(default_factory=set)
 
     def learn(self, runs: list[Watch], paths: list[str]) -> dict[str, str]:
-        """Take in the runs; tensor's path → why the items cannot each have theirs there."""
+        """Learn from the runs; tensor's path → why the items cannot each have theirs there."""
         failed = {}
         for path in paths:
             own = self.layouts.setdefault(path, {})
@@ -79,7 +79,7 @@ class Places:
             found = around(path, runs)
             if found is None:
                 self.problems[path] = why
-                if path not in self.firm:  # the next batch may show it
+                if path not in self.firm:  # the next batch may tell them apart
                     self.known.discard(path)
             else:
                 module, crossings = found
@@ -88,16 +88,16 @@ class Places:
                 self.problems.pop(path, None)
 
     def describe(self) -> dict[str, str]:
-        """Tensor's path → how the items of a batch get their own, in words."""
+        """Tensor's path → how the items of a batch get their own, as text."""
         words = {p: "; ".join(map(str, d.values())) for p, d in self.layouts.items() if d}
         words |= {p: f"in groups, by {m or 'the whole model'}" for p, m in self.around.items()}
         return words | {path: f"not at all: {why}" for path, why in self.problems.items()}
 
 
 def of_uses(runs: list[Watch], path: str, known: Mapping[int, Layout]) -> dict[int, Layout] | str:
-    """Number of dimensions of the input → where the items lie in it; in words why not.
+    """Number of dimensions of the input → layout of the items; or a text why there is none.
 
-    `known` is what earlier runs have told.
+    `known` are layouts from earlier runs.
     """
     uses = [watch.uses[path] for watch in runs]
     if len({len(u) for u in uses}) > 1:
@@ -127,7 +127,7 @@ def _located(seen: Sequence[Seen], n: int) -> Layout | str | None:
 
 
 def agree(one: Layout | None, other: Layout) -> Layout | None:
-    """What both layouts say; ``None`` where they contradict each other."""
+    """The layout consistent with both; ``None`` where they contradict each other."""
     if one is None or one == other:
         return other
     if one.dim != other.dim or None not in (one.minor, other.minor):
@@ -136,7 +136,7 @@ def agree(one: Layout | None, other: Layout) -> Layout | None:
 
 
 def of_calls(runs: list[Watch], path: str) -> dict[Signature, Crossable] | None:
-    """How a module's inputs and outputs lie, by their numbers of dimensions; ``None``: unknown."""
+    """Layouts of a module's inputs and outputs, by numbers of dimensions; ``None``: unknown."""
     calls = [watch.calls[path] for watch in runs]
     found: dict[Signature, Crossable] = {}
     if len({len(c) for c in calls}) > 1:
@@ -156,7 +156,7 @@ def of_calls(runs: list[Watch], path: str) -> dict[Signature, Crossable] | None:
 
 
 def signature(leaves: list[Any]) -> Signature:
-    """By which calls of a module are told apart: the number of dimensions of each leaf."""
+    """The key of a call of a module: the number of dimensions of each leaf."""
     shapes = [getattr(leaf, "shape", None) for leaf in leaves]
     return tuple(None if shape is None else len(shape) for shape in shapes)
 
@@ -177,9 +177,9 @@ def _leaves(same: list[list[Any]], n: int) -> tuple[Layout | None, ...] | None:
 
 
 def _same_for_all(values: Sequence[Any]) -> bool:
-    """Whether no tensor, but a value that has nothing to do with the items, such as an option.
+    """Whether these are not tensors but one value that does not depend on items, as an option.
 
-    A number that differs between the runs counts items; an object that is not known may hold them.
+    A number that differs between the runs counts items; an unknown object may hold them.
     """
     first = values[0]
     plain = (str, bytes, bool, int, float, complex, slice, Enum, torch.dtype, torch.device)
@@ -202,7 +202,7 @@ def around(path: str, runs: list[Watch]) -> tuple[str, dict[Signature, Crossable
 
 
 def explain(problems: Mapping[str, str]) -> AdapterError:
-    """The error for tensors of which the items of a batch cannot have one each."""
+    """The error for tensors that cannot differ between the items of a batch."""
     lines = [f"  {path}: {why}" for path, why in list(problems.items())[:10]]
     more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
     return AdapterError(

@@ -1,4 +1,4 @@
-"""The runs of a model from which the places of a batch's items are inferred (see `probe`)."""
+"""The runs of a model for `probe`, from which the items' layouts are inferred."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lora_lightning.model.calling import Call
 
 
 class Looks:
-    """What is known of a model, by kind of call; `last` is that of the last call."""
+    """The `Places` of a model, by kind of call; `last` is that of the last call."""
 
     def __init__(self, dim: int):
         self.last = Places()
         self._dim = dim
-        # With the lengths and masks for which alone it is known; None: for all.
+        # With the only lengths and masks for which it holds; None: for all.
         self._known: dict[Kind, tuple[list[Any] | None, Places]] = {}
 
     def arrange(self, batch: Batch, call: Call, n: int, again: bool = False) -> None:
-        """Let the batch have what is known of such calls; look where nothing is, or `again`."""
+        """Give the batch the places of such calls; probe where they are unknown, or `again`."""
         kind = kind_of(call, n, self._dim)
         lengths, places = self._known.get(kind, (None, Places()))
         if lengths is not None and lengths != lengths_of(call, n, self._dim):
@@ -49,7 +49,7 @@ class Looks:
             batch.swap()
 
     def describe(self) -> dict[str, str]:
-        """Tensor's path → how the items of a batch get their own, in words."""
+        """Tensor's path → how the items of a batch get their own, as text."""
         found: dict[str, str] = {}
         for _, places in self._known.values():
             found |= places.describe()
@@ -57,7 +57,7 @@ class Looks:
 
 
 def look(batch: Batch, call: Call, dim: int, paths: list[str]) -> bool:
-    """Enter in the batch's `places` where the tensors `paths` meet the items of this call.
+    """Infer the layouts of this call's items at the tensors `paths`, into the batch's `places`.
 
     Returns whether that holds for other lengths and masks than the call's, if it has any.
 
@@ -90,7 +90,7 @@ def _runs(
     for pair in (calls[4:6], calls[6:]):
         try:
             watches += [_run(batch, call, n, around) for call, n in pair]
-        except AdapterError:  # not every model takes these lengths: some must fall, for instance
+        except AdapterError:  # not every model takes these lengths: some require descending ones
             continue
     return watches
 

@@ -1,6 +1,6 @@
 """Batched products with another weight for every item: linear layers and convolutions.
 
-Each function below takes the arguments of the torch function that it stands for, in which weights
+Each function below takes the arguments of the torch function that it replaces, in which weights
 and biases may be tensors with a `Mix`. The item's own part is added to the base's output in place,
 by batched products on views: activations are not copied where the layout allows it.
 
@@ -21,12 +21,12 @@ from lora_lightning.bank.layout import Layout
 from lora_lightning.bank.mix import Mix
 from lora_lightning.lora.fused.plan import adds_exactly
 
-# Multiplications that a call must have for each thread: some 50 µs of work, a call costs 5 µs.
+# Least multiplications of a call for each thread: some 50 µs of work, a call costs 5 µs.
 _WORTH_A_CALL = 2_000_000
 
 
 def mix_of(tensor: Any) -> Mix | None:
-    """The mix behind a tensor; ``None`` where it is one for all items."""
+    """The mix behind a tensor; ``None`` where it is the same for all items."""
     if isinstance(tensor, Mix):
         return tensor
     found: Mix | None = getattr(tensor, "mix", None) if isinstance(tensor, Tensor) else None
@@ -52,7 +52,7 @@ def affine(
 ) -> Tensor:
     """x·w + b of every item, whose values begin at dimension `at`, counted from the end.
 
-    In the precision of `x`, as torch's own functions have it where w and b are in another.
+    In the dtype of `x`, as with torch's own functions where w and b have another.
     """
     out = layout.split(x, n)
     if weight is not None:
@@ -99,13 +99,13 @@ def _own_linear(x: Tensor, mix: Mix, bias: Tensor | None, layout: Layout) -> Ten
     items = layout.items(out, mix.n)
     if _flattens(items):
         items.flatten(1, -2).baddbmm_(low, lora_B)
-    else:  # no three dimensions can express this layout
+    else:  # this layout does not fit a batched product
         items += torch.bmm(low, lora_B).view(items.shape)
     return out
 
 
 def _shared(mix: Mix, x: Tensor) -> Tensor | None:
-    """The weight of the one adapter that serves all items, where it can be had."""
+    """The weight of the one adapter of all items, where there is only one."""
     if mix.n > 1 or not adds_exactly(x, mix.raw):
         return None
     lora_A, lora_B = mix.factors()
@@ -113,11 +113,11 @@ def _shared(mix: Mix, x: Tensor) -> Tensor | None:
 
 
 def _worth_joining(x: Tensor, mix: Mix) -> bool:
-    """Whether to make the weight of every item, and to multiply item by item.
+    """Whether to compute the weight of every item, and to multiply item by item.
 
-    Adding B A to W takes r·in·out multiplications, the factors' own way rows·r·(in + out). On a CPU
-    what one item needs stays in a core's cache then, where the whole batch does not fit. Each call
-    must be worth making, and no graph can be recorded of it.
+    Adding B A to W takes r·in·out multiplications, the factorised product rows·r·(in + out). On a
+    CPU one item's tensors fit into a core's cache, where the whole batch does not. Each call must
+    be large enough, and no graph can be recorded of it.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -128,7 +128,7 @@ def _worth_joining(x: Tensor, mix: Mix) -> bool:
 
 
 def _item_by_item(out: Tensor, x: Tensor, mix: Mix, bias: Tensor | None) -> None:
-    """x (W + B A)ᵀ + b of one item after the other, into `out`, in the memory of one weight."""
+    """x (W + B A)ᵀ + b item by item, into `out`, with the memory of one weight."""
     weight = torch.empty_like(mix.raw)
     for y, item, A, B in zip(out, x, *mix.factors(), strict=True):
         torch.addmm(mix.raw, B, A, out=weight)
@@ -139,7 +139,7 @@ def _item_by_item(out: Tensor, x: Tensor, mix: Mix, bias: Tensor | None) -> None
 
 
 def _items_first(x: Tensor, mix: Mix, bias: Tensor | None) -> Tensor:
-    """The items' part and the bias are written first, as one product, and x Wᵀ is added to it.
+    """Write the items' part and the bias first, as one product, and add x Wᵀ to it.
 
     ``F.linear`` would write the bias, add its product to it, and the items' part would be a third
     pass through an output that is larger than any cache.
@@ -181,7 +181,7 @@ def conv(
     if mix is None:
         out = op(input, weight, None, *options, groups)
         return affine(out, None, values(bias), n, layout, 1 - out.dim())
-    # No factors of rank r make a product per group: there each entry gets its whole weight.
+    # Grouped convolutions have no product of rank r: each entry gets its whole weight.
     whole = mix.full is not None or groups > 1
     late = whole or mix.scale is not None or mix_of(bias) is not None
     if whole:

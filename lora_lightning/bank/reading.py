@@ -1,4 +1,4 @@
-"""Reads an adapter's file as a `Part` for each tensor that it changes."""
+"""Reading an adapter file as a `Part` for each tensor that it changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_lightning.model.view import View
 def parts_of(
     view: View, path: Path, check: str, known: dict[tuple[str, int], Basis]
 ) -> dict[str, Part]:
-    """Tensor's path → what the adapter of this file does to it; arguments as for `checked`.
+    """Tensor's path → the `Part` of this file's adapter; arguments as for `checked`.
 
     Raises:
         AdapterFileError: it is damaged, does not fit, or holds NaN.
@@ -40,7 +40,7 @@ def parts_of(
     parts = {key: whole[id(value)] for key, value in own.items()}
     targets = {join(t["module"], t["tensor"]): t for t in header["targets"]}
     computed = {c for key in own if (c := _computed(model, key)) is not None}
-    # These are computed from, or are, what the adapter owns: its factors act on its own values.
+    # Tensors that the adapter owns, or computed from these: its factors act on its own values.
     moved = computed | (targets.keys() & own.keys())
     for key in targets.keys() - moved:
         raw = raw_tensor(*located(model, key))
@@ -59,7 +59,7 @@ def parts_of(
 def _owned(
     view: View, header: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """What the adapter replaces in full, under each name that such a tensor has."""
+    """The tensors that the adapter replaces in full, under each of their names."""
     names: dict[int, list[str]] = {}
     for name, tensor in view.tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -68,7 +68,7 @@ def _owned(
         if tensors[key].is_floating_point():
             value = _like(tensors[key], located(view.model, key))
             found |= dict.fromkeys(names[id(view.tensors[key])], value)
-        elif not key.endswith("num_batches_tracked"):  # which counts, and is not computed with
+        elif not key.endswith("num_batches_tracked"):  # a counter, not used in forward
             raise AdapterFileError(f"{path} holds {key} of dtype {tensors[key].dtype}")
     return found
 
@@ -87,7 +87,7 @@ def _computed(model: nn.Module, key: str) -> str | None:
 
 @contextmanager
 def _in_place(model: nn.Module, own: Mapping[str, Tensor], computed: set[str]) -> Iterator[None]:
-    """Within the block the model has these values, and what is computed from them."""
+    """Within the block the model has these values, and those computed from them."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for key, value in own.items():
@@ -121,7 +121,7 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _folded(
     target: dict[str, Any], key: str, tensors: dict[str, Tensor], basis: Basis | None, raw: Tensor
 ) -> Part:
-    """Any form of factors as one pair, the scaling in B: LoRA-XS's core and a start's too."""
+    """Factors of any kind as one pair, with the scaling, a core or initial factors folded in."""
     if basis is not None:
         lora_B, lora_A = basis.lora_B @ tensors[f"{key}.core"].to(raw), basis.lora_A
     else:

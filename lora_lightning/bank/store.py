@@ -31,12 +31,12 @@ Source = (
 
 
 class Store:
-    """Name → adapter, read from its file when first asked for and again after it was dropped.
+    """Name → adapter, read from its file when first needed, and again after it was evicted.
 
     Args:
         model: The base that all of them must fit.
         capacity: How many adapters are kept in memory.
-        capacity_bytes: How many bytes they may take there; ``None``: as many as they do.
+        capacity_bytes: How many bytes they may take there; ``None``: no limit.
         check: As in `lora_lightning.load_adapter`.
     """
 
@@ -54,7 +54,7 @@ class Store:
         self._bases: dict[tuple[str, int], Basis] = {}
 
     def add(self, source: Source, overwrite: bool = False) -> list[str]:
-        """Enter files, which are read later; returns their names."""
+        """Add files, which are read later; returns their names."""
         found = _named(source)
         taken = sorted(found.keys() & self.files.keys())
         if taken and not overwrite:
@@ -86,7 +86,7 @@ class Store:
         self._follow()
         new = [name for name in names if name not in self.held]
         view = View(self._model)
-        # All of them before any is held: a file that cannot be read leaves no others behind.
+        # All are read before any is kept: a file that cannot be read leaves no others behind.
         self.held |= {name: self._read(self.files[name], view) for name in new}
         for name in names:
             self.held.move_to_end(name)
@@ -98,7 +98,7 @@ class Store:
         return parts_of(view, path, self._check, self._bases)
 
     def _follow(self) -> None:
-        """Forget what was read for a model in another precision or on another device."""
+        """Drop adapters that were read for another precision or device of the model."""
         first = next(self._model.parameters(), None)
         now = None if first is None else (first.device, first.dtype)
         if now != self._kind:
@@ -118,12 +118,12 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the adapters held take."""
+        """Memory of the adapters held, in bytes."""
         parts = {id(part): part for held in self.held.values() for part in held.values()}
         return sum(part.nbytes for part in parts.values())
 
     def representatives(self) -> list[str]:
-        """A few adapters that hold every tensor which those in memory do; else the first."""
+        """A few adapters that cover all tensors of those in memory; else the first."""
         seen: set[str] = set()
         chosen = []
         for name, parts in self.held.items():

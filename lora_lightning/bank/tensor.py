@@ -1,11 +1,11 @@
-"""`BankTensor`: what a layer reads as its weight while a batch of many adapters runs.
+"""`BankTensor`: the weight that a layer reads while a mixed batch runs.
 
-It looks like the source's own tensor. Torch hands over every function that is called with it
+It has the shape of the source's own tensor. It intercepts every function that is called with it
 (``__torch_function__``), and where `OPS` has the function, each item of the batch gets its own
-values. A layer, and whoever reads its weight, so runs its own code: ``F.linear(x,
-self.qkv.weight)`` in BEiT, raw ``in_proj_weight`` in WavLM, "same" padding. What uses the tensor
-in another function, such as `torch.nn.MultiheadAttention`, runs in groups of items that share an
-adapter: nothing ever computes with the source's values in silence.
+values. So a layer, and any code that reads its weight, runs unchanged: ``F.linear(x,
+self.qkv.weight)`` in BEiT, raw ``in_proj_weight`` in WavLM, "same" padding. Code that uses the
+tensor in another function, such as `torch.nn.MultiheadAttention`, runs in groups of items that
+share an adapter: the source's values are never used silently.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lora_lightning.errors import AdapterError
 
 
 class BankTensor(Tensor):
-    """The source's tensor to look at, a `Mix` to compute with."""
+    """The source's tensor by its shape and dtype, a `Mix` in computations."""
 
     mix: Mix
 
     @classmethod
     def of(cls, mix: Mix) -> BankTensor:
-        """The tensor that stands for this mix."""
+        """The tensor for this mix."""
         tensor = mix.raw.detach().as_subclass(cls)
         tensor.mix = mix
         return tensor
@@ -73,7 +73,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _input(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mixes: list[Mix]) -> Any:
-    """The input of a function that `OPS` can do here; ``None`` for any other use."""
+    """The input of a function that `OPS` supports here; ``None`` for any other use."""
     if func not in OPS or any(mix.is_bare for mix in mixes):
         return None
     x = args[0] if args else kwargs.get("input")
@@ -86,7 +86,7 @@ def _plain(mix: Mix) -> Tensor:
 
 
 def _each(tree: Any, value: Callable[[Mix], Tensor]) -> Any:
-    """Plain tensors in the place of the bank's."""
+    """The tree with plain tensors for the bank's."""
     return tree_map(lambda leaf: leaf if (mix := mix_of(leaf)) is None else value(mix), tree)
 
 
@@ -105,7 +105,7 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return BankTensor.of(mix.map(lambda t: func(t, *rest, **kwargs)))
 
 
-# What does not depend on the values.
+# Functions that do not depend on the values.
 _LOOKS: frozenset[Any] = frozenset(
     [
         *(
@@ -124,14 +124,14 @@ _SAME: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 
-# ---- what torch does with a weight, with another one for every item ---------------------------
-# Each function takes the arguments of the torch function that it stands for.
+# ---- torch's functions of a weight, with a weight for every item ------------------------------
+# Each function takes the arguments of the torch function that it replaces.
 
 
 def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`torch.nn.functional.embedding` (what only its backward pass looks at has no effect)."""
+    """`torch.nn.functional.embedding` (arguments for its backward pass have no effect)."""
     n, layout = where(input, weight)
     mix = mix_of(weight)
     assert mix is not None
@@ -209,7 +209,7 @@ def batch_norm(
     return affine(input, a, shift, n, layout, 1 - input.dim())
 
 
-# Torch function → (what stands for it, how many dimensions its first argument, the input, has at
+# Torch function → (its replacement, how many dimensions its first argument, the input, has at
 # least where there are items in it).
 OPS: dict[Any, tuple[Callable[..., Tensor], int]] = {
     F.linear: (linear, 2),
@@ -223,7 +223,7 @@ OPS: dict[Any, tuple[Callable[..., Tensor], int]] = {
     F.batch_norm: (batch_norm, 2),
 }
 
-# Those that are done with the items in the first dimension only.
+# Those that support the items in the first dimension only.
 ITEMS_FIRST: frozenset[Any] = frozenset([F.conv1d, F.conv2d, F.conv3d, F.group_norm])
 
 

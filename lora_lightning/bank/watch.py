@@ -1,4 +1,4 @@
-"""Hooks that record, in one run of a model, where tensors are used and what modules are given."""
+"""Hooks that record uses of tensors, and inputs and outputs of modules, in one run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Use:
 
 @dataclass
 class Crossing:
-    """One call of a module in one run: what went in, and what came out; no tensors as they are."""
+    """One call of a module in one run: fingerprints of its inputs and outputs."""
 
     inputs: list[Any]
     outputs: list[Any] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Crossing:
 
 @dataclass
 class Watch:
-    """What is noted in one run of a model with n items."""
+    """The records of one run of a model with n items."""
 
     n: int
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
@@ -47,7 +47,7 @@ class Watch:
     running: list[str] = field(default_factory=list)
 
     def use(self, mix: Mix, func: Any, x: Tensor | None) -> None:
-        """A tensor of the bank is used."""
+        """Record the use of a tensor of the bank."""
         problem = "" if x is not None else f"it is used by {name_of(func)}"
         seen = None if x is None else Seen.of(x, self.n)
         use = Use(seen, problem, frozenset(self.running), func in ITEMS_FIRST)
@@ -55,7 +55,7 @@ class Watch:
 
     @contextmanager
     def crossings(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within the block calls of these modules are noted."""
+        """Within the block calls of these modules are recorded."""
         handles = [h for path, m in modules.items() for h in self._hooks(path, m)]
         try:
             yield
@@ -84,7 +84,7 @@ class Watch:
 
 @torch.no_grad()
 def run(model: nn.Module, call: Call) -> None:
-    """Run the model for what it does on the way."""
+    """Run the model for its side effects on hooks."""
     args, kwargs = call
     with seeded(model, 0):
         model(*args, **kwargs)

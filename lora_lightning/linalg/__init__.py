@@ -1,4 +1,4 @@
-"""Decompositions: tensors in, tensors out."""
+"""Matrix decompositions: SVD, QR, NMF, streaming SVD."""
 
 import lazy_loader
 

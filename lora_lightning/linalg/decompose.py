@@ -1,8 +1,8 @@
-"""Decompositions of matrices: SVD, QR, and how many of their directions count.
+"""SVD and QR of matrices, and estimates of their rank.
 
 Matrices are (rows, columns). Whatever the input's precision, sums are taken in float32 or better.
-`linalg.streaming_svd` has the SVD of a stream of batches, `linalg.nmf` the
-non-negative ones. The spectrum of a low-rank product is taken from its factors, never from BA.
+`linalg.streaming_svd` has the SVD of a stream of batches, `linalg.nonnegative` the NMF. The
+spectrum of a low-rank product is computed from its factors, never from BA.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class SVD(NamedTuple):
 
 
 def checked(matrix: Tensor, rank: int | None = None, what: str = "the matrix") -> Tensor:
-    """The matrix in float32, or float64 where it is, once it can be decomposed.
+    """The matrix in float32, or float64 if it is, checked for decompositions.
 
     Raises:
-        DecompositionError: it is empty, no matrix, or holds NaN or infinity; `rank` is below 1 or
-            above its smaller side.
+        DecompositionError: it is empty, not a matrix, or holds NaN or infinity; `rank` is below 1
+            or above its smaller side.
     """
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise DecompositionError(
@@ -105,7 +105,7 @@ def truncated_svd(
 
 
 def signs(u: Tensor) -> Tensor:
-    """1 or -1 for each column: what makes its largest entry positive."""
+    """1 or -1 for each column: the sign of its largest entry."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
 
@@ -155,7 +155,7 @@ def product_svd(lora_B: Tensor, lora_A: Tensor) -> SVD:
     return SVD(q_B @ core.U, core.S, core.Vh @ q_A.T)
 
 
-# ---- how many directions count --------------------------------------------------------------
+# ---- estimates of the rank ------------------------------------------------------------------
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -183,7 +183,7 @@ def explained_variance(singular_values: Tensor, total: float | Tensor | None = N
 
 
 def energy_rank(singular_values: Tensor, energy: float, total: float | Tensor | None = None) -> int:
-    """The fewest directions that hold this part of the energy; 0 where there is none.
+    """The smallest number of directions with this part of the energy; 0 where there is none.
 
     Raises:
         DecompositionError: `energy` is not in (0, 1].
@@ -193,12 +193,12 @@ def energy_rank(singular_values: Tensor, energy: float, total: float | Tensor | 
     held = explained_variance(singular_values, total).cumsum(0)
     if held[-1] == 0:
         return 0
-    # Not lost by the last bit of a sum: all of the energy is reached with the last direction.
+    # Against rounding of the sum: all of the energy is reached with the last direction.
     return min(int((held < energy * (1 - 1e-12)).sum()) + 1, len(held))
 
 
 def optimal_hard_threshold(singular_values: Tensor, shape: tuple[int, int]) -> float:
-    r"""Singular values up to this are noise, if entries carry independent noise of one size.
+    r"""Singular values up to this are noise, if entries carry independent noise of one variance.
 
     .. math:: \tau = \omega(\beta)\, median(\sigma), \qquad \omega(\beta) \approx
         0.56\beta^3 - 0.95\beta^2 + 1.82\beta + 1.43

@@ -1,6 +1,6 @@
-"""Non-negative factorisations: parts of which the rows are sums.
+"""Non-negative matrix factorisation: `nmf`, and `semi_nmf` for signed matrices.
 
-Written in torch, because a layer's inputs are on its device and the result starts its factors.
+Written in torch, because a layer's inputs are on its device and the result initialises factors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_lightning.errors import DecompositionError
 from lora_lightning.linalg.decompose import checked
 
-LOOK = 10  # iterations between two looks at the loss
+LOOK = 10  # iterations between two evaluations of the loss
 LOSSES = ("frobenius", "kullback-leibler")
 
 
@@ -22,11 +22,11 @@ class NMF(NamedTuple):
     """X ≈ W H.
 
     Attributes:
-        W: (N, r) ≥ 0, how much of each part a row has.
-        H: (r, D), the parts; ≥ 0 but in `semi_nmf`.
+        W: (N, r) ≥ 0, the weights of the parts in each row.
+        H: (r, D), the parts; ≥ 0 except in `semi_nmf`.
         losses: the loss at the start and every 10 iterations.
-        iterations: how many were done.
-        converged: whether the loss had stopped falling, or the iterations were used up.
+        iterations: their number.
+        converged: whether the loss stopped falling before the iterations were used up.
     """
 
     W: Tensor
@@ -46,7 +46,7 @@ def nmf(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> NMF:
-    r"""Factors W, H ≥ 0 with X ≈ WH, by multiplicative updates, which never raise the loss.
+    r"""Factors W, H ≥ 0 with X ≈ WH, by multiplicative updates, which never increase the loss.
 
     Frobenius, :math:`\frac12\|X - WH\|_F^2`:
     :math:`H \leftarrow H \odot W^T X / W^T W H`; Kullback–Leibler,
@@ -58,7 +58,7 @@ def nmf(
         matrix: X (N, D), no entry below 0.
         rank: r, at most min(N, D).
         loss: ``"frobenius"`` or ``"kullback-leibler"``.
-        max_iterations: At most so many.
+        max_iterations: The largest number.
         tolerance: It ends when ten iterations lower the loss by less than this part of the first.
         seed: Of the starting factors.
 
@@ -97,7 +97,7 @@ def semi_nmf(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> NMF:
-    r"""Factors W ≥ 0 and a signed H with X ≈ WH, for rows that are signed.
+    r"""Factors W ≥ 0 and a signed H with X ≈ WH, for signed matrices.
 
     :math:`H = (W^T W)^{+} W^T X` and :math:`W \leftarrow W \odot
     \sqrt{\frac{(XH^T)^+ + W (HH^T)^-}{(XH^T)^- + W (HH^T)^+}}`, with :math:`M^\pm = (|M| \pm M)/2`.
@@ -130,7 +130,7 @@ def semi_nmf(
 def _iterate(
     step: Callable[[], None], measure: Callable[[], float], limit: int, tolerance: float
 ) -> tuple[list[float], int, bool]:
-    """Losses, iterations, and whether it ended because the loss no longer fell."""
+    """Losses, iterations, and whether the loss converged."""
     losses = [measure()]
     for done in range(1, limit + 1):
         step()

@@ -29,7 +29,7 @@ class StreamingSVD:
 
     Args:
         rank: r, the directions that are asked for.
-        spare: Directions that are carried along, so that one that grows later is not lost.
+        spare: Further directions to keep, so that one that grows later is not lost.
 
     Raises:
         DecompositionError: a value is below its least.
@@ -42,14 +42,14 @@ class StreamingSVD:
         self.rows, self.energy = 0, 0.0
         self._s: Tensor | None = None
         self._vh: Tensor | None = None
-        self._moved = 0.0  # overlap of the leading subspace with what it was an update before
+        self._moved = 0.0  # overlap of the leading subspace with that of the previous update
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Take note of rows (N, D).
+        """Add rows (N, D).
 
         Raises:
-            DecompositionError: NaN or infinity in them, none, or another D than before.
+            DecompositionError: NaN or infinity, no rows, or another D than before.
         """
         rows = checked(rows, what="a batch of rows")
         before, stacked = self._vh, rows
@@ -65,7 +65,7 @@ class StreamingSVD:
         self._moved = 0.0 if before is None else _overlap(before, self._vh, self.rank)
 
     def converged(self, overlap: float) -> bool:
-        r"""Whether the last update turned the leading subspace by less than this.
+        r"""Whether the last update rotated the leading subspace by less than this.
 
         The overlap of two subspaces is :math:`\|V_{old} V_{new}^T\|_F^2 / r`, 1 where they are the
         same. False before the second update.

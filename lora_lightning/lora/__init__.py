@@ -1,4 +1,4 @@
-"""One layer: its low-rank factors, where they start, and the module that bears them."""
+"""One layer: low-rank factors, their initialisation, adapted modules, and merging."""
 
 import lazy_loader
 

@@ -6,7 +6,7 @@ of its own class, in which each adapted tensor is a property that yields the eff
 .. math:: W' = W + s\,B A .
 
 The raw weight stays in ``_parameters``, so names, shapes, ties, hooks, optimizers and
-``isinstance`` see what they saw before; whoever *reads* ``module.weight``, be it
+``isinstance`` are unaffected; code that *reads* ``module.weight``, such as
 ``F.linear(x, self.qkv.weight)`` in a model's own forward, gets the adapted weight. Where the
 product can be kept in factors, `lora_lightning.lora.factorised` has a cheaper ``forward``.
 
@@ -36,7 +36,7 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 class _Uncompilable(Sequence[str]):
-    """Read by TorchScript about to compile an adapted class, which it cannot: says so instead."""
+    """Read by TorchScript when it compiles an adapted class: raises, as that is unsupported."""
 
     def __len__(self) -> int:
         raise AdapterError(
@@ -49,7 +49,7 @@ class _Uncompilable(Sequence[str]):
 
 
 class AdaptedModule:
-    """Mixed into the class of every adapted module; ``isinstance`` tells adapted ones by it.
+    """Mixin of the class of every adapted module, for ``isinstance``.
 
     Attributes:
         lora: adapter name → tensor name → `Factors`.
@@ -76,12 +76,12 @@ class AdaptedModule:
         per_tensor = self._modules["lora"]._modules.get(name)  # an attribute takes longer
         return {} if per_tensor is None else per_tensor._modules
 
-    def put_in_force(self, name: str | None) -> None:
-        """Let the adapter `name` act; where it is ``None`` or has no factors here, the base."""
+    def set_lora_active(self, name: str | None) -> None:
+        """Activate the adapter `name`; where it is ``None`` or has no factors here, the base."""
         self.__dict__["lora_active"] = name if self.factors_of(name) else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: pickle what it is made of.
+        # The class is made at run time: pickle its ingredients.
         reduced = super().__reduce_ex__(protocol)
         return (_new, (self._adapted_base, self._adapted_tensors), *reduced[2:])
 
@@ -111,14 +111,14 @@ def swapped_class(
     read: Callable[[Any, str], Any],
     body: Mapping[str, Any],
 ) -> type[nn.Module]:
-    """A class that a module of class `base` is given for a time.
+    """A temporary class for a module of class `base`.
 
     Args:
         prefix: Of its name, before that of `base`.
         parents: Whose subclass it is.
         base: The module's own class.
         tensors: Names of the tensors that are computed when they are read.
-        read: From (module, tensor's name) to what is read.
+        read: From (module, tensor's name) to the value.
         body: What else it defines.
     """
     properties = {tensor: _tensor_property(base, tensor, read) for tensor in tensors}
@@ -134,7 +134,7 @@ def _tensor_property(
         if isinstance(inherited, property) and inherited.fset is not None:
             inherited.fset(module, value)  # a parametrization keeps its own originals
         else:
-            module.__dict__[tensor] = value  # what the old weight_norm hook computes
+            module.__dict__[tensor] = value  # computed by the old weight_norm hook
 
     return property(lambda module: read(module, tensor), write)
 
@@ -181,8 +181,8 @@ def adapt(
 ) -> None:
     """Put factors called `name` on these tensors of a live module, in place.
 
-    `bases` are LoRA-XS's and `values` the factors' own (copied), both by tensor, for a caller who
-    has them already. Factors of that name and of the same sizes take the values as they are.
+    `bases` are LoRA-XS's and `values` the factors' own (copied), both by tensor, where the caller
+    has them already. Existing factors of that name and of the same shapes take the values.
     """
     if not isinstance(module, AdaptedModule):
         if has_foreign_lora(module):
@@ -190,8 +190,8 @@ def adapt(
         module._modules["lora"] = nn.ModuleDict()
         module.__dict__["lora_active"] = None
     tensors = tuple(sorted({*getattr(type(module), "_adapted_tensors", ()), *specs}))
-    # A recurrent layer has many tensors, which an adapter's file brings one at a time.
-    # Into the tables, since `ModuleDict` is slow to find a name free.
+    # A recurrent layer has many tensors, which an adapter's file adds one at a time.
+    # Into the tables, since `ModuleDict` checks names slowly.
     adapters: Any = module._modules["lora"]._modules  # type: ignore[union-attr]
     factors = adapters.pop(name) if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
@@ -220,7 +220,7 @@ def _placed(
     spec: FactorSpec,
     values: Mapping[str, Tensor] | None,
 ) -> Any:
-    """Factors of this spec: those in that place before, where they can take the values."""
+    """Factors of this spec: the existing ones, where they can take the values."""
     made = XSFactors if spec.xs else Factors
     if type(old) is made and values is not None and old.take(weight, matrix, spec, values):
         return old
@@ -228,7 +228,7 @@ def _placed(
 
 
 def release(module: nn.Module, name: str) -> None:
-    """Take the factors called `name` off; with the last one the class is itself again."""
+    """Remove the factors called `name`; without any the module has its own class again."""
     live: Any = module
     if name in live.lora:
         del live.lora[name]

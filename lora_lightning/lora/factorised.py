@@ -1,7 +1,7 @@
-"""Forwards of layers in which the adapter's product stays in factors: s·B(Ax) beside Wx.
+"""Factorised forwards of adapted layers: s·B(Ax) is added to Wx.
 
-Each stands for the forward of torch's layer of that name, whose own output it adds to; by
-`lora_lightning.lora.fused` where that can.
+Each replaces the forward of torch's layer of that name, whose own output it adds to; by
+`lora_lightning.lora.fused` where that supports the input.
 
 Shapes below: x_BxI (any leading dimensions, in), lora_A (r, in·kernel), lora_B (out, r).
 """
@@ -22,7 +22,7 @@ from lora_lightning.lora.fused.plan import LowRank
 
 
 def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
-    """Of `nn.Linear`."""
+    """Forward of `nn.Linear`."""
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
     if low is not None and ops.applies(x_BxI, weight, low):
@@ -36,7 +36,7 @@ def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
 
 
 def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
-    """Of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
+    """Forward of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
     if low is not None and convolution.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
@@ -58,7 +58,7 @@ def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
 
 
 def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
-    """Padding that is not of zeros, or given in words, comes first."""
+    """The fused convolution, after padding in another mode than zeros or "same"."""
     padding = self.padding
     if self.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -69,7 +69,7 @@ def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
 
 
 def _low_rank(factors: Factors | None) -> LowRank | None:
-    """What the fused functions take; ``None`` for DoRA, which is not a sum."""
+    """The factors for the fused functions; ``None`` for DoRA, which is not a sum."""
     if factors is None or factors.magnitude is not None:
         return None
     dropout = factors.spec.dropout if factors.training else 0.0
@@ -78,7 +78,7 @@ def _low_rank(factors: Factors | None) -> LowRank | None:
 
 
 def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
-    """Of `nn.Embedding`."""
+    """Forward of `nn.Embedding`."""
     factors: Factors | None = self.factors("weight")
 
     def look_up(table: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
 
 
 def _of_both(factors: Factors, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`low` of B and A, less that of their start where one is kept; the same sum at the start."""
+    """`low` of B and A, less that of the initial factors, where those are kept."""
     out = low(factors.lora_B, factors.lora_A)
     if factors.start_A is None or factors.start_B is None:
         return out

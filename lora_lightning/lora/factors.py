@@ -1,4 +1,4 @@
-"""The factors themselves: their product, their start, and DoRA's magnitudes."""
+"""`Factors`: the low-rank factors of one tensor, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lora_lightning.lora.initialisation import METHODS, Setting
 from lora_lightning.lora.spec import FactorSpec
 
-# What factors may hold; the starts where the product began away from zero, LoRA-XS's core, DoRA's
-# magnitude.
+# Tensors that factors may hold; initial factors where the product began away from zero, LoRA-XS's
+# core, DoRA's magnitude.
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "core", "magnitude")
 
 
@@ -25,13 +25,13 @@ class Factors(nn.Module):
     and with DoRA (arXiv:2402.09353) :math:`W' = m \odot (W + \Delta W) / \lVert W + \Delta W
     \rVert_{row}`, the norm taken as a constant in the backward pass as the paper advises.
 
-    Factors that start away from zero (see `lora_lightning.lora.initialisation`) keep their start:
-    :math:`\Delta W = s\,(B A - B_0 A_0)`, so that W stays what it was.
+    Factors initialised away from zero (see `lora_lightning.lora.initialisation`) keep B₀ and A₀:
+    :math:`\Delta W = s\,(B A - B_0 A_0)`, so that W is not changed.
 
     Shapes: ``lora_A``, ``start_A`` (r, in·kernel), ``lora_B``, ``start_B`` (out, r),
     ``magnitude`` (out,).
 
-    They start as the spec's `init` says, or from `values`: those of all `tensors`, by name.
+    They are initialised by the spec's `init`, or from `values`: those of all `tensors`, by name.
     """
 
     lora_A: nn.Parameter
@@ -50,7 +50,7 @@ class Factors(nn.Module):
         self.start_A: Tensor | None
         self.start_B: Tensor | None
         self.magnitude: nn.Parameter | None
-        # Into the tables, since assigning by name first looks, slowly, whether the name is free.
+        # Into the tables, since assignment by attribute checks names slowly.
         self.__dict__.update(spec=spec, matrix=matrix)
         self._buffers.update(start_A=None, start_B=None)
         if values is not None:
@@ -72,7 +72,7 @@ class Factors(nn.Module):
             self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
 
     def _adopt(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Hold copies of these, of the weight's kind; DoRA's magnitude last, as when allocated."""
+        """Hold copies of these, in the weight's dtype; DoRA's magnitude last, as when allocated."""
         device, dtype, parameters = weight.device, weight.dtype, self._parameters
         for name in TENSORS:
             if name not in values:
@@ -91,7 +91,7 @@ class Factors(nn.Module):
         spec: FactorSpec,
         values: Mapping[str, Tensor],
     ) -> bool:
-        """Become what these would create, under ``no_grad``, where copying is enough.
+        """Copy these values in place, under ``no_grad``, where that is enough.
 
         Parameters stay the objects that they were; their gradients are dropped. Otherwise (other
         sizes, precision, device, a tensor that is not plain) nothing changes.
@@ -113,11 +113,11 @@ class Factors(nn.Module):
         return True
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
-        """The parameters whose product ΔW is, whether they train or not."""
+        """The parameters whose product is ΔW, whether they train or not."""
         return self.lora_A, self.lora_B
 
     def linear_in(self) -> tuple[Tensor, ...]:
-        """What, times a, gives a·ΔW: of the two products BA and B₀A₀ both B."""
+        """Tensors in which ΔW is linear: of the two products BA and B₀A₀ both B."""
         return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
 
     def frobenius_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -133,12 +133,12 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
-        """Set the starting factors: the same seed gives the same numbers.
+        """Initialise the factors: the same seed gives the same values.
 
         Args:
-            weight: The raw weight, which some methods look at.
-            data: What was gathered for the method; without it one that needs some starts as
-                "zero" does, until it is given.
+            weight: The raw weight, which some methods use.
+            data: Statistics for a data-driven method; without them it starts as "zero" does,
+                until they are given.
         """
         own = self.lora_A.detach()
         if own.is_meta:
@@ -148,7 +148,7 @@ class Factors(nn.Module):
             method = METHODS["zero"]
         matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
         matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
-        # Drawn in float32 on the CPU wherever the factors are, so that a seed means one start.
+        # Drawn in float32 on the CPU wherever the factors are, so that a seed gives one result.
         fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
         room = own if fits else None
         spec = self.spec
@@ -166,12 +166,12 @@ class Factors(nn.Module):
 
     @property
     def cost(self) -> int:
-        """Trained numbers for each rank: out + in·kernel, or out where A is frozen."""
+        """Trained parameters for each rank: out + in·kernel, or out where A is frozen."""
         return dataclasses.replace(self.spec, rank=1, dora=False).trained(*self.matrix)
 
     @torch.no_grad()
     def resize(self, rank: int, scaling: float) -> None:
-        """Make room for another rank; values are undefined until they are set.
+        """Resize to another rank; values are undefined until they are set.
 
         Parameters stay the objects they were, so that an optimizer which holds them stays valid.
         """
@@ -184,7 +184,7 @@ class Factors(nn.Module):
         self._rows_of(lambda rows: rows[directions.to(rows.device)].clone())
 
     def _rows_of(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change A (r, in) and Bᵀ (r, out), and what they started from, in the same way."""
+        """Change A (r, in) and Bᵀ (r, out), and their initial values, in the same way."""
         for tensor in (self.lora_A, self.start_A):
             if tensor is not None:
                 tensor.data, tensor.grad = change(tensor.data), None
@@ -198,12 +198,12 @@ class Factors(nn.Module):
         return not (self.spec.freeze_a and key == "lora_A")
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file or a state dict holds of these factors, by name."""
+        """The tensors of these factors in a file or a state dict, by name."""
         own = {**self._parameters, **self._buffers}
         return {key: tensor for key, tensor in own.items() if tensor is not None}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """(B, A) with ΔW = s·BA, where a start is kept aside of rank 2r."""
+        """(B, A) with ΔW = s·BA, of rank 2r where initial factors are kept."""
         if self.start_A is None or self.start_B is None:
             return self.lora_B, self.lora_A
         lora_B = torch.cat([self.lora_B, -self.start_B], dim=1)
@@ -211,7 +211,7 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def rebase(self, weight: Tensor) -> None:
-        """Reset what depends on the base weight from a new one, unless training has begun."""
+        """Recompute values that depend on the base weight, unless training has begun."""
         if self._moved():
             return
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
@@ -220,14 +220,14 @@ class Factors(nn.Module):
             self.magnitude.copy_(self.row_norm(weight))
 
     def follow(self, weight: Tensor) -> None:
-        """Recompute what depends on the base's weight at all times: nothing here."""
+        """Recompute values that always depend on the base weight: none here."""
 
     def _moved(self) -> bool:
         """Whether training has changed the product."""
         return bool((self.lora_B if self.start_B is None else self.lora_B - self.start_B).any())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # A module injected on the meta device has no numbers until it is materialised.
+        # A module injected on the meta device has no values until it is materialised.
         was_meta = self.matrices()[0].is_meta
         out = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta:

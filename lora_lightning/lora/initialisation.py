@@ -1,13 +1,13 @@
-"""Starting values of the factors: one function a method, registered in `METHODS`.
+"""Initialisations of the factors: one function a method, registered in `METHODS`.
 
 A method sees the layer's weight as a matrix W (out, in·kernel) and gives A and B. Where its
-product s·BA is not zero, the layer keeps that product aside, frozen, and adapts by
+product s·BA is not zero, the layer keeps that product, frozen, and adapts by
 
     ΔW = s (B A − B₀ A₀),
 
-which is zero at the start: the function is the source's, its weights are left alone, and taking
-the adapter off needs no arithmetic. (The papers subtract s·B₀A₀ from the weight instead, which is
-the same sum, but changes the base.) Methods that need data are given what was gathered of it, see
+which is zero at the start: the function is the source's, its weights are unchanged, and removing
+the adapter needs no arithmetic. (The papers subtract s·B₀A₀ from the weight instead, which is
+the same sum, but changes the base.) Data-driven methods are given statistics of the inputs, see
 `lora_lightning.model.data_driven.initialise`.
 
 Shapes: A (r, in), B (out, r), inputs' directions (r, in), gradient (out, in), covariance (in, in).
@@ -27,21 +27,21 @@ from lora_lightning.errors import DecompositionError
 from lora_lightning.linalg.decompose import SVD, pivoted_qr, truncated_svd
 from lora_lightning.registry import Registry
 
-GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the start
+GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the initial factors
 RANDOMISED_FROM = 512  # smaller side of a weight from which its SVD is randomised
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may look at.
+    """The inputs of a method.
 
     Attributes:
         matrix: W (out, in·kernel).
         rank: r.
         scaling: s.
-        generator: For what is drawn; on the CPU, so that every device starts alike.
-        data: What was gathered for the method from target batches; None for the others.
-        room: Where A may be drawn (r, in); None: in memory of its own.
+        generator: For random numbers; on the CPU, so that every device starts alike.
+        data: Statistics of target batches for the method; None for the others.
+        room: Memory for A (r, in); None: newly allocated.
     """
 
     matrix: Tensor
@@ -61,9 +61,9 @@ class Method:
 
     Attributes:
         start: From a `Setting` to A and B.
-        needs: What of the target it needs: "nothing", "inputs", "rows" (a sample of the inputs),
+        needs: Data of the target: "nothing", "inputs", "rows" (a sample of the inputs),
             "covariance" or "gradient".
-        moves: Whether B starts away from zero, so that the start is kept aside.
+        moves: Whether B starts away from zero, so that the initial factors are kept.
     """
 
     start: Callable[[Setting], Start]
@@ -106,7 +106,7 @@ def uniform(s: Setting) -> Start:
 def orthogonal(s: Setting) -> Start:
     r"""B = 0 and A with orthonormal rows, :math:`A A^T = I / 3`.
 
-    So long as those of `uniform` are on average; none of them wastes what another already sees.
+    Rows as long as those of `uniform` on average, without redundant directions.
     Saxe et al. 2014, arXiv:1312.6120.
     """
     drawn = torch.randn(s.matrix.shape[1], s.rank, generator=s.generator)
@@ -128,7 +128,7 @@ def pissa(s: Setting) -> Start:
 
 @initialisation("milora", moves=True)
 def milora(s: Setting) -> Start:
-    r"""The smallest singular values and vectors, so that what the source does best is kept.
+    r"""The smallest singular values and vectors, so that the principal ones are preserved.
 
     As `pissa`, with the last r of all. Wang et al. 2024, "MiLoRA", arXiv:2406.09044.
     """
@@ -161,9 +161,9 @@ def eva(s: Setting) -> Start:
 
 @initialisation("activation-nmf", needs="rows")
 def activation_nmf(s: Setting) -> Start:
-    """B = 0 and A the parts of which the layer's inputs on the target are sums, of unit length.
+    """B = 0 and A the unit-length parts of a non-negative factorisation of the layer's inputs.
 
-    By NMF where no input is negative (after a ReLU, of a power spectrogram), else by semi-NMF,
+    By NMF where no input is negative (after a ReLU, from a power spectrogram), else by semi-NMF,
     whose parts are signed. `data`: (N, in), a sample of the inputs. After Lee & Seung 1999,
     "Learning the parts of objects by non-negative matrix factorization", Nature 401.
     """
@@ -179,7 +179,7 @@ def activation_nmf(s: Setting) -> Start:
 
 @initialisation("lora-ga", needs="gradient", moves=True)
 def lora_ga(s: Setting) -> Start:
-    r"""The first step is that of full fine-tuning, as far as rank r allows.
+    r"""Gradient approximation: the first step is that of full fine-tuning, as far as rank r allows.
 
     With the gradient :math:`G = U S V^T` of the loss on target batches: A the first r rows of
     :math:`V^T`, B the columns r to 2r of U (or what there is), both scaled by
@@ -187,7 +187,7 @@ def lora_ga(s: Setting) -> Start:
     arXiv:2407.05000. `data`: (out, in).
     """
     u, _, vh = truncated_svd(s.data)
-    # A layer with fewer than 2r directions gives some of them to both.
+    # With fewer than 2r directions A and B share some of them.
     of_b = torch.arange(s.rank, 2 * s.rank) % u.shape[1]
     size = len(s.matrix) ** 0.25 / math.sqrt(GAMMA)
     return size * vh[: s.rank], size * u[:, of_b]
@@ -195,7 +195,7 @@ def lora_ga(s: Setting) -> Start:
 
 @initialisation("corda", needs="covariance", moves=True)
 def corda(s: Setting) -> Start:
-    r"""What the weight does to this target: :math:`W C = U S V^T, s\,BA = U_r S_r V_r^T C^{-1}`.
+    r"""Covariance-weighted SVD: :math:`W C = U S V^T, s\,BA = U_r S_r V_r^T C^{-1}`.
 
     C the uncentred covariance of the inputs. Yang et al. 2024, "CorDA", arXiv:2406.05223, in its
     instruction-previewed mode. `data`: (in, in). C is made invertible as there: a part of its
@@ -211,7 +211,7 @@ def corda(s: Setting) -> Start:
 
 
 def _directions(s: Setting, found: Tensor) -> Tensor:
-    """(r, in): where the data has fewer directions, random ones beside them, orthogonal to them."""
+    """(r, in): directions of the data, completed by random orthogonal ones."""
     missing = s.rank - len(found)
     if missing <= 0:
         return found[: s.rank]

@@ -1,4 +1,4 @@
-"""Kinds of layers: their weights, and how an adapter's part is computed in each.
+"""Kinds of layers: their weights, and their forwards with an adapter.
 
 Two paths lead to the same output. *Factorised*: ``forward`` adds s·B(Ax) to the base's own output
 (`lora_lightning.lora.factorised`). *Effective weight*: the base class's own ``forward`` runs, and
@@ -36,16 +36,16 @@ def _weight(module: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What an adapter has to know of a kind of layer.
+    """Properties of a kind of layer.
 
     Attributes:
         tensors: From a layer to the names of its weights.
-        refusal: From a layer to why it cannot carry an adapter, in words; ``None``: it can.
+        refusal: From a layer to the reason why it cannot be adapted; ``None``: it can.
         forward: Its forward with the adapter's product kept in factors; ``None``: the layer's own
             forward reads the effective weight.
-        methods: Those that must be the kind's own for `forward` to stand for them.
+        methods: Those that must not be overridden for `forward` to replace them.
         fits: Whether this layer can take `forward`.
-        body: What the adapted subclass of the layer's class defines besides.
+        body: Further attributes of the adapted subclass of the layer's class.
         refresh: Called with a layer whose class has changed.
         cls: The class by which the kind was found.
     """
@@ -82,7 +82,7 @@ def add_layer_kind(*classes: type[nn.Module], **fields: Any) -> None:
 
 
 def kind_of(cls: type[nn.Module]) -> LayerKind | None:
-    """What is known of layers of this class; ``None``: it is no layer."""
+    """The kind of layers of this class; ``None``: it is not adaptable."""
     return next((_KINDS[c] for c in cls.__mro__ if c in _KINDS), None)
 
 
@@ -93,7 +93,7 @@ def tensors_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
-    """Why this tensor cannot carry an adapter, in words for the user; ``None`` where it can."""
+    """The reason why this tensor cannot be adapted, for the user; ``None`` where it can."""
     if has_foreign_lora(module):
         return "it has an attribute 'lora' of its own, where the factors would go"
     if isinstance(module, jit.ScriptModule):
@@ -118,7 +118,7 @@ def has_foreign_lora(module: nn.Module) -> bool:
     """Whether the module has an attribute ``lora`` that is not ours."""
     if "lora_active" in module.__dict__:
         return False
-    # Not by `hasattr(module, …)`, which takes a module long to deny.
+    # Not by `hasattr(module, …)`, which is slow where the attribute is missing.
     return (
         "lora" in module._modules
         or "lora" in module._parameters
@@ -135,23 +135,23 @@ def largest_rank(weight: Tensor, bare: bool) -> int:
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before an adapter was put on it."""
-    cls = type(module)  # asked of the class, since a module is slow to say that it lacks something
+    cls = type(module)  # by the class, since missing attributes of a module are slow
     return getattr(cls, "_adapted_base", cls)
 
 
 def path_of(module: nn.Module) -> str:
-    """``"factorised"`` or ``"effective"``: the path that an adapter on this module takes."""
+    """``"factorised"`` or ``"effective"``: how an adapter on this module is computed."""
     kind = _factorised(base_class(module))
     return "effective" if kind is None or not _fits(module, kind.fits) else "factorised"
 
 
 def _fits(module: Any, fits: Callable[[Any], bool]) -> bool:
-    # A weight that is no parameter is computed by a hook: only the effective path sees it.
+    # A weight that is no parameter is computed by a hook: only the effective path reads it.
     return "weight" in module._parameters and fits(module)
 
 
 def _factorised(base: type[nn.Module]) -> LayerKind | None:
-    """The kind of this class of layers, if its forward can be put in place of theirs."""
+    """The kind of this class of layers, if its factorised forward can replace theirs."""
     if "weight" in vars(base) or getattr(base, "parametrizations", None) is not None:
         return None  # parametrised: its weight is computed, read it as such
     kind = kind_of(base)
@@ -162,7 +162,7 @@ def _factorised(base: type[nn.Module]) -> LayerKind | None:
 
 
 def overrides(base: type[nn.Module]) -> dict[str, Any]:
-    """What the adapted subclass of `base` defines besides its effective tensors."""
+    """Attributes of the adapted subclass of `base` besides its effective tensors."""
     kind = kind_of(base)
     body = {} if kind is None else dict(kind.body)
     kind = _factorised(base)
@@ -170,7 +170,7 @@ def overrides(base: type[nn.Module]) -> dict[str, Any]:
 
 
 def refresh(module: nn.Module) -> None:
-    """After a layer's class has changed: what it keeps of its weights is brought up to date."""
+    """Update a layer's own references to its weights, after its class has changed."""
     kind = kind_of(type(module))
     if kind is not None:
         kind.refresh(module)
@@ -214,12 +214,12 @@ def _effective_flat_weights(self: Any) -> list[Tensor]:
 
 
 def _plain(weight: Tensor) -> Tensor:
-    # The recurrent kernels take plain tensors; nobody else sees this list.
+    # The recurrent kernels take plain tensors; nothing else reads this list.
     return weight if isinstance(weight, nn.Parameter) else weight.as_subclass(Tensor)
 
 
 def _forget_flat_weights(module: Any) -> None:
-    # The list of its weights that a recurrent layer keeps must be of the raw ones again.
+    # A recurrent layer's list of its weights must hold the raw ones again.
     module.__dict__.pop("_flat_weights", None)
     if not hasattr(type(module), "_adapted_tensors"):
         module._init_flat_weights()

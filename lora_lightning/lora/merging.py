@@ -1,8 +1,7 @@
-"""Merging one layer: W + s·BA in W's place, and the way back, bit for bit.
+"""Merging one layer: W is replaced by W + s·BA, and restored bit for bit.
 
-The merged weight is a *new* parameter; the raw one is kept aside as the object that it is. So
-a tie to another layer is not dragged along, an optimizer's reference stays good, and unmerging
-copies nothing.
+The merged weight is a *new* parameter; the raw one is kept as the same object. So a layer with a
+tied weight is not changed, an optimizer's reference stays valid, and unmerging copies nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _ATTRIBUTE = "_lora_merged"
 
 @dataclass
 class Merged:
-    """What a merged layer keeps aside to be unmerged exactly."""
+    """What a merged layer keeps to be unmerged exactly."""
 
     base: type[nn.Module]
     tensors: tuple[str, ...]
@@ -36,8 +35,8 @@ class Merged:
     def changed(self, module: nn.Module) -> list[str]:
         """Parameters written to since the merge.
 
-        A fresh parameter has version 0; its sum tells of writes through ``.data``, which no
-        version counts. A model that was converted meanwhile has other sums by rights.
+        A new parameter has version 0; its sum detects writes through ``.data``, which versions do
+        not count. A model that was converted since has other sums rightly.
         """
         live = {key: _located(module, key) for key in self.placed}
         return [
@@ -52,7 +51,7 @@ class Merged:
 @torch.inference_mode(False)  # whose tensors could not be unmerged elsewhere
 @torch.no_grad()
 def merge_layer(module: nn.Module) -> None:
-    """Put the effective weights in the raw ones' place; the class is the base's own again."""
+    """Replace the raw weights by the effective ones; the class is the base's own again."""
     live: Any = module
     for tensor in live._adapted_tensors:
         parametrizations.recompute(module, tensor)
@@ -80,7 +79,7 @@ def merge_layer(module: nn.Module) -> None:
 
 
 def check_unchanged(module: nn.Module) -> None:
-    """Raises `AdapterError` where unmerging would lose what was written since the merge."""
+    """Raises `AdapterError` where unmerging would lose changes made since the merge."""
     merged: Merged = module.__dict__[_ATTRIBUTE]
     if changed := merged.changed(module):
         raise AdapterError(
@@ -90,7 +89,7 @@ def check_unchanged(module: nn.Module) -> None:
 
 
 def unmerge_layer(module: nn.Module) -> None:
-    """Undo `merge_layer`: the raw parameters themselves come back, bit for bit."""
+    """Undo `merge_layer`: the raw parameters themselves are restored, bit for bit."""
     merged: Merged = module.__dict__[_ATTRIBUTE]
     live: Any = module
     for key, raw in merged.raw.items():
@@ -104,7 +103,7 @@ def unmerge_layer(module: nn.Module) -> None:
     module.__dict__["lora_active"] = merged.active
     live.__class__ = adapted_class(merged.base, merged.tensors)
     refresh(module)
-    # What moved the merged module did not see the factors.
+    # A move of the merged module did not move the factors.
     reference = next(iter(merged.raw.values()), None)
     if reference is not None and not reference.is_meta:
         merged.lora.to(device=reference.device, dtype=reference.dtype)
@@ -133,5 +132,5 @@ def _sum(parameter: nn.Parameter) -> float:
 
 
 def _close(a: float, b: float) -> bool:
-    # Another device adds in another order.
+    # Other devices sum in another order.
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))

@@ -1,4 +1,4 @@
-"""Walking a module tree quickly: `torch`'s own generator recurses for every element."""
+"""Fast traversal of a module tree: torch's own generator recurses for every element."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Modules = list[tuple[str, nn.Module]]
 def walk(model: nn.Module, children: Callable[[nn.Module], Children] | None = None) -> Modules:
     """(dotted path, module) of every module once, in the order of ``named_modules``.
 
-    `children` says which of a module's children are walked; default: all.
+    `children` selects which of a module's children are visited; default: all.
     """
     found: Modules = [("", model)]
     seen = {id(model)}
@@ -34,7 +34,7 @@ def walk(model: nn.Module, children: Callable[[nn.Module], Children] | None = No
 
 
 def find(model: nn.Module, path: str) -> nn.Module:
-    """``get_submodule``, which is slow because it looks for attributes, by way of the children.
+    """A fast ``get_submodule``, by the tables of children rather than by attributes.
 
     Raises:
         AttributeError: there is no such module.

@@ -1,4 +1,4 @@
-"""Weights that a layer computes from other parameters: weight norm, old and new style.
+"""Parametrised weights: weight norm, old and new style.
 
 The adapter acts on the computed weight, W' = g·v/‖v‖ + s·BA. Merging writes W' back into g
 and v, which weight norm can hold exactly up to rounding; other reparametrisations cannot, and
@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def refusal(module: nn.Module, tensor: str) -> str | None:
-    """Why the adapter of this tensor could never be merged; ``None`` where it can."""
+    """The reason why an adapter of this tensor cannot be merged; ``None`` where it can."""
     if parametrize.is_parametrized(module, tensor):
         steps: Any = module.parametrizations[tensor]  # type: ignore[index]
         if len(steps) == 1 and isinstance(steps[0], _WeightNorm):

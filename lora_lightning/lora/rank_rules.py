@@ -1,8 +1,8 @@
-"""How many directions each layer gets: rules that look at what the layers are given on the target.
+"""Rules that choose each layer's rank from the spectrum of its inputs on the target.
 
-`choose` is the whole of it: a rule proposes a rank for each layer from its inputs' spectrum, and a
-budget of parameters, where there is one, is dealt out among all of them. The adapter's side is in
-`lora_lightning.model.data_driven.rank_choice`.
+`choose` applies them: a rule proposes a rank for each layer from its inputs' spectrum, and a
+parameter budget, where there is one, is allocated among all layers. They are applied to an adapter
+in `lora_lightning.model.data_driven.rank_choice`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lora_lightning.registry import Registry
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is known of one layer.
+    """The spectrum of one layer's inputs.
 
     Attributes:
         values: (min(N, in),), the singular values of its centred inputs (N, in), largest first.
         shape: (N, in) of the inputs.
         limit: The largest rank it may get.
-        cost: Numbers that one more rank adds.
+        cost: Parameters that one more rank adds.
     """
 
     values: Tensor
@@ -58,7 +58,7 @@ def by_explained_variance(s: Spectrum, energy: float) -> int:
 
 @RULES.register("hard-threshold")
 def by_hard_threshold(s: Spectrum, energy: float) -> int:
-    """The directions that stand out of noise, see `lora_lightning.linalg.decompose`."""
+    """The directions above the noise level, see `lora_lightning.linalg.decompose`."""
     return int((s.values > optimal_hard_threshold(s.values, s.shape)).sum())
 
 
@@ -77,22 +77,22 @@ def choose(
 ) -> dict[str, int]:
     r"""A rank for each layer, at least 1 and at most its `Spectrum.limit`.
 
-    Without a budget it is the one that the rule proposes. With one, directions are dealt out to
-    all layers together, those first that explain the most of their own layer's variance,
+    Without a budget it is the one that the rule proposes. With one, directions are allocated over
+    all layers together, in the order of the part of their layer's variance that they explain,
 
     .. math:: \xi_{l,i} = \sigma_{l,i}^2 / \sum_j \sigma_{l,j}^2
 
     (Paischer et al. 2024, "EVA", arXiv:2410.07170, section 3), until no more of what the rule
-    proposes fits. What they cost together never exceeds the budget.
+    proposes fits. Their total cost never exceeds the budget.
 
     Args:
-        spectra: Layer → what is known of it.
+        spectra: Layer → its spectrum.
         rule: A key of `RULES`.
         energy: The part that "explained-variance" asks for, in (0, 1].
-        budget: Numbers that the factors may hold together. None: no limit.
+        budget: Parameters of all factors together. None: no limit.
 
     Raises:
-        ConfigError: the budget does not pay for one direction in each layer.
+        ConfigError: the budget is too small for one direction in each layer.
     """
     wanted = {p: min(max(RULES[rule](s, energy), 1), s.limit) for p, s in spectra.items()}
     return wanted if budget is None else _dealt(spectra, wanted, budget)
@@ -122,9 +122,9 @@ def _dealt(spectra: Mapping[str, Spectrum], wanted: dict[str, int], budget: int)
 
 
 def spectrum_of(rows: Tensor, limit: int, cost: int) -> Spectrum:
-    """Of a sample of a layer's inputs (N, in).
+    """The spectrum of a sample of a layer's inputs (N, in).
 
-    Centred: after a ReLU the mean alone may hold most of the energy, and it is no variation.
+    Centred: after a ReLU the mean alone may hold most of the energy, but no variance.
     """
     centred = rows.double() - rows.double().mean(dim=0)
     values = torch.linalg.svdvals(centred)

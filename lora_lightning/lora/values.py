@@ -1,4 +1,4 @@
-"""Checks of the values that settings are given, in words."""
+"""Validation of settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_lightning.errors import ConfigError
 
 
 def plain(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings in a mapping, also an OmegaConf one; none of them for None."""
+    """The settings in a mapping, also an OmegaConf one; an empty dictionary for None."""
     if config is None:
         return {}
     if type(config).__module__.startswith("omegaconf"):
@@ -36,23 +36,23 @@ def patterns(key: str, value: Any) -> list[str]:
 
 
 def keyed(key: str, mapping: Any) -> dict[str, Any]:
-    """What an error calls each value → the value."""
+    """Name of each value in errors → the value."""
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{key} must map patterns to numbers, got {mapping!r}")
     return {f"{key}[{pattern!r}]": value for pattern, value in mapping.items()}
 
 
 def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
-    """Raise ConfigError for what is none of these names."""
+    """Raise ConfigError for a value that is not one of these names."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{key} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is a whole number; True is none."""
+    """Whether this is a whole number; True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:
-    """Whether this is a number; True is none."""
+    """Whether this is a number; True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

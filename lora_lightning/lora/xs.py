@@ -1,7 +1,7 @@
-"""LoRA-XS: between frozen singular vectors of the layer's own weight only a small core trains.
+"""LoRA-XS: a small trained core between frozen singular vectors of the layer's own weight.
 
-What is frozen is computed from the base's weight wherever it is needed, so that neither a file nor
-a checkpoint holds it: about r² numbers a layer. Adapters of one rank on one tensor share it.
+The frozen factors are computed from the base's weight when needed, so that neither a file nor
+a checkpoint holds them: about r² numbers a layer. Adapters of one rank on one tensor share them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.spec import matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
-AGREEMENT = 3e-2  # by which `Basis.probe` may differ: moved to bfloat16 it does; others are far off
+AGREEMENT = 3e-2  # tolerance of `Basis.probe`, for bfloat16; other bases differ far more
 
 
 class Basis(nn.Module):
@@ -58,7 +58,7 @@ class Basis(nn.Module):
         return self
 
     def clear(self) -> None:
-        """Set both to zero: there is no weight yet to take them from."""
+        """Set both to zero, where there is no weight yet to compute them from."""
         self.lora_A.zero_()
         self.lora_B.zero_()
 
@@ -71,9 +71,9 @@ class Basis(nn.Module):
         return bool(rest.norm() <= allowed)
 
     def probe(self) -> float:
-        r"""One number that tells this basis from another: :math:`x^T B K A y / (\|B\| \sqrt r)`.
+        r"""A number that identifies this basis: :math:`x^T B K A y / (\|B\| \sqrt r)`.
 
-        For fixed vectors x, y and a fixed core K; of size 1 or so, 0 without a basis. Turned or
+        For fixed vectors x, y and a fixed core K; of the order of 1, 0 without a basis. Rotated or
         reflected singular vectors give another number.
         """
         lora_B, lora_A = self.lora_B.double().cpu(), self.lora_A.double().cpu()
@@ -85,7 +85,7 @@ class Basis(nn.Module):
         return round(float(x @ lora_B @ core @ (lora_A @ y)) / (size * math.sqrt(rank)), 6)
 
     def is_as(self, probe: Any) -> bool:
-        """Whether `probe` is this basis's; on the meta device nobody knows."""
+        """Whether `probe` is this basis's; true on the meta device, where it is unknown."""
         if self.lora_A.is_meta:
             return True
         return isinstance(probe, (int, float)) and abs(self.probe() - probe) <= AGREEMENT
@@ -95,7 +95,7 @@ def leading_halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     r"""(:math:`U_r S_r`, :math:`V_r^T`) of a matrix (rows, columns), in float64 on the CPU.
 
     From the r largest eigenvalues of the smaller Gram matrix (LAPACK's ``syevr``, by SciPy):
-    several times as fast as the whole SVD, and in float64 as exact as a float32 weight deserves.
+    several times as fast as the whole SVD, and in float64 exact enough for a float32 weight.
 
     Raises:
         DecompositionError: see `lora_lightning.linalg.decompose.checked`.
@@ -134,7 +134,7 @@ class XSFactors(Factors):
     :math:`s\,S_r U_r^T G V_r`, is not zero. Bałazy et al. 2024, "LoRA-XS", arXiv:2405.17604, who
     draw R with a deviation of 1e-5.
 
-    To whoever multiplies, ``lora_B`` is :math:`U_r S_r R` and ``lora_A`` is :math:`V_r^T`; neither
+    In products ``lora_B`` is :math:`U_r S_r R` and ``lora_A`` is :math:`V_r^T`; neither
     is a parameter.
     """
 
@@ -179,12 +179,12 @@ class XSFactors(Factors):
             self.basis.clear()
 
     def follow(self, weight: Tensor) -> None:
-        """Take the frozen factors from another base weight."""
+        """Compute the frozen factors from another base weight."""
         self.basis.renew(weight.detach().reshape(self.matrix))
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """There must be singular vectors to take.
+    """Check that the weights have singular vectors.
 
     Raises:
         TargetError: a weight is zero throughout, or not finite.
@@ -213,5 +213,5 @@ def basis_of(module: nn.Module, tensor: str, weight: Tensor, rank: int, bare: bo
         if isinstance(other, XSFactors) and other.spec.rank == rank:
             if not seen.is_meta and other.basis.fits(seen):
                 return other.basis
-            break  # the others of its kind share it
+            break  # all adapters of that rank share it
     return Basis(seen, rank).renew(seen)

@@ -1,4 +1,4 @@
-"""A whole network: what is adapted, put on, switched, merged, combined, saved and verified."""
+"""A whole network: selecting targets, injecting, switching, merging, saving, verifying."""
 
 import lazy_loader
 

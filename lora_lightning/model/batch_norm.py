@@ -1,4 +1,4 @@
-"""What BatchNorm statistics do while an adapter trains."""
+"""BatchNorm statistics during training: frozen, adapted, reset, or re-estimated."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ POLICIES = ("frozen", "adapt", "reset")
 class BatchNormKeeper:
     """Keeps every BatchNorm of a backbone to one policy.
 
-    ``frozen``: eval mode; a source head that was trained with these statistics goes on seeing
-    features normalised by them. ``adapt``: training mode, the running statistics follow the
-    target. ``reset``: forgotten when the fit starts, then the plain average over all batches.
+    ``frozen``: eval mode; the source's head keeps getting features normalised by the statistics
+    that it was trained with. ``adapt``: training mode, the running statistics follow the
+    target. ``reset``: reset when the fit starts, then the plain average over all batches.
     """
 
     def __init__(self, policy: str):
@@ -25,7 +25,7 @@ class BatchNormKeeper:
         self._momenta: dict[str, float | None] = {}
 
     def start(self, backbone: nn.Module, fresh: bool = True) -> None:
-        """At the start; a fit that is resumed, not `fresh`, keeps its checkpoint's statistics."""
+        """At the start; a resumed fit, not `fresh`, keeps its checkpoint's statistics."""
         if self.policy != "reset":
             return
         for name, norm in tracking(backbone).items():
@@ -40,7 +40,7 @@ class BatchNormKeeper:
                 norm.train(self.policy != "frozen")
 
     def stop(self, backbone: nn.Module) -> None:
-        """At the end of the fit: the momenta are the model's own again."""
+        """At the end of the fit: restore the model's own momenta."""
         norms = tracking(backbone)
         for name, momentum in self._momenta.items():
             if name in norms:
@@ -65,9 +65,9 @@ def reestimated(
         forward: Called with each batch.
         batches: Inputs, of two items or more each (one item has no variance; it is passed over).
         source_items: m, how many items the source's own statistics count for beside the n items
-            of the batches: :math:`\mu = (m \mu_s + n \mu_t) / (m + n)`, the variance alike. A few
-            items do not overrule what many have taught. Schneider et al. 2020, "Improving
-            robustness against common corruptions by covariate shift adaptation", arXiv:2006.16971.
+            of the batches: :math:`\mu = (m \mu_s + n \mu_t) / (m + n)`, the variance likewise, so
+            that few items have little weight. Schneider et al. 2020, "Improving robustness against
+            common corruptions by covariate shift adaptation", arXiv:2006.16971.
 
     Returns:
         Whether there is any BatchNorm, and a batch for it; without, nothing is done.

@@ -1,4 +1,4 @@
-"""How a batch becomes a call of a model: one rule, for whatever runs a model on a user's batch.
+"""How a batch becomes a call of a model: one rule for all code that runs a user's batch.
 
 - A *tensor* is the one argument.
 - A *mapping* holds keyword arguments: of its keys those that the model's ``forward`` names, all of
@@ -7,9 +7,9 @@
   requires, one at least, and all where it takes ``*args``. Of Lightning's (inputs, targets) a
   classifier so gets the inputs. One that begins with a mapping counts as that mapping.
 
-Tensors are moved to the model's device. What this rule reads wrongly (an argument with a default,
-given by position; a batch of another class) is for ``forward=``, which whatever runs a model takes:
-a function from (model, batch) that runs the model.
+Tensors are moved to the model's device. For calls that this rule gets wrong (an argument with a
+default, given by position; a batch of another class) there is ``forward=``, accepted wherever a
+model is run: a function from (model, batch) that runs the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch; its output.
 
     Raises:
-        DataError: the batch is of no kind that the rule above knows.
+        DataError: the batch is of a type that the rule above does not cover.
     """
     args, kwargs = call_of(model, batch)
     return model(*args, **kwargs)
@@ -43,11 +43,11 @@ def call(model: nn.Module, batch: Any) -> Any:
 def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Call:
     """The arguments that the model is called with for this batch.
 
-    With `forward` the model runs once, without gradients, to see what that calls it with.
+    With `forward` the model runs once, without gradients, to record its arguments.
 
     Raises:
-        DataError: the batch is of no kind that the rule above knows, or `forward` does not call
-            the model.
+        DataError: the batch is of a type that the rule above does not cover, or `forward` never
+            calls the model.
     """
     if forward is not None:
         return _recorded(model, batch, forward)

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters."""
+"""`combine`: weighted sums of adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
 
     Raises:
         AdapterNotFoundError, AdapterExistsError, ConfigError: a name is unknown or taken.
-        AdapterError: an adapter is not linear in its factors (DoRA) or moved buffers, so that
+        AdapterError: an adapter is not linear in its factors (DoRA) or changed buffers, so that
             a weighted sum has no meaning.
     """
     weights, view = dict(weights), View(model)

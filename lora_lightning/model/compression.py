@@ -1,4 +1,4 @@
-"""`compress`: after training, the smallest rank that still holds what was learnt."""
+"""`compress`: truncated SVD of trained adapters to the smallest sufficient rank."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lora_lightning.model.view import View
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What compressing did to one tensor.
+    """The result of compressing one tensor.
 
     Attributes:
         path: The tensor.
-        before: Its rank before; with a start that is kept aside, twice the adapter's.
+        before: Its rank before; with a stored initial product, twice the adapter's.
         after: Its rank now.
         lost: ‖ΔW − ΔW'‖ / ‖ΔW‖, in the Frobenius norm.
     """
@@ -38,12 +38,12 @@ class CompressedLayer:
 
 @dataclass(frozen=True)
 class Compression:
-    """What `compress` did.
+    """The result of `compress`.
 
     Attributes:
         layers: One `CompressedLayer` for each adapted tensor.
-        parameters_before: Numbers that the factors held, starts that were kept aside included.
-        parameters: Numbers that they hold now.
+        parameters_before: Elements of the factors before, stored initial products included.
+        parameters: Elements of the factors now.
     """
 
     layers: tuple[CompressedLayer, ...]
@@ -59,15 +59,15 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Compression:
-    r"""Replace an adapter's deltas by their truncated SVD, at the smallest rank that serves.
+    r"""Replace an adapter's deltas by their truncated SVD, at the smallest sufficient rank.
 
     .. math:: s\,BA = U\,diag(\sigma)\,V^T \approx s'\,B'A', \qquad
         A' = \sqrt{\sigma_{1..r}/s'}\;V_{1..r}^T, \quad B' = U_{1..r}\sqrt{\sigma_{1..r}/s'}
 
     with s' the scaling that the configuration gives rank r: of all products of that rank the
-    nearest to the delta (Eckart & Young 1936). A start that was kept aside (`pissa` and the like)
-    goes into it. The adapter works on as before, at its new ranks; an optimizer that was made
-    before holds the old factors, so compress after training.
+    nearest to the delta (Eckart & Young 1936). A stored initial product (of `pissa` and the like)
+    is included. The adapter works as before, at its new ranks; an optimizer made before holds the
+    old factors, so compress after training.
 
     Args:
         model: With the adapter on, not merged.
@@ -123,7 +123,7 @@ def _smaller(
     weight: Tensor, factors: Factors, svd: SVD, rank: int, scale: Callable[[int, float], float]
 ) -> Factors:
     """Factors of this rank with the leading part of the product."""
-    # The scaling of the new rank: a state dict holds none, and means that of its ranks.
+    # The scaling of the new rank: a state dict holds none, it follows from the ranks.
     scaling = scale(rank, factors.spec.alpha)
     spec = dataclasses.replace(
         factors.spec, rank=rank, scaling=scaling, offset=False, init="zero", xs=False
@@ -140,7 +140,7 @@ def _smaller(
 
 
 def report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
-    """Bring the report of an adapter whose ranks have changed up to date."""
+    """Update the report of an adapter whose ranks have changed."""
     rows = []
     for row in state.reports[name].rows:
         f = factors[join(row.module, row.tensor)]

@@ -1,4 +1,4 @@
-"""Shortcuts that models take in eval, past the weights that an adapter changes."""
+"""Caches and fast paths of models in eval mode that bypass adapted weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CACHE = "attention_bias_cache"
 
 
 def cachers(modules: Modules) -> list[nn.Module]:
-    """Modules that keep in eval what they computed of their biases: timm's LeViT, TinyViT, …"""
+    """Modules that cache values of their biases in eval mode: timm's LeViT, TinyViT, …"""
     return [m for _, m in modules if _CACHE in m.__dict__]
 
 
 def forget_computed(modules: Iterable[nn.Module]) -> None:
-    """Let `cachers` compute it again: the biases have changed."""
+    """Clear the caches of `cachers`, after their biases have changed."""
     for module in modules:
         module.__dict__[_CACHE] = {}
 
@@ -30,10 +30,10 @@ def _is_adapted(module: nn.Module) -> bool:
 def keep_padded(
     modules: Modules, adapted: Callable[[nn.Module], bool] = _is_adapted
 ) -> list[nn.TransformerEncoder]:
-    """Encoders of torch with an adapted layer that packed padded sequences, and no longer do.
+    """Disable nested tensors in torch's encoders with an adapted layer; returns those encoders.
 
-    Whether all layers can take packed ("nested") sequences torch asks the first alone, and an
-    adapted one cannot. To be given to `pack_again` when the last adapter goes.
+    torch checks only the first layer for nested tensors, which an adapted one cannot take. To be
+    given to `pack_again` when the last adapter is removed.
     """
     found = [
         m

@@ -2,7 +2,7 @@
 
 `model.family_tables` names, for families of timm and torchaudio and for `nn.Transformer`, the
 projections of attention and feed-forward modules and the convolutions that mix channels. A model
-of no family, or one in which the family's patterns match nothing, is judged by structure
+of no family, or one in which the family's patterns match nothing, is adapted by structure
 (`by_structure`).
 """
 

@@ -1,4 +1,4 @@
-"""Which layers of which family `"auto"` adapts, and which layers are its head: data, no code.
+"""Tables of model families: the layers that `"auto"` adapts, and the layers of the head.
 
 Patterns are those of `model.patterns`, read from the module that the table names: they
 hold as well where that module is a part of another model.

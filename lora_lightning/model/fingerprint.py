@@ -1,4 +1,4 @@
-"""A fingerprint of a base model, by which an adapter file knows its weights."""
+"""`fingerprint`: hashes of a base model, by which an adapter file recognises its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[st
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
     values of each, rounded to bfloat16 so that a base kept in bfloat16 still counts as the
     same (float16 rounds otherwise: load with ``check="structure"`` there).
-    `exclude` names what an adapter trains in full: it is no part of the base.
+    `exclude` names the tensors that an adapter trains in full: they are no part of the base.
     """
     view, whole = View.of(model), set(exclude)
     names, samples = [], []
@@ -52,7 +52,7 @@ def architecture(model: nn.Module) -> str:
 
 @functools.lru_cache(4096)
 def _seen(shape: torch.Size) -> tuple[str, int, int]:
-    """The shape as text, how many of its values are looked at, and how far apart they are."""
+    """The shape as text, the number of sampled values, and their distance."""
     number = shape.numel()
     return str(tuple(shape)), min(number, _SAMPLES), max(number // _SAMPLES, 1)
 

@@ -1,4 +1,4 @@
-"""`inject`: from a configuration to factors on every target of a model."""
+"""`inject`: put an adapter with its factors on every target of a model."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def inject(
 ) -> InjectionReport:
     r"""Put an adapter on `model`, in place, and make it the active one.
 
-    Each chosen weight W becomes :math:`W + s\,BA` to whoever reads or uses it; with B = 0 at
+    Each chosen weight W becomes :math:`W + s\,BA` wherever it is read or used; with B = 0 at
     the start the output is the base's, bit for bit. Keys of the base's state dict stay.
 
     Args:
         model: Any module; a timm backbone, a torchaudio model, a LightningModule's network.
         config: A `LoRAConfig`, a mapping of its fields, or nothing.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
-        freeze: Let only the factors and what `trainable` names require a gradient.
-        data: Batches of the target, for ``rank="auto"`` and for an `init` that looks at them; see
-            `choose_ranks` and `start_from_data`, as for `forward` and `loss`. Where both look,
-            they are gone through twice.
+        freeze: Let only the factors and the parameters that `trainable` names require a gradient.
+        data: Batches of the target, for ``rank="auto"`` and for a data-driven `init`; see
+            `choose_ranks` and `start_from_data`, as for `forward` and `loss`. With both they are
+            iterated over twice.
         forward: From (model, batch): runs the model once.
         loss: From (model, batch) to a scalar.
         **kwargs: Fields of `LoRAConfig`, over those in `config`.
@@ -99,7 +99,7 @@ def inject(
 
 
 def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
-    """`inject`, whose look at the data, where it needs one, is still to come."""
+    """`inject` without the data-driven steps."""
     if config.xs and not freeze:
         raise ConfigError(
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
@@ -132,7 +132,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
 
 
 def check_free(view: View, name: str) -> ModelState:
-    """The state to enter an adapter of this name in; raises where the model cannot take one."""
+    """The state to register an adapter of this name in; raises where that is impossible."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
@@ -211,9 +211,9 @@ def register(
     freeze: bool,
     base: dict[str, str] | None = None,
 ) -> None:
-    """Enter a new adapter, whose factors are in their places, in the model's state.
+    """Register a new adapter, whose factors are on the model already, in the model's state.
 
-    `base` is the base's fingerprint without the report's extras, where it was compared already.
+    `base` is the base's fingerprint without the report's extras, where it is known already.
     """
     if not state.configs:
         state.required_grad = {n: p.requires_grad for n, p in view.parameters.items()}

@@ -1,4 +1,4 @@
-"""What an injection did, as a report to read, print or write to a file."""
+"""`InjectionReport`: the adapted tensors, their ranks and parameters."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Row:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject` did.
+    """The result of `inject`.
 
     Attributes:
         name: the adapter's name.
         rows: one `Row` for each adapted tensor.
-        extras: name → number of elements of each parameter that is trained in full.
+        extras: name → number of elements of each parameter trained in full.
         total_parameters: parameters of the base.
     """
 
@@ -48,7 +48,7 @@ class InjectionReport:
 
     @property
     def trainable_parameters(self) -> int:
-        """Trainable elements of factors and of what is trained in full."""
+        """Trainable elements of factors and of parameters trained in full."""
         return self.factor_parameters + sum(self.extras.values())
 
     def table(self) -> Table:

@@ -1,4 +1,4 @@
-"""What can be read off a model: its own tensors, its classifier, its outermost blocks."""
+"""Introspection of a model: its own tensors, its classifier, its outermost blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEAD_NAMES = frozenset(
 def classifier_modules(model: nn.Module | View) -> set[str]:
     """Paths of the final classifier's layers; empty where the model ends without one.
 
-    Asked of the model where it can tell (timm's ``get_classifier`` and ``pretrained_cfg``) or
+    Taken from the model where it knows them (timm's ``get_classifier`` and ``pretrained_cfg``) or
     looked up for a family of torchaudio, else the last adaptable layer under a customary name
     (``head``, ``fc``, ``classifier`` …) or, failing that, at the very end and outside every list
     of blocks.
@@ -118,7 +118,7 @@ def _series(name: str, module: nn.Module) -> Iterable[list[str]]:
 def _layer_sizes(model: nn.Module) -> dict[str, int]:
     sizes = {}
     for name, module in walk(model):
-        # A large head is no series of blocks.
+        # A large head is not a list of blocks.
         if layers.tensors_of(module) and not _HEAD_NAMES.intersection(name.split(".")):
             own = module._parameters.values()
             sizes[name] = sum(p.numel() for p in own if p is not None)

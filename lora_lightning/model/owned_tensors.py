@@ -1,6 +1,6 @@
-"""What an adapter owns besides its factors: whole tensors, which change places with the source's.
+"""Tensors that an adapter owns besides its factors, swapped with the source's on switching.
 
-They are what `trainable` names (a head, norms) and buffers that training moved (BatchNorm's
+They are the parameters that `trainable` names (a head, norms) and changed buffers (BatchNorm's
 statistics). They live in the model under the base's names while the adapter is active; the source's
 values are kept in the model's state, so that `disabled`, `set_active` and `remove` can bring the
 source model back exactly.
@@ -28,7 +28,7 @@ def extras(view: View, state: ModelState, name: str) -> list[str]:
 
 
 def all_extras(model: nn.Module | View, state: ModelState) -> set[str]:
-    """What any adapter of the model trains in full."""
+    """Parameters that any adapter of the model trains in full."""
     view = View.of(model)
     return {e for kind in state.kinds for e in _of_kind(view, state, kind)}
 
@@ -49,7 +49,7 @@ def chosen(view: View, state: ModelState, trainable: Iterable[str]) -> list[str]
 
 
 def snapshot(view: View, state: ModelState, renew: Container[str] = ()) -> None:
-    """Keep the source's values of all that an adapter may own; what is kept stays.
+    """Store the source's values of all tensors that an adapter may own, unless stored already.
 
     For names in `renew` (a source checkpoint was loaded) live values replace the kept ones.
     """
@@ -63,7 +63,7 @@ def snapshot(view: View, state: ModelState, renew: Container[str] = ()) -> None:
 
 
 def owned_names(view: View, state: ModelState, name: str) -> list[str]:
-    """What the active adapter owns: its extras, and buffers that moved from the source's."""
+    """Tensors of the active adapter: its extras, and buffers that differ from the source's."""
     live = view.tensors
     moved = [
         n
@@ -96,10 +96,10 @@ def _same(live: Tensor, value: Tensor) -> bool:
 
 
 def exchange(view: View, state: ModelState, name: str | None) -> None:
-    """Set the active adapter's own tensors aside, and bring those of `name` into the model.
+    """Store the active adapter's own tensors, and copy those of `name` into the model.
 
     Raises:
-        AdapterError: they no longer fit; nothing was moved.
+        AdapterError: they no longer fit; nothing was changed.
     """
     if name is not None:
         check_parked(view, state, name)
@@ -124,21 +124,21 @@ def check_parked(view: View, state: ModelState, name: str) -> None:
 
 
 def _park(view: View, state: ModelState, active: str) -> None:
-    """Set the active adapter's own tensors aside and bring the source's back."""
+    """Store the active adapter's own tensors and restore the source's."""
     live, values = view.tensors, {}
     snapshot(view, state)
     for name in owned_names(view, state, active):
         known = state.source.get(name)
         if known is not None and not replaced(live[name], known):
             values[name] = live[name].data
-            # A copy: what trains next in this place must not write into the source's values.
+            # A copy: later training must not write into the source's values.
             live[name].data = like(known[1], live[name]).clone()
     state.parked[active] = values
 
 
 @contextmanager
 def source_values(view: View, state: ModelState) -> Iterator[None]:
-    """The source's own tensors for the length of a ``with`` block."""
+    """Within the block the model has the source's own tensors."""
     if state.active is None:
         yield
         return
@@ -148,7 +148,7 @@ def source_values(view: View, state: ModelState) -> Iterator[None]:
     kept = {n: live[n].data for n in owned if n in state.source}
     for name in kept:
         value = like(state.source[name][1], live[name])
-        # A forward in training mode moves statistics in place: not the kept ones.
+        # A forward in training mode updates statistics in place: not the stored ones.
         live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
     try:
         yield

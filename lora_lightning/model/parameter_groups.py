@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: LoRA+ learning rates, no weight decay where it harms."""
+"""`parameter_groups` for an optimizer: LoRA+ learning rates, no decay of norms and biases."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def parameter_groups(
 
     Args:
         module: An injected model, or a LightningModule that holds one.
-        lr: Learning rate of A, and of what is trained in full.
+        lr: Learning rate of A, and of parameters trained in full.
         weight_decay: For factors and matrices; norms, biases and magnitudes get 0.
         lora_plus_ratio: Learning rate of B over that of A. LoRA+ (Hayou et al. 2024,
             arXiv:2402.12354) advises values around 16 for large models.
-        head_lr: Learning rate of what is trained in full, if another one is wanted.
+        head_lr: Learning rate of parameters trained in full; None: `lr`.
 
     Returns:
         Up to five groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``:

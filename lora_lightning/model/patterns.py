@@ -1,4 +1,4 @@
-"""The language in which users name modules.
+"""Patterns by which users name modules.
 
 =====================  ==========================================================
 ``"qkv"``              a name: the full dotted path, or its last whole components
@@ -42,7 +42,7 @@ class Target:
 
 
 def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
-    """Whether a pattern of the language above matches a dotted name (and its module)."""
+    """Whether a pattern of the table above matches a dotted name (and its module)."""
     if pattern.startswith("re:"):
         return _compiled(pattern).fullmatch(name) is not None
     if pattern.startswith("type:"):

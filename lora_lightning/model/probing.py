@@ -31,7 +31,7 @@ def run(
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within the block random numbers are drawn from `seed`; afterwards as if it had not been."""
+    """Within the block random numbers are drawn from `seed`; afterwards the state is restored."""
     kinds = {p.device.type for p in model.parameters()}
     devices = range(torch.cuda.device_count() if "cuda" in kinds else 0)
     with torch.random.fork_rng(devices=devices):
@@ -41,7 +41,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def floats(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in what a model gave, complex ones as pairs of reals."""
+    """Every floating-point tensor in a model's output, complex ones as pairs of reals."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -60,7 +60,7 @@ def floats(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put modes, buffers and gradients back at the end of the block."""
+    """Restore modes, buffers and gradients at the end of the block."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -102,7 +102,7 @@ def training_only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[
 
 @contextmanager
 def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training (or eval) mode without dropout, stochastic depth or moving statistics."""
+    """Training (or eval) mode without dropout, stochastic depth or updates of statistics."""
     model.train(training)
     rates = []
     for module in model.modules():
@@ -122,7 +122,7 @@ def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
-    """Random factors, whose product is about a tenth of each weight, for a ``with`` block."""
+    """Within the block factors are random, their product about a tenth of each weight."""
     kept = {p: {k: v.detach().clone() for k, v in f.named_parameters()} for p, f in factors.items()}
     flags = [(p, p.requires_grad) for f in factors.values() for p in f.parameters()]
     try:

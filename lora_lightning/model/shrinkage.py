@@ -1,4 +1,4 @@
-"""How far an adapter goes from its source: `shrink` it afterwards, or pull it while it trains."""
+"""Staying near the source: `shrink` an adapter (WiSE-FT), or L2-SP during training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lora_lightning.model.view import View
 
 @torch.no_grad()
 def shrink(model: nn.Module, share: float) -> None:
-    r"""Go back towards the source: keep this share of all that the active adapter changed.
+    r"""Interpolate towards the source: keep this share of the active adapter's changes.
 
     .. math:: \Delta W \to a\,\Delta W, \qquad w \to w_s + a\,(w - w_s)
 
-    where w is what the adapter trains in full (a head, norms, DoRA's magnitudes) and the buffers
-    that it moved (BatchNorm's statistics), and :math:`w_s` is the source's value of it. a = 1
+    where w are the tensors trained in full (a head, norms, DoRA's magnitudes) and the buffers
+    that changed (BatchNorm's statistics), and :math:`w_s` the source's values of them. a = 1
     changes nothing; a = 0 leaves the source model, exactly. In between, the adapted model is often
     more robust than either end: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models"
-    (WiSE-FT), arXiv:2109.01903. A share of a share is their product.
+    (WiSE-FT), arXiv:2109.01903. Repeated calls multiply their shares.
 
     Args:
         model: With an active adapter, not merged.
@@ -43,18 +43,18 @@ def shrink(model: nn.Module, share: float) -> None:
     view, state, name = _unmerged_holder(model, "to shrink")
     if share == 1:
         return
-    if share == 0:  # no number times 0 is no number
+    if share == 0:  # NaN times 0 is NaN
         for factors in states.named_factors(view, name).values():
             factors.lora_A.nan_to_num_(posinf=0, neginf=0)
     for tensor, source in _with_source(view, state, name):
         if share == 0:  # exactly, whatever the adapter holds
             tensor.copy_(source)
-        elif tensor.is_floating_point():  # a count of batches stays
+        elif tensor.is_floating_point():  # not a count of batches
             tensor.copy_(source + share * (tensor - source))
 
 
 def _with_source(view: View, state: ModelState, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each of the adapter's own tensors, and the value with which it is the source's."""
+    """Each of the adapter's own tensors, and the source's value of it."""
     for path, factors in states.named_factors(view, name).items():
         for part in factors.linear_in():
             yield part, torch.zeros_like(part)
@@ -65,7 +65,7 @@ def _with_source(view: View, state: ModelState, name: str) -> Iterator[tuple[Ten
 
 
 def _owned(view: View, state: ModelState, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name → (live, source's) of what the adapter trains in full, and of the buffers."""
+    """Name → (live, source's) of the tensors trained in full, and of the buffers."""
     live = view.tensors
     snapshot(view, state)
     buffers = [n for n in state.source if n in live and not isinstance(live[n], nn.Parameter)]
@@ -85,13 +85,13 @@ def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, 
 
 
 def adapter_values(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that is the active adapter's own: factors, what it trains in full, buffers."""
+    """Copies of the active adapter's own tensors: factors, tensors trained in full, buffers."""
     return {key: tensor.detach().clone() for key, tensor in _own_tensors(model).items()}
 
 
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Bring what `adapter_values` copied back into the model."""
+    """Copy `adapter_values` back into the model."""
     own = _own_tensors(model)
     for key, value in values.items():
         own[key].copy_(value)
@@ -106,7 +106,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def undone(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the active adapter may be shrunk or compressed; then it is as it was."""
+    """Within the block the active adapter may be shrunk or compressed; then it is restored."""
     view, state, name = _unmerged_holder(model, "to try")
     report, values = state.reports[name], adapter_values(model)
     factors = states.named_factors(view, name)
@@ -127,8 +127,8 @@ def pull_to_source(model: nn.Module, strength: float) -> None:
     .. math:: \Omega = \frac{\alpha}{2} \Big( \sum \lVert \Delta W \rVert_F^2
         + \sum \lVert w - w_s \rVert^2 \Big)
 
-    with w and :math:`w_s` as in `shrink`, buffers aside: weights are pulled not to zero, as weight
-    decay does, but to the source model's. Li, Grandvalet & Davoine 2018, "Explicit inductive bias
+    with w and :math:`w_s` as in `shrink`, without buffers: weights decay not to zero, as by weight
+    decay, but to the source model's. Li, Grandvalet & Davoine 2018, "Explicit inductive bias
     for transfer learning with convolutional networks", arXiv:1802.01483. ΔW is never made:
     :math:`\partial \lVert \Delta W \rVert^2 / \partial B = 2 s^2 \hat B \hat A A^T` with r × r
     products alone. Parameters without a gradient are left without.

@@ -1,4 +1,4 @@
-"""What an injected model remembers: its adapters, and the source's own values."""
+"""`ModelState` of an injected model: its adapters, and the source's own values."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lora_lightning.model.view import View
 
 _ATTRIBUTE = "_lora_state"
 Kind = tuple[tuple[str, ...], frozenset[str]]
-# Module → the block that it stands for another model in; not on the module, which may be copied.
+# Module → the block that has replaced its values; not on the module, which may be copied.
 _lent: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @dataclass
 class ModelState:
-    """Kept on the module that was given to `inject`, outside its state dict."""
+    """Stored on the module that was given to `inject`, outside its state dict."""
 
     configs: dict[str, LoRAConfig] = field(default_factory=dict)
     reports: dict[str, InjectionReport] = field(default_factory=dict)
@@ -35,27 +35,27 @@ class ModelState:
     # Name → (the live tensor object, the source's values): another object means that the user
     # replaced it, a classifier reset for instance, and then the old values no longer hold.
     source: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # Modules whose shortcuts would miss the adapters: see `lora_lightning.model.eval_caches`.
+    # Modules whose caches would miss the adapters: see `lora_lightning.model.eval_caches`.
     cachers: list[nn.Module] = field(default_factory=list)
     packers: list[nn.TransformerEncoder] = field(default_factory=list)
-    # Adapters whose ranks, or factors, are still to be taken from data that `inject` had not.
+    # Adapters whose ranks, or factors, are still to be initialised from data.
     unranked: set[str] = field(default_factory=set)
     unstarted: set[str] = field(default_factory=set)
     # Inactive adapter → name → its values of what it owns.
     parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
-    # Names that a source checkpoint is bringing, while it loads.
+    # Names in a source checkpoint, while it loads.
     loads_source: set[str] = field(default_factory=set)
-    # Whether a state dict is bringing weights of the frozen base, while it loads.
+    # Whether a state dict holds weights of the frozen base, while it loads.
     loads_base: bool = False
     # (`trainable`, adapted tensors) → the adapters of that kind; those that train no more than
     # factors are left out, so that a thousand alike cost what one costs.
     kinds: dict[Kind, set[str]] = field(default_factory=dict)
-    # What each `trainable` chooses, while the base has the parameters of this hash.
+    # Parameters that each `trainable` selects, while the base has the parameters of this hash.
     chosen: tuple[int, dict[tuple[str, ...], list[str]]] = field(default_factory=lambda: (0, {}))
 
     def enter(self, name: str, config: LoRAConfig, report: InjectionReport) -> None:
-        """Take note of a new adapter."""
+        """Register a new adapter."""
         self.configs[name], self.reports[name] = config, report
         if config.trainable:
             self.kinds.setdefault(kind_of(config, report), set()).add(name)
@@ -70,13 +70,13 @@ class ModelState:
         del self.configs[name], self.reports[name]
 
     def settle(self, names: set[str]) -> None:
-        """Their factors hold values that no look at data may replace."""
+        """Mark these adapters' factors as initialised."""
         self.unranked -= names
         self.unstarted -= names
 
 
 def kind_of(config: LoRAConfig, report: InjectionReport) -> Kind:
-    """What the tensors that the adapter trains in full depend on, see `ModelState.kinds`."""
+    """The key of the tensors that the adapter trains in full, see `ModelState.kinds`."""
     return tuple(config.trainable), frozenset(join(r.module, r.tensor) for r in report.rows)
 
 
@@ -119,7 +119,7 @@ def roots(model: nn.Module | View) -> list[tuple[nn.Module, ModelState]]:
 
 @contextmanager
 def lent(modules: Iterable[nn.Module], block: str) -> Iterator[None]:
-    """Within this block the modules hold values that are put back at its end: see `check_home`."""
+    """Within this block the modules hold temporary values: see `check_home`."""
     before = {m: _lent.get(m) for m in modules}
     _lent.update(dict.fromkeys(before, block))
     try:
@@ -133,7 +133,7 @@ def lent(modules: Iterable[nn.Module], block: str) -> Iterator[None]:
 
 
 def check_home(view: View, what: str, within: str = "") -> None:
-    """Refuse what changes or reads adapters while a block has put other values in their place.
+    """Refuse to change or read adapters while a block has replaced their values.
 
     Raises:
         AdapterError: one of the modules is lent to another block than `within`.

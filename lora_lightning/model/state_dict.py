@@ -38,7 +38,7 @@ def register(model: nn.Module) -> None:
 
 
 def unregister(model: nn.Module) -> None:
-    """Take the hooks off again."""
+    """Remove the hooks."""
     pre: Any = model._load_state_dict_pre_hooks
     for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _complete]:
         del pre[key]
@@ -104,7 +104,7 @@ def _complete(
 
 
 def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) -> None:
-    """Ranks that were found from data, fell in training or were lowered are the state dict's."""
+    """Take ranks from the state dict that were chosen from data, pruned or compressed."""
     for name, config in state.configs.items():
         free = config.rank == "auto" or config.prune_to is not None
         if not free and not _lowered(config, state.reports[name]):
@@ -112,7 +112,7 @@ def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) 
         factors = states.named_factors(view, name)
         moves = METHODS[config.init].moves
         if any(f.spec.offset != moves or f.spec.xs != config.xs for f in factors.values()):
-            continue  # `compress` has made them of another kind than those that began
+            continue  # `compress` has changed their kind
         for path, rank in _ranks_in(view.model, name, factors, given).items():
             if rank != factors[path].spec.rank:
                 factors[path].resize(rank, config.scale(rank, factors[path].spec.alpha))
@@ -128,7 +128,7 @@ def _lowered(config: LoRAConfig, report: InjectionReport) -> bool:
 def _ranks_in(
     module: nn.Module, name: str, factors: dict[str, Factors], given: dict[str, Tensor]
 ) -> dict[str, int]:
-    """Path → rank in the state dict, if that alone is another: what is refused changes nothing."""
+    """Path → rank in the state dict, where only ranks differ: a refused one changes nothing."""
     ranks = {}
     for path, f in factors.items():
         key = join(path.rpartition(".")[0], f"lora.{name}.{located(module, path)[1]}.")
@@ -196,7 +196,7 @@ def _weight(module: nn.Module, path: str) -> Any:
 
 
 def _materialise(path: str, factors: Factors, view: View) -> None:
-    """Base weights were assigned to a model on the meta device: give the factors numbers."""
+    """Give factors on the meta device values, after base weights were assigned to the model."""
     device = next((p.device for p in view.parameters.values() if not p.is_meta), None)
     if device is not None:
         factors.to_empty(device=device)

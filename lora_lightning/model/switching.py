@@ -1,4 +1,4 @@
-"""Whole models: which adapter is active, merging, and taking adapters off."""
+"""Whole models: switching, disabling, merging and removing adapters."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _DISABLED = "disabled(model)"
 
 
 def adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters on `model`, in the order in which they came; empty without any."""
+    """Names of the adapters on `model`, in the order in which they were added."""
     found = states.states_in(View(model))
     return list(dict.fromkeys(name for _, state in found for name in state.configs))
 
 
 def set_active(model: nn.Module, name: str | None) -> None:
-    """Make the adapter `name` the active one; ``None`` leaves the source model alone.
+    """Make the adapter `name` the active one; ``None``: the source model.
 
-    Head, norms and statistics that an adapter owns change places with it.
+    Head, norms and statistics that an adapter owns are switched with it.
 
     Raises:
         AdapterNotFoundError: no adapter of that name (the message lists those there are).
@@ -56,18 +56,18 @@ def switch(view: View, state: ModelState, name: str | None) -> None:
 
 
 def activate(view: View, state: ModelState, name: str | None) -> None:
-    """Let the adapter's own values act; what requires a gradient is left as it is."""
+    """Activate the adapter's own values; ``requires_grad`` is left as it is."""
     if name != state.active:
         exchange(view, state, name)
     for layer in view.adapted.values():
-        layer.put_in_force(name)
+        layer.set_lora_active(name)
     forget_computed(state.cachers)
 
 
 def freeze(view: View, state: ModelState, among: Collection[str | None] | None = None) -> None:
-    """Let exactly the active adapter's factors, and what it trains in full, require a gradient.
+    """Let exactly the active adapter's factors and its tensors trained in full require a gradient.
 
-    `among` names the adapters whose factors may have to change; default: all that there are.
+    `among` names the adapters whose factors may have to change; default: all.
     """
     own = view.parameters
     whole = extras(view, state, state.active) if state.active else []
@@ -110,7 +110,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge(model: nn.Module) -> None:
-    """Put W + s·BA of the active adapter in W's place; merging a merged model changes nothing.
+    """Replace W by W + s·BA of the active adapter; merging a merged model changes nothing.
 
     Every layer is of its own class again: forward costs what the base's costs, TorchScript
     and export see plain layers, and ``state_dict`` holds the base's keys only.
@@ -130,10 +130,10 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
-    """Undo `merge`: the raw weights come back bit for bit; an unmerged model stays as it is.
+    """Undo `merge`: the raw weights are restored bit for bit; an unmerged model stays as it is.
 
     Raises:
-        AdapterError: merged weights were written to since; ``discard_changes=True`` drops that.
+        AdapterError: merged weights were changed since; ``discard_changes=True`` drops the change.
     """
     view = View(model)
     holders = states.roots(view)
@@ -164,7 +164,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Take the adapter `name` off, or all of them: with the last one the model is the source.
+    """Remove the adapter `name`, or all of them: without any the model is the source.
 
     Raw weights, classes, head, statistics and ``requires_grad`` are what they were before
     `inject`. Removing from a model without adapters raises, as the call must be a mistake.
@@ -195,7 +195,7 @@ def _remove_one(root: nn.Module, state: ModelState, name: str) -> None:
 def vacate(view: View, state: ModelState, name: str) -> None:
     """`remove` for one injected module, without its checks, and with the factors left in place.
 
-    For a caller who takes them off, or puts others in their place at once.
+    For a caller who removes or replaces them at once.
     """
     if state.active == name:
         activate(view, state, None)

@@ -1,4 +1,4 @@
-"""What to adapt: from patterns to tensors of a model.
+"""Target selection: from patterns to tensors of a model.
 
 `target_modules` takes the patterns of `lora_lightning.model.patterns` and two keywords: ``"auto"``,
 the family's table or else a rule by structure, never the classifier; and ``"all"``, every
@@ -179,7 +179,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _near(pattern: str, view: View) -> str:
-    """The nearest last components of the model's own names, to suggest."""
+    """The most similar last components of the model's own names, as suggestions."""
     names = {part for n, _ in view.modules if n for part in (n, n.split(".")[-1])}
     near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.6)
     if near:
@@ -189,6 +189,6 @@ def _near(pattern: str, view: View) -> str:
 
 
 def without_head(lora: LoRAConfig, model: nn.Module) -> LoRAConfig:
-    """The same adapter with the head left alone: the features are measured by it."""
+    """The same adapter without the head, the fixed reference for the features."""
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
     return LoRAConfig.make(lora, trainable=[], exclude_modules=left)

@@ -1,13 +1,13 @@
 """`verify`: whether each adapter acts and learns, in training and in eval, and merges exactly.
 
 `verify` gives every pair of factors random values for the length of the call (B = 0 would
-hide everything), runs the model and asks, of each adapted tensor:
+hide everything), runs the model and checks, for each adapted tensor:
 
 1. does a gradient reach both factors, in training mode and in eval mode?
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
-Factors, buffers, modes, gradients and random state are put back afterwards.
+Factors, buffers, modes, gradients and random state are restored afterwards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TRIES = 3
 
 @dataclass
 class Verification:
-    """What `verify` found for one adapter.
+    """The result of `verify` for one adapter.
 
     Attributes:
         name: the adapter.
@@ -97,7 +97,7 @@ def verify(
                 found.append(_verify_one(model, name, look, tolerance))
         finally:
             adapters.set_active(model, active)
-            for parameter, flag in flags:  # which the user may have set since the injection
+            for parameter, flag in flags:  # possibly set by the user since the injection
                 parameter.requires_grad_(flag)
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
@@ -121,7 +121,7 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
 def _dead(
     model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
 ) -> dict[str, str]:
-    """Path → why no gradient reaches it; what is alive in one of three draws is alive."""
+    """Path → why no gradient reaches it; a gradient in one of three draws is enough."""
     dead: dict[str, str] = dict.fromkeys(factors, "")
     for attempt in range(_TRIES):
         with without_noise(model, training), torch.enable_grad():

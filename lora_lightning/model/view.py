@@ -1,4 +1,4 @@
-"""One look at a whole model, handed on to all that an operation does with it."""
+"""`View`: the modules and tensors of a model, collected once for an operation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_lightning.lora.module_tree import Children, Modules, walk
 
 
 class View:
-    """The modules and tensors of a model, looked up once: walking it is most of a switch's work.
+    """The modules and tensors of a model, collected once, as traversal dominates a switch's cost.
 
-    A view is made for one operation and handed on within it. What it keeps (modules, tensors,
-    parameters) are the same objects while adapters are put on, switched and taken off; which layers
-    are adapted or merged changes meanwhile, and is asked of the modules each time. After merging,
-    unmerging or a new module or parameter the tensors are others: make another view.
+    A view is made for one operation and passed on within it. Its modules, tensors and parameters
+    stay the same objects while adapters are added, switched and removed; which layers are adapted
+    or merged is read from the modules each time. After merging, unmerging or a new module or
+    parameter the tensors are others: make another view.
 
-    Factors are no part of what it keeps, so that its cost does not grow with the adapters.
+    Factors are not part of it, so that its cost does not grow with the number of adapters.
 
     Args:
         model: Any module, with adapters or without.
@@ -31,7 +31,7 @@ class View:
 
     @classmethod
     def of(cls, model: nn.Module | View) -> View:
-        """The view that a caller hands on, or a new one of its model."""
+        """The view itself, or a new one of a model."""
         return model if isinstance(model, View) else cls(model)
 
     @cached_property
@@ -58,12 +58,12 @@ class View:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those of `tensors` that are parameters."""
+        """The parameters among `tensors`."""
         return {n: p for n, p in self.tensors.items() if isinstance(p, nn.Parameter)}
 
     @cached_property
     def structure(self) -> int:
-        """A hash of which parameters these are, by name and identity."""
+        """A hash of the parameters' names and identities."""
         return hash(tuple((n, id(p)) for n, p in self.parameters.items()))
 
     @property

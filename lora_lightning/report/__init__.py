@@ -1,4 +1,4 @@
-"""Results in; tables, files, plots and a page out. Knows no model."""
+"""Reports of runs: tables, files, plots and an HTML page. Independent of models."""
 
 import lazy_loader
 

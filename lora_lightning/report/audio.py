@@ -1,4 +1,4 @@
-"""The part of a run's page that one listens to or reads: what was said, what was understood."""
+"""The page's section of recordings: audio players, references and hypotheses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
 
 
 def section(run: Run) -> str:
-    """A player, the reference and both hypotheses for a few recordings; "" without any.
+    """An audio player, the reference and both hypotheses for a few recordings; "" without any.
 
-    Of a run of translation, the sentence in place of the player.
+    In a run of translation the source sentence replaces the player.
     """
     if run.texts == "translations":
         title, texts, reference = "Read", "sentences", "wanted"
@@ -55,7 +55,7 @@ def _player(t: Transcript, uri: str) -> str:
 
 
 def _marked(pieces: Sequence[Piece], reference: str) -> str:
-    """The hypothesis with its errors marked; what is missing is shown struck out."""
+    """The hypothesis with its errors marked; missing words are struck out."""
     found = []
     for piece in pieces:
         text = escape(piece.said if piece.kind == "delete" else piece.heard)
@@ -66,7 +66,7 @@ def _marked(pieces: Sequence[Piece], reference: str) -> str:
 
 
 def _playable(run: Run) -> list[tuple[Transcript, str]]:
-    """Those whose sound can be read and fits the page, with their sound."""
+    """Transcripts whose audio can be read and fits the page, with their audio."""
     found, room = [], MOST_CHARACTERS
     for t in telling(run.heard(), MOST):
         uri = _sound(t, run)
@@ -77,7 +77,7 @@ def _playable(run: Run) -> list[tuple[Transcript, str]]:
 
 
 def _sound(t: Transcript, run: Run) -> str:
-    """The recording as a data URI, in FLAC, which every browser plays; "" where it is gone."""
+    """The recording as a data URI, in FLAC, which every browser plays; "" where it is missing."""
     import soundfile
 
     samples = sound(t, run)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: adapters, manifests, and all that a run leaves behind."""
+"""`atomic_write`: files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, content: bytes) -> Path:
-    """Write a file beside `path` and let it take `path`'s place in one step.
+    """Write a temporary file beside `path` and rename it to `path` in one step.
 
     Folders are made; a write that fails, or is killed, leaves the old file.
     """

@@ -37,7 +37,7 @@ _SHIFTS = (
 
 
 def page(run: Run, plots: Sequence[Plot], verdict: str) -> str:
-    """The whole page; `verdict` is the sentence at its top."""
+    """The HTML page; `verdict` is the sentence at its top."""
     summary = Summary(run)
     template = resources.files("lora_lightning.report").joinpath("template.html")
     return Template(template.read_text(encoding="utf-8")).substitute(
@@ -114,7 +114,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _shifts(run: Run, summary: Summary) -> str:
-    """The first seed's measures of each target, the source model's accuracy there beside them."""
+    """The first seed's shift measures of each target, with the source model's accuracy there."""
     seed, found = next(iter(run.shifts.items()))
     before = summary.before()
     measured = {r.domain: r.value for r in run.rows if (r.method, r.seed) == (before, seed)}

@@ -1,4 +1,4 @@
-"""What metrics are shown in, and which way is better."""
+"""Units of metrics, whether lower is better, and short numbers and names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOWER_IS_BETTER = frozenset(("WER", "CER", "MAE", "MSE", AZIMUTH_ERROR))
 
 @dataclass(frozen=True)
 class Unit:
-    """What people are shown of a metric: the value times `scale`, with `symbol` behind it."""
+    """How a metric is shown: the value times `scale`, followed by `symbol`."""
 
     name: str
     symbol: str

@@ -1,4 +1,4 @@
-"""What a run measured: rows, predictions, transcripts. `report.summary` sums them up."""
+"""The results of a run: rows, predictions, transcripts (see also `report.summary`)."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Transcript:
     Attributes:
         item: the recording's file, or the sentence that is translated.
         audio: a file to listen to.
-        split: ``"held-out"``; ``"target"``: the adaptation itself heard it, without a transcript.
-        confidence: 1 − normalised edit distance between what is heard and the lexicon's nearest
-            sentence, or what is heard under dropout; of a translation, the geometric mean of its
-            pieces' probabilities; None where that was not looked at.
+        split: ``"held-out"``; ``"target"``: used in the adaptation, without its transcript.
+        confidence: 1 − normalised edit distance between the hypothesis and the lexicon's nearest
+            sentence, or the hypothesis under dropout; of a translation, the geometric mean of its
+            pieces' probabilities; None where it was not computed.
         round: in which of an adaptation without labels it got the text it has; 0: it has the
             source's; None: there were no rounds.
     """
@@ -59,7 +59,7 @@ class Transcript:
 
     @property
     def changed(self) -> bool:
-        """Whether it is understood otherwise than by the source model."""
+        """Whether its hypothesis differs from the source model's."""
         return self.source != self.adapted
 
 
@@ -70,7 +70,7 @@ class Prediction:
     Attributes:
         item: relative to the root of the data.
         label: its class; for an angle the number in degrees, as `source` and `adapted` are.
-        split: ``"held-out"``; ``"target"``: the adaptation itself saw it, without its label.
+        split: ``"held-out"``; ``"target"``: used in the adaptation, without its label.
         method: which adapted it, where that is not the run's best.
         round: in which of an adaptation without labels it got the label it has; 0: it has the
             source's; None: there were no rounds.
@@ -90,13 +90,13 @@ class Prediction:
 
     @property
     def changed(self) -> bool:
-        """Whether it is labelled otherwise than by the source model."""
+        """Whether its prediction differs from the source model's."""
         return self.source != self.adapted
 
 
 @dataclass
 class Run:
-    """All that a report is made of.
+    """The results of a run, from which its report is made.
 
     Attributes:
         metric: the metric shown; rows of other metrics go to the files only.
@@ -109,8 +109,8 @@ class Run:
             domain is called "source".
         versions: name → version, hardware included.
         skipped: (path, reason) of each input that was left out.
-        command: what to type to repeat the run; made from the name where empty.
-        texts: what `transcripts` are, and how their file is called.
+        command: the command that repeats the run; made from the name where empty.
+        texts: the kind of `transcripts`, and the name of their file.
         read_audio: gives the samples (T,) of a transcript's audio file at a sampling rate in Hz;
             raises DataError where it cannot. None: recordings are not played.
     """

@@ -1,4 +1,4 @@
-"""`Summary`: what every table and plot of a run is made of.
+"""`Summary`: means and spreads for the tables and plots of a run.
 
 Each mean, spread and average over domains comes from here, so that the terminal, the plots and the
 page cannot disagree.
@@ -63,7 +63,7 @@ class Summary:
         targets: the other domains, in the order of first appearance.
         graded: whether every target domain is named "<kind>-<severity>".
         lower: whether a lower value of the metric is the better one.
-        unit: what the metric is shown in.
+        unit: the metric's unit.
     """
 
     def __init__(self, run: Run) -> None:
@@ -76,13 +76,13 @@ class Summary:
         domains = list(dict.fromkeys(r.domain for r in self._rows))
         self.source = next((d for d in ("source", _source_of(run)) if d in domains), None)
         others = [d for d in domains if d != self.source]
-        # A caller's own average counts only where there is nothing to average.
+        # A caller's own average is used only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
         self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
 
     @property
     def apart(self) -> bool:
-        """Whether each target counts by itself, such as each speaker; not so where graded."""
+        """Whether each target is reported separately, such as each speaker; not where graded."""
         return self.lower and not self.graded
 
     @property
@@ -99,7 +99,7 @@ class Summary:
         seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
         found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
         if not any(v is not None for values in found for v in values):
-            return Cell(unit=self.unit)  # never measured here, which is no loss
+            return Cell(unit=self.unit)  # never measured here, so not counted as lost
         means = [fmean(NAN if v is None else v for v in values) for values in found]
         kept = [m for m in means if math.isfinite(m)]
         spread = stdev(kept) if len(kept) > 1 else NAN
@@ -126,7 +126,7 @@ class Summary:
         return columns
 
     def best(self) -> set[str]:
-        """The methods that do best on the target: of all, and of those without its labels."""
+        """The best methods on the target: of all, and of those without its labels."""
         means = {m: v for m in self.methods if not math.isnan(v := self.target(m).mean)}
         free = {m: value for m, value in means.items() if "target labels" not in m}
         pick = min if self.lower else max
@@ -141,7 +141,7 @@ class Summary:
         return [r.value for r in self._rows if r.method == method and r.domain in self.targets]
 
     def before(self) -> str | None:
-        """The source model's method."""
+        """The method of the source model."""
         known = (m for m in self.methods if m.lower().startswith("source"))
         return next((m for m in known if not math.isnan(self.target(m).mean)), None)
 

@@ -1,4 +1,4 @@
-"""What was said against what was understood, word by word (by jiwer), and its sound."""
+"""Word errors of a hypothesis against its reference (by jiwer), and a recording's audio."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE_RATE = 16_000  # Hz; enough for speech, and what a page can carry
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of words that are right, or wrong in one way.
+    """A sequence of words with the same kind of error, or none.
 
     Attributes:
         kind: ``"equal"``, ``"substitute"``, ``"insert"`` or ``"delete"``.
@@ -55,9 +55,9 @@ def errors(reference: str, hypothesis: str) -> int:
 
 
 def sound(transcript: Transcript, run: Run) -> Tensor | None:
-    """The recording, (T,) at `SAMPLE_RATE` in one channel; None where it cannot be read any more.
+    """The recording, (T,) at `SAMPLE_RATE` in one channel; None where it cannot be read.
 
-    A report is the end of a long run: no file that is gone since may spoil it.
+    A report is the end of a long run: a file deleted since must not make it fail.
     """
     if transcript.audio is None or run.read_audio is None:
         return None
@@ -68,9 +68,9 @@ def sound(transcript: Transcript, run: Run) -> Tensor | None:
 
 
 def telling(transcripts: Sequence[Transcript], most: int) -> list[Transcript]:
-    """The recordings that tell most: words mended, of each domain in turn; the worst one last.
+    """The recordings with the most corrected words, of each domain in turn; the worst one last.
 
-    Of sentences that come without a sound, all count.
+    Sentences without audio all count.
     """
     audible = [t for t in transcripts if t.audio] or list(transcripts)
     gains = {id(t): errors(t.reference, t.source) - errors(t.reference, t.adapted) for t in audible}
@@ -81,6 +81,6 @@ def telling(transcripts: Sequence[Transcript], most: int) -> list[Transcript]:
     ordered = [q[i] for i in range(turns) for q in queues.values() if i < len(q)]
     chosen = ordered[: most - 1]
     left = [t for t in audible if t not in chosen]
-    # What went wrong belongs to the picture.
+    # The worst one is shown as well.
     worst = min(left, key=lambda t: (gains[id(t)], -errors(t.reference, t.adapted)), default=None)
     return [*chosen, worst] if worst is not None else chosen

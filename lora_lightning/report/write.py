@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table in the terminal, plain files, plots and one HTML page.
+"""The report of a run: a table in the terminal, plain files, plots and one HTML page.
 
 A recipe fills a `Run` (in results.py); `print_table` shows it, `write_report` writes it to a
 folder.
@@ -55,7 +55,7 @@ def _table(run: Run, summary: Summary) -> Table:
     table = Table(title=Text(f"{run.title}: {run.metric}"), box=box.SIMPLE_HEAD, show_edge=False)
     table.pad_edge, table.collapse_padding, table.title_justify = False, True, "left"
     table.add_column("method", overflow="fold", max_width=max(18, 42 - 7 * len(columns)))
-    room = 8 if len(columns) > 3 else 14  # a name's characters, so that 80 columns do
+    room = 8 if len(columns) > 3 else 14  # a name's characters, to fit 80 columns
     for c in columns:
         table.add_column(Text(f"{c.group}\n{shorten(c.name, room)}"), justify="right", no_wrap=True)
     for name in ("tuned\nparams", "time\n(s)", "file\nsize"):
@@ -72,7 +72,7 @@ def _table(run: Run, summary: Summary) -> Table:
 
 
 def verdict(run: Run) -> str:
-    """What LoRA brought on the target, how near it is to full fine-tuning, and whom it harmed."""
+    """LoRA's gain on the target, compared with full fine-tuning, and the domains that got worse."""
     summary = Summary(run)
     known = [m for m in summary.headline_methods() if not math.isnan(summary.target(m).mean)]
     before = summary.before()
@@ -106,7 +106,7 @@ def _change(summary: Summary, before: str, after: str, metric: str) -> str:
 def _without_labels(
     summary: Summary, known: list[str], before: str, after: str, metric: str
 ) -> str:
-    """The best that was reached without a label, where that is not said already."""
+    """The best method without labels, where it is not named already."""
     free = [m for m in known if "no labels" in m]
     if not free or after in free:
         return ""
@@ -148,7 +148,7 @@ def write_report(run: Run, out: Path) -> None:
     """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
 
     A run of speech recognition has a transcripts.csv in place of predictions.csv, one of
-    translation a translations.csv; one that measured how far its targets are has a shift.json.
+    translation a translations.csv; one that measured domain shifts has a shift.json.
     Each file is replaced in one step, so a reader or a killed run never leaves half of one.
     """
     # Matplotlib is loaded only where something is drawn.
@@ -165,7 +165,7 @@ def write_report(run: Run, out: Path) -> None:
         answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
         atomic_write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
-    for name in plots.PLOTS:  # an earlier run's picture must not pass for this one's
+    for name in plots.PLOTS:  # plots of an earlier run must not stay
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
         atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
@@ -173,7 +173,7 @@ def write_report(run: Run, out: Path) -> None:
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
-    """Each transcript with its words, how many were wrong before and after, and if it changed."""
+    """Each transcript with its number of words, of errors before and after, and if it changed."""
     for t in transcripts:
         wrong = errors(t.reference, t.source), errors(t.reference, t.adapted)
         counts = zip(COUNTS, (len(t.reference.split()), *wrong, t.changed), strict=True)

@@ -1,4 +1,4 @@
-"""Lightning: the callbacks, and what they check, guard and save."""
+"""Lightning: the callbacks, their checks, early stopping and checkpoints."""
 
 import lazy_loader
 

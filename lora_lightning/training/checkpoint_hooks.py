@@ -1,5 +1,4 @@
-"""The last word when Lightning saves and loads: no frozen base weight goes into a checkpoint, and
-none is put onto another base than it was trained on."""
+"""Checkpoint hooks: frozen base weights are not saved, and adapters of another base not loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _NOTES = "lora_lightning"
 
 
 class Adapter(NamedTuple):
-    """What a `LoRACallback` looks after."""
+    """The adapter of a `LoRACallback`, as its checkpoint hooks need it."""
 
     backbone: str
     name: str
@@ -28,10 +27,10 @@ class Adapter(NamedTuple):
 
 
 class _Hook:
-    """Stands in for one of a LightningModule's own methods.
+    """Wraps one of a LightningModule's own checkpoint hooks.
 
     Lightning calls the module's hooks after every callback's and also for weights-only checkpoints,
-    where callbacks are not asked: only here is everything in place, the second copy that weight
+    where callbacks are not called: only here is everything in place, the second copy that weight
     averaging adds included. A plain object with a reference to its module, so that it survives
     pickling and deep copies together with it.
     """
@@ -48,11 +47,11 @@ class _Hook:
         self.then(checkpoint)
 
     def then(self, checkpoint: dict[str, Any]) -> None:
-        """What is to be done to the checkpoint."""
+        """Act on the checkpoint, after the module's own hook."""
         raise NotImplementedError
 
     def adapted(self, path: str) -> tuple[nn.Module, set[str]] | None:
-        """This backbone, and what its adapters train in full; None where it has no adapters."""
+        """This backbone, and its tensors trained in full; None where it has no adapters."""
         if not checks.has_backbone(self.pl_module, path):
             return None
         backbone = checks.find_backbone(self.pl_module, path)
@@ -61,12 +60,12 @@ class _Hook:
 
 
 class SaveHook(_Hook):
-    """Note which base a checkpoint belongs to; drop the frozen base weights."""
+    """Writes the base's fingerprint into a checkpoint; drops the frozen base weights."""
 
     method = "on_save_checkpoint"
 
     def then(self, checkpoint: dict[str, Any]) -> None:
-        """Both, in the checkpoint."""
+        """Edit the checkpoint in place."""
         notes, frozen = checkpoint.setdefault(_NOTES, {}), set[str]()
         for key, own in self.adapters.items():
             if (found := self.adapted(own.backbone)) is not None:
@@ -88,7 +87,7 @@ def _frozen(path: str, backbone: nn.Module, extras: set[str]) -> list[str]:
 
 
 class LoadHook(_Hook):
-    """Refuse a checkpoint whose adapters were trained on another base."""
+    """Refuses a checkpoint whose adapters were trained on another base."""
 
     method = "on_load_checkpoint"
 
@@ -106,7 +105,7 @@ class LoadHook(_Hook):
 
 
 def install(pl_module: LightningModule, key: str, adapter: Adapter) -> None:
-    """Look after this adapter's checkpoints from now on; twice is once."""
+    """Install both hooks for this adapter; a second call adds no second hook."""
     for made in (SaveHook, LoadHook):
         hook = pl_module.__dict__.get(made.method)
         if not isinstance(hook, made) or hook.pl_module is not pl_module:

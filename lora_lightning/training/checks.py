@@ -1,4 +1,4 @@
-"""What can go wrong between a Trainer and an adapter, said before it costs a run."""
+"""Checks that a Trainer, its callbacks and its optimizers suit an adapter, before training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 def is_new(trainer: Trainer) -> bool:
-    """Whether the fit goes on from nothing; the step is not restored yet when a fit starts."""
+    """Whether the fit starts from no checkpoint (the step is restored after `on_fit_start`)."""
     return trainer.global_step == 0 and trainer.ckpt_path is None
 
 
@@ -91,7 +91,7 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
 
 
 def _check_average(trainer: Trainer, own: Any, other: Callback, early: bool) -> None:
-    """An average knows values only: not which tensors there will be, nor what they mean."""
+    """Averages hold values only: neither tensors that are added later nor their meaning."""
     who = type(other).__name__
     if early:
         raise ConfigError(
@@ -120,7 +120,7 @@ def _check_average(trainer: Trainer, own: Any, other: Callback, early: bool) -> 
 
 
 def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
-    """The one `LoRACallback` (`kind`) that a `FitGuard` stands behind.
+    """The one `LoRACallback` (`kind`) that a `FitGuard` acts on.
 
     Raises:
         ConfigError: there is none or several, or something would undo the guard's choice.
@@ -147,7 +147,7 @@ def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
 
 
 def check_all_within(pl_module: LightningModule, path: str, who: str) -> None:
-    """Refuse what changes in training outside the backbone, where `who` cannot take it back."""
+    """Refuse trained tensors outside the backbone, which `who` cannot restore."""
     backbone = find_backbone(pl_module, path)
     within = {id(part) for part in (*backbone.modules(), *backbone.parameters())}
     norms = [(n, m) for n, m in tracking(pl_module).items() if m.training]
@@ -231,7 +231,7 @@ def check_unused_parameters(trainer: Trainer, backbone: nn.Module) -> None:
 
 
 def check_still_frozen(backbone: nn.Module) -> None:
-    """Raises `AdapterError` where something unfroze the base meanwhile."""
+    """Raises `AdapterError` where the base was unfrozen during training."""
     state = state_of(backbone)
     if state is None or not state.frozen:
         return

@@ -1,4 +1,4 @@
-"""`cross_fit`: adapt to a handful of labelled items, and no further than they can vouch for."""
+"""`cross_fit`: cross-validated fine-tuning on few labelled items, shrunk to the best share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_lightning.training.validation_losses import Loss, losses_of
 
 Fit = Callable[[LightningModule, Any], Any]
 _TOO_FEW = "the source model is kept: so few items prove nothing; expected at least"
-BATCH = 32  # items that are looked at together
+BATCH = 32  # items of a forward pass without gradient
 
 
 def cross_fit(
@@ -38,7 +38,7 @@ def cross_fit(
     backbone: str = "model",
     seed: int = 0,
 ) -> Choice:
-    r"""Fit an adapter to few items; each of them is judged by an adapter that has not seen it.
+    r"""Fit an adapter to few items; its strength is chosen by K-fold cross-validation.
 
         def fit(module, items):
             loader = DataLoader(items, 16, shuffle=True)
@@ -46,11 +46,11 @@ def cross_fit(
 
         choice = cross_fit(module, items, fit)
 
-    The items are dealt into `folds`. A copy of the module is fitted to all folds but one, and its
+    The items are split into `folds`. A copy of the module is fitted to all folds but one, and its
     losses on that one are taken at several shares of what it learnt (`lora_lightning.shrink`),
-    beside the source model's. At last the module itself is fitted to all items, and shrunk to the
-    share that `gain_test.choose` takes: 0, the source model, unless its losses are
-    lower beyond doubt, which fewer than 6 items never show. Costs `folds` + 1 fits. Stone 1974,
+    beside the source model's. Finally the module itself is fitted to all items, and shrunk to the
+    share that `gain_test.choose` takes: 0, the source model, unless its losses are significantly
+    lower, which fewer than 6 items never show. Costs `folds` + 1 fits. Stone 1974,
     "Cross-validatory choice and assessment of statistical predictions",
     doi:10.1111/j.2517-6161.1974.tb00994.x.
 
@@ -68,8 +68,8 @@ def cross_fit(
             see `choose`. None: the loss alone decides.
         collate: Makes a batch of a list of items; None: the default.
         backbone: Attribute path of the adapted network in the module, which must hold all that
-            is trained: what lies outside would not go back with it.
-        seed: Of the dealing.
+            is trained: what lies outside would not be restored with it.
+        seed: Of the split.
 
     Raises:
         ConfigError: fewer than 2 folds, a share out of range, something trained outside the
@@ -126,7 +126,7 @@ def _dealt(count: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[
 
 
 def _settle(pl_module: LightningModule, network: nn.Module, choice: Choice) -> None:
-    """Shrink, say so, and write the last fit's adapter file again with what is left."""
+    """Shrink, log the choice, and rewrite the last fit's adapter file."""
     shrink(network, choice.share)
     choice.say("cross_fit")
     callbacks: list[Any] = getattr(pl_module._trainer, "callbacks", [])

@@ -49,7 +49,7 @@ def start_in_trainer(
             loss=_within(plugin, loss),
             progress=_shows_progress(trainer),
         )
-    if trainer.world_size > 1:  # each process saw a part of the data: one start for all
+    if trainer.world_size > 1:  # each process saw a part of the data: rank 0's start for all
         for factors in named_factors(backbone, name).values():
             for tensor in factors.tensors().values():
                 tensor.data.copy_(trainer.strategy.broadcast(tensor.detach(), src=0))
@@ -79,7 +79,7 @@ def choose_in_trainer(
             forward=_within(plugin, forward or _forward_of(pl_module)),
             progress=_shows_progress(trainer),
         )
-    if trainer.world_size > 1:  # each process saw other batches: one choice for all
+    if trainer.world_size > 1:  # each process saw other batches: rank 0's choice for all
         state = state_of(backbone)
         assert state is not None
         own = {p: f.spec.rank for p, f in named_factors(backbone, name).items()}
@@ -115,7 +115,7 @@ def _shows_progress(trainer: Trainer) -> bool:
 
 
 class _Moved:
-    """A loader whose batches come on the module's device, and in this precision."""
+    """A loader that moves batches to the module's device, and casts them to this precision."""
 
     def __init__(self, batches: Iterable[Any], trainer: Trainer, plugin: Precision):
         self.batches, self.strategy, self.plugin = batches, trainer.strategy, plugin

@@ -1,4 +1,4 @@
-"""Verification on the first training batch."""
+"""`FirstBatch`: verification of adapters on the first training batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ITEMS = 2
 
 
 class FirstBatch:
-    """Records what the backbone is called with, and verifies with it after the backward pass.
+    """Records the backbone's input, and verifies with it after the backward pass.
 
     A backbone that is never *called* (``self.model.forward_features(x)``) leaves no input;
     then the gradients of the training step itself must show that the factors are alive.
@@ -73,14 +73,14 @@ class FirstBatch:
 
 
 def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Two items of a batch of images are enough; other inputs keep their size."""
+    """The first two items of a batch of images; other inputs whole."""
     if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 4:
         return (args[0][:_ITEMS],)
     return args
 
 
 def _detached(args: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
-    """Out of the graph, and in the model's precision: autocast is over."""
+    """Detached, and in the model's precision, as autocast no longer applies."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return tuple(
         a.detach().to(dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a

@@ -1,4 +1,4 @@
-"""`FitGuard`: is the adapter learning too little, or the training items by heart? Acts on it."""
+"""`FitGuard`: a callback against underfitting and overfitting on few items."""
 
 from __future__ import annotations
 
@@ -32,48 +32,48 @@ from lora_lightning.training.validation_losses import (
 )
 
 TINY = 50  # training items; below, a lower rank is tried
-PRIOR = 1.0  # items that the pull of L2-SP counts for
+PRIOR = 1.0  # training items that L2-SP weighs as much as
 
 
 class FitGuard(Callback):
-    """Watches held-out loss against training loss, and never goes further than it pays.
+    """Early stopping on held-out loss; shrinks towards the source; lowers the rank.
 
         Trainer(callbacks=[LoRACallback(rank=8), FitGuard()]).fit(module, data)
 
-    Before training the source model's loss on the held-out batches is taken, and after each epoch
-    the adapted model's. Training stops once the held-out loss has not fallen for `patience` epochs;
+    Before training the source model's held-out loss is measured, and after each epoch the adapted
+    model's. Training stops once the held-out loss has not fallen for `patience` epochs;
     the best epoch is restored. Then the guard tries how far to go from the source (see
-    `lora_lightning.shrink`) and keeps the share with the lowest held-out loss, if that is better
-    than the source's beyond doubt (see `gain_test.choose`), and the source model
-    otherwise, which it says aloud. Where training items are few it then halves the rank for as
-    long as that costs nothing, and while training it pulls towards the source (L2-SP).
-    `LoRACallback` writes the adapter file after that; checkpoints hold what was before.
+    `lora_lightning.shrink`) and keeps the share with the lowest held-out loss, if that is
+    significantly better than the source's (see `gain_test.choose`), and otherwise the source model,
+    with a warning. Where training items are few it then halves the rank for as long as that costs
+    nothing, and during training it penalises the distance from the source (L2-SP). `LoRACallback`
+    writes the adapter file after that; checkpoints hold the state before it.
 
-    All that is trained must lie within the `LoRACallback`'s backbone, for what lies outside would
-    not go back along with it; and averages of weights would be copied over what was chosen.
+    All that is trained must lie within the `LoRACallback`'s backbone, as nothing outside is
+    restored; and averages of weights would overwrite the choice.
 
     With a few dozen items or less a held-out part leaves too little on either side: use
     `lora_lightning.cross_fit`.
 
     Args:
         held_out: Batches that are not trained on; None: the trainer's validation batches. Of up
-            to 256 items in a ``DataLoader`` each is looked at by itself, for the test's sake.
+            to 256 items in a ``DataLoader`` the loss of each is taken, for the paired test.
         loss: From (LightningModule, batch) to a scalar or one value for each item (B,), lower is
             better; None: what ``training_step`` returns. Given one that needs no labels (the
             predictions' negative nuclear norm, see `lora_lightning.adaptation.validators`),
             the held-out batches may be unlabelled; they are then taken as they come.
         patience: Epochs without a lower held-out loss before training stops.
         shares: How far to go from the source, to choose from.
-        l2_sp: α of the pull, see `lora_lightning.model.shrinkage.pull_to_source`; None: 1/n for n
-            training items, 0 where n is not known.
+        l2_sp: α of the penalty, see `lora_lightning.model.shrinkage.pull_to_source`; None: 1/n for
+            n training items, 0 where n is not known.
         lower_rank: Whether to try lower ranks at the end; None: with fewer than 50 training items.
 
     Attributes:
-        history_: A `Look` for each epoch, the first of them at the source model.
-        verdict_: In words: underfitting, overfitting or neither, and what to do.
+        history_: A `Look` for each epoch, the first of them of the source model.
+        verdict_: Text: underfitting, overfitting or neither, and what to do.
         termination_condition_: Why training stopped.
         shrinkage_: The share that was kept: 0 is the source model.
-        rank_: The largest rank that is left.
+        rank_: The largest rank of a layer at the end.
 
     Raises:
         ConfigError: not one `LoRACallback` before it, weights that are averaged, something
@@ -117,12 +117,12 @@ class FitGuard(Callback):
         self._adapter = checks.watched(trainer, self, LoRACallback)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is trained must be the guard's to take back."""
+        """Refuse trained tensors outside the backbone."""
         assert self._adapter is not None
         checks.check_all_within(pl_module, self._adapter.backbone, "FitGuard")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the source model; a fit that is resumed has done so."""
+        """Evaluate the source model, unless the fit is resumed."""
         self._batches = held_out_batches(trainer, self.held_out, self.loss)
         items = training_items(trainer)
         self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
@@ -141,7 +141,7 @@ class FitGuard(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """The losses on the held-out batches."""
         found = losses_of(pl_module, self._batches, self.loss)
-        # One answer for all processes, or they would part ways.
+        # Rank 0's for all processes, which must take the same decisions.
         return trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
 
     # ---- while training --------------------------------------------------------------------
@@ -149,7 +149,7 @@ class FitGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """L2-SP, on gradients that are whole: accumulated, averaged over devices, unscaled."""
+        """Add L2-SP's gradient, after accumulation, averaging over devices and unscaling."""
         if self._pull:
             pull_to_source(self._network(pl_module), self._pull)
 
@@ -162,7 +162,7 @@ class FitGuard(Callback):
             self._epoch.append(loss.detach())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the held-out batches; keep the best epoch; stop where it gets no better."""
+        """Evaluate the held-out batches; keep the best epoch; stop early."""
         losses = self._look(trainer, pl_module)
         training = float(torch.stack(self._epoch).mean()) if self._epoch else math.nan
         self._epoch = []
@@ -184,7 +184,7 @@ class FitGuard(Callback):
     # ---- at the end ------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The best epoch, as far from the source as it pays; before the adapter file is written."""
+        """Restore the best epoch and shrink it, before the adapter file is written."""
         if len(self.history_) < 2:
             return
         network = self._network(pl_module)
@@ -219,12 +219,12 @@ class FitGuard(Callback):
             loss, rank = now, rank // 2
         if rank < first:
             lower_rank(network, rank, trainer.optimizers)
-            self._best = adapter_values(network)  # a fit that goes on from here has these sizes
+            self._best = adapter_values(network)  # a fit resumed from here has these shapes
 
     # ---- resuming --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far, and the best epoch's adapter."""
+        """The history, and the best epoch's adapter, for a checkpoint."""
         return {
             "history": [asdict(look) for look in self.history_],
             "source": self._source,
@@ -232,14 +232,14 @@ class FitGuard(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` gave."""
         self.history_ = [Look(**look) for look in state_dict["history"]]
         self._source, self._best = state_dict["source"], state_dict["best"]
 
 
 def _some(batches: Any) -> Iterator[Any]:
     """The first batches: enough to know the source model's loss on the training items."""
-    # Lazily: to shuffle them draws random numbers, which must happen where they are kept aside.
+    # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
     yield from itertools.islice(batches, 16)
 
 

@@ -1,4 +1,4 @@
-"""Too little learnt or too much: what losses say, in words; and how far to go from the source."""
+"""`diagnose` underfitting or overfitting from losses; `choose` a share by a permutation test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was learnt; 0, the source model, is a
 LEVEL = 0.02  # of the test
 LIKELY = 0.3  # of the test of mistakes
 DRAWS = 10_000  # of signs
-FEWEST = 6  # pairs that can pass it: five gains out of five come by chance with p = 0.03
+FEWEST = 6  # pairs that can pass it: five gains out of five have p = 0.03 by chance
 SLIGHT = 0.02  # part of the source's loss that is no change
 
 
@@ -36,7 +36,7 @@ class Look:
 
 
 def diagnose(history: Sequence[Look]) -> str:
-    """Underfitting, overfitting, or neither, from at least the source's look and one more.
+    """Underfitting, overfitting, or neither, from the source's losses and at least one epoch's.
 
     - *diverged*: a loss is not a number.
     - *overfitting*: the held-out loss has risen by more than 2 % of the source's since its lowest
@@ -79,11 +79,11 @@ def diagnose(history: Sequence[Look]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """How far to go from the source, and why.
+    """The chosen share of an adapter, and why.
 
     Attributes:
         share: Of what was learnt; 0 is the source model.
-        reason: In words.
+        reason: Text for the user.
         p_value: Of the test; see `choose`.
         source: (N,) losses of the source model.
         losses: Share → (N,) losses of the adapted model.
@@ -96,7 +96,7 @@ class Choice:
     losses: Mapping[float, Tensor] = field(default_factory=dict)
 
     def say(self, who: str) -> None:
-        """Tell the user; that the source model is kept is a warning."""
+        """Log the choice; a warning where the source model is kept."""
         (rank_zero_info if self.share else rank_zero_warn)(f"{who}: {self.reason}")
 
 
@@ -105,24 +105,24 @@ def choose(
     losses: Mapping[float, Tensor],
     mistakes: tuple[Tensor, Mapping[float, Tensor]] | None = None,
 ) -> Choice:
-    r"""The share with the lowest mean loss among those whose gain is beyond doubt; or else 0.
+    r"""The share with the lowest mean loss among those that gain significantly; or else 0.
 
     .. math:: p(a) = P\Big(\max_b t_b(\pm d) \ge t_a(d)\Big), \quad
         t_a(d) = \frac{\sum_i d_{ai}}{\sqrt{\sum_i d_{ai}^2}}, \quad
         d_{ai} = \ell_i(0) - \ell_i(a)
 
     A permutation test of pairs: if the adapter made no difference, the gains of each item could as
-    well have the other sign. It assumes nothing of how losses are spread; pairs say more than two
-    means, as what makes an item hard is in both of its losses; and the maximum allows for the
-    choice among shares (Westfall & Young 1993, "Resampling-based multiple testing"). N items give
-    :math:`p \ge 2^{-N}`: fewer than six are never beyond doubt at 2 %.
+    well have the other sign. It assumes no distribution of the losses; pairing removes the variance
+    that comes from some items being harder; and the maximum corrects for the choice among shares
+    (Westfall & Young 1993, "Resampling-based multiple testing"). N items give
+    :math:`p \ge 2^{-N}`: fewer than six are never significant at 2 %.
 
     Args:
         source: (N,) losses of the source model on items that no adapter was trained on.
         losses: Share → (N,) losses of the adapted model on the same items.
         mistakes: Likewise (the source's, those of each share), of what will be measured: 1 where an
-            item is wrong, say. Losses say more, but also fall where a model merely becomes surer of
-            itself, or less so. A share must have fewer mistakes as well, with p below 0.3 here.
+            item is wrong, say. Losses are more sensitive, but also fall where only the model's
+            confidence changes. A share must have fewer mistakes as well, with p below 0.3 here.
 
     A single pair (a score of a whole set) cannot be tested: the lower loss is taken.
 

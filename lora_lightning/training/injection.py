@@ -1,4 +1,4 @@
-"""An adapter onto the backbone of a LightningModule, also where that is built late."""
+"""Injection into the backbone of a LightningModule, also one built in ``configure_model``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inject_in_trainer(
             raise AdapterError("the model is merged; call unmerge(model) before training it")
         return state.reports[name]
     report = place(network, config, name)
-    # It may have been there, asleep behind another.
+    # It may have been there, inactive.
     set_active(network, name)
     # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
     unranked = name in state_in(network).unranked
@@ -52,21 +52,21 @@ def inject_in_trainer(
 
 
 def state_in(network: nn.Module) -> ModelState:
-    """What an injected network remembers."""
+    """The `ModelState` of an injected network."""
     state = state_of(network)
     assert state is not None
     return state
 
 
 def after_configure_model(pl_module: LightningModule, then: Callable[[], None]) -> None:
-    """Call `then` right after the module's own ``configure_model``, until that is put back."""
+    """Call `then` right after the module's own ``configure_model``, until `put_back`."""
     original = pl_module.configure_model
 
     def wrapped() -> None:
         original()
         then()
 
-    # In __dict__: a module's __setattr__ has no business with it.
+    # In __dict__: past the module's __setattr__.
     pl_module.__dict__["configure_model"] = wrapped
 
 

@@ -1,4 +1,4 @@
-"""`LoRACallback`: adapters through Lightning's hooks. No mathematics lives here."""
+"""`LoRACallback`: adapters through Lightning's hooks."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class LoRACallback(Callback):
         backbone: Attribute path of the network in the LightningModule; ``""``: the module.
         name: Name of the adapter.
         data: Batches of the target that ``rank="auto"``, and an `init` which starts from the
-            target, look at; None: the trainer's own training batches. Labels are needed for
+            target, read; None: the trainer's own training batches. Labels are needed for
             ``"lora-ga"`` alone.
         forward: From (backbone, batch): runs the backbone once on a batch of `data`; None: the
             module's ``predict_step``, or its forward (see `lora_lightning.model.calling`).
         loss: From (backbone, batch) to a scalar loss, for ``"lora-ga"``; None: what the module's
             ``training_step`` returns.
-        batch_norm: What BatchNorm statistics do while training: ``"frozen"`` (eval mode, the
-            source's statistics stay; the default), ``"adapt"`` (they follow the target), or
-            ``"reset"`` (forgotten at the start, then averaged over the target's batches).
-            Statistics that moved are saved with the adapter.
+        batch_norm: BatchNorm's statistics during training: ``"frozen"`` (eval mode, the
+            source's statistics stay; the default), ``"adapt"`` (updated on the target), or
+            ``"reset"`` (reset at the start, then averaged over the target's batches).
+            Statistics that changed are saved with the adapter.
         verify: Verify every adapter on the first training batch (see `lora_lightning.verify`).
         log_spectrum: Log the singular values of each ΔW to the trainer's loggers every epoch.
         output_dir: Folder for adapter files; default ``adapters`` in the trainer's log folder.
@@ -106,9 +106,9 @@ class LoRACallback(Callback):
     # ---- before training -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject, or arrange that it happens once the network exists."""
+        """Inject, or do so after ``configure_model``, where that builds the network."""
         checks.check_callbacks(trainer, self)
-        # Asked on every rank: in distributed runs the answer is broadcast.
+        # Called on every process: in distributed runs the folder is broadcast.
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
         adapter = checkpoint_hooks.Adapter(self.backbone, self.name, self.config.to_dict())
         checkpoint_hooks.install(pl_module, self.state_key, adapter)
@@ -135,7 +135,7 @@ class LoRACallback(Callback):
         self._log(trainer, {f"lora/{name}": float(getattr(report, name)) for name in counts})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the target's batches, where `init` looks at them and none has before."""
+        """Initialise from the target's batches, where `init` needs them, unless done before."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         if checks.is_new(trainer) and self.name in injection.state_in(backbone).unstarted:
             start_in_trainer(
@@ -146,7 +146,7 @@ class LoRACallback(Callback):
     # ---- while training --------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The base must still be frozen; BatchNorm keeps to its policy."""
+        """Check that the base is still frozen; set BatchNorm's mode."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_still_frozen(backbone)
         self._batch_norm.apply(backbone)
@@ -154,12 +154,12 @@ class LoRACallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """BatchNorm again: a validation in mid-epoch may have touched the modes."""
+        """Set BatchNorm's mode again, which a validation in mid-epoch may have changed."""
         self._batch_norm.apply(checks.find_backbone(pl_module, self.backbone))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On the first batch, verify every adapter with the backbone's own input."""
-        # With an optimization of its own, a module may begin with what needs no backbone.
+        # With manual optimization, a module may begin with a step that does not use the backbone.
         first = self._first_batch
         if first is not None and (first.reached or pl_module.automatic_optimization):
             self._verify_first()
@@ -172,20 +172,20 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Judge each direction by the gradients, where ranks fall in training."""
+        """Update the importance scores by the gradients, where ranks are pruned."""
         self._ranks.before_step(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let ranks fall."""
+        """Prune ranks, where the schedule is due."""
         if metrics := self._ranks.after_batch(trainer):
             self._log(trainer, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
         if trainer.num_training_batches:
-            self._verify_first()  # where no backward pass reached an adapter, it says so
+            self._verify_first()  # raises where no backward pass reached an adapter
         if not self.log_spectrum or not trainer.loggers:
             return
         metrics: dict[str, float] = {}
@@ -197,7 +197,7 @@ class LoRACallback(Callback):
         self._log(trainer, metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take out dropped directions; write the adapter file."""
+        """Remove pruned directions; write the adapter file."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         self._batch_norm.stop(backbone)
         self._ranks.finish(backbone, self.name)
@@ -210,13 +210,13 @@ class LoRACallback(Callback):
         self.adapter_path_ = path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the LightningModule its own hooks back."""
+        """Restore the LightningModule's own hooks."""
         self._clean(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """A fit that failed leaves nothing of ours behind but the adapter."""
+        """Remove all hooks after a failed fit; the adapter stays."""
         self._clean(pl_module)
 
     def _clean(self, pl_module: LightningModule) -> None:
@@ -230,11 +230,11 @@ class LoRACallback(Callback):
     # ---- checkpoints -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """How far ranks have fallen."""
+        """The state of the rank schedule, for a checkpoint."""
         return self._ranks.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self._ranks.load_state_dict(state_dict)
 
     def on_save_checkpoint(

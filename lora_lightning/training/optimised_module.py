@@ -1,4 +1,4 @@
-"""The optimizer that every task uses: AdamW with a learning-rate schedule."""
+"""`Optimised`: base class of the tasks, with AdamW and a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Optimised(LightningModule):
     def _scheduler(
         self, optimizer: torch.optim.Optimizer, steps: int
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        # One-cycle's warm-up needs two steps at least; in so few, it would not matter.
+        # One-cycle's warm-up needs at least two steps; with so few, it would not matter.
         if self.schedule == "cosine" or steps < 10:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         # Momentum stays as it is: cycling it gains nothing in so few steps.

@@ -1,4 +1,4 @@
-"""`RankSchedule`: pruning of ranks by a trainer's steps."""
+"""`RankSchedule`: rank pruning on the steps of a Trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
 
 class RankSchedule:
-    """Lets `Pruner` act at the right steps of a fit; idle without `to`.
+    """Runs `Pruner` at the right steps of a fit; does nothing without `to`.
 
     Args:
         to: Mean rank at the end; None: nothing is pruned.
@@ -31,12 +31,12 @@ class RankSchedule:
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] | None = None
         self._steps = 0  # of the schedule
-        self._acted = 0  # how many of them were over when it was last looked at
+        self._acted = 0  # how many of them were over at the last pruning
         self._stepped = 0  # the optimizers' steps then
         self._optimizers: list[Optimizer] = []
 
     def start(self, trainer: Trainer, backbone: nn.Module, name: str) -> None:
-        """Begin, or go on from a checkpoint.
+        """Begin, or resume from a checkpoint.
 
         Raises:
             ConfigError: the trainer cannot say how many steps it will take.
@@ -61,8 +61,8 @@ class RankSchedule:
     def _over(self, trainer: Trainer) -> int:
         """How many of the schedule's steps are over.
 
-        The schedule counts batches, or groups of them whose gradients are gathered. Optimizers that
-        a module steps by itself take several steps in one batch, or none.
+        The schedule counts batches, or groups of batches with accumulated gradients. With manual
+        optimization there may be several optimizer steps in one batch, or none.
         """
         over = [0]
         batches = trainer.num_training_batches * max(trainer.max_epochs or 0, 0)
@@ -74,13 +74,13 @@ class RankSchedule:
         return max(over)
 
     def before_step(self, trainer: Trainer) -> None:
-        """The gradients are whole, and not scaled."""
+        """Called with accumulated, unscaled gradients."""
         if self._pruner is not None:
             self._pruner.observe(self._acted)
 
     def after_batch(self, trainer: Trainer) -> dict[str, float]:
         """What to log: the mean rank, where it may have changed."""
-        # Between steps there may be gradients, half gathered, of the directions as they are.
+        # Between steps there may be partly accumulated gradients of the present directions.
         if self._pruner is None or trainer.global_step == self._stepped:
             return {}
         self._stepped = trainer.global_step
@@ -91,7 +91,7 @@ class RankSchedule:
         return {"lora/mean_rank": sum(ranks.values()) / len(ranks)}
 
     def finish(self, backbone: nn.Module, name: str) -> None:
-        """Take out what was dropped, and bring the report up to date."""
+        """Remove the pruned directions, and update the report."""
         if self._pruner is None:
             return
         # Another callback may have put factors of another rank in the old ones' place.
@@ -105,7 +105,7 @@ class RankSchedule:
                 "no more than it will take (max_epochs, max_steps)"
             )
         state = state_in(backbone)
-        # A checkpoint holds ranks and no scalings: whoever loads it takes what belongs to the rank.
+        # A checkpoint holds ranks and no scalings: loading computes the scaling from the rank.
         scale = state.configs[name].scale
         for f in self._pruner.factors.values():
             rescale(f, scale(f.spec.rank, f.spec.alpha), self._optimizers)
@@ -117,7 +117,7 @@ class RankSchedule:
         return {"acted": self._acted, **self._pruner.state_dict()} if self._pruner else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave; used by the next `start`."""
+        """Keep what `state_dict` gave for the next `start`."""
         self._restored = state or None
 
 
@@ -133,7 +133,7 @@ def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> N
         for key, old in f.named_parameters()
         if key in dict(after[path].named_parameters())
     }
-    for optimizer in optimizers:  # what they know of the old ones is of other sizes
+    for optimizer in optimizers:  # the old factors' moments have other shapes
         for group in optimizer.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
         for old in new:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 
 @contextmanager
 def outside_training(pl_module: LightningModule) -> Iterator[None]:
-    """Within the block the module's steps log nothing; random state is put back afterwards.
+    """Within the block the module's steps log nothing; the random state is restored afterwards.
 
     What is logged here belongs to no step of the training, and the order of the training that
     follows must not depend on it.

@@ -1,4 +1,4 @@
-"""Losses on batches that were not trained on, one value an item where that can be had."""
+"""Losses on held-out batches, one value for each item where possible."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.model.probing import evaluating
 from lora_lightning.training.steps import outside_training, step_loss
 
 Loss = Callable[[LightningModule, Any], Any]
-MOST = 256  # items that are looked at one by one
+MOST = 256  # items that run in batches of one
 
 
 def training_items(trainer: Trainer) -> int:
@@ -28,7 +28,7 @@ def training_items(trainer: Trainer) -> int:
 def held_out_batches(
     trainer: Trainer, given: Iterable[Any] | None, loss: Loss | None
 ) -> Iterable[Any]:
-    """What `FitGuard` was given, or else the trainer's validation batches.
+    """The held-out batches given to `FitGuard`, or else the trainer's validation batches.
 
     Raises:
         ConfigError: there are none, or several loaders.
@@ -59,7 +59,7 @@ def _validation(trainer: Trainer) -> Any:
 def one_by_one(batches: Iterable[Any]) -> Iterable[Any]:
     """The same items in batches of one, where `batches` is a DataLoader of at most 256.
 
-    Two models are compared in pairs of losses: of many items that says more than of few batches.
+    Two models are compared by paired losses: many items give a stronger test than few batches.
     """
     plain = isinstance(batches, DataLoader) and type(batches.batch_sampler) is BatchSampler
     if not plain or isinstance(batches.dataset, IterableDataset):  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | N
         DataError: there is no batch.
     """
     device = pl_module.device
-    # As in the fit: its precision. Before the first one there is none to keep to.
+    # In the precision of the fit; before the first one there is none.
     plugin = pl_module._trainer.precision_plugin if pl_module._trainer else Precision()
     found = []
     with evaluating(pl_module), outside_training(pl_module):

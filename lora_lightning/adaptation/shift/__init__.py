@@ -1,4 +1,4 @@
-"""How far apart source and target are."""
+"""Measures of domain shift between source and target."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Second predictions of a model, with BatchNorm's statistics of the target: `second_opinion`."""
+"""`second_opinion`: predictions with BatchNorm's statistics of the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of features.
+"""Distances between two sets of features: MMD, CORAL, Fréchet.
 
 Legend of shapes: N source items, M target items, D features.
 """
@@ -67,7 +67,7 @@ def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float
     if bandwidth is None:
         pairs = squares[tuple(torch.triu_indices(len(both), len(both), 1))]
         h2 = float(pairs.median())
-        if h2 == 0:  # more than half of the pairs are alike
+        if h2 == 0:  # more than half of the pairs are equal
             h2 = float(pairs.mean())
         if h2 == 0:
             return 0.0

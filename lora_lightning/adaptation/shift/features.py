@@ -1,4 +1,4 @@
-"""What a model makes of items: each block's output, what the head is given, the answers.
+"""Features of items: each block's output, the head's input, and the predictions.
 
 Legend of shapes: B items of a batch, N items, D features, K classes.
 """
@@ -16,13 +16,13 @@ from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.introspection import block_list
 
-HEAD = "head"  # the layer that stands for what the classifier is given
+HEAD = "head"  # name of the classifier's input
 
 
 def features_of(
     model: nn.Module, data: Any, batch_size: int, forward: Callable[[Tensor], Any] | None = None
 ) -> tuple[dict[str, Tensor], Predicted]:
-    """Each block's output pooled over places, (N, D) by name, the head's input last; answers."""
+    """Each block's pooled output (N, D) by name, the head's input last; and the predictions."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     loader = Target(data).loader(batch_size, shuffle=False)
     with _watched(model) as found:

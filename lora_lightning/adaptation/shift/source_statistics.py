@@ -55,8 +55,8 @@ class LayerStatistics:
     def of(cls, features: Tensor, directions: int = DIRECTIONS) -> LayerStatistics:
         """From features (N, D): at most N / 8 directions of one half, a sample of the other.
 
-        Items lie closer to directions fitted to them than other items of the same source do, and
-        would look like another domain.
+        Items lie closer to directions fitted to them than other items of the same source do, which
+        would pass for a domain shift.
         """
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
         half = len(features) // 2

@@ -42,7 +42,7 @@ class Shift:
         agreement: Where the model has an active adapter: the part of the target's items that it
             labels as the source model does. Otherwise None.
         expected_adapted: Its expected accuracy on the target, likewise.
-        way: The basis of the expected accuracy, in words.
+        way: The basis of the expected accuracy, as text.
     """
 
     verdict: str
@@ -62,8 +62,9 @@ class Shift:
 
     @property
     def entry(self) -> str | None:
-        """The first block that moved at least half as far as the one that moved most; adapting the
-        blocks before it can change little. None where the model has no blocks.
+        """The first block whose features shifted at least half as far as the most shifted one's.
+
+        Adapting the blocks before it can change little. None where the model has no blocks.
         """
         most = max(self.layers.values(), default=0.0)
         return next((name for name, x in self.layers.items() if x >= most / 2), None)

@@ -1,4 +1,4 @@
-"""Whether an adapter file fits a model: asked in full before the model is touched."""
+"""Checks that an adapter file fits a model, all made before the model is changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checked(
     path: Path,
     known: dict[tuple[str, int], Basis],
 ) -> tuple[LoRAConfig, dict[str, Basis], dict[str, str]]:
-    """Of a file that fits this model: configuration, LoRA-XS's frozen factors, the base's print.
+    """Configuration, LoRA-XS's frozen factors and the base's fingerprint of a file that fits.
 
     `known` keeps those factors by (tensor's path, rank), for a caller with many files.
 
@@ -47,7 +47,7 @@ def checked(
 def check_base(
     model: nn.Module | View, header: dict[str, Any], check: str, path: Path
 ) -> dict[str, str]:
-    """The base's fingerprint, without what the adapter of this header trains in full.
+    """The base's fingerprint, without the tensors that the adapter trains in full.
 
     Raises:
         BaseMismatchError: the adapter of this header was made for another base.
@@ -86,7 +86,7 @@ def _first_misfit(model: nn.Module, header: dict[str, Any]) -> str:
 def _check_tensors(
     live: dict[str, Tensor], header: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> None:
-    """Exactly the tensors that the header promises, in shapes that fit the model."""
+    """Require exactly the tensors that the header lists, in shapes that fit the model."""
     expected = _factor_shapes(header)
     for key in [*header["extras"], *header["buffers"]]:
         if key not in live:
@@ -130,7 +130,7 @@ def _config(header: dict[str, Any], path: Path) -> LoRAConfig:
 
 
 def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None:
-    """Each target must be a tensor of this model, seen as the header says."""
+    """Require that each target is a tensor of this model, in the header's matrix form."""
     for t in header["targets"]:
         try:
             raw = raw_tensor(find(model, t["module"]), t["tensor"])
@@ -155,7 +155,7 @@ def _bases(
     path: Path,
     known: dict[tuple[str, int], Basis],
 ) -> dict[str, Basis]:
-    """LoRA-XS's frozen factors from this base: those that the cores were trained between."""
+    """LoRA-XS's frozen factors, computed from this base."""
     found, other = {}, []
     for t in header["targets"]:
         if not t.get("xs"):

@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: validated reading, atomic writing."""
+"""The adapter file format: validated reading, atomic writing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _FIELDS = {
 }
 _TARGET_FIELDS = {"module", "tensor", "kind", "path", "shape", "matrix", "rank", "alpha",
                   "scaling", "dropout", "dora", "freeze_a"}  # fmt: skip
-# First bytes of what people rename to .safetensors: zip (torch.save) and pickle protocols.
+# First bytes of files often renamed to .safetensors: zip (torch.save) and pickle protocols.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# Stored as they lie in memory; what is not here safetensors itself reads.
+# Stored as in memory; other types are read by safetensors itself.
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64} if sys.byteorder == "little" else {}  # fmt: skip
 _RAW = {kind: (dtype, dtype.itemsize) for kind, dtype in _TYPES.items()}
@@ -41,7 +41,7 @@ _LARGEST = 100_000_000  # bytes of a header that safetensors reads
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write an adapter file; it takes `path`'s place in one step."""
+    """Write an adapter file, which replaces `path` atomically."""
     from safetensors.torch import save
 
     data = save(
@@ -55,7 +55,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pat
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of an adapter file, whole or not at all.
 
-    The tensors are views of the mapped file, which is read where they are: writing to them does
+    The tensors are views of the memory-mapped file: writing to them does
     not reach it. Copy what outlives the reading, since the file may be overwritten.
 
     Raises:
@@ -68,8 +68,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
     """Metadata and tensors of a file laid out as `write` does, in a fifth of safetensors' time.
 
-    ``None`` of any other, which is safetensors' to read or to refuse: nothing is taken here that
-    it would not take.
+    ``None`` for any other, which safetensors reads or refuses: nothing is accepted here that
+    it would not accept.
     """
     try:
         with path.open("rb") as file:
@@ -118,7 +118,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a file or a run."""
+    """Versions of the libraries, for a file's header or a run."""
     try:
         own = version("lora-lightning")
     except PackageNotFoundError:  # a checkout that was never installed
@@ -128,7 +128,7 @@ def versions() -> dict[str, str]:
 
 
 def _by_safetensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    """What the library reads, or, in a sentence for the user, why it does not."""
+    """What safetensors reads; or an error that says why it does not."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 

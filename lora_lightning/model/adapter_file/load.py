@@ -1,4 +1,4 @@
-"""Putting an adapter file on a model: every check first, then the model is touched."""
+"""`load_adapter`: all checks first, then the model is changed."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ def load_adapter(
 
 
 def _make_way(view: View, state: ModelState, name: str, header: dict[str, Any]) -> None:
-    """Take the adapter off that is to be replaced; where the file's has the same tensors, its
-    factors stay on to take the values (see `adapt`), so that no module is made or removed."""
+    """Remove the adapter that is replaced; factors of the same shapes stay, to take the new values.
+
+    So no module is made or removed (see `adapt`).
+    """
     there = named_factors(view, name).keys()
     within = [root for root, _ in states_in(view)]
     targets = {join(t["module"], t["tensor"]) for t in header["targets"]}

@@ -1,9 +1,9 @@
-"""Adapter files: safetensors with a header that says what the adapter is and where it belongs.
+"""`save_adapter`: safetensors files with a header that describes the adapter and its base.
 
 The file holds the factors (``blocks.0.attn.qkv.weight.lora_A`` …), what the adapter trains in
-full and the buffers that it moved, both under the base's own names. The header is JSON: format
+full and the buffers that it changed, both under the base's own names. The header is JSON: format
 version, base (architecture and fingerprint), configuration, targets, versions of the libraries.
-Nothing in it is executed. Writing is atomic; loading checks everything before it touches the
+Nothing in it is executed. Writing is atomic; loading checks everything before it changes the
 model.
 """
 
@@ -88,7 +88,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
 
 
 def _owned(view: View, state: ModelState, name: str) -> dict[str, Tensor]:
-    """Values of what this adapter trains in full, and of the buffers that it moved."""
+    """Values of the tensors that this adapter trains in full, and of the buffers it changed."""
     if state.active == name:
         return {n: view.tensors[n].detach() for n in owned_names(view, state, name)}
     parked = dict(state.parked.get(name, {}))

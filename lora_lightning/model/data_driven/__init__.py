@@ -1,4 +1,4 @@
-"""What looks at data before training: activations, first factors, ranks."""
+"""Data-driven initialisation: activations, initial factors, ranks, pruning."""
 
 import lazy_loader
 

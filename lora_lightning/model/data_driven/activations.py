@@ -1,4 +1,4 @@
-"""Activations: what each weight of a model is multiplied with on target batches.
+"""Input activations of each weight of a model on target batches.
 
 Inputs are taken where the arithmetic happens, below the modules: of each matrix product or
 convolution whose operand *is* an adapted weight (or a part of it), the other operand. So a layer
@@ -56,7 +56,7 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator, and look at what it multiplied."""
+        """Run the operator, and record its operands."""
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS or func in _UNTRANSPOSED:
             x, w = _PRODUCTS.get(func) or _UNTRANSPOSED[func]
@@ -81,7 +81,7 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._paths.get(_storage(tensor), []) if isinstance(tensor, Tensor) else []
 
     def take(self, path: str, rows: Tensor, kernel: int = 0) -> None:
-        """Hand rows (…, in), with that many dimensions of a kernel behind, on: at most `ROWS`."""
+        """Pass on at most `ROWS` rows (…, in), followed by that many kernel dimensions."""
         self.times[path] = self.times.get(path, 0) + 1
         rows = rows.detach()
         leading = rows.shape[: rows.ndim - 1 - kernel]
@@ -105,7 +105,7 @@ def _patches(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """What a convolution multiplies: (B, positions…, groups, in/groups, kernel…) of (B, in, …).
+    """The patches of a convolution: (B, positions…, groups, in/groups, kernel…) of (B, in, …).
 
     A view, in which windows overlap: flattening it would multiply the input by the kernel's size.
     """
@@ -130,7 +130,7 @@ def observed(modules: dict[str, tuple[nn.Module, str]], sink: Sink) -> Iterator[
         modules: Path → (module, name of its tensor).
         sink: See `Inputs`.
 
-    Fused attention and recurrent kernels, which multiply out of sight, are switched off within.
+    Fused attention and recurrent kernels, whose products cannot be observed, are disabled within.
     """
     weights = {p: raw_tensor(m, t) for p, (m, t) in modules.items()}
     mode = Inputs({p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}, sink)
@@ -163,7 +163,7 @@ def _unfused() -> Iterator[None]:
 
 
 def _unless_seen(mode: Inputs, path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    """Take a module's own input where its weight was in no product since its last forward."""
+    """Use a module's own input where its weight was in no product since its last forward."""
     before = 0
 
     def take(module: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -23,20 +23,20 @@ from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
 
 SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled
-SAMPLE = 2048  # rows of each layer's input that a factorisation looks at
+SAMPLE = 2048  # rows of each layer's input for a factorisation
 
 
 class Gatherer(Protocol):
-    """Collects what one weight's start, or its rank, is taken from."""
+    """Collects statistics of a weight's inputs, for its initial factors or its rank."""
 
     def update(self, rows: Tensor) -> None:
         """Take note of inputs (N, in)."""
 
     def settled(self) -> bool:
-        """Whether more of them would change nothing."""
+        """Whether more inputs would change nothing."""
 
     def result(self) -> Tensor:
-        """What was collected."""
+        """The collected statistics."""
 
 
 class Directions:
@@ -50,7 +50,7 @@ class Directions:
         self.svd.update(rows)
 
     def settled(self) -> bool:
-        """Whether the subspace turns no more."""
+        """Whether the subspace has converged."""
         return self.svd.converged(SETTLED)
 
     def result(self) -> Tensor:
@@ -59,7 +59,7 @@ class Directions:
 
 
 class Sample:
-    """Some of the inputs: every row seen so far is in it with the same probability."""
+    """Reservoir sample of the inputs: every row so far is in it with the same probability."""
 
     def __init__(self, factors: Factors, size: int = SAMPLE):
         self._size = size
@@ -124,7 +124,7 @@ def start_from_data(
     """Set an adapter's starting factors from target batches, by the method of its ``init``.
 
     The source model sees each batch once, in eval mode; with ``"eva"`` the pass ends early when
-    no layer's subspace turns any more. The function stays the source's.
+    all layers' subspaces have converged. The function stays the source's.
 
     Args:
         model: With the adapter on, not trained yet.
@@ -132,13 +132,13 @@ def start_from_data(
             says, unless `forward` is given.
         name: Of the adapter; None: the active one.
         forward: From (model, batch) to anything; runs the model once.
-        loss: From (model, batch) to a scalar loss; for ``"lora-ga"``, whose start follows the
+        loss: From (model, batch) to a scalar loss; for ``"lora-ga"``, whose factors follow the
             loss's gradient.
-        max_batches: At most so many are looked at.
+        max_batches: The largest number of batches to use.
         progress: Show a progress bar on the terminal.
 
     Returns:
-        The adapted tensors that start as "zero" does, because their inputs cannot be seen
+        The adapted tensors initialised as with "zero", because their inputs cannot be observed
         (embeddings, transposed convolutions, parameters that belong to no layer) or their weight
         gets no gradient of its own; a warning names them too.
 
@@ -181,7 +181,7 @@ def gather_inputs(
     forward: Forward,
     gather: Callable[[Factors], Gatherer],
 ) -> dict[str, Gatherer]:
-    """What was collected of the inputs of each weight that was seen, by its path."""
+    """Statistics of the inputs of each observed weight, by its path."""
     gatherers: dict[str, Gatherer] = {}
 
     def sink(path: str, rows: Tensor) -> None:
@@ -220,7 +220,7 @@ def _gradients(
 
 
 def shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
-    """At most so many batches, under a progress bar if wanted; DataError where there is none."""
+    """The first batches, with a progress bar if wanted; DataError where there is none."""
     limited = _limited(batches, limit)
     if not progress:
         return limited

@@ -1,24 +1,24 @@
 r"""Rank pruning during training, as in AdaLoRA, on factors that are kept orthogonal.
 
-Zhang et al. 2023, "AdaLoRA", arXiv:2303.10512, train :math:`P \Lambda Q` and pull P and Q towards
-orthogonality by a loss, so that each direction can be judged, and dropped, on its own. Here the
+Zhang et al. 2023, "AdaLoRA", arXiv:2303.10512, train :math:`P \Lambda Q` and regularise P and Q
+towards orthogonality, so that each direction can be scored, and pruned, on its own. Here the
 factors *are* made orthogonal at each event: with the SVD of the product,
 
 .. math:: s\,BA = U \Sigma V^T, \qquad B \leftarrow U \sqrt{\Sigma/s}, \quad
     A \leftarrow \sqrt{\Sigma/s}\,V^T ,
 
 which leaves the function as it is, needs no loss of its own, and turns the optimizer's moments
-along with it. Between events every step tells how much the loss depends on each direction i,
+along with it. Between events every step measures how much the loss depends on each direction i,
 
 .. math:: I_i = \Big|\sum_j B_{ji}\,\partial L / \partial B_{ji}\Big| ,
 
-which to first order is by how much the loss would change without it. As in the paper the judgement
+which to first order is by how much the loss would change without it. As in the paper the score
 is the smoothed I times its smoothed uncertainty, among the directions of all layers together.
 
-A dropped direction is zero in A, in B and in the optimizer's state. Its gradients are zero too
-then, so that it stays so, without a mask and without another shape: checkpoints, DDP and compiled
-models see nothing of it. Averages over steps (EMA, SWA) do, since in them neither the zeros nor
-the turned bases come through. `Pruner.finish` takes the zeros out.
+A pruned direction is zero in A, in B and in the optimizer's state. Its gradients are then zero too,
+so that it stays zero, without a mask and without a change of shape: checkpoints, DDP and compiled
+models are not affected. Averages over steps (EMA, SWA) are, since they preserve neither the zeros
+nor the rotated bases. `Pruner.finish` removes the zeros.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lora_lightning.linalg.decompose import product_svd
 from lora_lightning.lora.factors import Factors
 
 SMOOTHING = 0.85  # of the importance and of its uncertainty, as in the paper's experiments
-EVENTS = 10  # how often directions are dropped
+EVENTS = 10  # of pruning
 _SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # an optimizer's second moments
 
 
@@ -45,11 +45,11 @@ class Pruner:
     Args:
         factors: Path → factors.
         to: Mean rank at the end.
-        first: Step at which the factors are made orthogonal and judging begins.
+        first: Step at which the factors are made orthogonal and scoring begins.
         last: Step of the last event.
 
     Attributes:
-        importance: Path → (r,), what each direction is worth.
+        importance: Path → (r,), the score of each direction.
     """
 
     def __init__(self, factors: Mapping[str, Factors], to: float, first: int, last: int):
@@ -71,7 +71,7 @@ class Pruner:
 
     @torch.no_grad()
     def observe(self, step: int) -> None:
-        """Look at the gradients of a step, before the optimizer takes it."""
+        """Update the scores from the gradients of a step, before the optimizer takes it."""
         if not self.first <= step < self.last:
             return
         for path, f in self.factors.items():
@@ -92,10 +92,10 @@ class Pruner:
 
     @torch.no_grad()
     def act(self, step: int, optimizers: list[Optimizer], since: int | None = None) -> bool:
-        """Drop directions if it is time to, after a step; whether it was.
+        """Prune directions where an event is due, after a step; returns whether one was.
 
-        It is if an event lies after `since`, the step of the last call (None: the one before), and
-        up to `step`: steps may be passed over.
+        One is due after `since`, the step of the last call (None: the previous step), and up to
+        `step`: steps may be skipped.
         """
         if self._events(step) == self._events(step - 1 if since is None else since):
             return False
@@ -107,7 +107,7 @@ class Pruner:
         return True
 
     def _events(self, step: int) -> int:
-        """How many there are up to this step."""
+        """Number of events up to this step."""
         if step < self.first:
             return 0
         whole, rest = divmod(self.last - self.first, self.every)
@@ -120,7 +120,7 @@ class Pruner:
         worth = self.importance
         if not worth:
             return {}
-        # Before the first step of a direction B is 0, and so is what it is worth.
+        # Before the first step of a direction B is 0, and so is its score.
         scores = {p: s.where(alive(self.factors[p]).to(s.device), -1.0) for p, s in worth.items()}
         best = {p: torch.zeros_like(s, dtype=torch.bool) for p, s in scores.items()}
         for path, s in scores.items():
@@ -134,7 +134,7 @@ class Pruner:
 
     @torch.no_grad()
     def finish(self, optimizers: Iterable[Optimizer] = ()) -> dict[str, int]:
-        """Take dropped directions out, of the optimizers' moments too; path → rank."""
+        """Remove pruned directions, also from the optimizers' moments; path → rank."""
         for factors in self.factors.values():
             kept = alive(factors)
             if not kept.all():
@@ -148,11 +148,11 @@ class Pruner:
         return {p: max(1, int(alive(f).sum())) for p, f in self.factors.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; which directions are dropped their zeros say."""
+        """For a checkpoint; pruned directions are known by their zeros."""
         return {"mean": self._mean, "spread": self._spread}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` gave."""
         for mine, given in ((self._mean, state["mean"]), (self._spread, state["spread"])):
             mine.clear()
             mine.update({p: v.to(self.factors[p].lora_B.device) for p, v in given.items()})
@@ -182,7 +182,7 @@ def rescale(factors: Factors, scaling: float, optimizers: Iterable[Optimizer] = 
 
 
 def _shorten(factors: Factors, kept: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    """Leave the moments of these directions alone: a fit that is resumed has no others."""
+    """Keep only these directions' moments, as a resumed fit has no others."""
     for optimizer in optimizers:
         for tensor, side in ((factors.lora_A, 0), (factors.lora_B, 1)):
             state = optimizer.state.get(tensor, {})
@@ -207,7 +207,7 @@ def orthogonalise(factors: Factors, optimizers: list[Optimizer] = ()) -> None:  
     if not bool(torch.isfinite(M).all() and torch.isfinite(back).all()) or not bool(new_B.any()):
         return
     if torch.linalg.matrix_rank(B) < len(kept) or torch.linalg.matrix_rank(A) < len(kept):
-        return  # a direction that has not moved yet cannot be told from the others
+        return  # directions that are still zero cannot be separated
     for key, moment in _moments(factors.lora_B, optimizers).items():
         turn = back.T.square() if key in _SQUARED else back.T
         moment[:, kept] = (moment[:, kept].float() @ turn).to(moment.dtype)
@@ -219,7 +219,7 @@ def orthogonalise(factors: Factors, optimizers: list[Optimizer] = ()) -> None:  
 
 
 def _moments(parameter: Tensor, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """What an optimizer keeps for each number of a parameter, by name."""
+    """An optimizer's state for each element of a parameter, by name."""
     found: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -25,7 +25,7 @@ from lora_lightning.model.state import ModelState
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
 
-ROWS = 512  # of each layer's inputs, drawn from all that is seen
+ROWS = 512  # sampled from each layer's inputs
 
 
 def choose_ranks(
@@ -51,11 +51,11 @@ def choose_ranks(
         batches: Of the target, as for `start_from_data`.
         name: Of the adapter; None: the active one.
         forward: From (model, batch) to anything; runs the model once.
-        max_batches: At most so many are looked at.
+        max_batches: The largest number of batches to use.
         progress: Show a progress bar on the terminal.
 
     Returns:
-        The report, with the ranks that were chosen.
+        The report, with the chosen ranks.
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
@@ -82,7 +82,7 @@ def choose_ranks(
 def set_ranks(
     root: nn.Module, state: ModelState, name: str, chosen: dict[str, int]
 ) -> InjectionReport:
-    """Give factors other ranks, before training; the report is brought up to date."""
+    """Give factors other ranks, before training, and update the report."""
     for path, rank in chosen.items():
         module, tensor = located(root, path)
         factors: Factors = module.lora[name][tensor]

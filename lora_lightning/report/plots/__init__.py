@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn without a display and without pyplot's global state.
+"""The plots of a run, drawn without a display and without pyplot's global state.
 
 Each module holds functions that take a run and give a matplotlib `Figure` with its caption, or
 nothing where the run has no data for it; `draw` turns them into PNG. Figures are 9 inches wide,
@@ -26,7 +26,7 @@ _STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture with what a reader needs to read it."""
+    """A plot with its title and caption."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ def draw(run: Run) -> list[Plot]:
     plots = []
     for name, (title, figure_of) in PLOTS.items():
         with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-            # Class names in scripts that the font lacks come out as boxes: no cause for alarm.
+            # Class names in scripts that the font lacks come out as boxes: no warning is needed.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             drawing = figure_of(run)
             if drawing is not None:

@@ -72,7 +72,7 @@ def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodg
     middle = (len(summary.methods) - 1) / 2
     for i, method in enumerate(summary.methods):
         cells = [summary.cell(method, [domain]) for _, domain in places]
-        # Methods stand a little beside one another, so that none hides another.
+        # Methods are shifted a little, so that none hides another.
         x = np.array([place for place, _ in places]) + dodge * (i - middle)
         y, error = _shown(cells, summary)
         axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))

@@ -78,7 +78,7 @@ def _matrix(ax: Axes, shares: np.ndarray, classes: list[str]) -> AxesImage:
 
 
 def sample(items: list[Prediction], count: int = MOST_SAMPLES) -> list[Prediction]:
-    """An honest sample: from one run, in turn from each domain, whatever was predicted."""
+    """A random sample: from one run, in turn from each domain, whatever was predicted."""
     rng = random.Random(0)
     first = min(p.seed for p in items)
     piles: dict[str, list[Prediction]] = {}

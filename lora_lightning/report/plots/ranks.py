@@ -1,4 +1,4 @@
-"""The metric against the size of the adapter: fixed ranks, and those that the data chose."""
+"""The metric against the size of the adapter: fixed ranks, and data-driven ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rounds of an adaptation without labels: scores, verdicts, and which labels were learnt."""
+"""The rounds of an adaptation without labels: scores, alarms, and pseudo-labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.report.metrics import shorten
 from lora_lightning.report.plots.style import QUIET, WRONG, Drawing, look, plot
 from lora_lightning.report.results import Run
 
-# Score → what a reader calls it; all lie between 0 and 1.
+# Score → its label in the plot; all lie between 0 and 1.
 SCORES = {
     "agreement": "agreement with the source",
     "nuclear_norm": "nuclear norm",

@@ -1,4 +1,4 @@
-"""The singular values of each layer's delta: where the model changed, and how much rank it used."""
+"""The singular values of each layer's delta, and its effective rank."""
 
 from __future__ import annotations
 

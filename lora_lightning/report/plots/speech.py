@@ -113,7 +113,7 @@ def _mean(summary: Summary, method: str, domain: str) -> float:
 
 @plot("spectrograms", "What does it look like?")
 def spectrogram_plot(run: Run) -> Drawing | None:
-    """Some recordings as pictures, with what was understood of them before and after."""
+    """Spectrograms of some recordings, with the transcripts before and after."""
     drawn = ((t, _spectrogram(t, run)) for t in telling(run.heard(), 4))
     found = [(t, image) for t, image in drawn if image is not None]
     if not found:
@@ -123,7 +123,7 @@ def spectrogram_plot(run: Run) -> Drawing | None:
     grid = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for axes, (t, (decibels, seconds)) in zip(grid, found, strict=True):
         extent = (0.0, seconds, 0.0, _mel(SAMPLE_RATE / 2000))
-        # Smoothed, the picture would take several times the bytes, and show no more.
+        # Smoothed, the image would take several times the bytes, and show no more.
         axes.imshow(
             decibels, origin="lower", aspect="auto", extent=extent, cmap="magma",
             interpolation="nearest",
@@ -151,7 +151,7 @@ def _line(name: str, reference: str, heard: str) -> tuple[str, bool]:
 
 
 def _fitted(text: str, size: float, weight: str = "normal") -> str:
-    """As much of a line as the picture has room for: capitals take more of it."""
+    """The part of a line that fits the plot: capitals take more of it."""
     properties = FontProperties(size=size, weight=weight)
     width = TextPath((0, 0), text, prop=properties).get_extents().width
     return text if width <= ROOM else shorten(text, int(0.97 * len(text) * ROOM / width))
@@ -169,7 +169,7 @@ def _spectrogram(t: Transcript, run: Run) -> tuple[np.ndarray, float] | None:
 
 
 def _mel(kilohertz: float) -> float:
-    """Where a frequency lies on torchaudio's scale of pitch (O'Shaughnessy's)."""
+    """A frequency on torchaudio's mel scale (O'Shaughnessy's)."""
     return 2595 * math.log10(1 + kilohertz / 0.7)
 
 

@@ -1,4 +1,4 @@
-"""What all plots share: how they are registered, colours, markers and matplotlib settings."""
+"""Shared by all plots: the registry, colours, markers and matplotlib settings."""
 
 from __future__ import annotations
 
