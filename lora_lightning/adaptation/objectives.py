@@ -61,6 +61,10 @@ class RunningMarginal:
         self.classes, self.momentum = classes, momentum
         self.mean: Tensor | None = None
 
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.mean = None
+
     def update(self, batch_mean: Tensor) -> Tensor:
         """Add a batch's mean (K,); returns the running mean (K,) with its gradient."""
         now = batch_mean.detach()
@@ -128,7 +132,9 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
     return (confusion.sum() - confusion.trace()) / len(confusion)
 
 
-def pseudo_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def pseudo_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Weighted mean of the cross-entropy to pseudo-labels; 0, with a gradient, where none counts.
 
     Lee 2013, "Pseudo-label: the simple and efficient semi-supervised learning method".
@@ -137,14 +143,17 @@ def pseudo_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
         logits: (B, K).
         labels: (B,) int64; −1 is left out.
         weights: (B,), 0 or more; None: all 1.
+        smoothing: Part of the label spread over all classes, in [0, 1).
 
     Raises:
-        ConfigError: shapes that do not fit.
+        ConfigError: shapes that do not fit, or a smoothing out of range.
     """
     if labels.shape != (len(logits),) or (weights is not None and weights.shape != labels.shape):
         raise ConfigError(f"expected one label (and weight) for each of {len(logits)} items")
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"smoothing must lie in [0, 1), got {smoothing}")
     each = torch.nn.functional.cross_entropy(
-        _checked(logits), labels, ignore_index=-1, reduction="none"
+        _checked(logits), labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
     )
     counted = (labels >= 0).to(each) if weights is None else weights.to(each) * (labels >= 0)
     return (each * counted).sum() / counted.sum().clamp_min(1e-12)

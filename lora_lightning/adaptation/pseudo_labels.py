@@ -73,6 +73,24 @@ class PseudoLabels:
             )
         return torch.bincount(self.labels[self.accepted], minlength=classes)
 
+    def agreement(self, other: PseudoLabels | Tensor) -> float:
+        """The part of the items with the same label, left out or not; 1 where there are none.
+
+        Args:
+            other: Of the same items; or their labels (N,).
+
+        Raises:
+            DataError: they are not of as many items.
+        """
+        labels = other.labels if isinstance(other, PseudoLabels) else other
+        if labels.shape != self.labels.shape:
+            raise DataError(
+                f"agreement needs labels of the same items, got {tuple(self.labels.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
+        same = self.labels == labels.to(self.labels.device)
+        return float(same.double().mean()) if len(self) else 1.0
+
 
 def threshold(probabilities: Tensor, least: float = 0.9) -> PseudoLabels:
     r"""Accept the items whose confidence :math:`\max_k p_{ik}` is at least `least`; weight 1.
@@ -138,28 +156,32 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
 
 
 @torch.no_grad()
-def centroid(features: Tensor, probabilities: Tensor) -> PseudoLabels:
+def centroid(features: Tensor, probabilities: Tensor, rounds: int = 1) -> PseudoLabels:
     r"""The class whose centroid is nearest by cosine; all items are accepted with weight 1.
 
     .. math:: c_k = \frac{\sum_i p_{ik} z_i}{\sum_i p_{ik}}, \qquad
               \hat y_i = \arg\max_k \cos(z_i, c_k), \qquad z_i = f_i / \|f_i\|
 
-    then once more with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that are never predicted
-    have no centroid. SHOT, Liang et al. 2020, arXiv:2002.08546, whose features have a 1
-    appended; ours are as given. N = 1 keeps its prediction.
+    then `rounds` times again with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that are
+    never predicted have no centroid. SHOT, Liang et al. 2020, arXiv:2002.08546, whose features have
+    a 1 appended; ours are as given. N = 1 keeps its prediction.
 
     Args:
         features: (N, D).
         probabilities: (N, K), rows that sum to one.
+        rounds: 0: the first centroids decide.
 
     Raises:
+        ConfigError: `rounds` is no whole number, or negative.
         DataError: features or probabilities are none, or not of the same items.
     """
+    if rounds != 0:
+        check_count(rounds, "rounds (if not 0)")
     p = check_probabilities(probabilities)
     z = unit_rows(check_features(features, len(p))).to(p.device, p.dtype)
     labels = p.argmax(dim=1)
     shares = p
-    for _ in range(2):
+    for _ in range(rounds + 1):
         predicted = torch.bincount(labels, minlength=p.shape[1]) > 0
         # The sum has the direction of the mean, without a division by zero.
         similarity = z @ unit_rows(shares.T @ z).T

@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_lightning.errors import DecompositionError
 
 OVERSAMPLING = 10  # directions beyond those asked for, Halko et al. 2011, section 1.3
-POWER_ITERATIONS = 4  # of the randomised SVD; more of them are more exact
 
 
 class SVD(NamedTuple):
@@ -68,6 +67,7 @@ def truncated_svd(
     rank: int | None = None,
     *,
     randomised: bool = False,
+    power_iterations: int = 4,
     seed: int = 0,
 ) -> SVD:
     r"""The `rank` largest singular values of a matrix and their vectors.
@@ -84,6 +84,7 @@ def truncated_svd(
         randomised: Look for them in the image of r + 10 random vectors (Halko, Martinsson & Tropp
             2011, arXiv:0909.4061): O(rows · columns · r) in place of O(rows · columns ·
             min(rows, columns)), and exact to rounding only where the spectrum falls off.
+        power_iterations: Of the randomised one; more of them are more exact.
         seed: Of its random vectors.
 
     Raises:
@@ -95,7 +96,7 @@ def truncated_svd(
         devices = [matrix.device] if matrix.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(matrix, rank + OVERSAMPLING, POWER_ITERATIONS)
+            u, s, v = torch.svd_lowrank(matrix, rank + OVERSAMPLING, power_iterations)
         vh = v.mH
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -104,6 +104,7 @@ def choose(
     source: Tensor,
     losses: Mapping[float, Tensor],
     mistakes: tuple[Tensor, Mapping[float, Tensor]] | None = None,
+    level: float = LEVEL,
 ) -> Choice:
     r"""The share with the lowest mean loss among those that gain significantly; or else 0.
 
@@ -115,7 +116,7 @@ def choose(
     well have the other sign. It assumes no distribution of the losses; pairing removes the variance
     that comes from some items being harder; and the maximum corrects for the choice among shares
     (Westfall & Young 1993, "Resampling-based multiple testing"). N items give
-    :math:`p \ge 2^{-N}`: fewer than six are never significant at 2 %.
+    :math:`p \ge 2^{-N}`: fewer than six are never significant at the default level.
 
     Args:
         source: (N,) losses of the source model on items that no adapter was trained on.
@@ -123,8 +124,8 @@ def choose(
         mistakes: Likewise (the source's, those of each share), of what will be measured: 1 where an
             item is wrong, say. Losses are more sensitive, but also fall where only the model's
             confidence changes. A share must have fewer mistakes as well, with p below 0.3 here.
-
-    A single pair (a score of a whole set) cannot be tested: the lower loss is taken.
+        level: p must be below. A single pair (a score of a whole set) cannot be tested: the lower
+            loss is taken.
 
     Raises:
         DataError: losses of another shape than the source's, or none.
@@ -137,7 +138,7 @@ def choose(
         return Choice(0.0, "the source model is kept: no loss is a number", 1.0, source, losses)
     chance = _chances(source, finite)
     likely = _chances(mistakes[0], mistakes[1]) if mistakes else dict.fromkeys(finite, 0.0)
-    sure = [a for a in finite if chance[a] < LEVEL and likely[a] < LIKELY]
+    sure = [a for a in finite if chance[a] < level and likely[a] < LIKELY]
     best = min(sure or finite, key=lambda a: float(finite[a].mean()))
     before, after = float(source.mean()), float(finite[best].mean())
     told = (

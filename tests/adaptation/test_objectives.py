@@ -47,6 +47,8 @@ def test_a_running_mean_has_the_gradient_of_the_batch():
     torch.testing.assert_close(found.detach(), torch.tensor([0.9, 0.1]))
     found[0].backward()
     assert p.grad.tolist() == [1.0, 0.0]
+    mean.reset()
+    assert mean.mean is None
 
 
 def test_minimum_class_confusion_by_hand():
