@@ -1,4 +1,4 @@
-"""Label-free looks at a CTC recogniser: how much it says, and which transcripts are stable.
+"""Objectives and scores of a CTC recogniser without labels: SUTA, DUST, rate of non-blanks.
 
 Legend of shapes: B recordings, F frames, C classes.
 """
@@ -18,7 +18,7 @@ from lora_lightning.errors import ConfigError
 
 
 def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
-    """The part of the frames, padding aside, whose most likely class is no blank.
+    """The part of the frames, without padding, whose most likely class is not the blank.
 
     Args:
         log_probs: (B, F, C), or logits.
@@ -37,7 +37,7 @@ def suta(
     weight: float = 0.3,
     temperature: float = 2.5,
 ) -> Tensor:
-    r"""Sure of each frame that says something, and of few classes at a time.
+    r"""SUTA: entropy of non-blank frames, and minimum class confusion.
 
     :math:`w\,H + (1 - w)\,C` with H the mean entropy of the frames whose likeliest class is no
     blank, at temperature T, and C the minimum class confusion of all frames, blank left out, at T.
@@ -52,7 +52,7 @@ def suta(
         temperature: T, above 0.
 
     Returns:
-        A scalar; where only blanks are said, the second term alone.
+        A scalar; where all frames are blank, the second term alone.
 
     Raises:
         ConfigError: a value is out of range, or the shape is another.
@@ -77,7 +77,7 @@ def suta(
 
 @dataclass(frozen=True)
 class Kept:
-    """Which transcripts are learnt from.
+    """The transcripts selected for training.
 
     Attributes:
         accepted: One for each recording.
@@ -91,16 +91,16 @@ class Kept:
 
 
 def dust(hypotheses: Sequence[str], variants: Sequence[Sequence[str]], keep: float = 0.6) -> Kept:
-    """The transcripts that change least under dropout.
+    """DUST: the transcripts that change least under dropout.
 
     Khurana et al. 2021, "Unsupervised domain adaptation for speech recognition via uncertainty
     driven self-training", arXiv:2011.13439 (there with a threshold in place of a part). Empty
-    transcripts are left out always.
+    transcripts are always left out.
 
     Args:
         hypotheses: A transcript of each recording.
         variants: For each, its transcripts under dropout.
-        keep: Part that is kept, in (0, 1]; one at least.
+        keep: Part that is kept, in (0, 1]; at least one.
 
     Raises:
         ConfigError: `keep` is out of range, or variants are missing.

@@ -1,4 +1,4 @@
-"""`seen`: what the source model says of pictures, for methods that train nothing."""
+"""`seen`: the source model's features and predictions, for methods without training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the source model says of some pictures.
+    """The source model's features and predictions of some images.
 
     Attributes:
-        said: its answers and features.
-        labels: (N,), for those who may look at them.
-        seconds: that it took.
+        said: predictions and features.
+        labels: (N,), for methods that may use them.
+        seconds: time of the forward passes.
     """
 
     said: Predicted
@@ -30,8 +30,10 @@ class Seen:
 
 
 def seen(experiment: Pictures, which: str) -> Seen:
-    """The source model on the source's training pictures ("learnt"), or on the held-out ones of the
-    "source" or of all targets ("target"); looked at once a seed.
+    """The source model on a set of images, computed once for each seed.
+
+    The sets: the source's training images ("learnt"), held-out ones of the "source", or of all
+    targets ("target").
     """
     if which not in experiment.looks:
         data = experiment.data.on(train=[experiment.data.source])
