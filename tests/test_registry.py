@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject
+from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.state import named_factors
 from lora_lightning.registry import Registry
+from lora_lightning.vision.methods import METHODS as ROWS
 
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """From a name and its code: an installed package, with this module as its entry point."""
     monkeypatch.setattr(Registry, "_plugins_are_loaded", False)
-    monkeypatch.setattr(METHODS, "_known", dict(METHODS._known))
+    for table in (METHODS, OBJECTIVES, ROWS):
+        monkeypatch.setattr(table, "_known", dict(table._known))
 
     def install(name: str, code: str) -> None:
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
@@ -53,7 +56,7 @@ def test_unknown_names_get_the_nearest_ones(colours):
     with pytest.raises(ConfigError, match="unknown colour 'x'; known: blue, green, red"):
         colours["x"]
     for name in (5, None, ["green"]):  # from YAML
-        with pytest.raises(ConfigError, match=r"unknown colour .*known"):
+        with pytest.raises(ConfigError, match=r"unknown colour .*(known|did you mean)"):
             colours.get(name)
 
 
@@ -122,3 +125,19 @@ def test_a_plugin_adds_an_initialisation(plugin):
     assert torch.allclose(model(x), before)
     with pytest.raises(ConfigError, match=r"init must be one of 'zero', .*'corda', 'halves'; got"):
         LoRAConfig(init="half")
+
+
+def test_a_plugin_adds_an_objective_and_a_recipe_row(plugin):
+    plugin("both", """
+        from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
+        from lora_lightning.vision.methods import METHODS
+        @OBJECTIVES.register("stillness")
+        class Stillness(Objective):
+            def __call__(self, logits, indices): return logits.square().mean()
+        @METHODS.register("nothing")
+        def nothing(experiment): return []
+    """)  # fmt: skip
+    assert OBJECTIVES.get("stillness")(None, 1.0, 4)(torch.ones(2, 3), torch.arange(2)) == 1
+    assert issubclass(OBJECTIVES.get("stillness"), Objective)
+    assert ROWS.get("nothing")(None) == []
+    assert "nothing" in list(ROWS)

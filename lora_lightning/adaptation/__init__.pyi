@@ -8,6 +8,8 @@ from .closed_form import subspace_alignment as subspace_alignment
 from .guard import Limits as Limits
 from .guard import Verdict as Verdict
 from .label_propagation import propagate as propagate
+from .objectives import OBJECTIVES as OBJECTIVES
+from .objectives import Objective as Objective
 from .objectives import RunningMarginal as RunningMarginal
 from .objectives import consistency as consistency
 from .objectives import entropy as entropy

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # getter and setter of a random state
@@ -101,6 +102,20 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Likewise."""
         self.position.load_state_dict(state_dict)
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Let a fit by ``max_steps`` that was stopped at an epoch's end go on with the next epoch.
+
+    Lightning 2.6 takes it for one in mid-epoch (see `FitLoop.restarting`), and trains on one more
+    batch of the epoch that is over.
+    """
+    loop: Any = trainer.fit_loop
+    if trainer.max_steps != -1 and getattr(loop, "restarted_on_epoch_end", False):
+        for each in (loop, loop.epoch_loop):
+            each._restarting = False
+            each.reset_restart_stage()
+        loop.epoch_progress.increment_completed()
 
 
 def _cuda() -> Any:

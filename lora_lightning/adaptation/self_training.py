@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning.adaptation.guard import Limits, Verdict
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
-from lora_lightning.adaptation.resumable_loader import Position
+from lora_lightning.adaptation.resumable_loader import Position, begin_next_epoch
 from lora_lightning.adaptation.rounds import PredictionRounds, Round, say
 from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
 from lora_lightning.adaptation.teacher import Teacher
@@ -249,17 +249,3 @@ class PredictionSelfTraining(SelfTraining):
             return {}
         count, classes = int(self.pseudo_labels_.accepted.sum()), self.rounds_.source.shape[1]
         return {"labelled": count, "histogram": self.pseudo_labels_.histogram(classes).tolist()}
-
-
-def begin_next_epoch(trainer: Trainer) -> None:
-    """Make a fit by ``max_steps`` that stopped at an epoch's end resume with the next epoch.
-
-    Lightning 2.6 takes it for one in mid-epoch (see `FitLoop.restarting`), and trains on one more
-    batch of the epoch that is over.
-    """
-    loop: Any = trainer.fit_loop
-    if trainer.max_steps != -1 and getattr(loop, "restarted_on_epoch_end", False):
-        for each in (loop, loop.epoch_loop):
-            each._restarting = False
-            each.reset_restart_stage()
-        loop.epoch_progress.increment_completed()

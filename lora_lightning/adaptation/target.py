@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lora_lightning.adaptation.resumable_loader import Position, ResumableLoader
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.introspection import classifier_modules
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 
 Predict = Callable[[Tensor], Tensor]  # inputs → logits (B, K)
 
@@ -181,8 +181,7 @@ def predicted(
         DataError: the model's outputs are not (B, K) finite numbers; names the items.
     """
     rows: dict[int, tuple[Tensor, Tensor]] = {}
-    with preserved(model), HeadInput(model) as head:
-        model.eval()
+    with evaluating(model), HeadInput(model) as head:
         for inputs, indices in loader:
             logits = predict(inputs.to(device)).float()
             if logits.ndim != 2 or logits.shape[1] < 2:

@@ -85,12 +85,11 @@ def verify(
         AdapterNotFoundError: there is no adapter.
         VerificationError: names each adapted tensor that fails, and why.
     """
-    states.roots(model)
-    names = adapters.adapters(model)
+    (_, first), *_ = states.roots(model)
+    active, names = first.active, adapters.adapters(model)
     look = partial(run, model, example_batch, forward=forward)
     found = []
     with preserved(model), adapters.unmerged(model):
-        active = _active(model)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name in names:
@@ -176,7 +175,8 @@ def _check_eval(
         plain = look()
         with adapters.disabled(model):
             source = look()
-        limit = _limit(plain) if tolerance is None else tolerance
+        usual = max((_TOLERANCE.get(o.dtype, 5e-2) for o in plain), default=1e-4)
+        limit = usual if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
             result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")
@@ -233,14 +233,6 @@ def _unmergeable(
 
 def _tensors_of(result: Verification, layer: str) -> list[str]:
     return [t for t in result.tensors if t.rpartition(".")[0] == layer]
-
-
-def _limit(outputs: list[Tensor]) -> float:
-    return max((_TOLERANCE.get(o.dtype, 5e-2) for o in outputs), default=1e-4)
-
-
-def _active(model: nn.Module) -> str | None:
-    return next((s.active for _, s in states.roots(model)), None)
 
 
 def _message(failing: list[Verification]) -> str:

@@ -1,6 +1,10 @@
+from .cases import Adapted as Adapted
+from .cases import Case as Case
+from .experiment import Experiment as Experiment
 from .loading import apply_overrides as apply_overrides
 from .loading import find_recipe as find_recipe
 from .loading import list_recipes as list_recipes
 from .loading import load_recipe as load_recipe
 from .loading import run_recipe as run_recipe
 from .loading import sweep_recipe as sweep_recipe
+from .settings import RunConfig as RunConfig

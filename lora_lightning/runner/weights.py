@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.files import atomic_write
@@ -44,6 +44,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ConfigError(f"model.checkpoint: {path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict as safetensors takes it: contiguous, no two tensors in one memory."""
+    return {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+
+
+def save_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Write a model's weights to safetensors; returns them."""
+    from safetensors.torch import save
+
+    weights = weights_of(model)
+    atomic_write(path, save(weights))
+    return weights
 
 
 def save_built(path: Path | str, kind: str, weights: dict[str, Tensor], **built: Any) -> None:

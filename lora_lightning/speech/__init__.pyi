@@ -7,6 +7,7 @@ from .data.synthetic.acoustics import Room as Room
 from .data.synthetic.acoustics import environment as environment
 from .data.synthetic.steps import BandLimit as BandLimit
 from .data.synthetic.steps import Clipping as Clipping
+from .data.synthetic.steps import Gain as Gain
 from .data.synthetic.steps import Telephone as Telephone
 from .data.utterances import AudioBatch as AudioBatch
 from .data.utterances import Utterance as Utterance

@@ -10,7 +10,7 @@ import torch
 from lora_lightning.adaptation.rounds import Check
 from lora_lightning.adaptation.text_self_training import TextRounds, TextSelfTraining, check_keep
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 from lora_lightning.text.parallel import Pair, ParallelData, TextBatch
 from lora_lightning.text.subwords import Subwords
 from lora_lightning.text.translation import Translated, Translation
@@ -105,8 +105,7 @@ class PseudoTranslationCallback(TextSelfTraining):
         pairs = [Pair(sentence) for sentence in self.sentences]
         size = 4 * self.data.batch_size
         precision = module.trainer.strategy.precision_plugin
-        with preserved(module.model), precision.forward_context():
-            module.model.eval()
+        with evaluating(module.model), precision.forward_context():
             for i in range(0, len(pairs), size):
                 batch = TextBatch.of(pairs[i : i + size], self.data.subwords).to(module.device)
                 found |= {t.source: t for t in module.translate(batch)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.runner.weights import load_built, save_built
+from lora_lightning.runner.weights import load_built, save_built, weights_of
 from lora_lightning.text.subwords import PAD, Subwords
 
 
@@ -114,9 +114,8 @@ def positions(count: int, like: Tensor) -> Tensor:
 
 def save_translator(model: Translator, path: Path | str) -> None:
     """Write weights, pieces and sizes to safetensors."""
-    weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     pieces = model.subwords.dumps()
-    save_built(path, "translator", weights, settings=model.settings, subwords=pieces)
+    save_built(path, "translator", weights_of(model), settings=model.settings, subwords=pieces)
 
 
 def load_translator(path: Path | str) -> Translator:

@@ -18,9 +18,7 @@ from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
-from lora_lightning.training import checks, injection
-from lora_lightning.training.checkpoint_hooks import Adapter
-from lora_lightning.training.checkpoint_hooks import install as install_hooks
+from lora_lightning.training import checkpoint_hooks, checks, injection
 from lora_lightning.training.data_driven import start_in_trainer
 from lora_lightning.training.first_batch import FirstBatch
 from lora_lightning.training.rank_schedule import RankSchedule
@@ -112,8 +110,8 @@ class LoRACallback(Callback):
         checks.check_callbacks(trainer, self)
         # Called on every process: in distributed runs the folder is broadcast.
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
-        adapter = Adapter(self.backbone, self.name, self.config.to_dict())
-        install_hooks(pl_module, self.state_key, adapter)
+        adapter = checkpoint_hooks.Adapter(self.backbone, self.name, self.config.to_dict())
+        checkpoint_hooks.install(pl_module, self.state_key, adapter)
         if checks.has_backbone(pl_module, self.backbone):
             self._inject(trainer, pl_module)
         if self.report_ is None or checks.builds_late(pl_module):

@@ -22,12 +22,12 @@ def add_commands(commands: Any) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from rich.console import Console
-    from safetensors.torch import save_file
 
     from lora_lightning.model.adapter_file.format import read
     from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.model.introspection import classifier_modules
     from lora_lightning.model.switching import merge
+    from lora_lightning.runner.weights import save_weights
     from lora_lightning.vision.backbones import create_backbone
 
     _, tensors = read(arguments.adapter)
@@ -41,10 +41,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     model = create_backbone(arguments.model, classes, arguments.checkpoint)
     load_adapter(model, arguments.adapter)
     merge(model)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tensors that share memory, and non-contiguous ones.
-    weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, arguments.out)
+    weights = save_weights(model, arguments.out)
     Console(highlight=False).print(
         f"{arguments.out}: {arguments.model} with {classes} classes, {len(weights)} tensors",
         soft_wrap=True,

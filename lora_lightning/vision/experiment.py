@@ -8,12 +8,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch import seed_everything
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.rounds import Round
@@ -23,12 +22,15 @@ from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabe
 from lora_lightning.runner.checks import at_least
 from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.runner.weights import save_weights
 from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
-from lora_lightning.vision.seen import Seen
 from lora_lightning.vision.settings import Config
+
+if TYPE_CHECKING:
+    from lora_lightning.vision.methods import Seen
 
 NAME = "LoRA, no labels"
 
@@ -39,7 +41,8 @@ class Pictures(Experiment[Config]):
     Attributes:
         domains: reads the images.
         data: the images.
-        looks: the source model's features and predictions, see `seen`.
+        looks: the source model's features and predictions, see
+            `lora_lightning.vision.methods.seen`.
     """
 
     packages = ("timm",)
@@ -120,8 +123,7 @@ class Pictures(Experiment[Config]):
         self.run.notes += [n for n in notices if n not in self.run.notes]
         self.train_source(model, self.data.on(train=[self.data.source]))
         # The adapter can be used only with the model that it was trained on.
-        weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, Path(self.config.out) / f"{self.named('source')}.safetensors")
+        save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")
         return model
 
     # ---- the one case ------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import closed_form
 from lora_lightning.adaptation.closed_form import lame, recentred
+from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry
@@ -20,11 +22,47 @@ from lora_lightning.runner.experiment import Method
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
 from lora_lightning.vision.experiment import Pictures
-from lora_lightning.vision.seen import seen
 
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The source model's features and predictions of some images.
+
+    Attributes:
+        said: predictions and features.
+        labels: (N,), for methods that may use them.
+        seconds: time of the forward passes.
+    """
+
+    said: Predicted
+    labels: Tensor
+    seconds: float
+
+
+def seen(experiment: Pictures, which: str) -> Seen:
+    """The source model on a set of images, computed once for each seed.
+
+    The sets: the source's training images ("learnt"), held-out ones of the "source", or of all
+    targets ("target").
+    """
+    if which not in experiment.looks:
+        data = experiment.data.on(train=[experiment.data.source])
+        pictures, items = data.unlabelled(), data.training_pictures()
+        if which != "learnt":
+            data = data.on(test=[data.source] if which == "source" else data.target)
+            pictures, items = data.predict_dataloader().dataset, data.held_out()
+        start = time.perf_counter()
+        model = experiment.fresh()
+        loader = Target(pictures).loader(2 * data.batch_size, shuffle=False)
+        said = predicted(model, model, loader, next(model.parameters()).device)
+        seconds = time.perf_counter() - start
+        experiment.looks[which] = Seen(said, experiment.labels(items), seconds)
+    return experiment.looks[which]
+
 
 # From source features (N, D), their labels and features (M, D) of a domain to predictions (M, K).
 Aligned = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -24,7 +24,7 @@ from lora_lightning.adaptation.self_training import Course, SelfTraining
 from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.probing import preserved
+from lora_lightning.model.probing import evaluating
 from lora_lightning.training.optimised_module import Optimised
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
 
@@ -104,8 +104,7 @@ class Twice:
 def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.device) -> Twice:
     """Predictions of each image and of its mirror image, in eval mode."""
     plain, mirror = [], []
-    with preserved(model):
-        model.eval()
+    with evaluating(model):
         for x, _ in target.loader(batch_size, shuffle=False):
             plain.append(model(x.to(device)).float().cpu())
             mirror.append(mirrored(model(x.to(device).flip(-1)).float().cpu()))

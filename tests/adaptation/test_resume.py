@@ -192,7 +192,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
     assert len(resumed.history_) >= ROUNDS
     assert resumed.accepted_ == course.accepted_ > 0
     assert resumed.termination_condition_ == course.termination_condition_
-    for name in ("changed_in_", "source_", "transcripts_", "translations_", "probabilities_"):
+    said = ("transcripts_", "translations_", "probabilities_")
+    for name in ("changed_in_", "source", "source_", *said):
         assert_same(getattr(resumed, name, None), getattr(course, name, None))
     torch.testing.assert_close(again, weights, rtol=0, atol=0)
 

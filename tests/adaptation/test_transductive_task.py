@@ -130,20 +130,6 @@ def test_one_item_leaves_the_source(tmp_path, source, target):
     assert accuracy(task.model, target) == accuracy(source, target)
 
 
-def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, source, target):
-    torch.manual_seed(5)
-    through = TransductiveTask(copy.deepcopy(source), target[0], schedule="constant")
-    run = trainer(tmp_path, adapter(), max_epochs=2)
-    run.fit(through)
-    run.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = TransductiveTask(copy.deepcopy(source), target[0], schedule="constant")
-    trainer(tmp_path, adapter(), max_epochs=3).fit(resumed, ckpt_path=tmp_path / "half.ckpt")
-    rounds = resumed.rounds_
-    assert [r.index for r in rounds.history_] == list(range(len(rounds.history_)))
-    assert len(rounds.history_) == len(through.rounds_.history_) + 1
-    torch.testing.assert_close(rounds.source, through.rounds_.source)
-
-
 @pytest.mark.parametrize(
     ("target_of", "settings", "error", "message"),
     [

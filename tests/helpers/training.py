@@ -53,6 +53,17 @@ class Module(pl.LightningModule):
         )
 
 
+class Late(Module):
+    """A module that builds its network in `configure_model`."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.model = None
+
+    def configure_model(self):
+        self.model = self.model or tiny_vit()
+
+
 def alike(count: int) -> list[Module]:
     """Modules with the same weights."""
     model = tiny_vit()

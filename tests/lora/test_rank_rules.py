@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from torch import nn
 
 from lora_lightning import (
     LoRACallback,
@@ -17,14 +16,15 @@ from lora_lightning import (
     load_adapter,
     merge,
     read_header,
+    remove,
     save_adapter,
     verify,
 )
-from lora_lightning.errors import AdapterError, AdapterFileError, ConfigError, DataError
+from lora_lightning.errors import AdapterError, ConfigError, DataError
 from lora_lightning.lora.rank_rules import RULES, Spectrum, choose, spectrum_of
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
+from tests.helpers.training import Late, Module, loader, randomise, tiny_vit, trainer
 from tests.helpers.zoo import ZOO, targets
 
 
@@ -151,16 +151,10 @@ def test_every_kind_of_layer(kind, init, tmp_path):
         assert difference(run(model, x), adapted) < 1e-5
         save_adapter(model, tmp_path / "a.safetensors")
         fresh = make().eval()
-        fresh.load_state_dict(ZOO_STATE(model))
+        remove(model)
+        fresh.load_state_dict(model.state_dict())
         load_adapter(fresh, tmp_path / "a.safetensors")
         assert difference(run(fresh, x), adapted) < 1e-5
-
-
-def ZOO_STATE(model: nn.Module):
-    from lora_lightning import remove
-
-    remove(model)
-    return model.state_dict()
 
 
 def test_what_cannot_be_chosen_is_said():
@@ -242,31 +236,10 @@ def test_a_resumed_fit_has_the_checkpoints_ranks_and_ends_the_same(tmp_path, pru
         assert torch.equal(factors.lora_B, other.lora_B)
 
 
-def test_another_rank_is_refused_where_it_is_not_chosen(tmp_path):
-    fitted(tmp_path / "a", auto(tmp_path), epochs=1, module=base())
-    with pytest.raises(AdapterFileError, match="another rank"):
-        fitted(
-            tmp_path / "b", LoRACallback(rank=5, output_dir=tmp_path), module=base(),
-            checkpoint=tmp_path / "a" / "epoch=0.ckpt",
-        )  # fmt: skip
-
-
 def test_an_average_of_weights_has_the_chosen_ranks(tmp_path):
     module = base()
     trainer(tmp_path, auto(tmp_path), WeightAveraging(), max_epochs=1).fit(module, loader())
     assert len({f.spec.rank for f in named_factors(module.model, "default").values()}) > 1
-
-
-class Late(Module):
-    """A module that builds its network in `configure_model`."""
-
-    def __init__(self):
-        super().__init__(nn.Identity())
-        self.model = None
-
-    def configure_model(self):
-        if self.model is None:
-            self.model = tiny_vit()
 
 
 def test_a_network_built_late_gets_its_ranks_too(tmp_path):

@@ -163,6 +163,7 @@ def test_the_callback_passes_forward_on(tmp_path):
     assert set(seen) == {dict}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning")
 def test_a_wrapped_model_is_called_as_the_model_within():
     scripted = torch.jit.trace(nn.Linear(6, 5), X)
     for wrapped in (torch.compile(One(), backend="eager"), nn.DataParallel(One()), scripted):

@@ -67,25 +67,21 @@ def places(model: nn.Module) -> dict[str, int]:
     return {n: p.data_ptr() for n, p in model.named_parameters() if ".lora." not in n}
 
 
+@pytest.mark.parametrize("loads", [False, True])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"freeze_a": True}])
-def test_injecting_takes_memory_for_the_factors_alone(options):
-    model = wide()
+def test_memory_is_taken_for_the_factors_alone(tmp_path, options, loads):
+    def put(model):
+        inject(model, rank=1, target_modules="all", trainable=[], **options)
+
+    model, work = wide(), put
+    if loads:
+        put(trained := wide())
+        path = save_adapter(trained, tmp_path / "a.safetensors")
+        work = lambda model: load_adapter(model, path)  # noqa: E731
     before, size = places(model), bytes_of(model)
-    used = allocated(lambda: inject(model, rank=1, target_modules="all", trainable=[], **options))
+    used = allocated(lambda: work(model))
     factors = bytes_of(model) - size
     assert places(model) == before
-    assert factors <= used < 4 * factors < size / 8
-
-
-def test_loading_takes_memory_for_the_factors_alone(tmp_path):
-    model = wide()
-    inject(model, rank=1, target_modules="all", trainable=[])
-    path = save_adapter(model, tmp_path / "a.safetensors")
-    fresh = wide()
-    before, size = places(fresh), bytes_of(fresh)
-    used = allocated(lambda: load_adapter(fresh, path))
-    factors = bytes_of(fresh) - size
-    assert places(fresh) == before
     assert factors <= used < 4 * factors < size / 8
 
 

@@ -191,6 +191,8 @@ def test_what_matches_nothing(pattern, message):
 def test_nothing_left_and_nothing_to_choose():
     with pytest.raises(TargetError, match="no layer is left to adapt"):
         adapted(tiny_vit(), exclude_modules=["*"])
+    with pytest.raises(TargetError, match="exclude_modules: 'qvk' matches nothing; did you mean"):
+        adapted(tiny_vit(), exclude_modules=["qvk"])
     with pytest.raises(TargetError, match="finds no adaptable layer in ReLU"):
         adapted(nn.ReLU())
     with pytest.raises(TargetError, match="trainable: 'nroms' matches no module"):

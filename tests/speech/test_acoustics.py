@@ -19,6 +19,7 @@ from lora_lightning.speech.data.synthetic.acoustics import (
     BandLimit,
     Clipping,
     Environment,
+    Gain,
     Noise,
     Room,
     Telephone,
@@ -61,6 +62,14 @@ def test_the_ratio_is_the_one_asked_for(kind, snr):
     assert decibels(power(clean) / power(noise)) == pytest.approx(snr, abs=0.1)
 
 
+def test_babble_is_made_of_the_pool_and_of_nothing_else():
+    clean, pool = white(), [tone(700), tone(1100)]
+    noise = Noise(0, "babble", pool)(clean, "a") - clean
+    # The seam where a talk starts again leaks; nearly all lies at the two tones.
+    at_tones = band_power(noise, 690, 710) + band_power(noise, 1090, 1110)
+    assert at_tones > 0.99 * band_power(noise, 0, RATE)
+
+
 def test_pink_noise_has_as_much_in_every_octave():
     clean = white(4.0)
     noise = Noise(0, "pink")(clean, "a") - clean
@@ -94,6 +103,10 @@ def test_band_limits_pass_and_stop():
     assert decibels(power(step(tone(75), "a")) / power(tone(75))) < -20
     assert decibels(power(step(tone(6000), "a")) / power(tone(6000))) < -20
     assert torch.equal(BandLimit()(tone(700), "a"), tone(700))
+
+
+def test_gain_is_in_decibels():
+    assert torch.allclose(Gain(-20)(tone(440), "a"), 0.1 * tone(440), atol=1e-6)
 
 
 def test_clipping_cuts_at_a_share_of_the_peak():

@@ -28,7 +28,6 @@ from lora_lightning import (
 from lora_lightning.errors import (
     AdapterError,
     AdapterFileError,
-    BaseMismatchError,
     ConfigError,
     TargetError,
     VerificationError,
@@ -36,6 +35,7 @@ from lora_lightning.errors import (
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import (
+    Late,
     Module,
     alike,
     fitted,
@@ -51,7 +51,11 @@ from tests.helpers.training import (
 def test_factors_and_head_train_and_the_base_stays(tmp_path):
     module = Module()
     before = weights(module)
-    fitted(tmp_path, module, callback := lora())
+    t = fitted(tmp_path, module, callback := lora())
+    held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
+    factors = [p for f in module.modules() if isinstance(f, Factors) for p in f.parameters()]
+    assert len(factors) == 16
+    assert all(id(p) in held for p in factors)
     after = weights(module)
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved == {"model.head.weight", "model.head.bias"}
@@ -60,18 +64,9 @@ def test_factors_and_head_train_and_the_base_stays(tmp_path):
     assert trainable == callback.report_.trainable_parameters
 
 
-def test_injection_in_setup_reaches_the_optimizer(tmp_path):
-    module = Module()
-    t = fitted(tmp_path, module, lora())
-    held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
-    factors = [p for f in module.modules() if isinstance(f, Factors) for p in f.parameters()]
-    assert len(factors) == 16
-    assert all(id(p) in held for p in factors)
-
-
 @pytest.mark.parametrize("hook", ["configure_model", "setup"])
 def test_network_built_late(tmp_path, hook):
-    class Late(Module):
+    class Built(Module):
         def __init__(self):
             super().__init__()
             del self.model
@@ -81,17 +76,33 @@ def test_network_built_late(tmp_path, hook):
             torch.manual_seed(0)
             self.model = tiny_vit()
 
-    setattr(Late, hook, build)
-    module, callback = Late(), lora()
+    setattr(Built, hook, build)
+    module, callback = Built(), lora()
     fitted(tmp_path, module, callback)
     assert len(callback.report_.rows) == 8
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
     assert "configure_model" not in module.__dict__, "the module's hooks are its own again"
 
 
-def test_wrong_backbone_names_what_there_is(tmp_path):
-    with pytest.raises(TargetError, match=r"no module there; its modules are \['model'\]"):
-        fitted(tmp_path, Module(), lora(backbone="network"))
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=1e-6, swa_epoch_start=1, device=None)
+
+
+REFUSED = {
+    r"no module there; its modules are \['model'\]": lambda: [lora(backbone="network")],
+    "BackboneFinetuning unfreezes": lambda: [lora(), BackboneFinetuning()],
+    "two LoRACallbacks for backbone='model'": lambda: [lora(name="a"), lora(name="b")],
+    "name of its own": lambda: [lora(), lora(backbone="other")],
+    "put LoRACallback before EMAWeightAveraging": lambda: [EMAWeightAveraging(), lora()],
+    "put LoRACallback before StochasticWeightAveraging": lambda: [swa(), lora()],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_callbacks_that_are_refused(tmp_path, message):
+    error = TargetError if "no module" in message else ConfigError
+    with pytest.raises(error, match=message):
+        fitted(tmp_path, Module(), *REFUSED[message]())
 
 
 def test_optimizer_without_factors_is_an_error(tmp_path):
@@ -125,11 +136,6 @@ def test_parameter_groups(tmp_path):
     assert groups["lora_B"]["lr"] == pytest.approx(16 * groups["lora_A"]["lr"])
     assert groups["no_decay"]["weight_decay"] == 0
     assert all(p.dim() < 2 for p in groups["no_decay"]["params"])
-
-
-def test_backbone_finetuning_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="BackboneFinetuning unfreezes"):
-        fitted(tmp_path, Module(), lora(), BackboneFinetuning())
 
 
 def test_an_unfrozen_base_is_noticed(tmp_path):
@@ -222,12 +228,6 @@ def test_a_resumed_fit_keeps_its_checkpoints_statistics(tmp_path, policy):
     assert same(weights(straight), weights(resumed))
 
 
-def test_checkpoint_of_another_base_is_refused(tmp_path):
-    fitted(tmp_path, Module(), lora()).save_checkpoint(path := tmp_path / "last.ckpt")
-    with pytest.raises(BaseMismatchError, match="build the module"):
-        fitted(tmp_path, Module(), lora(), max_epochs=3, ckpt=path)
-
-
 def test_checkpoint_of_another_rank_is_refused(tmp_path):
     module, other = alike(2)
     fitted(tmp_path, module, lora()).save_checkpoint(path := tmp_path / "last.ckpt")
@@ -274,17 +274,6 @@ def test_weight_averaging(tmp_path):
     assert same(weights(resumed), weights(straight))
 
 
-def test_weight_averaging_before_us_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="put LoRACallback before EMAWeightAveraging"):
-        fitted(tmp_path, Module(), EMAWeightAveraging(), lora())
-    with pytest.raises(ConfigError, match="put LoRACallback before StochasticWeightAveraging"):
-        fitted(tmp_path, Module(), swa(), lora())
-
-
-def swa() -> StochasticWeightAveraging:
-    return StochasticWeightAveraging(swa_lrs=1e-6, swa_epoch_start=1, device=None)
-
-
 def test_stochastic_averaging_leaves_no_batchnorm_without_statistics(tmp_path):
     def run(policy: str):
         module = Module(timm.create_model("test_efficientnet", num_classes=4))
@@ -301,14 +290,6 @@ def test_stochastic_averaging_leaves_no_batchnorm_without_statistics(tmp_path):
 
 
 def test_stochastic_averaging_needs_the_network_in_time(tmp_path):
-    class Late(Module):
-        def __init__(self):
-            super().__init__()
-            self.model = None
-
-        def configure_model(self):
-            self.model = self.model or tiny_vit()
-
     with pytest.raises(ConfigError, match="before backbone='model' is built: build it in"):
         fitted(tmp_path, Late(), lora(), swa())
 
@@ -356,11 +337,6 @@ def test_two_callbacks_of_one_class(tmp_path):
     keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
     assert all(".lora." in k or ".head." in k for k in keys)
     assert (tmp_path / "b.safetensors").exists()
-
-
-def test_two_callbacks_for_one_backbone_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="two LoRACallbacks for backbone='model'"):
-        fitted(tmp_path, Module(), lora(name="a"), lora(name="b"))
 
 
 def test_the_callbacks_adapter_is_the_one_that_trains(tmp_path):

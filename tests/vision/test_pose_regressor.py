@@ -17,6 +17,8 @@ from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.report import plots
 from lora_lightning.report.html import page
 from lora_lightning.report.metrics import AZIMUTH_ERROR, angle_between
+from lora_lightning.report.plots.angles import angle_plot
+from lora_lightning.report.plots.domains import domain_plot
 from lora_lightning.report.results import Prediction
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.write import verdict
@@ -488,11 +490,11 @@ def test_plots_of_angles_show_circular_errors_in_degrees(tmp_path):
     names = [p.name for p in plots.draw(run)]
     assert "angles" in names
     assert not {"confusion", "targets"} & set(names)
-    figure, _ = plots.angle_plot(run) or pytest.fail("no plot")
+    figure, _ = angle_plot(run) or pytest.fail("no plot")
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[0].startswith("before: off by 2.0°")
     assert titles[1].startswith("after: off by 89.0°")
-    figure, caption = plots.domain_plot(run) or pytest.fail("no plot")
+    figure, caption = domain_plot(run) or pytest.fail("no plot")
     assert figure.axes[0].get_ylabel() == "azimuth error (degrees)"
     assert "lower is better" in caption
     line = figure.axes[0].containers[0][0]
@@ -501,7 +503,7 @@ def test_plots_of_angles_show_circular_errors_in_degrees(tmp_path):
 
 def test_other_metrics_have_no_plot_of_angles(tmp_path):
     run = degrees_run(tmp_path, metric="accuracy")
-    assert plots.angle_plot(run) is None
+    assert angle_plot(run) is None
 
 
 # ---- a run --------------------------------------------------------------------------------------

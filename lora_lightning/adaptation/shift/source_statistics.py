@@ -23,6 +23,7 @@ from lora_lightning.errors import AdapterFileError, ConfigError, DataError, Data
 from lora_lightning.linalg.decompose import truncated_svd
 from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.report.files import atomic_write
 
 DIRECTIONS = 32
 SAMPLE = 500  # items of the source that are kept
@@ -152,7 +153,7 @@ class SourceStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"confidence": self.confidence}
         for layer, statistics in self.layers.items():
@@ -160,10 +161,7 @@ class SourceStatistics:
         header: dict[str, Any] = {"format": _FORMAT, "model": self.model}
         header |= {"accuracy": self.accuracy, "agreement": self.agreement}
         header["layers"] = list(self.layers)  # by depth
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"statistics": json.dumps(header)})
-        return path
+        return atomic_write(Path(path), save(tensors, {"statistics": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:

@@ -9,6 +9,7 @@ recording stays silent, since no signal-to-noise ratio is defined for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +19,9 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.registry import unknown
 from lora_lightning.speech.data.synthetic.noises import NOISES, check_waveform
 from lora_lightning.speech.data.synthetic.rooms import impulse_response
-from lora_lightning.speech.data.synthetic.steps import (
-    BandLimit as BandLimit,  # all steps are found here
-)
+from lora_lightning.speech.data.synthetic.steps import BandLimit as BandLimit
 from lora_lightning.speech.data.synthetic.steps import Clipping as Clipping
+from lora_lightning.speech.data.synthetic.steps import Gain as Gain  # all steps are found here
 from lora_lightning.speech.data.synthetic.steps import Step as Step
 from lora_lightning.speech.data.synthetic.steps import Telephone as Telephone
 from lora_lightning.speech.data.utterances import Utterance
@@ -33,12 +33,13 @@ _PLACES = 8  # placements of source and microphone in one room
 class Noise(Step):
     """Noise at a signal-to-noise ratio of `snr_db` over the whole recording.
 
-    `kind` is ``"white"``, ``"pink"``, ``"hum"`` (mains, 50 Hz and harmonics) or ``"babble"``
-    (noise of speech's spectrum and rhythm).
+    `kind` is ``"white"``, ``"pink"``, ``"hum"`` (mains, 50 Hz and harmonics) or ``"babble"``:
+    six talkers from `pool`, waveforms (T,); without a pool noise of speech's spectrum and rhythm.
     """
 
     snr_db: float
     kind: str = "white"
+    pool: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in NOISES:
@@ -50,8 +51,8 @@ class Noise(Step):
         """Add it by `torchaudio.functional.add_noise`."""
         from torchaudio.functional import add_noise
 
-        noise = NOISES[self.kind](len(waveform), self.sample_rate, rng)
-        if not noise.any():  # a recording too short for this noise
+        noise = NOISES[self.kind](len(waveform), self.sample_rate, rng, self.pool)
+        if not noise.any():  # a silent pool, or a recording too short for this noise
             return waveform.clone()
         added: Tensor = add_noise(waveform, noise, torch.tensor(float(self.snr_db)))
         return added
@@ -140,19 +141,21 @@ ENVIRONMENTS: dict[str, tuple[Step, ...]] = {
 }
 
 
-def environment(name: str, sample_rate: int = 16_000, seed: int = 0) -> Environment:
+def environment(
+    name: str, sample_rate: int = 16_000, seed: int = 0, pool: Sequence[Tensor] = ()
+) -> Environment:
     """The named environment, for recordings of this sample rate in hertz.
 
     Args:
         name: A key of `ENVIRONMENTS`.
         sample_rate: The recordings' own.
         seed: Of the noise and the placements in rooms.
+        pool: Speech (T,) that babble is mixed from; without it, noise shaped like speech.
 
     Raises:
         ConfigError: there is no such environment (the message has the nearest names).
     """
     if name not in ENVIRONMENTS:
         raise ConfigError(f"environment: {unknown('key', name, ENVIRONMENTS)}")
-    return Environment(
-        *(replace(s, sample_rate=sample_rate, seed=seed) for s in ENVIRONMENTS[name])
-    )
+    steps = [replace(s, sample_rate=sample_rate, seed=seed) for s in ENVIRONMENTS[name]]
+    return Environment(*(replace(s, pool=pool) if isinstance(s, Noise) else s for s in steps))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_lightning.errors import DataError
+
+_TALKERS = 6
 
 
 def generator(*parts: object) -> torch.Generator:
@@ -29,17 +31,17 @@ def _shaped(
     return shaped
 
 
-def white(length: int, sample_rate: int, rng: torch.Generator) -> Tensor:
+def white(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
     """The same power at every frequency, (length,)."""
     return torch.randn(length, generator=rng)
 
 
-def pink(length: int, sample_rate: int, rng: torch.Generator) -> Tensor:
+def pink(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
     """The same power in every octave, (length,): wind, distant traffic."""
     return _shaped(length, sample_rate, rng, tilt=1.0, corner=20.0)
 
 
-def hum(length: int, sample_rate: int, rng: torch.Generator) -> Tensor:
+def hum(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
     """Mains hum at 50 Hz with nine harmonics, (length,)."""
     harmonics = torch.arange(1, 11)[:, None]
     phases = 2 * math.pi * torch.rand(len(harmonics), 1, generator=rng)
@@ -47,15 +49,25 @@ def hum(length: int, sample_rate: int, rng: torch.Generator) -> Tensor:
     return (torch.sin(angle + phases) / harmonics).sum(0)
 
 
-def babble(length: int, sample_rate: int, rng: torch.Generator) -> Tensor:
-    """Noise of speech's spectrum and rhythm, (length,)."""
+def babble(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
+    """Six talkers from `pool`, (length,); without a pool noise of speech's spectrum and rhythm."""
+    spoken = [talk for talk in pool if len(talk) and talk.any()]
+    if spoken:
+        return torch.stack([_talker(spoken, length, rng) for _ in range(_TALKERS)]).sum(0)
     # Flat up to 500 Hz and falling by 9 dB an octave; speech swells and fades at some 4 Hz.
     noise = _shaped(length, sample_rate, rng, tilt=3.0, corner=500.0)
     phase = 2 * math.pi * torch.rand((), generator=rng)
     return noise * (1 + 0.5 * torch.sin(8 * math.pi * torch.arange(length) / sample_rate + phase))
 
 
-_Maker = Callable[[int, int, torch.Generator], Tensor]
+def _talker(spoken: list[Tensor], length: int, rng: torch.Generator) -> Tensor:
+    talk = spoken[int(torch.randint(len(spoken), (), generator=rng))].float()
+    start = int(torch.randint(len(talk), (), generator=rng))
+    talk = torch.roll(talk / talk.square().mean().sqrt(), -start)
+    return talk.repeat(math.ceil(length / len(talk)))[:length]
+
+
+_Maker = Callable[[int, int, torch.Generator, Sequence[Tensor]], Tensor]
 NOISES: dict[str, _Maker] = {"babble": babble, "hum": hum, "pink": pink, "white": white}
 
 

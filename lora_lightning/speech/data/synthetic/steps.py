@@ -103,6 +103,18 @@ def _resample(waveform: Tensor, old: int, new: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Gain(Step):
+    """Amplification by `db` decibels, or attenuation where it is below 0."""
+
+    db: float
+
+    def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
+        """Amplify."""
+        amplified: Tensor = audio.gain(waveform, self.db)
+        return amplified
+
+
+@dataclass(frozen=True)
 class Clipping(Step):
     """Clips samples at `level`, a share of the peak."""
 
