@@ -1,6 +1,6 @@
 """The command ``lora-lightning``: run, list and copy recipes; inspect and merge adapters.
 
-Those of one modality are in its own ``cli.py``.
+Commands of one modality are in its own ``cli.py``.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
-    # two cores with another program at work that makes training 3 to 5 times slower. Asleep
-    # they cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
+    # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
+    # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return arguments.command(arguments) or 0
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         sys.stderr.close()
         return 0
 
@@ -135,7 +135,7 @@ def _rank(text: str) -> int | str:
 
 
 def _show(result: Run) -> None:
-    """The table of a run, and where the rest lies."""
+    """Print the table of a run, and the paths of its files."""
     from lora_lightning.report.write import print_table
 
     console = _console()

@@ -1,4 +1,4 @@
-"""What runs a recipe: its YAML, the one runner, the common methods, its trainer."""
+"""Running recipes: YAML configuration, the runner, the common methods, the trainer."""
 
 import lazy_loader
 

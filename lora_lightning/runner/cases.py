@@ -1,4 +1,4 @@
-"""What a method of a run is given, and what it makes of it."""
+"""Inputs and outputs of a run's methods: `Case`, `Adapted`, `Unlabelled`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch import Callback
 
-# What a method is given of a target: nothing, labels, or items without labels.
+# Data of a target for a method: none, labels, or items without labels.
 NOTHING, LABELS, NO_LABELS = "nothing", "labels", "no labels"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One adaptation, and what it is measured on.
+    """One adaptation: its training domains, and the domains to evaluate.
 
     Attributes:
         name: Of its files.
-        train: What it learns from: one domain, or several.
-        tested: The domains that it is measured on.
-        given: What the method is given, as a row is called: "20 target labels"; "" for nothing.
-        size: How much of it, where that is a setting.
+        train: The training data: one domain, or several.
+        tested: The domains that it is evaluated on.
+        given: The method's data, for a row's name: "20 target labels"; "" for none.
+        size: Amount of that data, where it is a setting.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model that a method made, and what it cost; `decoding` goes to `Experiment.measure`."""
+    """A method's model and its costs; `decoding` is passed to `Experiment.measure`."""
 
     model: Any
     seconds: float = 0.0
@@ -54,12 +54,12 @@ class Unlabelled:
 
     Attributes:
         task: What is fitted.
-        tell: Called when it is done: adds notes and examples to the run.
-        data: What it is fitted on; None: the task has it.
-        callbacks: That train it.
+        tell: Called at the end: adds notes and examples to the run.
+        data: Training data; None: the task has its own.
+        callbacks: Of the trainer.
         trainer: Settings of the trainer.
         batch_norm: Of the adapter's `LoRACallback`.
-        decodings: End of a row's name → how it is decoded; a row for each.
+        decodings: Suffix of a row's name → decoding; a row for each.
     """
 
     task: LightningModule

@@ -1,4 +1,4 @@
-"""Checks of a run's settings that no type makes, before anything is read or trained."""
+"""Checks of a run's settings beyond types, before anything is read or trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.runner.sweep import rank_of
 
 
 def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[str]) -> None:
-    """Raise ConfigError for a method that is not known, or seeds that cannot be used."""
+    """Raise ConfigError for an unknown method, or invalid seeds."""
     for name in methods:
         if name not in known and (rank_of(name) is None or "lora" not in known):
             raise ConfigError(f"methods: {unknown('method', name, known)}")

@@ -1,4 +1,4 @@
-"""What is said of a recipe's settings, in its recipe.yaml or in their docstrings."""
+"""Descriptions of a recipe's settings, from its recipe.yaml or from docstrings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.runner.loading import find_recipe, load_recipe
 
 
 def comments(name: str | Path) -> dict[str, str]:
-    """Dotted key → what is said of it: in recipe.yaml, else in the configuration's docstring."""
+    """Dotted key → description: from recipe.yaml, else from the configuration's docstring."""
     config = load_recipe(name)
     said = dict(_docstrings(OmegaConf.get_type(config) or object))
     return said | yaml_comments(find_recipe(name).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def yaml_comments(text: str) -> dict[str, str]:
 def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key → the first sentence of its entry in the dataclass's docstring."""
     hints = typing.get_type_hints(cls)
-    # What a base class says of a field need not be said again.
+    # Fields of a base class need not be described again.
     bases = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
     said = {name: text for doc in bases for name, text in _entries(doc).items()}
     for field in fields(cls) if is_dataclass(cls) else ():

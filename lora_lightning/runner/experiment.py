@@ -1,7 +1,7 @@
-"""`Experiment`: data, task and methods of one kind of recipe; all else is the runner's.
+"""`Experiment`: data, task and methods of one kind of recipe.
 
-A kind is a class that says what its source model is, which cases it adapts to, how a model is
-trained on a case and measured on it. `lora_lightning.runner.methods` has the methods that every
+A kind is a class that defines its source model, the cases to adapt to, how a model is
+trained on a case and evaluated on it. `lora_lightning.runner.methods` has the methods that every
 kind shares, `lora_lightning.runner.runner` runs them for every seed.
 """
 
@@ -40,14 +40,14 @@ class Experiment(ABC, Generic[Config]):
         packages: Whose versions the report names.
         gradient_clip: The largest norm of a gradient in training; None: any.
         source_each_seed: Whether every seed has a source model of its own.
-        counts_batches: Progress bars of methods count batches; else the cases that are done.
+        counts_batches: Progress bars of methods count batches; else finished cases.
         separator: Between the parts of an adapter's name.
         config: The settings.
-        run: What the report is made of; a method may add spectra and notes.
+        run: The results for the report; a method may add spectra and notes.
         stages: The progress bars.
         seed: Of the methods that are being run.
         source_model: A method works on a copy of it (`fresh`).
-        answers: Row's name → answers on held-out items, as `measure` leaves them.
+        answers: Row's name → predictions of held-out items, stored by `measure`.
     """
 
     metric: ClassVar[str]
@@ -64,40 +64,40 @@ class Experiment(ABC, Generic[Config]):
         self.begin(config.seeds[0])
 
     def begin(self, seed: int) -> None:
-        """The methods that follow have this seed."""
+        """Set the seed of the methods that follow."""
         self.seed, self.answers = seed, dict[str, Any]()
 
-    # ---- what a kind says --------------------------------------------------------------------
+    # ---- what a kind defines -----------------------------------------------------------------
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError for values that no type catches."""
+        """Raise ConfigError for invalid values."""
 
     @abstractmethod
     def load(self) -> None:
-        """Read the data; tell the run of them."""
+        """Read the data, and record them in the run."""
 
     @abstractmethod
     def source(self) -> nn.Module:
         """The source model, trained or the user's own, saved beside the adapters."""
 
     def before_methods(self) -> None:
-        """Called for each seed, when its source model is there."""
+        """Called for each seed, after its source model is made."""
 
     @abstractmethod
     def cases(self, what: str) -> Iterable[Case]:
-        """What a method is run on that is given `NOTHING`, `LABELS` or `NO_LABELS`."""
+        """The cases of a method that uses `NOTHING`, `LABELS` or `NO_LABELS`."""
 
     @abstractmethod
     def task(self, model: Any, stage: Any) -> LightningModule:
-        """What trains `model` by the settings of a stage; raises ConfigError for a bad value."""
+        """The task that trains `model` by a stage's settings; ConfigError for an invalid value."""
 
     @abstractmethod
     def fit_data(self, case: Case, stage: Any) -> LightningDataModule:
         """The labelled training items of a case."""
 
     def length(self, case: Case, stage: Any) -> dict[str, int]:
-        """How long a training on a case lasts, as a trainer takes it."""
+        """The length of a training on a case, as arguments of a trainer."""
         return {"max_epochs": stage.epochs}
 
     @abstractmethod
@@ -106,33 +106,33 @@ class Experiment(ABC, Generic[Config]):
 
     @abstractmethod
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterable[tuple[str, str, float]]:
-        """(domain, metric, value) of each thing measured; keeps the answers by the row's label."""
+        """Yield (domain, metric, value); stores the predictions by the row's label."""
 
     def shows(self, case: Case, rank: int | str | None) -> bool:
         """Whether the report shows the spectra of this adapter."""
         return not self.run.spectra
 
     def title(self, label: str) -> str:
-        """A row's name as its progress bar says it."""
+        """A row's name for its progress bar."""
         return label
 
     def full_callbacks(self) -> list[Callback]:
-        """Of the training of all weights."""
+        """Callbacks of the training of all weights."""
         return []
 
     @abstractmethod
     def shown(self) -> Sequence[str]:
-        """Rows of whose answers the report shows examples, the preferred ones last."""
+        """Rows from which the report shows examples, the preferred ones last."""
 
     @abstractmethod
     def show(self, before: Any, after: Any) -> None:
-        """Add examples to the run, of the source model's answers and of the shown row's."""
+        """Add examples to the run, of the source model's predictions and of the shown row's."""
 
-    # ---- what methods use --------------------------------------------------------------------
+    # ---- used by methods ---------------------------------------------------------------------
 
     @property
     def first(self) -> bool:
-        """Whether this is the first seed, which the report shows where it shows one."""
+        """Whether this is the first seed, from which the report takes examples."""
         return self.seed == self.config.seeds[0]
 
     @property
@@ -142,7 +142,7 @@ class Experiment(ABC, Generic[Config]):
 
     @property
     def batch_norm(self) -> str:
-        """What BatchNorm does while an adapter learns from labels."""
+        """The `batch_norm` of an adapter's training with labels."""
         return getattr(self.config, "batch_norm", "frozen")
 
     def named(self, name: str) -> str:
@@ -150,12 +150,12 @@ class Experiment(ABC, Generic[Config]):
         return name if self.first else f"{name}-seed{self.seed}"
 
     def fresh(self) -> Any:
-        """A copy of the source model, and the random numbers that every method starts with."""
+        """A copy of the source model; resets the random state, the same for every method."""
         seed_everything(self.seed, verbose=False)
         return copy.deepcopy(self.source_model)
 
     def adapter(self, lora: LoRAConfig, case: Case, *what: str, batch_norm: str) -> LoRACallback:
-        """Of this case, with a file of its own."""
+        """The callback of an adapter for this case, with its own file."""
         name = self.named(self.separator.join((case.name, *what)))
         return LoRACallback(lora, name=name, batch_norm=batch_norm, output_dir=self.adapters)
 
@@ -184,7 +184,7 @@ class Experiment(ABC, Generic[Config]):
         self.train(self.task(model, stage.source), data, [bar], max_epochs=stage.source.epochs)
 
     def rows(self, label: str, case: Case, adapted: Adapted) -> list[Row]:
-        """What is measured of an adapted model, as rows."""
+        """The measurements of an adapted model, as rows."""
         return self.table(label, case, adapted, self.measure(label, case, adapted))
 
     def table(

@@ -1,8 +1,8 @@
-"""`made_set`: a folder of files that the package made itself, kept and checked by hash.
+"""`made_set`: a folder of generated files, cached and checked by hash.
 
 A set is described by its settings. It is used again where the folder holds exactly the files
-of these settings, every byte as written; else it is made anew beside its place, and moved
-there in one step, so that a run that is killed leaves no half of a set.
+of these settings, every byte as written; else it is generated again in a temporary folder, and
+moved there in one step, so that a run that is killed leaves no incomplete set.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def made_set(
         facts = {"settings": settings, **make(fresh), "files": len(files)}
         facts["files_sha256"] = _hash_files(fresh, files)
         (fresh / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
-        if folder.exists():  # a folder can only be replaced when it is out of the way
+        if folder.exists():  # a folder must be moved away before it is replaced
             os.replace(folder, Path(scratch, "old"))
         os.replace(fresh, folder)
     return folder
@@ -70,7 +70,7 @@ def _cache_folder(kind: str, settings: Mapping[str, Any]) -> Path:
 
 
 def _complete(folder: Path, settings: Mapping[str, Any], files: Sequence[str]) -> bool:
-    """Say whether the folder holds exactly this set, every byte of every file as written."""
+    """Whether the folder holds exactly this set, every byte of every file as written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["settings"] != settings:
@@ -90,7 +90,7 @@ def _hash_files(folder: Path, files: Iterable[str]) -> str:
 
 
 def _refuse_foreign(folder: Path, kind: str, own: Collection[str]) -> None:
-    """Never replace a folder that we did not write."""
+    """Raise DataError for a folder that is not a generated set."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file: name a folder for the {kind} set")
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
@@ -105,7 +105,7 @@ def _refuse_foreign(folder: Path, kind: str, own: Collection[str]) -> None:
 
 @contextmanager
 def progress(items: Sequence[T], description: str, show: bool) -> Iterator[Iterable[T]]:
-    """The items, with a bar on standard error while they are gone through."""
+    """The items, with a progress bar on standard error while they are iterated over."""
     if not show:
         yield items
         return

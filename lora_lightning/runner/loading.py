@@ -46,7 +46,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 def list_recipes() -> dict[str, Path]:
     """Name → folder of each recipe that comes with the package."""
-    # In the wheel they lie in the package, in a checkout (editable install) beside it.
+    # In the wheel they are in the package, in a checkout (editable install) beside it.
     for home in (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes"):
         if home.is_dir():
             return {p.parent.name: p.parent for p in sorted(home.glob("*/recipe.yaml"))}
@@ -95,7 +95,7 @@ def load_recipe(name: str | Path) -> DictConfig:
 
 
 def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A copy of `config` with each ``key=value`` put in; values are read as YAML.
+    """A copy of `config` with each ``key=value`` applied; values are read as YAML.
 
     Raises:
         ConfigError: no ``=``, an unknown key (with the nearest known one), or a bad value.
@@ -139,7 +139,7 @@ def _explained(error: OmegaConfBaseException, config: DictConfig) -> str:
 def run_recipe(
     name: str | Path, overrides: Sequence[str] = (), out: Path | str | None = None
 ) -> Run:
-    """Run a recipe; all that it finds lies in its output folder afterwards.
+    """Run a recipe; all results are written to its output folder.
 
     Args:
         name: Name of a recipe, a folder, or a recipe.yaml.
@@ -147,7 +147,7 @@ def run_recipe(
         out: The output folder, over the configuration's own.
 
     Returns:
-        What was measured, as it was written to ``results.json``.
+        The results, as written to ``results.json``.
     """
     config = apply_overrides(load_recipe(name), overrides)
     if out is not None:
@@ -158,7 +158,7 @@ def run_recipe(
 
 
 def _imported(what: str | type) -> Any:
-    """The thing itself, of "module:name"."""
+    """The object that "module:name" refers to."""
     if not isinstance(what, str):
         return what
     module, _, name = what.partition(":")
@@ -208,5 +208,5 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _inside_free(key: str, config: DictConfig) -> bool:
-    """Whether a key lies in a mapping with keys of the user's own, such as `rank_pattern`."""
+    """Whether a key is in a mapping with free keys, such as `rank_pattern`."""
     return any(key.startswith(f"{k}.") for k, v in settings(config).items() if isinstance(v, dict))

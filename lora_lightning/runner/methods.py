@@ -1,6 +1,6 @@
-"""The methods that every kind of run has: functions from an `Experiment` to rows of the table.
+"""The common methods of all kinds of runs: functions from an `Experiment` to rows.
 
-A kind adds them to its own registry by `add`, between its own methods, in the table's order.
+A kind adds them to its own registry by `add`, among its own methods, in the table's order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add(methods: Registry[Method], *names: str) -> None:
 
 @COMMON.register("source_only")
 def source_only(experiment: Experiment[Any]) -> list[Row]:
-    """The source model as it is."""
+    """The source model without adaptation."""
     model = experiment.fresh()
 
     def row(case: Case, label: str) -> list[Row]:
@@ -72,14 +72,14 @@ def each(
 
     Args:
         experiment: Whose cases.
-        name: Of the method; a row's name says after it what the method was given.
-        what: It is given: `NOTHING`, `LABELS` or `NO_LABELS`.
+        name: Of the method; a row's name also has the case's `given`.
+        what: Data of the target: `NOTHING`, `LABELS` or `NO_LABELS`.
         method: From a case and the row's name to rows.
     """
     rows: list[Row] = []
     for given, group in groupby(experiment.cases(what), key=attrgetter("given")):
         cases, label = list(group), f"{name}, {given}" if given else name
-        if experiment.counts_batches:  # the trainers have bars of their own
+        if experiment.counts_batches:  # the trainers have their own bars
             rows += [row for case in cases for row in method(case, label)]
             continue
         tick = experiment.stages.stage(label, "targets")
@@ -90,7 +90,7 @@ def each(
 
 
 def _averaged(rows: Sequence[Row]) -> list[Row]:
-    """The rows; last, as their mean, those of a domain that several cases are measured on."""
+    """The rows; those of a domain in several cases are averaged, and come last."""
     same: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         same.setdefault((row.method, row.domain, row.metric), []).append(row)
@@ -152,7 +152,7 @@ def _bars(experiment: Experiment[Any], label: str) -> list[Any]:
 
 
 def _merged(model: nn.Module, seconds: float, callback: LoRACallback) -> Adapted:
-    """Measured as it would be used: merged, at the speed of the source model."""
+    """The adapted model merged, as in deployment: at the speed of the source model."""
     assert callback.report_ is not None
     assert callback.adapter_path_ is not None
     merge(model)

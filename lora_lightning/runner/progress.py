@@ -1,4 +1,4 @@
-"""One progress bar for each stage of a run, and a Lightning that says nothing else."""
+"""Progress bars of a run's stages, and filters for Lightning's messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# What Lightning warns of although this run has chosen it: loaders that load in this process
+# Warnings of Lightning about deliberate choices: loaders that load in this process
 # (small data are in memory), no validation, and logging less often than there are batches.
 _CHOSEN = (
     r".*does not have many workers.*",
@@ -28,9 +28,9 @@ _CHOSEN = (
 
 
 class Stages:
-    """Progress bars, one below the other; what is done stays on the screen.
+    """Progress bars, one below the other; finished ones stay on the screen.
 
-    They show from the first stage on: before it, what is printed stands alone.
+    They are shown from the first stage on, so that earlier output is not disturbed.
     """
 
     def __init__(self, console: Console | None = None):
@@ -51,11 +51,11 @@ class Stages:
         self.stop()
 
     def stop(self) -> None:
-        """Leave the bars as they are; what is printed from now on stands below them."""
+        """Stop the bars as they are; later output is printed below them."""
         self._bars.stop()
 
     def stage(self, name: str, unit: str, total: float = 1) -> Callable[[int, int], None]:
-        """Begin a stage; returns what to call with (done, total)."""
+        """Begin a stage; returns a function of (done, total)."""
         self._bars.start()
         task = self._bars.add_task(name, total=total, unit=unit)
 
@@ -65,7 +65,7 @@ class Stages:
         return tick
 
     def left_out(self, what: str, skipped: Sequence[tuple[str, str]]) -> None:
-        """Say which inputs are left out: (path, reason) of each."""
+        """Print the inputs that are left out: (path, reason) of each."""
         if skipped:
             self.console.print(f"[yellow]{len(skipped)} {what} left out:")
             for path, reason in skipped[:5]:
@@ -73,7 +73,7 @@ class Stages:
 
 
 class Ticks(Callback):
-    """Tells a stage's bar how many batches are done."""
+    """Updates a stage's bar with the number of finished batches."""
 
     def __init__(self, tick: Callable[[int, int], None]):
         self.tick = tick
@@ -91,7 +91,7 @@ class Ticks(Callback):
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Within the block Lightning speaks only of problems."""
+    """Within the block Lightning logs only problems."""
     loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -110,8 +110,8 @@ def quiet_lightning() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Within the block Ctrl-C is a KeyboardInterrupt, also while Lightning trains.
 
-    Lightning makes an exit with code 1 of it, and leaves the signal ignored. Of a SIGTERM it
-    makes an exit with code 0, as if the run were done.
+    Lightning turns it into an exit with code 1, and leaves the signal ignored. A SIGTERM it
+    turns into an exit with code 0, as if the run were complete.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:

@@ -1,4 +1,4 @@
-"""The one runner: settings are checked, then every method is run for every seed."""
+"""`run`: check the settings, then run every method for every seed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lora_lightning.training.lora_callback import LoRACallback
 
 
 def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
-    """Run every stage for every seed; the results lie in ``config.out`` afterwards.
+    """Run every stage for every seed; the results are written to ``config.out``.
 
     Args:
         kind: Of the run.
         given: Its settings.
 
     Raises:
-        ConfigError: a value that no type could catch, before anything is read or trained.
+        ConfigError: an invalid value, before anything is read or trained.
         DataError: the data cannot be used.
     """
     with quiet_lightning(), interruptible():
@@ -46,7 +46,7 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
 def _check(experiment: Experiment[Any]) -> None:
     config = experiment.config
     experiment.check()
-    # Both check what they are given; better now than after the source model's training.
+    # Both check their settings: early, not after the source model's training.
     LoRACallback(config.lora, batch_norm=experiment.batch_norm)
     make_trainer(config)
 

@@ -21,7 +21,7 @@ class Optimisation:
     weight_decay: float = 0.01
 
     def arguments(self) -> dict[str, Any]:
-        """What a task takes by keyword."""
+        """Keyword arguments for a task."""
         names = ("learning_rate", "weight_decay", "schedule", "label_smoothing")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 

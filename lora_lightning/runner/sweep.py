@@ -1,6 +1,6 @@
 """The row "lora" at other ranks than the recipe's: methods ``lora@8``, ``lora@auto``.
 
-They are what ``lora-lightning sweep NAME`` compares. The scaling is s = c/√r, with c that of
+``lora-lightning sweep NAME`` compares them. The scaling is s = c/√r, with c that of
 the recipe's own rank, so that the first steps are of one size at every rank (Kalajdzievski 2023,
 arXiv:2312.03732): with another s a larger rank would act as a larger learning rate.
 """

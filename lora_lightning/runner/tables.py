@@ -1,4 +1,4 @@
-"""Tables as CSV, TSV or JSON lines: rows with the numbers of their lines."""
+"""Reading tables as CSV, TSV or JSON lines: rows with line numbers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path, needed: Sequence[str]) -> Iterator[Row]:
-    """The rows of a table, whatever stands in them.
+    """The rows of a table, unchecked.
 
     Args:
         path: TSV, CSV, or JSON lines by its suffix.
-        needed: Columns of which one must be there.
+        needed: Columns of which at least one must exist.
     """
     return _json_rows(path) if path.suffix.lower() == ".jsonl" else _cell_rows(path, needed)
 

@@ -1,4 +1,4 @@
-"""A quiet trainer by a run's settings, and torch's threads."""
+"""`make_trainer`: a quiet Trainer from a run's settings; torch's threads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_trainer(
     max_steps: int = -1,
     **settings: Any,
 ) -> Trainer:
-    """A trainer that shows nothing, and logs only what `config.logger` asks for.
+    """A trainer without output, which logs only by `config.logger`.
 
     Without epochs or steps it predicts: on one device, so that no item is missing or doubled.
 
@@ -71,13 +71,13 @@ def make_trainer(
 
 
 def in_rounds(steps: int) -> dict[str, int]:
-    """Settings of a trainer whose callback brings other items in every round."""
+    """Trainer arguments for a callback that changes the training items in every round."""
     return {"max_epochs": -1, "max_steps": steps, "reload_dataloaders_every_n_epochs": 1}
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Within the block torch uses so many threads of the CPU; None: as many as it would."""
+    """Within the block torch uses this number of CPU threads; None: its default."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(max(count, 1))

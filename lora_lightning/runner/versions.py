@@ -1,4 +1,4 @@
-"""Versions of what a run or a generated set was made with."""
+"""Versions of libraries and hardware, for reports and generated sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _version(name: str) -> str:
 
 
 def hardware() -> str:
-    """The machine, in a line."""
+    """The machine, as one line of text."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

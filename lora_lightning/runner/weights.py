@@ -1,4 +1,4 @@
-"""Files of source models: weights alone, and weights with how their model is built."""
+"""Files of source models: weights alone, or weights with the model's hyperparameters."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def save_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def save_built(path: Path | str, kind: str, weights: dict[str, Tensor], **built: Any) -> None:
-    """Write weights, and in the header how their model is built, to safetensors.
+    """Write weights to safetensors, with the model's hyperparameters in the header.
 
     Args:
         path: Of the file; its folder is created if missing.
         kind: "recogniser" or "translator".
         weights: A state dict of tensors that share no memory.
-        built: What `load_built` gives back, as JSON.
+        built: Hyperparameters, returned by `load_built`, as JSON.
     """
     from safetensors.torch import save
 
@@ -76,7 +76,7 @@ def save_built(path: Path | str, kind: str, weights: dict[str, Tensor], **built:
 
 
 def load_built(path: Path, kind: str) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """How the model is built, and its weights, from a file of `save_built`.
+    """The model's hyperparameters, and its weights, from a file of `save_built`.
 
     Raises:
         ConfigError: it is damaged, or holds something else.

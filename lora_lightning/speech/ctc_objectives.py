@@ -1,4 +1,4 @@
-"""Label-free looks at a CTC recogniser: how much it says, and which transcripts are stable.
+"""Objectives and scores of a CTC recogniser without labels: SUTA, DUST, rate of non-blanks.
 
 Legend of shapes: B recordings, F frames, C classes.
 """
@@ -16,7 +16,7 @@ from lora_lightning.errors import ConfigError
 
 
 def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
-    """The part of the frames, padding aside, whose most likely class is no blank.
+    """The part of the frames, without padding, whose most likely class is not the blank.
 
     Args:
         log_probs: (B, F, C), or logits.
@@ -35,7 +35,7 @@ def suta(
     weight: float = 0.3,
     temperature: float = 2.5,
 ) -> Tensor:
-    r"""Sure of each frame that says something, and of few classes at a time.
+    r"""SUTA: entropy of non-blank frames, and minimum class confusion.
 
     :math:`w\,H + (1 - w)\,C` with H the mean entropy of the frames whose likeliest class is no
     blank, at temperature T, and C the minimum class confusion of all frames, blank left out, at T.
@@ -50,7 +50,7 @@ def suta(
         temperature: T, above 0.
 
     Returns:
-        A scalar; where only blanks are said, the second term alone.
+        A scalar; where all frames are blank, the second term alone.
 
     Raises:
         ConfigError: a value is out of range, or the shape is another.
@@ -73,7 +73,7 @@ def suta(
     return weight * sharp + (1 - weight) * confusion
 
 
-def doubts(hypotheses: Sequence[str], variants: Sequence[Sequence[str]]) -> list[float]:
+def dust_distances(hypotheses: Sequence[str], variants: Sequence[Sequence[str]]) -> list[float]:
     """How far each transcript changes under dropout (DUST): 0, not at all, to 1.
 
     The mean normalised edit distance of its variants. Khurana et al. 2021, "Unsupervised domain

@@ -23,7 +23,7 @@ from lora_lightning.speech.data.utterances import Utterance, by_speaker
 from lora_lightning.speech.settings import Config, SpeechDataSettings
 
 Transform = Callable[[Tensor, Utterance], Tensor]
-PLAYED = 8  # held-out recordings of a target that are kept as audio, where it is transformed
+PLAYED = 8  # held-out recordings of a target that are saved as audio, where it is transformed
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Domain:
         name: Of the speaker or the environment.
         pool: Recordings to enrol with.
         held_out: Recordings to measure on; no method sees them.
-        transform: What the environment does to a recording; None: nothing.
+        transform: The environment's effect on a recording; None: none.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Domain:
         return [self.pool[i] for i in rng.permutation(len(self.pool))[:count]]
 
     def unlabelled(self, seconds: float, seed: int) -> list[Utterance]:
-        """Recordings of the pool that last so long together, or all; in `enrolment`'s order."""
+        """Recordings of the pool with this total length, or all; in `enrolment`'s order."""
         found, total = [], 0.0
         for utterance in self.enrolment(len(self.pool), seed):
             if total >= seconds:
@@ -58,7 +58,7 @@ class Domain:
         return found
 
     def sounds(self, out: Path, sample_rate: int) -> list[str]:
-        """Audio files of held-out recordings, as a model hears them; some, if they are made."""
+        """Audio files of held-out recordings as given to the model; a few, where transformed."""
         if self.transform is None:
             return [str(item.path) for item in self.held_out]
         folder, paths = out / "audio" / self.name, []
@@ -73,10 +73,10 @@ class Domain:
 
 @dataclass
 class Recordings:
-    """All that a run hears.
+    """All recordings of a run.
 
     Attributes:
-        source: What the source model is trained on; empty where it need not be.
+        source: Training data of the source model; empty where it is not trained.
         domains: The targets.
         skipped: (path, reason) of each recording that was left out.
     """
@@ -87,7 +87,7 @@ class Recordings:
 
 
 def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) -> Recordings:
-    """Find, or let speak, what the run needs, and look at every file.
+    """Find, or synthesise, the recordings of the run, and check every file.
 
     Args:
         config: The run.
@@ -132,7 +132,7 @@ def _target(config: Config, sample_rate: int) -> Path:
     needed = max(config.enrolment) + data.test
     if not data.environments:
         return _spoken(data, target_voices(spoken.target_voices), needed, sample_rate, data.seed)
-    # The source's own speakers, who say something new: only the acoustics change.
+    # The source's own speakers with new sentences: only the acoustics change.
     voices = source_voices(spoken.environment_voices)
     each = -(-needed // len(voices))
     return _spoken(data, voices, each, sample_rate, data.seed + 1_000_003)
@@ -171,7 +171,7 @@ def _split(
             f"{max(config.enrolment)} to enrol and {config.data.test} held out; "
             "set enrolment or data.test lower"
         )
-    # Which ones are held out does not depend on the run's seed: all seeds are measured alike.
+    # The held-out ones do not depend on the run's seed, so that all seeds are comparable.
     order = np.random.default_rng([config.data.seed, zlib.crc32(name.encode())])
     shuffled = [own[i] for i in order.permutation(len(own))]
     return Domain(name, shuffled[config.data.test :], shuffled[: config.data.test], transform)

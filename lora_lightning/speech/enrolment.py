@@ -1,4 +1,4 @@
-"""What learning a speaker takes, with transcripts or without: settings, outcome, the judge."""
+"""Adapting to one speaker, with or without transcripts: settings, outcome, acceptance."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lora_lightning.speech.tasks.ctc import CTCRecognition
 from lora_lightning.speech.tasks.lexicon import Lexicon
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 
-FEWEST_TO_SPLIT = 10  # of fewer recordings none is held out: a WER of one or two says nothing
+FEWEST_TO_SPLIT = 10  # of fewer recordings none is held out: a WER of one or two is too noisy
 ADAPTED, KEPT, THERE, FAILED = "adapted", "kept source", "already there", "failed"
 Tick = Callable[[int, int], None]
 
 
 @dataclass
 class Outcome:
-    """What became of a speaker.
+    """The result of adapting to a speaker.
 
     Attributes:
         status: ``"adapted"``, ``"kept source"`` (the adapter did harm on the held-out
             recordings, or the guard accepted no round: no file), ``"already there"`` (an earlier
             run's file) or ``"failed"``.
-        learnt: Recordings learnt from.
-        held_out: Recordings that decided whether the adapter is kept.
+        learnt: Number of training recordings.
+        held_out: Number of recordings that decided whether the adapter is kept.
         before: WER of the source on those; None without any.
         after: WER of the adapter on those.
         path: The file.
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass
 class SpeakerSettings:
-    """How a speaker is learnt.
+    """Settings of the adaptation to a speaker.
 
     Args:
         lora: The adapter.
@@ -61,12 +61,12 @@ class SpeakerSettings:
         learning_rate: Peak learning rate of AdamW; None: 4e-3 (one-cycle), without transcripts
             8e-3 (cosine).
         held_out: Part of the recordings that decides whether the adapter is kept, where there are
-            ten or more; 0: none, and the adapter is kept always.
+            ten or more; 0: none, and the adapter is always kept.
         seed: Of the factors, the order, and which recordings are held out.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
-        untranscribed: Learn from no transcript; those that are there only decide whether the
-            adapter is kept. A speaker who has none is learnt so anyway.
-        lexicon: Words that may be said, for those; None: any.
+        untranscribed: Train without transcripts; existing ones only decide whether the adapter is
+            kept. A speaker without transcripts is always adapted so.
+        lexicon: Words that may occur, for training without transcripts; None: any.
     """
 
     lora: LoRAConfig = field(
@@ -89,7 +89,7 @@ def judged(
     test: Sequence[Utterance],
     path: Path,
 ) -> Outcome:
-    """Write the adapter, unless it does harm on the recordings that were held out."""
+    """Write the adapter, unless its WER on the held-out recordings is higher."""
     base.model.eval()
     found = Outcome(name, ADAPTED, len(learnt), len(test))
     if test:
@@ -107,7 +107,7 @@ def judged(
 def split(
     labelled: Sequence[Utterance], settings: SpeakerSettings
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """Recordings to learn from, and those that are held out."""
+    """Training recordings, and held-out ones."""
     order = np.random.default_rng(settings.seed).permutation(len(labelled)).tolist()
     count = round(settings.held_out * len(labelled)) if len(labelled) >= FEWEST_TO_SPLIT else 0
     return [labelled[i] for i in order[count:]], [labelled[i] for i in order[:count]]
@@ -126,10 +126,10 @@ def transcribed(
     beam_size: int | None = None,
     lexicon: Lexicon | None = None,
 ) -> Iterator[tuple[Utterance, str]]:
-    """What the recogniser understands of each recording, one after the other.
+    """The recogniser's transcript of each recording, one after the other.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read.
     """
     module = CTCRecognition(
         base.model.eval(),

@@ -1,4 +1,4 @@
-"""`SingleUtterance`: a recogniser adapts to one recording, writes it down, and forgets it."""
+"""`SingleUtterance`: episodic test-time adaptation of a recogniser (SUTA)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SingleUtterance:
             texts = transcribe(batch)
 
     For each recording the weights and biases of the norms take `steps` steps of `suta`, the text
-    is decoded, and the norms are what they were, bit for bit. If then fewer or many more frames
-    say something than before, the source's text stays. Lin et al. 2022, arXiv:2203.14222 (SUTA),
-    who adapt wav2vec 2.0's feature extractor as well.
+    is decoded, and the norms are restored, bit for bit. If the adapted model has fewer or many more
+    non-blank frames than the source, the source's text is kept. Lin et al. 2022, arXiv:2203.14222
+    (SUTA), who adapt wav2vec 2.0's feature extractor as well.
 
     Args:
         module: The recogniser.
@@ -63,7 +63,7 @@ class SingleUtterance:
             raise ConfigError("the model has no norm with weights of its own: nothing can adapt")
 
     def __call__(self, batch: AudioBatch) -> list[str]:
-        """What is understood of each recording of a batch."""
+        """The transcript of each recording of a batch."""
         return [self._one(_single(batch, i)) for i in range(len(batch))]
 
     def _one(self, batch: AudioBatch) -> str:
@@ -87,7 +87,7 @@ class SingleUtterance:
         return self.module.labels.blank
 
     def _heard(self, batch: AudioBatch) -> tuple[str, float]:
-        """The text, and the part of the frames that say something."""
+        """The text, and the part of non-blank frames."""
         log_probs, frames = self.module(batch.waveforms, batch.lengths)
         if not bool(torch.isfinite(log_probs).all()):
             return "", float("nan")
@@ -101,7 +101,7 @@ class SingleUtterance:
 
     @contextmanager
     def _only_norms(self) -> Iterator[None]:
-        """Within the block only the norms are trained; afterwards all is as it was."""
+        """Within the block only the norms are trained; afterwards all is restored."""
         model = self.module.model
         with training_only(model, self.norms):
             before = Snapshot(model)

@@ -1,4 +1,4 @@
-"""`Recognition`: a recogniser is adapted to each speaker, or to each acoustic environment."""
+"""`Recognition`: the experiment of speech recipes, by speaker or acoustic environment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lora_lightning.training.lora_callback import LoRACallback
 
 
 class Recognition(Experiment[Config]):
-    """One case for each target and size of its enrolment; answers are domain → texts."""
+    """One case for each target and size of its enrolment; predictions are domain → texts."""
 
     metric = "WER"
     methods = METHODS
@@ -38,7 +38,7 @@ class Recognition(Experiment[Config]):
     gradient_clip = 5.0
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
+        """Raise ConfigError for an invalid value."""
         config, sizes = self.config, self.config.enrolment
         if not sizes or min(sizes) < 1 or sorted(set(sizes)) != sizes:
             raise ConfigError(f"enrolment must be sizes in rising order, at least 1; got {sizes}")
@@ -59,7 +59,7 @@ class Recognition(Experiment[Config]):
         step_a_round(settings.steps, settings.keep)
         if not seconds or min(seconds) <= 0:
             raise ConfigError(f"unlabelled must hold numbers of seconds above 0: {seconds}")
-        # The callback checks what it is given; better now than after the source model's training.
+        # The callback checks its settings: early, not after the source model's training.
         PseudoTranscriptCallback([Utterance(Path("none"))], keep=settings.keep)
         if (decay := settings.teacher_decay) is not None and not 0 <= decay < 1:
             raise ConfigError(f"train.label_free.teacher_decay: {decay} not in [0, 1)")
@@ -70,7 +70,7 @@ class Recognition(Experiment[Config]):
     # ---- data and source model ---------------------------------------------------------------
 
     def load(self) -> None:
-        """Find, or let speak, the recordings."""
+        """Find, or synthesise, the recordings."""
         config, run, path = self.config, self.run, self.config.model.checkpoint
         self._given = None if path is None else load_recogniser(path)
         rate = 16000 if self._given is None else self._given.sample_rate
@@ -88,7 +88,7 @@ class Recognition(Experiment[Config]):
     def source(self) -> ConformerCTC:
         """The user's own, the package's, or trained on the source's recordings."""
         model = self._trained() if self._given is None else self._given
-        # An adapter is of use together with the model that it was made for only.
+        # An adapter can be used only with the model that it was trained on.
         save_recogniser(model, Path(self.config.out, "source.safetensors"))
         return model
 
@@ -100,11 +100,11 @@ class Recognition(Experiment[Config]):
         heard = self.recordings.source
         source = SpeechData(train=heard, batch_seconds=data.batch_seconds, seed=data.seed)
         self.train_source(model, source)
-        # Rounded as the file rounds them: the model that is measured is the one that is kept.
+        # Rounded as in the file, so that the saved model is the one that is evaluated.
         return model.half().float()
 
     def lexicon(self) -> Lexicon | None:
-        """The words that may be said, where they are known."""
+        """The words that may occur, where they are known."""
         data = self.config.data
         if data.lexicon is not None:
             return Lexicon.read(data.lexicon)
@@ -126,7 +126,7 @@ class Recognition(Experiment[Config]):
                 yield Case(name, domain, [domain], form.format(size), size)
 
     def task(self, model: ConformerCTC, stage: Any) -> CTCRecognition:
-        """By CTC, with SpecAugment unless the stage says otherwise."""
+        """Training with CTC, with SpecAugment unless the stage switches it off."""
         model.augment = spec_augment() if getattr(stage, "spec_augment", True) else None
         return CTCRecognition(model.train(), **stage.arguments())
 
@@ -155,7 +155,7 @@ class Recognition(Experiment[Config]):
         return case.size == self.config.headline and not self.run.spectra
 
     def unlabelled(self, model: ConformerCTC, case: Case) -> Unlabelled:
-        """On transcripts that the recogniser writes itself; decoded with a lexicon too."""
+        """Self-training on pseudo-transcripts; also decoded with a lexicon."""
         settings, domain, lexicon = self.config.train.label_free, case.train, self.lexicon()
         heard = domain.unlabelled(case.size, self.seed)
         pseudo = PseudoTranscriptCallback(
@@ -184,7 +184,7 @@ class Recognition(Experiment[Config]):
         return self.score(label, domain, self.understood(adapted.model, domain, **adapted.decoding))
 
     def score(self, label: str, domain: Domain, found: list[str]) -> list[tuple[str, str, float]]:
-        """WER and CER of what was understood of the domain's held-out recordings."""
+        """WER and CER of the transcripts of the domain's held-out recordings."""
         self.answers.setdefault(label, {})[domain.name] = found
         said = [self.source_model.labels.normalise(u.text or "") for u in domain.held_out]
         rates = {"WER": word_error_rate(found, said), "CER": char_error_rate(found, said)}
@@ -193,7 +193,7 @@ class Recognition(Experiment[Config]):
     def understood(
         self, model: nn.Module, domain: Domain, lexicon: Lexicon | None = None
     ) -> list[str]:
-        """What the model writes for each held-out recording."""
+        """The model's transcript of each held-out recording."""
         data = SpeechData(
             test=domain.held_out,
             sample_rate=self.source_model.sample_rate,
@@ -208,7 +208,7 @@ class Recognition(Experiment[Config]):
     # ---- examples ----------------------------------------------------------------------------
 
     def shown(self) -> Sequence[str]:
-        """The adapter at the headline's size; else the one that heard most without labels."""
+        """The adapter at the headline's size; else the one with most unlabelled data."""
         unlabelled = [f"LoRA, no labels, {s} s" for s in self.config.unlabelled]
         return [*unlabelled, f"LoRA, {self.config.headline} target labels"]
 
@@ -229,7 +229,7 @@ class Recognition(Experiment[Config]):
     def _tell(
         self, case: Case, heard: Sequence[Utterance], pseudo: PseudoTranscriptCallback
     ) -> None:
-        """What the recordings that most was learnt from were taken for, before and after."""
+        """Add pseudo-transcripts of the training recordings, before and after, to the run."""
         if case.size != max(self.config.unlabelled):
             return
         for item in heard:

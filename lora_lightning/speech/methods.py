@@ -1,4 +1,4 @@
-"""The rows of a speech run's table, one function each; the common ones stand among them."""
+"""The methods of a speech run, one function for each row of the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ common.add(METHODS, "source_only")
 
 @METHODS.register("lexicon")
 def lexicon_only(experiment: Recognition) -> list[Row]:
-    """The source model as it is, that may write the lexicon's words only."""
+    """The source model, decoded with the lexicon."""
     lexicon, model = experiment.lexicon(), experiment.fresh()
     if lexicon is None:
         experiment.run.notes.append("There is no lexicon (data.lexicon): no row with one.")
@@ -47,5 +47,5 @@ class FrozenBatchNorm(Callback):
     """Keeps BatchNorm in eval mode, as `LoRACallback` does with ``batch_norm="frozen"``."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
-        """A Trainer puts everything in train mode."""
+        """Set eval mode again, as the Trainer puts everything in train mode."""
         BatchNormKeeper("frozen").apply(pl_module)

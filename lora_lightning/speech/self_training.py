@@ -1,4 +1,4 @@
-"""`PseudoTranscriptCallback`: a recogniser learns recordings that nobody wrote down."""
+"""`PseudoTranscriptCallback`: self-training of a recogniser on pseudo-transcripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_lightning.adaptation.text_self_training import (
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.probing import preserved
-from lora_lightning.speech.ctc_objectives import doubts, non_blank_rate
+from lora_lightning.speech.ctc_objectives import dust_distances, non_blank_rate
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -29,18 +29,18 @@ from lora_lightning.speech.tasks.decoding import greedy
 from lora_lightning.speech.tasks.lexicon import Lexicon, LexiconSearch
 from lora_lightning.speech.transcript_guard import SpeechGuard, SpeechLimits, Understood
 
-# Recordings with the transcripts of the round, as `PseudoTranscriptCallback` trains on them.
+# Recordings with the round's pseudo-transcripts, for `PseudoTranscriptCallback`.
 
 
 class LabelledSpeech(SpeechData):
-    """`SpeechData` of the recordings that have a label now; the others wait.
+    """`SpeechData` of the recordings that have a pseudo-transcript in this round.
 
     Args:
         recordings: All of them.
         **settings: Of `SpeechData`.
 
     Attributes:
-        labels: path → what is learnt for it; replaced in each round.
+        labels: path → pseudo-transcript; replaced in each round.
     """
 
     def __init__(self, recordings: Sequence[Utterance], **settings: Any):
@@ -49,7 +49,7 @@ class LabelledSpeech(SpeechData):
         self.position = Position()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Those that the round learns."""
+        """The recordings of the round."""
         self.setup()
         every = self.items["train"]
         paths = [(u, str(u.path)) for u in every]
@@ -59,7 +59,7 @@ class LabelledSpeech(SpeechData):
             loader: Any = super().train_dataloader()
         finally:
             self.items["train"] = every
-        loader.position = self.position  # this one takes the place of the epoch's before
+        loader.position = self.position  # this one replaces the previous epoch's
         return loader  # type: ignore[no-any-return]
 
     def everything(self) -> DataLoader[Any]:
@@ -81,37 +81,37 @@ class PseudoTranscriptCallback(TextSelfTraining):
         trainer.fit(CTCRecognition(model), pseudo.data)
 
     In each round the recogniser transcribes the recordings; with a lexicon, by the most likely
-    sentence of its words. It then learns the part of them whose greedy transcript is nearest to
-    that sentence (without a lexicon: changes least under dropout, DUST, Khurana et al. 2021,
-    arXiv:2011.13439), and more of them in each round. At the first alarm training stops, and the
-    last accepted state comes back.
+    sentence of its words. It is then trained on the part of them whose greedy transcript is nearest
+    to that sentence (without a lexicon: changes least under dropout, DUST, Khurana et al. 2021,
+    arXiv:2011.13439), a larger part in each round. At the first alarm training stops, and the last
+    accepted state is restored.
 
     Args:
-        recordings: The target, such as `load_utterances` gives it; texts are not looked at.
-        lexicon: The words that may be said; None: any letters.
-        keep: Part of the recordings that each round learns, in turn. As many rounds, of equal
+        recordings: The target, such as `load_utterances` gives it; texts are ignored.
+        lexicon: The words that may occur; None: any letters.
+        keep: Part of the recordings for each round. As many rounds, of equal
             numbers of the trainer's ``max_steps``.
-        teacher_decay: Decay of a moving average of what is trained, which then writes the labels;
+        teacher_decay: Decay of a moving average of the trained weights, which then labels;
             None: the model itself does.
         limits: Of the alarms; None: none.
-        beam_size: Prefixes that the search with the lexicon keeps.
-        language_weight: Of the words' probabilities in it.
+        beam_size: Of the beam search with the lexicon.
+        language_weight: Of the language model in it.
         variants: Decodings under dropout, where there is no lexicon.
         **data: Of `SpeechData`, such as ``sample_rate``, ``max_batch`` and ``transform``.
 
     Attributes:
-        data: What to give to ``Trainer.fit``.
+        data: The data of ``Trainer.fit``.
         history_: the rounds, the source first.
         accepted_: the round whose state is kept; 0: the source.
-        pseudo_labels_: path → what is learnt for it.
+        pseudo_labels_: path → pseudo-transcript.
         changed_in_: path → the accepted round in which it got the label it has; 0: the source's.
         transcripts_: path → `Understood` by the accepted state.
         source_: path → `Understood` by the source model.
         termination_condition_: why it ended.
 
     Raises:
-        ConfigError: a value is out of range, or a trainer or module that it cannot work with.
-        DataError: there is no recording, or nothing is understood in any.
+        ConfigError: a value is out of range, or an unsuitable trainer or module.
+        DataError: there is no recording, or all transcripts are empty.
     """
 
     task = CTCRecognition
@@ -136,7 +136,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
         check_keep(keep)
         if variants < 1:
             raise ConfigError(f"variants must be at least 1, got {variants}")
-        # Whatever text they come with must not leak into the training.
+        # Given transcripts must not leak into the training.
         self.recordings = [replace(u, text=None) for u in recordings]
         rounds = TextRounds(self._check_of, Understood, label="label")
         super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
@@ -147,7 +147,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
 
     @property
     def pseudo_labels_(self) -> dict[str, str]:
-        """Path → what is learnt for it."""
+        """Path → pseudo-transcript."""
         return self.data.labels
 
     @property
@@ -156,7 +156,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
         return self.rounds_.answers_ or {}
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse what it cannot work with; make the search."""
+        """Refuse unsuitable modules and trainers; make the beam search."""
         super().check(trainer, module)
         if self.lexicon is not None:
             labels: Any = module.labels
@@ -166,11 +166,11 @@ class PseudoTranscriptCallback(TextSelfTraining):
         return SpeechGuard(source, self.limits, self.lexicon is not None).check
 
     def doubt(self, written: Understood) -> float:
-        """How far it is from the lexicon's sentence, or changes under dropout."""
+        """Distance from the lexicon's sentence, or change under dropout."""
         return written.distance
 
     def use(self, labels: dict[str, str]) -> None:
-        """The recordings that are learnt."""
+        """Select the recordings of the round."""
         self.data.labels = labels
 
     @torch.no_grad()
@@ -199,11 +199,11 @@ class PseudoTranscriptCallback(TextSelfTraining):
         return list(zip(paths, map(Understood, written, labels, distances, rates), strict=True))
 
     def _doubts(self, module: CTCRecognition, batch: AudioBatch, written: list[str]) -> list[float]:
-        """How far each transcript changes under dropout (and augmentation, where there is some)."""
+        """Mean change of each transcript under dropout (and augmentation, if any)."""
         module.model.train()
         BatchNormKeeper("frozen").apply(module.model)
         said = []
         for _ in range(self.variants):
             log_probs, frames = module(batch.waveforms, batch.lengths)
             said.append(greedy(log_probs, frames, module.labels))
-        return doubts(written, list(zip(*said, strict=True)))
+        return dust_distances(written, list(zip(*said, strict=True)))

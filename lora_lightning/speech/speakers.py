@@ -1,6 +1,6 @@
 """One adapter for each speaker of a manifest, the base loaded once.
 
-What ``lora-lightning adapt-speaker`` does.
+The implementation of ``lora-lightning adapt-speaker``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lora_lightning.training.lora_callback import LoRACallback
 
 @dataclass(frozen=True)
 class _Training:
-    """How a speaker is learnt, where the settings leave it open."""
+    """Defaults of a speaker's training, with or without transcripts."""
 
     steps: int
     batch: int
@@ -65,19 +65,19 @@ def adapt_speakers(
     stage: Callable[[str], Tick],
     overwrite: bool = False,
 ) -> Iterator[Outcome]:
-    """Learn each speaker in turn; a file is written when its speaker is done.
+    """Adapt to each speaker in turn; each adapter file is written when its speaker is done.
 
     Args:
-        base: The recogniser; as it was, when the iterator ends.
-        speakers: Name → recordings, looked at before (`checked`).
+        base: The recogniser; restored when the iterator ends.
+        speakers: Name → recordings, checked already (`checked`).
         files: Name → adapter file to write.
         settings: How.
-        stage: Begins a progress bar; returns what to call with (done, total).
-        overwrite: Learn those again whose file is there. Without, a file of the same base is
-            left as it is, so that a run that was interrupted goes on where it was.
+        stage: Begins a progress bar; returns a function of (done, total).
+        overwrite: Adapt again where a file exists. Otherwise a file of the same base is kept, so
+            that an interrupted run is resumed.
 
     Yields:
-        What became of each; one that fails does not stop the others.
+        The outcome of each; one that fails does not stop the others.
     """
     for name, utterances in speakers.items():
         if not overwrite and files[name].exists():
@@ -90,7 +90,7 @@ def adapt_speakers(
 
 
 def _there(base: NamedRecogniser, name: str, path: Path) -> Outcome:
-    """The file of an earlier run, if it is one."""
+    """The outcome of an earlier run's file; raises for any other file."""
     try:
         check_base(base.model, read_header(path), "weights", path)
     except AdapterFileError as error:
@@ -112,7 +112,7 @@ def _one(
     labelled = [u for u in utterances if u.text and base.labels.encode(u.text)]
     adapter, model = re.sub(r"\W", "_", name), base.model.train()
     try:
-        # Without transcripts, those that are there judge: an adapter that errs more is not kept.
+        # Existing transcripts decide: an adapter with a higher WER is not kept.
         learn, test, pseudo = utterances, labelled, None
         if settings.untranscribed or not labelled:
             pseudo = PseudoTranscriptCallback(
@@ -168,7 +168,7 @@ def _learn(
             seed=settings.seed,
         )
     )
-    # The callback's own file is not the one to keep: it is not judged yet.
+    # The callback's own file is not kept: its adapter is not accepted yet.
     callback = LoRACallback(lora, name=adapter, output_dir=folder, batch_norm=how.batch_norm)
     trainer = make_trainer(
         RunConfig(accelerator=settings.accelerator, out=folder),
@@ -182,7 +182,7 @@ def _learn(
 
 @contextmanager
 def _masked(model: nn.Module) -> Iterator[None]:
-    """Within the block our own recogniser trains with SpecAugment; torchaudio's have no place."""
+    """Within the block our own recogniser trains with SpecAugment; torchaudio's have none."""
     if not isinstance(model, ConformerCTC):
         yield
         return

@@ -1,4 +1,4 @@
-"""`SpeechGuard`: has a recogniser that teaches itself gone wrong? Answered without transcripts."""
+"""`SpeechGuard`: checks of a recogniser's self-training without transcripts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lora_lightning.adaptation.text_self_training import text_agreement
 
 @dataclass(frozen=True)
 class SpeechLimits:
-    """Where the alarms ring; each compares a round with the source model's own transcripts.
+    """Thresholds of the alarms; each compares a round with the source model's transcripts.
 
     Args:
-        least_rate: Frames that are no blank, as a part of the source's: fewer, it falls silent.
-        most_rate: The same, at most: more, it babbles.
+        least_rate: Least ratio of non-blank frames to the source's: below, transcripts vanish.
+        most_rate: Largest ratio: above, transcripts grow without reason.
         agreement: 1 − normalised edit distance to the source's transcripts, at least.
         spelling: How much further from the nearest sentence of the lexicon the transcripts may be
             than the source's, as a normalised edit distance.
@@ -30,13 +30,13 @@ class SpeechLimits:
 
 @dataclass(frozen=True)
 class Understood:
-    """What a recogniser makes of a recording.
+    """A recogniser's transcript of a recording, with its label and scores.
 
     Attributes:
-        written: By greedy decoding.
-        label: What is learnt from: the lexicon's nearest sentence, or the same again.
+        written: Transcript by greedy decoding.
+        label: Pseudo-transcript: the lexicon's nearest sentence, or the greedy one.
         distance: Normalised edit distance between both; under dropout where there is no lexicon.
-        rate: Part of the frames that are no blank.
+        rate: Part of non-blank frames.
     """
 
     written: str
@@ -46,11 +46,11 @@ class Understood:
 
 
 class SpeechGuard:
-    """Compares what a recogniser makes of the recordings with what the source model does.
+    """Compares a recogniser's transcripts with the source model's.
 
     Args:
         source: Path → `Understood` by the source model.
-        limits: Where the alarms ring; None: nowhere.
+        limits: Thresholds of the alarms; None: no alarms.
         spelling: Whether distances are those from a lexicon's sentences.
     """
 
@@ -63,7 +63,7 @@ class SpeechGuard:
     def check(
         self, now: Mapping[str, Understood], accepted: Mapping[str, Understood] | None = None
     ) -> Verdict:
-        """Look at a round's transcripts of the same recordings."""
+        """Check a round's transcripts of the same recordings."""
         scores = self._scores(now)
         return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
 

@@ -1,4 +1,4 @@
-"""The domains of a translation run: pairs of the user's own, or by the grammar."""
+"""The domains of a translation run: the user's own pairs, or generated ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.text.synthetic.registers import DOMAINS, registers
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text.
+    """A domain of text.
 
     Attributes:
         name: of the domain.

@@ -1,4 +1,4 @@
-"""`Translating`: a translator is adapted to each domain of text, with an adapter of its own."""
+"""`Translating`: the experiment of translation recipes, one adapter for each domain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AT_LEAST_ONE = (
 
 
 class Translating(Experiment[Config]):
-    """One case for each target, measured on the source domain too; answers are domain → texts.
+    """One case for each target, evaluated on the source too; predictions are domain → texts.
 
     Attributes:
         everyday: the source domain.
@@ -46,10 +46,10 @@ class Translating(Experiment[Config]):
     gradient_clip = 1.0
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
+        """Raise ConfigError for an invalid value."""
         config, own = self.config, self.config.train.label_free
         at_least(config, 1, AT_LEAST_ONE)
-        # All of these check what they are given; better now than after the source's training.
+        # All of these check their settings: early, not after the source's training.
         tiny = Translator(Subwords.learn(["a"]), dim=2, num_layers=1, num_heads=1, ffn_dim=2)
         for stage in (config.train.source, config.train.lora, config.train.full):
             self.task(tiny, stage)
@@ -61,7 +61,7 @@ class Translating(Experiment[Config]):
     # ---- data and source model ---------------------------------------------------------------
 
     def load(self) -> None:
-        """Read the pairs, or make them by the grammar."""
+        """Read the pairs, or generate them by the grammar."""
         self.everyday, *self.targets = read_domains(self.config)
         self.run.texts = "translations"
         self.run.data_root = Path(self.config.data.pairs or self.config.out)
@@ -77,7 +77,7 @@ class Translating(Experiment[Config]):
         """The user's own, or trained on the source domain."""
         path = self.config.model.checkpoint
         model = load_translator(path) if path else self._trained()
-        # An adapter is of use together with the model that it was made for only.
+        # An adapter can be used only with the model that it was trained on.
         save_translator(model, Path(self.config.out, "source.safetensors"))
         return model
 
@@ -121,7 +121,7 @@ class Translating(Experiment[Config]):
         return ParallelData(subwords, self.labelled(case), batch_size=size, seed=self.seed)
 
     def unlabelled(self, model: Translator, case: Case) -> Unlabelled:
-        """On translations that the translator writes itself."""
+        """Self-training on pseudo-translations."""
         settings = self.config.train.label_free
         pairs = case.train.drawn(self.config.unlabelled, self.seed)
         own = PseudoTranslationCallback(
@@ -137,7 +137,7 @@ class Translating(Experiment[Config]):
         return Unlabelled(task, lambda: self._tell(case, pairs, own), own.data, [own], length)
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
-        """BLEU, and whole sentences that are right, on held-out pairs."""
+        """BLEU, and the part of exact matches, on held-out pairs."""
         for domain in case.tested:
             found = self.translated(adapted, domain.test)
             if domain is not self.everyday:
@@ -148,7 +148,7 @@ class Translating(Experiment[Config]):
             yield domain.name, "exact", right
 
     def translated(self, adapted: Adapted, pairs: Sequence[Pair]) -> list[str]:
-        """What is written for each sentence."""
+        """The model's translation of each sentence."""
         size = self.config.data.batch_size
         data = ParallelData(self.source_model.subwords, test=pairs, batch_size=size)
         module = Translation(adapted.model, **adapted.decoding)
@@ -171,7 +171,7 @@ class Translating(Experiment[Config]):
             ]
 
     def _tell(self, case: Case, pairs: list[Pair], own: PseudoTranslationCallback) -> None:
-        """How it ended, and what the sentences that were learnt from were taken for."""
+        """Add how it ended, and translations of the training sentences, to the run."""
         name = case.train.name
         self.run.notes.append(
             f"LoRA, no labels, {name} (seed {self.seed}): {own.termination_condition_}; the state "

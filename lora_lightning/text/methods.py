@@ -1,4 +1,4 @@
-"""The rows of a translation run's table, one function each; the common ones stand among them."""
+"""The methods of a translation run, one function for each row of the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`PseudoTranslationCallback`: a translator learns sentences that nobody translated."""
+"""`PseudoTranslationCallback`: self-training of a translator on pseudo-translations."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ class PseudoTranslationCallback(TextSelfTraining):
                           callbacks=[LoRACallback(rank=4), own])
         trainer.fit(Translation(model), own.data)
 
-    In each round the translator translates the sentences and learns the part of them that it is
-    surest of (mean log-probability of the pieces), words of the sentence left out at random; more
-    of them in each round. He et al. 2020, "Revisiting self-training for neural sequence
-    generation", arXiv:1909.13788. At the first alarm training stops, and the last accepted state
-    comes back.
+    In each round the translator translates the sentences and is trained on the part of them with
+    the highest confidence (mean log-probability of the pieces), with words of the sentence dropped
+    at random; a larger part in each round. He et al. 2020, "Revisiting self-training for neural
+    sequence generation", arXiv:1909.13788. At the first alarm training stops, and the last accepted
+    state is restored.
 
     Args:
-        sentences: The target, in the language that is translated; each counts once.
+        sentences: The target, in the source language; duplicates count once.
         subwords: Of the model.
-        words: Of the language that is written, for the guard; None: unknown.
-        keep: Part of the sentences that each round learns, in turn. As many rounds, of equal
+        words: Of the target language, for the guard; None: unknown.
+        keep: Part of the sentences for each round. As many rounds, of equal
             numbers of the trainer's ``max_steps``, whole passes over them.
         limits: Of the alarms; None: none.
         batch_size: Sentences in a batch.
-        dropped: Probability of leaving a word out.
-        seed: Of the order and the words left out.
+        dropped: Probability of dropping a word.
+        seed: Of the order and the dropped words.
 
     Attributes:
-        data: What to give to ``Trainer.fit``.
+        data: The data of ``Trainer.fit``.
         history_: the rounds, the source first.
         accepted_: the round whose state is kept; 0: the source.
-        source_: sentence → what the source model writes.
-        translations_: sentence → what the accepted state writes.
+        source_: sentence → the source model's translation.
+        translations_: sentence → the accepted state's translation.
         changed_in_: sentence → the accepted round in which it got that, where it is not the
             source's.
         termination_condition_: why it ended.
 
     Raises:
-        ConfigError: a value is out of range, or a trainer or module that it cannot work with.
-        DataError: there is no sentence, or the model writes nothing.
+        ConfigError: a value is out of range, or an unsuitable trainer or module.
+        DataError: there is no sentence, or all translations are empty.
     """
 
     task = Translation
@@ -84,18 +84,18 @@ class PseudoTranslationCallback(TextSelfTraining):
 
     @property
     def translations_(self) -> dict[str, Translated]:
-        """Sentence → what the accepted state writes."""
+        """Sentence → the accepted state's translation."""
         return self.rounds_.answers_ or {}
 
     def _check_of(self, source: dict[str, Translated]) -> Check:
         return TranslationGuard(source, self.limits, self.words).check
 
     def doubt(self, written: Translated) -> float:
-        """How unlikely its pieces are, in the mean."""
+        """The mean negative log-probability of its pieces."""
         return -written.log_probability
 
     def use(self, labels: dict[str, str]) -> None:
-        """The sentences that are learnt."""
+        """Select the sentences of the round."""
         self.data.train = [Pair(*pair) for pair in labels.items()]
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class PseudoTranslationCallback(TextSelfTraining):
 
 
 def check_rounds(keep: Sequence[float], dropped: float) -> None:
-    """Raise ConfigError for what cannot be."""
+    """Raise ConfigError for invalid settings."""
     check_keep(keep)
     if not 0 <= dropped < 1:
         raise ConfigError(f"dropped must lie in [0, 1), got {dropped}")

@@ -1,4 +1,4 @@
-"""`TranslationGuard`: has a translator that teaches itself gone wrong? Answered without pairs."""
+"""`TranslationGuard`: checks of a translator's self-training without references."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_lightning.text.translation import Translated
 
 @dataclass(frozen=True)
 class TranslationLimits:
-    """Where the alarms ring; each compares a round with the source model's own translations.
+    """Thresholds of the alarms; each compares a round with the source model's translations.
 
     Args:
-        least_length: Words written, as a part of the source's, at least: fewer, it falls silent.
-        most_length: The same, at most: more, it babbles.
+        least_length: Least ratio of words to the source's: below, translations vanish.
+        most_length: Largest ratio: above, translations grow without reason.
         agreement: 1 − normalised edit distance to the source's translations, at least.
-        known: How much smaller than the source's the part of the words written may be that are
-            words of the language at all.
+        known: How much smaller than the source's the part of the words that belong to the target
+            language may be.
     """
 
     least_length: float = 0.5
@@ -30,12 +30,12 @@ class TranslationLimits:
 
 
 class TranslationGuard:
-    """Compares what a translator writes with what the source model does.
+    """Compares a translator's translations with the source model's.
 
     Args:
-        source: Sentence → what the source model writes.
-        limits: Where the alarms ring; None: nowhere.
-        words: Of the language that is written; None: unknown, and not looked at.
+        source: Sentence → the source model's translation.
+        limits: Thresholds of the alarms; None: no alarms.
+        words: Of the target language; None: unknown, and not checked.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TranslationGuard:
     def check(
         self, now: Mapping[str, Translated], accepted: Mapping[str, Translated] | None = None
     ) -> Verdict:
-        """Look at a round's translations of the same sentences."""
+        """Check a round's translations of the same sentences."""
         if not all(math.isfinite(t.log_probability) for t in now.values()):
             return Verdict({}, ["the translations are NaN: the learning rate is too high"])
         scores = self._scores(now)

@@ -1,6 +1,6 @@
-"""`Pictures`: what runs over domains of pictures have in common, whatever a label is.
+"""`Pictures`: base class of the experiments over domains of images.
 
-One adapter learns all target domains together: there is one case.
+One adapter is trained on all target domains together: there is one case.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ NAME = "LoRA, no labels"
 
 
 class Pictures(Experiment[Config]):
-    """A run over domains of pictures; its answers are (held-out pictures, outputs).
+    """A run over domains of images; its predictions are (held-out images, outputs).
 
     Attributes:
-        domains: reads the pictures.
-        data: the pictures.
-        looks: what the source model says of them, see `lora_lightning.vision.methods.seen`.
+        domains: reads the images.
+        data: the images.
+        looks: the source model's features and predictions, see
+            `lora_lightning.vision.methods.seen`.
     """
 
     packages = ("timm",)
@@ -51,31 +52,31 @@ class Pictures(Experiment[Config]):
     domains: ClassVar[type[ImageDomains]] = ImageDomains
     data: ImageDomains
 
-    # ---- what a label is ---------------------------------------------------------------------
+    # ---- labels ------------------------------------------------------------------------------
 
     @abstractmethod
     def outputs(self) -> int:
-        """Numbers that the network gives for each picture."""
+        """The number of outputs of the network."""
 
     @abstractmethod
     def labels(self, items: Sequence[Item]) -> Tensor:
-        """The labels of pictures, as numbers."""
+        """The labels of images, as numbers."""
 
     @abstractmethod
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
-        """What each picture contributes to the metric, (N,)."""
+        """Each image's value of the metric, (N,)."""
 
     @abstractmethod
     def label(self, item: Item) -> str:
-        """What a picture shows, for people."""
+        """The label of an image, as text."""
 
     @abstractmethod
     def said(self, answer: Tensor) -> tuple[str, float]:
-        """An answer (outputs,) for people, and how sure the network is of it, 0 to 1."""
+        """A prediction (outputs,) as text, and its confidence, 0 to 1."""
 
     @abstractmethod
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> Any:
-        """The task that trains `model` on pictures without labels."""
+        """The task that trains `model` on images without labels."""
 
     # ---- data and source model ---------------------------------------------------------------
 
@@ -85,7 +86,7 @@ class Pictures(Experiment[Config]):
         self.looks: dict[str, Seen] = {}
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
+        """Raise ConfigError for an invalid value."""
         stages, trained = self.config.train, ("source", "lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
         for stage in (stages.source, stages.lora, stages.full):
@@ -96,8 +97,8 @@ class Pictures(Experiment[Config]):
         at_least(self.config, 2, ("data.size", "data.batch_size"))
 
     def load(self) -> None:
-        """Read the pictures; without a folder of the user's own they are rendered."""
-        # The backbone first: a mistake in its name should not cost the reading of the pictures.
+        """Read the images; without a folder of the user's own they are rendered."""
+        # The backbone first: a mistake in its name is found before the images are read.
         known: Any = getattr(self._backbone(2, []), "pretrained_cfg", None) or {}
         self.data = data = read_pictures(self.domains, self.config.data, known, self.stages)
         self.run.classes, self.run.data_root = data.classes, data.root
@@ -121,7 +122,7 @@ class Pictures(Experiment[Config]):
         model = self._backbone(self.outputs(), notices)
         self.run.notes += [n for n in notices if n not in self.run.notes]
         self.train_source(model, self.data.on(train=[self.data.source]))
-        # The adapter is of use together with the model that it was made for only.
+        # The adapter can be used only with the model that it was trained on.
         save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")
         return model
 
@@ -129,16 +130,16 @@ class Pictures(Experiment[Config]):
 
     @property
     def adapters(self) -> Path:
-        """There are few: beside the report."""
+        """The report's folder, as there are few."""
         return Path(self.config.out)
 
     def cases(self, what: str) -> list[Case]:
-        """All target domains together, measured on the source too."""
+        """All target domains together, evaluated on the source too."""
         given = {LABELS: "target labels", NO_LABELS: "no labels"}.get(what, "")
         return [Case("adapter", self.data.target, [self.data.source, *self.data.target], given)]
 
     def fit_data(self, case: Case, stage: Any) -> ImageDomains:
-        """The labelled training pictures."""
+        """The labelled training images."""
         return self.data.on(train=case.train)
 
     def unlabelled(self, model: nn.Module, case: Case) -> Unlabelled:
@@ -150,7 +151,7 @@ class Pictures(Experiment[Config]):
         return Unlabelled(task, lambda: self.tell(task), trainer=length)
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
-        """The metric on the held-out pictures of the source and of each target domain."""
+        """The metric on the held-out images of the source and of each target domain."""
         bar = self.bar(f"  measuring {label}")
         trainer = make_trainer(self.config, [bar])
         task = self.task(adapted.model, self.config.train.source)
@@ -166,17 +167,17 @@ class Pictures(Experiment[Config]):
             yield domain, self.metric, float(values[of].mean())
 
     def score(self, label: str, answers: Tensor, seconds: float) -> list[Row]:
-        """The rows of answers that no training was needed for."""
+        """The rows of predictions by a method without training."""
         [case] = self.cases("")
         cost = Adapted(self.source_model, seconds)
         return self.table(label, case, cost, self._means(label, case, answers))
 
     def shows(self, case: Case, rank: int | str | None) -> bool:
-        """At the recipe's own rank."""
+        """Whether this is the recipe's own rank."""
         return rank is None
 
     def title(self, label: str) -> str:
-        """A row's name as its progress bar says it."""
+        """A row's name for its progress bar."""
         return {
             "LoRA, target labels": "LoRA with target labels",
             "full, target labels": "full fine-tuning with target labels",
@@ -185,11 +186,11 @@ class Pictures(Experiment[Config]):
     # ---- examples ----------------------------------------------------------------------------
 
     def shown(self) -> Sequence[str]:
-        """The adapted model that the predictions show."""
+        """The rows from which predictions are shown."""
         return ("BatchNorm statistics", NAME, "full, target labels", "LoRA, target labels")
 
     def show(self, before: Tensor, after: Tensor) -> None:
-        """The held-out target pictures before and after adaptation."""
+        """The held-out target images before and after adaptation."""
         items = self.data.on(test=[self.data.source, *self.data.target]).held_out()
         self.run.predictions += [
             self._prediction(item, old, new)
@@ -199,17 +200,17 @@ class Pictures(Experiment[Config]):
 
     @abstractmethod
     def tell(self, task: Any) -> None:
-        """Call `tell_course` with what a task of `transductive` has done."""
+        """Call `tell_course` with the result of a task of `transductive`."""
 
     def tell_course(
         self, course: Any, before: Tensor, after: Tensor, changed_in: Sequence[int | None]
     ) -> None:
-        """What the target's own pictures were taken for, and how it ended.
+        """Add the predictions of the target's training images to the run, and how it ended.
 
         Args:
-            course: How it went, such as `lora_lightning.adaptation.rounds.Rounds`.
-            before: The source model's answers to the target's training pictures.
-            after: Those of the state that was kept.
+            course: Its history, such as `lora_lightning.adaptation.rounds.Rounds`.
+            before: The source model's predictions of the target's training images.
+            after: Those of the accepted state.
             changed_in: The round in which each changed, where that is known.
         """
         history: list[Round] = course.history_

@@ -1,4 +1,4 @@
-"""The rows of a classification's table, one function each; the common ones stand among them."""
+"""The methods of a classification run, one function for each row of the table."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ common.add(METHODS, "source_only")
 
 @dataclass(frozen=True)
 class Seen:
-    """What the source model says of some pictures.
+    """The source model's features and predictions of some images.
 
     Attributes:
-        said: its answers and features.
-        labels: (N,), for those who may look at them.
-        seconds: that it took.
+        said: predictions and features.
+        labels: (N,), for methods that may use them.
+        seconds: time of the forward passes.
     """
 
     said: Predicted
@@ -44,8 +44,10 @@ class Seen:
 
 
 def seen(experiment: Pictures, which: str) -> Seen:
-    """The source model on the source's training pictures ("learnt"), or on the held-out ones of the
-    "source" or of all targets ("target"); looked at once a seed.
+    """The source model on a set of images, computed once for each seed.
+
+    The sets: the source's training images ("learnt"), held-out ones of the "source", or of all
+    targets ("target").
     """
     if which not in experiment.looks:
         data = experiment.data.on(train=[experiment.data.source])
@@ -62,13 +64,13 @@ def seen(experiment: Pictures, which: str) -> Seen:
     return experiment.looks[which]
 
 
-# From source features (N, D), their labels and features (M, D) of a domain to answers (M, K).
+# From source features (N, D), their labels and features (M, D) of a domain to predictions (M, K).
 Aligned = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @METHODS.register("recentre")
 def recentre(experiment: Pictures) -> list[Row]:
-    """The source model with the target's features moved to the source's mean."""
+    """The source model with the target's features shifted to the source's mean."""
     model = experiment.fresh()
     heads = sorted(classifier_modules(model))
     head = model.get_submodule(heads[0]) if len(heads) == 1 else None
@@ -83,7 +85,7 @@ def recentre(experiment: Pictures) -> list[Row]:
 
 @METHODS.register("lame")
 def lame_row(experiment: Pictures) -> list[Row]:
-    """The source model's answers, made to agree among neighbours."""
+    """LAME: the source model's predictions, smoothed over neighbours."""
     source, target = seen(experiment, "source"), seen(experiment, "target")
     start = time.perf_counter()
     answers = [lame(p.features, p.probabilities) for p in (source.said, target.said)]
@@ -92,7 +94,7 @@ def lame_row(experiment: Pictures) -> list[Row]:
 
 
 def aligned(name: str, align: Aligned) -> Method:
-    """The method whose row has this name: answers from what the source model sees."""
+    """A method with this row's name: predictions from the source model's features."""
 
     def row(experiment: Pictures) -> list[Row]:
         learnt = seen(experiment, "learnt")
@@ -117,7 +119,7 @@ METHODS.register("coral")(aligned("CORAL", closed_form.coral))
 
 @METHODS.register("batchnorm")
 def batchnorm(experiment: Pictures) -> list[Row]:
-    """BatchNorm's statistics estimated from the target's unlabelled training pictures.
+    """BatchNorm's statistics estimated from the target's unlabelled training images.
 
     Li et al. 2017, "Revisiting batch normalization for practical domain adaptation" (AdaBN),
     arXiv:1603.04779.
@@ -149,7 +151,7 @@ class _BatchNormStatistics(Classifier):
         self.keeper.start(model)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The labels are not looked at; all but BatchNorm stays in eval mode."""
+        """Forward without labels; all but BatchNorm stays in eval mode."""
         self.keeper.apply(self.model)
         return super().predict_step(batch, batch_idx)
 

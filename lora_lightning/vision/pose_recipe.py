@@ -1,4 +1,4 @@
-"""`PoseEstimation`: an azimuth is predicted from a picture, in other views.
+"""`PoseEstimation`: the experiment of pose recipes, where a label is an azimuth.
 
 The error is an angle. Data, methods and report are those of a classification
 (`lora_lightning.vision.experiment`); labels and losses differ.
@@ -43,7 +43,7 @@ common.add(METHODS, "label_free", "lora", "full")
 
 
 class PoseEstimation(Pictures):
-    """Answers are vectors (cos, sin); labels are azimuths in degrees."""
+    """Predictions are vectors (cos, sin); labels are azimuths in degrees."""
 
     metric = AZIMUTH_ERROR
     methods = METHODS
@@ -59,11 +59,11 @@ class PoseEstimation(Pictures):
         return PoseRegressor(model, **stage.arguments())
 
     def labels(self, items: Sequence[Item]) -> Tensor:
-        """The azimuths of pictures."""
+        """The azimuths of images."""
         return self.data.azimuths(items)
 
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
-        """The circular error of each."""
+        """The circular errors."""
         return circular_error(angle(answers), self.labels(items))
 
     def label(self, item: Item) -> str:
@@ -75,7 +75,7 @@ class PoseEstimation(Pictures):
         return f"{float(angle(answer)):.1f}", round(min(float(answer.norm()), 1.0), 4)
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductivePose:
-        """Pictures are learnt together with their mirror images."""
+        """Self-training by mirror images."""
         settings: Any = self.config.train.label_free
         return TransductivePose(
             model,

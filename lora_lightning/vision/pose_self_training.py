@@ -1,11 +1,11 @@
-r"""`TransductivePose`: adapt a regressor of angles to unlabelled pictures, by their mirror images.
+r"""`TransductivePose`: unsupervised adaptation of a pose regressor, by mirror images.
 
-Where objects are as likely as their mirror images, the mirror image of a picture shows the
-negated angle. So every unlabelled picture asks the network twice, and the two answers tell by
-how much they differ how wrong it is at least, and by their mean what may be nearer to the truth.
+Where objects are as likely as their mirror images, a mirrored image shows the negated
+angle. So there are two predictions of every unlabelled image: their difference is a lower bound of
+the error, and their mean may be nearer to the truth.
 
-A mean of two answers is right only where their errors are independent. A network that has never
-seen a rear answers alike, and wrongly, to both: no such method tells it where it is.
+The mean of two predictions is better only where their errors are independent. A network that has
+never seen a rear makes the same mistake twice, which no such method can detect.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_lightning.model.probing import evaluating
 from lora_lightning.training.optimised_module import Optimised
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
 
-# What a regressor of angles says of pictures and of their mirror images, and the judge of both.
+# Predictions of images and of their mirror images, and the guard's check of both.
 
 
 BINS = 24  # of the histogram of angles, 15 degrees each
@@ -36,12 +36,12 @@ BINS = 24  # of the histogram of angles, 15 degrees each
 
 @dataclass(frozen=True)
 class PoseLimits:
-    """Where the alarms ring; each compares a round with the source model on the same pictures.
+    """Thresholds of the alarms; each compares a round with the source model on the same images.
 
     Args:
-        spread: Least part of the source's entropy of the answers' histogram: below, the answers
-            collapse.
-        moved: Degrees that the answers may have moved from the source's, the mean.
+        spread: Least part of the source's entropy of the predictions' histogram: below, the
+            predictions collapse.
+        moved: Largest mean change of the predictions from the source's, in degrees.
     """
 
     spread: float = 0.75
@@ -56,7 +56,7 @@ class PoseLimits:
 
 @dataclass(frozen=True)
 class Twice:
-    """What a network says of pictures, (N, 2), and of their mirror images, mirrored back."""
+    """Predictions of images, (N, 2), and of their mirror images, mirrored back."""
 
     plain: Tensor
     mirror: Tensor
@@ -71,16 +71,16 @@ class Twice:
 
     @property
     def apart(self) -> Tensor:
-        """How many degrees both answers are apart, (N,)."""
+        """The difference of both predictions in degrees, (N,)."""
         return circular_error(angle(self.plain), angle(self.mirror))
 
     @property
     def concordance(self) -> float:
-        r"""How far both answers agree, beyond what answers that hardly differ would: 1 at most.
+        r"""The concordance correlation of both predictions, 1 at most.
 
         :math:`2\sum_i (p_i - \bar p)\cdot(m_i - \bar m) \,/\, (\sum_i \|p_i - \bar p\|^2 +
         \sum_i \|m_i - \bar m\|^2 + N \|\bar p - \bar m\|^2)` of the unit vectors p and m of both.
-        Degrees alone would praise a network that says nearly 0 to everything. Lin 1989, "A
+        Degrees alone would favour a network that always predicts nearly 0. Lin 1989, "A
         concordance correlation coefficient to evaluate reproducibility".
         """
         p, m = (direction(angle(v)).double() for v in (self.plain, self.mirror))
@@ -91,18 +91,18 @@ class Twice:
 
     @property
     def spread(self) -> float:
-        """The entropy in nats of the histogram of the answers, over 15 degrees each."""
+        """The entropy in nats of the predictions' histogram, with bins of 15 degrees."""
         found = torch.histc(angle(self.plain).float(), BINS, -180, 180)
         return float(torch.special.entr(found / found.sum()).sum())
 
     def of(self, indices: Tensor) -> Twice:
-        """Some of the pictures."""
+        """The subset of these images."""
         return Twice(self.plain[indices], self.mirror[indices])
 
 
 @torch.no_grad()
 def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.device) -> Twice:
-    """What a network in eval mode says of each picture and of its mirror image."""
+    """Predictions of each image and of its mirror image, in eval mode."""
     plain, mirror = [], []
     with evaluating(model):
         for x, _ in target.loader(batch_size, shuffle=False):
@@ -112,13 +112,13 @@ def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.
 
 
 def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
-    """Whether a round may be kept: its two answers agree better than ever, and nothing is lost.
+    """The verdict on a round: both predictions must agree better than ever, without collapse.
 
     Args:
         source: By the source model.
         best: By the best state so far.
-        now: By the round, of the same pictures.
-        limits: Where the alarms ring.
+        now: By the round, of the same images.
+        limits: Thresholds of the alarms.
     """
     if not bool(torch.isfinite(now.plain).all() and torch.isfinite(now.mirror).all()):
         return Verdict({}, ["the answers are NaN: the learning rate is too high"])
@@ -143,34 +143,34 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
     return Verdict(scores, alarms)
 
 
-JUDGED = 4  # each so-many-th picture is not learnt from: by those the guard judges
+JUDGED = 4  # every fourth image is not trained on, but used by the guard
 
 
 class TransductivePose(Course, Optimised):
-    r"""Adapt `model` to pictures without their angles, and leave it no worse as far as it can tell.
+    r"""Adapt a pose regressor `model` to images without labels.
 
         task = TransductivePose(model, pictures)
         Trainer(max_epochs=4, callbacks=[LoRACallback(trainable=[])]).fit(task)
 
-    With v(x) the network's vector, M the mirror image and R the negation of an angle, a picture's
-    pseudo-label is :math:`t = (v(x) + R\,v(Mx)) / 2`, taken anew in each epoch; where both answers
-    are farther apart than `tolerance`, it has none. The loss of a batch is the mean of
-    :math:`\|v(x) - t\|^2`, with half of the pictures mirrored, and R t for them.
+    With v(x) the network's vector, M the mirror image and R the negation of an angle, an image's
+    pseudo-label is :math:`t = (v(x) + R\,v(Mx)) / 2`, updated in each epoch; where both predictions
+    differ by more than `tolerance`, it has none. The loss of a batch is the mean of
+    :math:`\|v(x) - t\|^2`, with half of the images mirrored, and R t for them.
 
-    After each epoch a round ends: on the pictures that are not learnt from, every fourth, the two
-    answers must agree better than in any round before, and the answers must neither collapse nor
-    move too far. At the first alarm training stops, and the best state comes back; if there is
+    After each epoch a round ends: on every fourth image, which is not trained on, the two
+    predictions must agree better than in any earlier round, and they must neither collapse nor
+    change too much. At the first alarm training stops, and the best state is restored; if there is
     none, the source model.
 
     Args:
-        model: The network, from pictures (B, 3, H, W) to (B, 2), (cos, sin).
-        target: The pictures, see `lora_lightning.adaptation.target.Target`.
-        training: The same pictures as they are to be trained on; None: `target`.
+        model: The network, from images (B, 3, H, W) to (B, 2), (cos, sin).
+        target: The images, see `lora_lightning.adaptation.target.Target`.
+        training: The same images for training, for example augmented; None: `target`.
         tolerance: In degrees, above 0, at most 180.
-        batch_norm: ``"target"`` takes BatchNorm's statistics anew from the target before
-            training, ``"source"`` leaves them; ``"auto"`` takes them where the guard accepts it.
+        batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before training,
+            ``"source"`` keeps them; ``"auto"`` re-estimates them where the guard accepts it.
         limits: Of the guard.
-        batch_size: Pictures in a batch.
+        batch_size: Images in a batch.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: ``"one-cycle"`` (warm-up, then cosine to near 0), ``"cosine"``, ``"constant"``.
@@ -178,7 +178,7 @@ class TransductivePose(Course, Optimised):
     Attributes:
         history_: the rounds, the source first.
         accepted_: index of the round whose state is kept; 0: the source.
-        source_: `Twice` by the source model, of each picture.
+        source_: `Twice` by the source model, of each image.
         answers_: by the accepted state.
         termination_condition_: why it ended.
 
@@ -214,25 +214,25 @@ class TransductivePose(Course, Optimised):
 
     @property
     def source_(self) -> Twice:
-        """By the source model, of each picture."""
+        """By the source model, of each image."""
         return self.rounds_.source  # type: ignore[no-any-return]
 
     @property
     def answers_(self) -> Twice:
-        """By the accepted state, from which is learnt."""
+        """By the accepted state, for the pseudo-labels."""
         return self.rounds_.answers_  # type: ignore[no-any-return]
 
     def configure_callbacks(self) -> Any:
-        """What keeps the rounds."""
+        """The callback that runs the rounds."""
         return [self._course]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) → vectors (B, 2)."""
+        """Images (B, 3, H, W) → vectors (B, 2)."""
         found: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
         return found
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The pictures that are learnt from, with their indices, shuffled."""
+        """The training images with their indices, shuffled."""
         learnt = [i for i in range(len(self.target)) if i % JUDGED or len(self.target) < JUDGED]
         drop = len(learnt) > 1 and len(learnt) % self.batch_size == 1  # BatchNorm needs two
         return ResumableLoader(
@@ -258,7 +258,7 @@ class TransductivePose(Course, Optimised):
 
 
 class _Rounds(Rounds[Twice]):
-    """Answers to pictures and to their mirror images."""
+    """Rounds by the predictions of images and of their mirror images."""
 
     def packed(self, answers: Twice) -> Any:
         return vars(answers)
@@ -268,7 +268,7 @@ class _Rounds(Rounds[Twice]):
 
 
 class _Course(SelfTraining):
-    """The rounds of a `TransductivePose`, which it finds as the module that is trained."""
+    """The rounds of a `TransductivePose`, which is the module in training."""
 
     def __init__(self, target: Target, limits: PoseLimits):
         super().__init__(_Rounds(self._check_of))
@@ -290,5 +290,5 @@ class _Course(SelfTraining):
         now = self.look(module)
         scores = self.rounds_.check(now, None).scores
         self.judge(module, now, Verdict(scores) if module.batch_norm == "target" else None)
-        self.rounds_.termination_condition_ = ""  # without them training goes on
+        self.rounds_.termination_condition_ = ""  # without them training continues
         self.rounds_.restore(module.model)

@@ -1,4 +1,4 @@
-"""`Classification`: adaptation between image domains, where a label is a class."""
+"""`Classification`: the experiment of classification recipes between image domains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPEATS = 20  # of the bootstrap
 
 
 class Classification(Pictures):
-    """Answers are probabilities; labels are numbers of classes."""
+    """Predictions are probabilities; labels are indices of classes."""
 
     metric = "accuracy"
     methods = METHODS
@@ -36,11 +36,11 @@ class Classification(Pictures):
         return Classifier(model, **stage.arguments())
 
     def labels(self, items: Sequence[Item]) -> Tensor:
-        """The classes of pictures, as numbers."""
+        """The classes of images, as numbers."""
         return torch.tensor([self.data.classes.index(i.class_name) for i in items])
 
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
-        """Whether each is right."""
+        """Whether each prediction is correct."""
         return answers.argmax(1) == self.labels(items)
 
     def label(self, item: Item) -> str:
@@ -48,12 +48,12 @@ class Classification(Pictures):
         return item.class_name
 
     def said(self, answer: Tensor) -> tuple[str, float]:
-        """The likeliest class, and how likely it is."""
+        """The predicted class, and its probability."""
         index = int(answer.argmax())
         return self.data.classes[index], round(float(answer[index]), 4)
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
-        """The labels are those that the target gives itself."""
+        """A `TransductiveTask`."""
         settings = self.config.train.label_free
         return TransductiveTask(
             model,
@@ -75,10 +75,9 @@ class Classification(Pictures):
         self.tell_course(course, course.source, course.probabilities_, changed)
 
     def before_methods(self) -> None:
-        """Save the source's statistics beside the source model, and measure every target by them.
+        """Save the source's statistics beside the source model, and measure each target's shift.
 
-        The source is looked at on held-out pictures, each target on its training pictures, without
-        labels.
+        By held-out images of the source, and training images of each target, without labels.
         """
         data = self.data.on(test=[self.data.source])
         items = data.held_out()
