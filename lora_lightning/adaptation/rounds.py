@@ -35,7 +35,6 @@ class Round:
         alarms: What the guard found wrong; such a round is not kept.
         labelled: Items whose pseudo-label was accepted for the round; None without labels.
         histogram: Those by class.
-        agreement_before: Part of the items that keep the label of the previous round.
     """
 
     index: int
@@ -43,7 +42,6 @@ class Round:
     alarms: list[str] = field(default_factory=list)
     labelled: int | None = None
     histogram: list[int] = field(default_factory=list)
-    agreement_before: float = 1.0
 
     def line(self, items: int) -> str:
         """The guard's result as one line of text."""
@@ -96,7 +94,7 @@ class Rounds(Generic[Answers]):
     def start(self, model: nn.Module, source: Answers) -> None:
         """Begin with the source model and its predictions."""
         self.history_, self.accepted_, self.termination_condition_ = [], SOURCE_ROUND, ""
-        self.source = self.answers_ = self._previous = source
+        self.source = self.answers_ = source
         self.check = self._guard_of(source)
         self.history_ = [Round(SOURCE_ROUND, self.check(source, None).scores)]
         self.changed_in_ = {}
@@ -105,7 +103,7 @@ class Rounds(Generic[Answers]):
     def end_round(
         self,
         model: nn.Module,
-        now: Answers | None,
+        now: Any,
         verdict: Verdict | None = None,
         labelled: int | None = None,
         histogram: Sequence[int] = (),
@@ -114,21 +112,16 @@ class Rounds(Generic[Answers]):
 
         Args:
             model: Whose state it is.
-            now: Its predictions; None: there are no valid ones.
+            now: Its predictions; None: there are no valid ones, and `verdict` has an alarm.
             verdict: In place of the guard's.
             labelled: Items whose pseudo-label the round was trained with.
             histogram: Those by class.
         """
-        if now is None:
-            now = self._previous
         accepted = self.answers_ if self.accepted_ != SOURCE_ROUND else None
         verdict = verdict or self.check(now, accepted)
-        found = Round(
-            len(self.history_), verdict.scores, verdict.alarms, labelled, list(histogram),
-            self.alike(self._previous, now),
-        )  # fmt: skip
+        index = len(self.history_)
+        found = Round(index, verdict.scores, verdict.alarms, labelled, list(histogram))
         self.history_.append(found)
-        self._previous = now
         if found.alarms:
             self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
         else:
@@ -156,9 +149,8 @@ class Rounds(Generic[Answers]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
-        answers = (self.source, self.answers_, self._previous)
         return {
-            "answers": [self.packed(a) for a in answers],
+            "answers": [self.packed(a) for a in (self.source, self.answers_)],
             "history": [asdict(r) for r in self.history_],
             "accepted": self.accepted_,
             "changed_in": self.changed_in_,
@@ -168,7 +160,7 @@ class Rounds(Generic[Answers]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint; the model need not be at the source's state."""
-        self.source, self.answers_, self._previous = map(self.unpacked, state["answers"])
+        self.source, self.answers_ = map(self.unpacked, state["answers"])
         self.check = self._guard_of(self.source)
         self.history_ = [Round(**r) for r in state["history"]]
         self.accepted_, self.termination_condition_ = state["accepted"], state["stopped"]
@@ -176,10 +168,6 @@ class Rounds(Generic[Answers]):
         self._best = Snapshot.of(state["best"])
 
     # ---- what depends on the kind of predictions -------------------------------------------
-
-    def alike(self, before: Answers, now: Answers) -> float:
-        """How far two sets of predictions agree, 1 at most."""
-        return 1.0
 
     def note(self, index: int, now: Answers) -> None:
         """Record which labels changed in an accepted round."""
@@ -245,10 +233,6 @@ class PredictionRounds(Rounds[Tensor]):
             fall = f"the canary's accuracy falls from {before:.1%} to {accuracy:.1%}"
             alarms = [*alarms, fall]
         return Verdict({**found.scores, "canary": accuracy}, alarms)
-
-    def alike(self, before: Tensor, now: Tensor) -> float:
-        """The part of the items that keep their label."""
-        return float((before.argmax(dim=1) == now.argmax(dim=1)).double().mean())
 
     def note(self, index: int, now: Tensor) -> None:
         """Record the round in which each item got its present label."""

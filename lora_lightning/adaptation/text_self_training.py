@@ -35,22 +35,15 @@ class TextRounds(Rounds[Mapping[str, Any]]):
     Args:
         guard: See `Rounds`.
         kind: Type of a prediction, a dataclass or named tuple.
-        written: Its attribute that is compared.
         label: Its attribute that is trained on.
 
     Attributes:
         changed_in_: name → round, of those whose label is not the source's.
     """
 
-    def __init__(
-        self, guard: Callable[[Any], Check], kind: Callable[..., Any], written: str, label: str
-    ):
+    def __init__(self, guard: Callable[[Any], Check], kind: Callable[..., Any], label: str):
         super().__init__(guard)
-        self.kind, self.written, self.label = kind, written, attrgetter(label)
-
-    def alike(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> float:
-        """1 − mean normalised edit distance."""
-        return text_agreement(before, now, self.written)
+        self.kind, self.label = kind, attrgetter(label)
 
     def note(self, index: int, now: Mapping[str, Any]) -> None:
         """In which round each item got the label that it has."""

@@ -5,9 +5,7 @@ Legend of shapes: B recordings, F frames, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,48 +73,22 @@ def suta(
     return weight * sharp + (1 - weight) * confusion
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The transcripts selected for training.
+def dust_distances(hypotheses: Sequence[str], variants: Sequence[Sequence[str]]) -> list[float]:
+    """How far each transcript changes under dropout (DUST): 0, not at all, to 1.
 
-    Attributes:
-        accepted: One for each recording.
-        distances: Mean normalised distance of the variants.
-        reasons: Why each was left out; "" where it was not.
-    """
-
-    accepted: list[bool]
-    distances: list[float]
-    reasons: list[str]
-
-
-def dust(hypotheses: Sequence[str], variants: Sequence[Sequence[str]], keep: float = 0.6) -> Kept:
-    """DUST: the transcripts that change least under dropout.
-
-    Khurana et al. 2021, "Unsupervised domain adaptation for speech recognition via uncertainty
-    driven self-training", arXiv:2011.13439 (there with a threshold in place of a part). Empty
-    transcripts are always left out.
+    The mean normalised edit distance of its variants. Khurana et al. 2021, "Unsupervised domain
+    adaptation for speech recognition via uncertainty driven self-training", arXiv:2011.13439.
 
     Args:
         hypotheses: A transcript of each recording.
         variants: For each, its transcripts under dropout.
-        keep: Part that is kept, in (0, 1]; at least one.
 
     Raises:
-        ConfigError: `keep` is out of range, or variants are missing.
+        ConfigError: variants are missing.
     """
-    if not 0 < keep <= 1:
-        raise ConfigError(f"keep must lie in (0, 1], got {keep}")
     if len(variants) != len(hypotheses) or not all(variants):
         raise ConfigError("each transcript needs one variant or more")
-    distances = [
+    return [
         sum(normalised_distance(text, v) for v in others) / len(others)
         for text, others in zip(hypotheses, variants, strict=True)
     ]
-    ranked = sorted((d, i) for i, d in enumerate(distances) if hypotheses[i])
-    chosen = {i for _, i in ranked[: max(1, math.floor(keep * len(hypotheses)))]}
-    reasons = [
-        "" if i in chosen else "changes too much under dropout" if text else "nothing understood"
-        for i, text in enumerate(hypotheses)
-    ]
-    return Kept([not reason for reason in reasons], distances, reasons)

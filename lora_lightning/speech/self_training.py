@@ -21,7 +21,7 @@ from lora_lightning.adaptation.text_self_training import (
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.probing import preserved
-from lora_lightning.speech.ctc_objectives import dust, non_blank_rate
+from lora_lightning.speech.ctc_objectives import dust_distances, non_blank_rate
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -138,7 +138,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
             raise ConfigError(f"variants must be at least 1, got {variants}")
         # Given transcripts must not leak into the training.
         self.recordings = [replace(u, text=None) for u in recordings]
-        rounds = TextRounds(self._check_of, Understood, written="written", label="label")
+        rounds = TextRounds(self._check_of, Understood, label="label")
         super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
         self.lexicon, self.limits = lexicon, limits
         self.teacher_decay, self.variants = teacher_decay, variants
@@ -206,4 +206,4 @@ class PseudoTranscriptCallback(TextSelfTraining):
         for _ in range(self.variants):
             log_probs, frames = module(batch.waveforms, batch.lengths)
             said.append(greedy(log_probs, frames, module.labels))
-        return dust(written, [list(x) for x in zip(*said, strict=True)], keep=1.0).distances
+        return dust_distances(written, list(zip(*said, strict=True)))

@@ -78,7 +78,7 @@ class PseudoTranslationCallback(TextSelfTraining):
             raise DataError("the target is empty: there is no sentence to adapt to")
         self.words, self.limits = words, limits
         waiting = [Pair(sentence) for sentence in self.sentences]
-        rounds = TextRounds(self._check_of, Translated, written="text", label="text")
+        rounds = TextRounds(self._check_of, Translated, label="text")
         data = ParallelData(subwords, waiting, (), batch_size, dropped, seed)
         super().__init__(rounds, keep, data)
 

@@ -64,6 +64,12 @@ class Late(Module):
         self.model = self.model or tiny_vit()
 
 
+def fresh(seed: int = 0, **options) -> Module:
+    """Always the same for a seed."""
+    torch.manual_seed(seed)
+    return Module(**options)
+
+
 def alike(count: int) -> list[Module]:
     """Modules with the same weights."""
     model = tiny_vit()

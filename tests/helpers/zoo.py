@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
+
+from lora_lightning import load_adapter, merge, remove, save_adapter, unmerge
+from lora_lightning.model.probing import difference, run
 
 
 def image(channels: int = 4, size: int = 9) -> torch.Tensor:
@@ -129,3 +133,18 @@ BARE = ("pos_embed", "pos_embed map", "bias table")
 
 def targets(kind: str) -> str:
     return "pos_embed" if kind in BARE else "all"
+
+
+@torch.no_grad()
+def there_and_back(model: nn.Module, x: torch.Tensor, path: Path, base: nn.Module) -> None:
+    """Merged, unmerged, saved, taken off and loaded, the adapted model says what it said."""
+    adapted = run(model, x)
+    merge(model)
+    assert difference(run(model, x), adapted) < 1e-5
+    unmerge(model)
+    assert difference(run(model, x), adapted) == 0
+    save_adapter(model, path)
+    remove(model)
+    assert all(torch.equal(v, base.state_dict()[k]) for k, v in model.state_dict().items())
+    load_adapter(model, path)
+    assert difference(run(model, x), adapted) == 0

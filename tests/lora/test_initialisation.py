@@ -14,12 +14,8 @@ from lora_lightning import (
     LoRACallback,
     disabled,
     inject,
-    load_adapter,
     merge,
-    remove,
-    save_adapter,
     start_from_data,
-    unmerge,
     verify,
 )
 from lora_lightning.errors import (
@@ -37,7 +33,7 @@ from lora_lightning.model.state import named_factors
 from tests.helpers.audio_zoo import MODELS
 from tests.helpers.audio_zoo import build as build_audio
 from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
-from tests.helpers.zoo import ZOO, targets
+from tests.helpers.zoo import ZOO, targets, there_and_back
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
@@ -77,17 +73,8 @@ def test_the_function_stays_and_everything_is_exact(kind, init, tmp_path):
         verify(model, x, tolerance=1e-5)
         assert difference(run(model, x), before) <= 1e-6
         randomise(model)
-        adapted = run(model, x)
-        assert difference(adapted, before) > 1e-4
-        merge(model)
-        assert difference(run(model, x), adapted) < 1e-5
-        unmerge(model)
-        assert difference(run(model, x), adapted) == 0
-        save_adapter(model, tmp_path / "a.safetensors")
-        remove(model)
-        assert all(torch.equal(v, base.state_dict()[k]) for k, v in model.state_dict().items())
-        load_adapter(model, tmp_path / "a.safetensors")
-        assert difference(run(model, x), adapted) == 0
+        assert difference(run(model, x), before) > 1e-4
+    there_and_back(model, x, tmp_path / "a.safetensors", base)
 
 
 def one(weight: torch.Tensor, init: str, rank: int = 3, alpha: float = 6.0, **options):
@@ -281,25 +268,16 @@ def test_the_look_leaves_no_trace():
 
 
 def test_what_is_missing_is_said_before_the_model_is_touched():
-    model = nn.Sequential(nn.Linear(4, 3))
-    with pytest.raises(ConfigError, match="pass data="):
-        inject(model, init="eva", rank=1, target_modules="all", trainable=[])
-    with pytest.raises(ConfigError, match="pass loss="):
-        inject(
-            model,
-            init="lora-ga",
-            rank=1,
-            target_modules="all",
-            trainable=[],
-            data=[torch.rand(2, 4)],
-        )
-    with pytest.raises(DataError, match="no batch"):
-        inject(model, init="eva", rank=1, target_modules="all", trainable=[], data=[])
-    with pytest.raises(DataError, match="got str"):
-        inject(model, init="eva", rank=1, target_modules="all", trainable=[], data=["a"])
-    with pytest.raises(DecompositionError, match="NaN"):
-        inject(model, init="eva", rank=1, target_modules="all", trainable=[],
-               data=[torch.full((2, 4), float("nan"))])  # fmt: skip
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)
+    for init, given, error, said in (
+        ("eva", {}, ConfigError, "pass data="),
+        ("lora-ga", {"data": [x]}, ConfigError, "pass loss="),
+        ("eva", {"data": []}, DataError, "no batch"),
+        ("eva", {"data": ["a"]}, DataError, "got str"),
+        ("eva", {"data": [x * float("nan")]}, DecompositionError, "NaN"),
+    ):
+        with pytest.raises(error, match=said):
+            inject(model, init=init, rank=1, target_modules="all", trainable=[], **given)
     assert type(model[0]) is nn.Linear
     with pytest.raises(AdapterNotFoundError):
         start_from_data(model, [])

@@ -24,7 +24,7 @@ from lora_lightning.errors import AdapterError, ConfigError, DataError
 from lora_lightning.lora.rank_rules import RULES, Spectrum, choose, spectrum_of
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Late, Module, loader, randomise, tiny_vit, trainer
+from tests.helpers.training import Late, Module, fitted, fresh, loader, randomise, tiny_vit, trainer
 from tests.helpers.zoo import ZOO, targets
 
 
@@ -191,27 +191,9 @@ def auto(tmp_path, **options) -> LoRACallback:
     return LoRACallback(**settings | options, output_dir=tmp_path)
 
 
-def fitted(tmp_path, callback, epochs=2, checkpoint=None, module=None, **options):
-    module = module or Module(tiny_vit())
-    more = {}
-    if checkpoint is None:
-        callbacks = [callback, ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")]
-        more = {"enable_checkpointing": True}
-    else:
-        callbacks = [callback]
-    fit = trainer(tmp_path, *callbacks, max_epochs=epochs, **more, **options)
-    fit.fit(module, loader(), ckpt_path=checkpoint)
-    return module
-
-
-def base(seed=0) -> Module:
-    torch.manual_seed(seed)
-    return Module(tiny_vit())
-
-
 def test_a_fit_chooses_ranks_before_the_optimizer_and_writes_them(tmp_path):
-    callback = auto(tmp_path)
-    module = fitted(tmp_path, callback, module=base())
+    module, callback = fresh(), auto(tmp_path)
+    fitted(tmp_path, module, callback)
     factors = named_factors(module.model, "default")
     ranks = [f.spec.rank for f in factors.values()]
     assert len(set(ranks)) > 1
@@ -224,11 +206,10 @@ def test_a_fit_chooses_ranks_before_the_optimizer_and_writes_them(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("prune", [{}, {"prune_to": 2}])
 def test_a_resumed_fit_has_the_checkpoints_ranks_and_ends_the_same(tmp_path, prune):
-    whole = fitted(tmp_path / "a", auto(tmp_path, **prune), epochs=4, module=base())
-    again = fitted(
-        tmp_path / "b", auto(tmp_path, **prune), epochs=4, module=base(),
-        checkpoint=tmp_path / "a" / "epoch=1.ckpt",
-    )  # fmt: skip
+    whole, again = fresh(), fresh()
+    saves = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fitted(tmp_path, whole, auto(tmp_path, **prune), saves, max_epochs=4, enable_checkpointing=True)
+    fitted(tmp_path, again, auto(tmp_path, **prune), max_epochs=4, ckpt=tmp_path / "epoch=1.ckpt")
     for path, factors in named_factors(whole.model, "default").items():
         other = named_factors(again.model, "default")[path]
         assert factors.spec == other.spec
@@ -237,7 +218,7 @@ def test_a_resumed_fit_has_the_checkpoints_ranks_and_ends_the_same(tmp_path, pru
 
 
 def test_an_average_of_weights_has_the_chosen_ranks(tmp_path):
-    module = base()
+    module = fresh()
     trainer(tmp_path, auto(tmp_path), WeightAveraging(), max_epochs=1).fit(module, loader())
     assert len({f.spec.rank for f in named_factors(module.model, "default").values()}) > 1
 

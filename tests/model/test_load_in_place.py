@@ -71,6 +71,12 @@ def files(base, tmp_path):
     return make
 
 
+def loaded(base: nn.Module, file) -> nn.Module:
+    model = copy.deepcopy(base)
+    load_adapter(model, file)
+    return model
+
+
 def ways(model: nn.Module, file, name: str = "alice") -> tuple[nn.Module, nn.Module]:
     """The file loaded in the adapter's place, and after the adapter was removed."""
     other = copy.deepcopy(model)
@@ -127,8 +133,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_of_the_same_layers_and_sizes(base, files, kind, training):
     first, second = files(KINDS[kind], KINDS[kind])
-    model = copy.deepcopy(base).train(training)
-    load_adapter(model, first)
+    model = loaded(base, first).train(training)
     before, modules = parameters(model), list(model.modules())
     model(X).sum().backward()
     replaced, reloaded = ways(model, second)
@@ -158,8 +163,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_one_that_differs(base, files, case):
     first, second = files(*OTHERS[case])
-    model = copy.deepcopy(base).eval()
-    load_adapter(model, first)
+    model = loaded(base, first).eval()
     same(*ways(model, second))
 
 
@@ -212,16 +216,14 @@ def merged_and_back(model: nn.Module) -> None:
 @pytest.mark.parametrize("change", [half, eval_one, frozen, resized, merged_and_back])
 def test_whatever_was_done_to_the_old_one(base, files, change):
     first, second = files({"trainable": []}, {"trainable": []})
-    model = copy.deepcopy(base).eval()
-    load_adapter(model, first)
+    model = loaded(base, first).eval()
     change(model)
     same(*ways(model, second))
 
 
 def test_a_model_in_another_precision(base, files):
     first, second = files({}, {})
-    model = copy.deepcopy(base).eval()
-    load_adapter(model, first)
+    model = loaded(base, first).eval()
     replaced, reloaded = ways(model.bfloat16(), second)
     found, expected = replaced.state_dict(), reloaded.state_dict()
     assert found.keys() == expected.keys()
@@ -241,8 +243,7 @@ def test_factors_made_in_inference_mode_are_made_anew(base, files):
 
 def test_a_merged_model_is_left_alone(base, files):
     first, second = files({}, {})
-    model = copy.deepcopy(base).eval()
-    load_adapter(model, first)
+    model = loaded(base, first).eval()
     merge(model)
     output = model(X)
     with pytest.raises(AdapterError, match="unmerge"):
@@ -252,24 +253,22 @@ def test_a_merged_model_is_left_alone(base, files):
 
 def test_an_optimizer_goes_on_with_the_new_values(base, files):
     first, second = files({"trainable": []}, {"trainable": []})
-    model = copy.deepcopy(base)
-    load_adapter(model, first)
+    model = loaded(base, first)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(X).square().sum().backward()
     load_adapter(model, second, "alice", overwrite=True)
-    loaded = {n: p.detach().clone() for n, p in parameters(model).items()}
+    values = {n: p.detach().clone() for n, p in parameters(model).items()}
     optimizer.step()  # the old gradients are void
-    assert all(torch.equal(p, loaded[n]) for n, p in parameters(model).items())
+    assert all(torch.equal(p, values[n]) for n, p in parameters(model).items())
     model(X).square().sum().backward()
     optimizer.step()
-    assert not any(torch.equal(p, loaded[n]) for n, p in parameters(model).items())
+    assert not any(torch.equal(p, values[n]) for n, p in parameters(model).items())
 
 
 def test_values_are_the_models_own(base, files):
     """Neither the old adapter's copies nor the file follow."""
     first, second = files({}, {})
-    model = copy.deepcopy(base).eval()
-    load_adapter(model, first)
+    model = loaded(base, first).eval()
     ema, data = copy.deepcopy(model), second.read_bytes()
     before = ema(X)
     load_adapter(model, second, "alice", overwrite=True)

@@ -235,24 +235,35 @@ def test_trainable_keywords():
     assert "blocks.0.attn.qkv.weight" not in on
 
 
-@pytest.mark.parametrize("layer", ["spectral", "pruned", "integer", "script"])
-def test_what_cannot_be_adapted_says_why(layer):
-    if layer == "spectral":
-        model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))
-        message = "parametrised by _SpectralNorm"
-    elif layer == "pruned":
-        model = nn.Sequential(nn.Linear(4, 4))
-        nn.utils.prune.l1_unstructured(model[0], "weight", 2)
-        message = "computed by a forward hook"
-    elif layer == "integer":
-        model = nn.Sequential(nn.Linear(4, 4))
-        model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-        message = "factors need a floating-point weight"
-    else:
-        model = nn.Sequential(nn.LazyLinear(4))
-        message = "it is lazy and has no shape yet"
+def pruned() -> nn.Module:
+    return nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 2)
+
+
+def spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+
+
+def integers() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+            "parametrised by _SpectralNorm",
+        ),
+        (pruned, "computed by a forward hook"),
+        (integers, "factors need a floating-point weight"),
+        (lambda: nn.LazyLinear(4), "it is lazy and has no shape yet"),
+    ],
+)
+def test_what_cannot_be_adapted_says_why(make, message):
     with pytest.raises(TargetError, match=message):
-        adapted(model, target_modules=nn.Linear)
+        adapted(nn.Sequential(make()), target_modules=nn.Linear)
 
 
 def test_the_report_reads_well_at_80_columns():

@@ -25,8 +25,10 @@ pytestmark = [
 ]
 
 
-def adapted(**options) -> nn.Module:
-    model = tiny_vit()
+def adapted(model: nn.Module | None = None, **options) -> nn.Module:
+    """This model, or a small ViT, with an adapter that acts: on all of its layers, or auto's."""
+    options = ({"target_modules": "all"} if model else {}) | options
+    model = model or tiny_vit()
     inject(model, rank=2, trainable=[], **options)
     randomise(model)
     return model
@@ -40,9 +42,7 @@ def adapted(**options) -> nn.Module:
 def test_compile_fullgraph(kind):
     """Traced without a break, forward and backward; one backend is as good as another."""
     make, x = ZOO[kind]
-    model = make()
-    inject(model, rank=2, target_modules=targets(kind), trainable=[])
-    randomise(model)
+    model = adapted(make(), target_modules=targets(kind))
     expected = model(x)
     expected.square().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -80,9 +80,8 @@ def test_export():
 
 def test_torchscript_after_merging():
     # timm's fused attention is scriptable only with its exportable layers.
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 4))
-    inject(model, rank=2, target_modules="all", trainable=[])
-    randomise(model)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 4)
+    model = adapted(nn.Sequential(*layers))
     expected = model(X)
     merge(model)
     for scripted in (torch.jit.script(model), torch.jit.trace(model, X)):
@@ -152,9 +151,7 @@ def test_conversion_after_injection(dtype):
 
 def test_channels_last():
     make, x = ZOO["Conv2d"]
-    model = make()
-    inject(model, rank=2, target_modules="all", trainable=[])
-    randomise(model)
+    model = adapted(make())
     expected = model(x)
     model.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -195,9 +192,7 @@ def test_meta_device_then_to_empty():
 
 def test_adapter_file_onto_a_model_from_the_meta_device(tmp_path):
     base = tiny_vit()
-    model = copy.deepcopy(base)
-    inject(model, rank=2)
-    randomise(model)
+    model = adapted(copy.deepcopy(base))
     path = save_adapter(model, tmp_path / "a.safetensors")
     with torch.device("meta"):
         fresh = tiny_vit()
@@ -210,8 +205,7 @@ def test_torch_func():
     """Per-sample gradients of the factors, through the factorised and the effective path."""
     model = nn.Sequential(nn.Linear(4, 4), ZOO["Linear subclass"][0]())
     model[1] = type(model[1])(4, 3)
-    inject(model, rank=2, target_modules="all", trainable=[])
-    randomise(model)
+    adapted(model)
     values = {n: p.detach() for n, p in model.named_parameters()}
     x = torch.randn(5, 4)
 

@@ -21,13 +21,17 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, BaseMismatchError, ConfigError, VerificationError
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, alike, fitted, loader, lora, randomise, tiny_vit, trainer
-
-
-def fresh(**options) -> Module:
-    """Always the same."""
-    torch.manual_seed(0)
-    return Module(tiny_vit(), **options)
+from tests.helpers.training import (
+    Module,
+    alike,
+    fitted,
+    fresh,
+    loader,
+    lora,
+    randomise,
+    tiny_vit,
+    trainer,
+)
 
 
 def ranks(module: Module) -> list[int]:

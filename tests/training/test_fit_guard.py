@@ -37,7 +37,7 @@ from lora_lightning.model.shrinkage import adapter_values, pull_to_source, resto
 from lora_lightning.model.state import named_factors
 from lora_lightning.training.gain_test import Look, choose, diagnose
 from lora_lightning.training.validation_losses import losses_of, one_by_one
-from tests.helpers.training import Module, randomise, tiny_vit, trainer
+from tests.helpers.training import Module, fresh, randomise, tiny_vit, trainer
 from tests.helpers.training import fitted as fit_with
 
 KINDS = {
@@ -300,8 +300,7 @@ class Saves(Callback):
 
 def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
     def run(epochs: int, *callbacks, **options):
-        torch.manual_seed(0)
-        module, guard = Module(lr=3e-3), FitGuard(lower_rank=False)
+        module, guard = fresh(lr=3e-3), FitGuard(lower_rank=False)
         options |= {"rank": 2, "data": bright(16, 1), "max_epochs": epochs}
         learning(tmp_path, module, guard, *callbacks, **options)
         return module, guard
@@ -318,8 +317,7 @@ def test_a_resumed_fit_goes_on_where_it_was(tmp_path):
 
 def test_a_look_leaves_no_trace(tmp_path):
     def run(*guard):
-        torch.manual_seed(0)
-        module = Module()
+        module = fresh()
         fitted(tmp_path, module, LoRACallback(rank=2, batch_norm="adapt"), *guard, data=shuffled())
         return module.model.state_dict()
 
@@ -351,18 +349,20 @@ def test_the_guard_speaks_to_people(tmp_path):
         fitted(tmp_path, Module(), LoRACallback(rank=2), FitGuard())
     with pytest.raises(ConfigError, match="watches one LoRACallback, and 0 stand before it"):
         fitted(tmp_path, Module(), FitGuard(), LoRACallback(rank=2), held_out=noise(4))
-    guard = FitGuard([noise(4), noise(4)])
-    with pytest.raises(ConfigError, match="several held-out loaders"):
-        fitted(tmp_path, Module(), LoRACallback(rank=2), guard)
-    guard = FitGuard(noise(4), loss=lambda module, batch: "low")
-    with pytest.raises(ConfigError, match="function `loss` returns str; expected a loss of shape"):
-        fitted(tmp_path, Module(), LoRACallback(rank=2), guard)
-    with pytest.raises(ConfigError, match="patience must be at least 1 epoch, got 0"):
-        FitGuard(patience=0)
-    with pytest.raises(ConfigError, match=r"shares must lie in \(0, 1\], got \[0, 1\]"):
-        FitGuard(shares=[0, 1])
-    with pytest.raises(ConfigError, match="l2_sp must be 0 or more, got -1"):
-        FitGuard(l2_sp=-1)
+    text = FitGuard(noise(4), loss=lambda module, batch: "low")
+    for guard, said in (
+        (FitGuard([noise(4), noise(4)]), "several held-out loaders"),
+        (text, "function `loss` returns str; expected a loss of shape"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            fitted(tmp_path, Module(), LoRACallback(rank=2), guard)
+    for given, said in (
+        ({"patience": 0}, "patience must be at least 1 epoch, got 0"),
+        ({"shares": [0, 1]}, r"shares must lie in \(0, 1\], got \[0, 1\]"),
+        ({"l2_sp": -1}, "l2_sp must be 0 or more, got -1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            FitGuard(**given)
 
 
 @pytest.mark.parametrize(
@@ -435,14 +435,10 @@ class Generous(FitGuard):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using")
 @pytest.mark.parametrize("rank", [4, "auto"])
 def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
-    def module():
-        torch.manual_seed(0)
-        return Module()
-
     def adapter(rank):
         return LoRACallback(rank=rank, max_rank=6, seed=0, output_dir=tmp_path)
 
-    one, guard, saver = module(), Generous(lower_rank=True), ModelCheckpoint(tmp_path / "c")
+    one, guard, saver = fresh(), Generous(lower_rank=True), ModelCheckpoint(tmp_path / "c")
     t = fitted(
         tmp_path, one, adapter(rank), guard, saver, data=bright(32, 1), held_out=bright(12, 2),
         max_epochs=6, enable_checkpointing=True,
@@ -450,18 +446,18 @@ def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
     assert 0 < guard.rank_ < 4
     adapted, after = one.eval()(X), tmp_path / "after.ckpt"
     t.save_checkpoint(after)
-    other = module()
+    other = fresh()
     trainer(tmp_path, adapter(rank)).test(other, noise(4), ckpt_path=saver.best_model_path)
     t.test(one, noise(4), ckpt_path="best")
     assert torch.equal(one.eval()(X), other.eval()(X))
     # In a fresh module, at the rank that is left, and so does a fit that goes on.
     same = adapter(rank if rank == "auto" else guard.rank_)
-    other = module()
+    other = fresh()
     trainer(tmp_path, same).test(other, noise(4), ckpt_path=after)
     torch.testing.assert_close(other.eval()(X), adapted, rtol=1e-5, atol=1e-5)
     again = Generous(lower_rank=False)
     fitted(
-        tmp_path, module(), same, again, data=bright(32, 1), held_out=bright(12, 2), max_epochs=7,
+        tmp_path, fresh(), same, again, data=bright(32, 1), held_out=bright(12, 2), max_epochs=7,
         ckpt=after,
     )  # fmt: skip
     assert len(again.history_) == len(guard.history_) + 1
