@@ -45,4 +45,4 @@ with torch.no_grad():
     unmerge(model)
     remove(model)
     assert torch.equal(model(images), base(images))
-print("merged, exported and taken off again")
+print("merged, exported and removed")

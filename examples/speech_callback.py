@@ -1,4 +1,4 @@
-"""Speech: adapt a recogniser to a voice with a handful of transcribed recordings."""
+"""Speech: adapt a recogniser to a voice with a few transcribed recordings."""
 
 import lightning
 import numpy

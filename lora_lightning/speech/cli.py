@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     _add_lexicon(adapt, "words that may be said, for speakers without transcripts")
     adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
     adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
-    adapt.add_argument("--overwrite", action="store_true", help="learn anew what is there already")
+    adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
     adapt.set_defaults(command=_adapt)
 
     transcribe = commands.add_parser("transcribe", help="write down what recordings say")

@@ -113,8 +113,8 @@ def _check_average(trainer: Trainer, own: Any, other: Callback, early: bool) -> 
     norms = tracking(find_backbone(trainer.lightning_module, own.backbone))
     if norms and own._batch_norm.policy == "frozen":
         raise ConfigError(
-            f"{who} forgets the statistics of BatchNorm ({next(iter(norms))} …) to take them "
-            "anew, which batch_norm='frozen' forbids: nothing would be left of them. Use "
+            f"{who} forgets the statistics of BatchNorm ({next(iter(norms))} …) to estimate them "
+            "again, which batch_norm='frozen' forbids: they would be lost. Use "
             'LoRACallback(batch_norm="adapt") or WeightAveraging'
         )
 

@@ -127,7 +127,7 @@ def batchnorm(experiment: Pictures) -> list[Row]:
     model = experiment.fresh()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
-        experiment.run.notes.append("The backbone has no BatchNorm: no statistics to take anew.")
+        experiment.run.notes.append("The backbone has no BatchNorm: no statistics to re-estimate.")
         return []
     start = time.perf_counter()
     module = _BatchNormStatistics(model)

@@ -1,4 +1,4 @@
-"""Closed-form alignment: it undoes the shifts it is meant for, and is what its equation says."""
+"""Closed-form alignment: it undoes the shifts it is meant for, and equals its equation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = [
 
 
 def domains(seed=0, positive=False):
-    """Three classes; the target is turned within the plane that tells them apart, and moved."""
+    """Three classes; the target is rotated within the plane that separates them, and shifted."""
     g = torch.Generator().manual_seed(seed)
     means = 4 * torch.eye(3, 12)
     labels = torch.arange(300) % 3

@@ -1,4 +1,4 @@
-"""`shift`: nothing between a set and itself, more for more, and words that a person reads."""
+"""`shift`: zero between a set and itself, increasing with the shift, and its texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label-free losses, on numbers worked by hand."""
+"""Losses without labels, on numbers worked by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which item gets which label, on a few points in the plane."""
+"""Pseudo-labels of a few points in the plane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings without labels that are stopped and resumed end like those that never stopped."""
+"""Resumed trainings without labels end like uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS, ROUNDS = 12, 3  # two epochs of two batches make a round, or one of four
 
 
 class Net(nn.Module):
-    """Two layers and BatchNorm, with dropout: a resumed run must draw what the other drew."""
+    """Two layers and BatchNorm, with dropout: a resumed run must draw the same random numbers."""
 
     def __init__(self):
         super().__init__()

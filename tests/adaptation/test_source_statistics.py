@@ -1,4 +1,4 @@
-"""What is kept of a source: projections, files, and that they are of this model."""
+"""`SourceStatistics`: projections, files, and the check that they are of this model."""
 
 from __future__ import annotations
 

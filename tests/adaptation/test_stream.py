@@ -1,4 +1,4 @@
-"""Adapting while predicting: a stream of pictures, a single utterance."""
+"""Online adaptation: a stream of images, a single utterance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapting without labels through the real Trainer: task, callback, guard, teacher."""
+"""Adaptation without labels through the real Trainer: task, callback, guard, teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch in which every item has its own adapter gives what one-by-one runs give."""
+"""A mixed batch, with an adapter for each item, equals runs item by item."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_time_is_not_taken_for_the_batch_when_both_are_of_one_size(tmp_path):
 
 
 class Moved(nn.Module):
-    """Two layers that find the items elsewhere: T turned to the front, or flattened with it."""
+    """Two layers with the items in other dimensions: T first, or flattened with it."""
 
     def __init__(self, place: str):
         super().__init__()
@@ -88,7 +88,7 @@ class Moved(nn.Module):
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("form", [{}, {"dora": True}, {"trainable": ["biases"]}])
 def test_items_one_by_one_and_all_at_once_agree(place, joined, form, tmp_path, monkeypatch):
-    """Where its weight pays, each item has a product of its own: on a CPU, without a graph."""
+    """Where it is faster, each item has a product of its own: on a CPU, without a graph."""
     monkeypatch.setattr(products, "_WORTH_A_CALL", 0 if joined else 10**9)
     calls = []
     inner = products._item_by_item

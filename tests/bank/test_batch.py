@@ -1,4 +1,4 @@
-"""Which values an item is computed with: ties, weight norm, precision, and what autograd keeps."""
+"""Values used for an item: tied weights, weight norm, precision, and memory of autograd."""
 
 from __future__ import annotations
 

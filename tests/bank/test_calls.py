@@ -1,4 +1,4 @@
-"""What differs between calls of one model: what it writes into, sizes, and how it is called."""
+"""Differences between calls of one model: in-place writes, sizes, and arguments."""
 
 from __future__ import annotations
 

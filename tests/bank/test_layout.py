@@ -1,4 +1,4 @@
-"""Where the items of a batch lie, and batches whose items cannot be told apart."""
+"""Layouts of the items of a batch, and batches whose items interact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Mean(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer that runs on something that no item has a say in, for a single number."""
+    """A layer whose input does not depend on the items, for a single number."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def test_models_whose_items_cannot_be_told_apart(make, why, tmp_path):
 
 
 def test_an_order_that_did_not_show_is_asked_for(tmp_path):
-    """With one window an item nobody knows whether windows or items come first."""
+    """With one window an item the order of windows and items is unknown."""
     base = small("swin_tiny_patch4_window7_224", **SWIN, window_size=4, strict_img_size=False)
     paths = write(base, tmp_path)
     bank = AdapterBank(base, paths, example=images(16, 2))

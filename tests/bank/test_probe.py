@@ -1,4 +1,4 @@
-"""Batches of other lengths and masks than those of the batch that was looked at."""
+"""Batches of other lengths and masks than those of the probed batch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_layouts_hold_for_other_lengths_or_are_not_used(make, first, then, tmp_p
 
 
 class Exact(Layer):
-    """Takes two lengths and none that a bank would think of, and sorts by them."""
+    """Takes two lengths in an unusual form, and sorts by them."""
 
     def forward(self, x, lengths):
         if not set(lengths.tolist()) <= {3, 4}:

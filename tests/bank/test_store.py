@@ -1,4 +1,4 @@
-"""An adapter bank's files, and what it keeps of them in memory."""
+"""An adapter bank's files, and its cache in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAConfig: every bad value is named, with the correction."""
+"""`LoRAConfig`: errors name the invalid value and the correction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused path computes what the plain formula computes, keeps less, and steps aside in time."""
+"""The fused path equals the plain formula, keeps less, and falls back where needed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_gradcheck(rows, dropout):
 
 
 def test_dropout_is_dropout():
-    """In training a part of the input's numbers goes missing, scaled; in eval nothing does."""
+    """In training some of the inputs are dropped, and the others scaled; in eval none."""
     model = adapted(nn.Linear(1, 1, bias=False), rank=1, alpha=1, dropout=0.25)
     nn.init.ones_(model[0].lora["default"]["weight"].lora_A)
     nn.init.ones_(model[0].lora["default"]["weight"].lora_B)
@@ -266,7 +266,7 @@ def test_nested_tensors_take_the_plain_formula():
 
 
 def test_small_inputs_take_torchs_own_functions():
-    """The interpreter's time would be more than is saved."""
+    """Where the interpreter's overhead would exceed the gain."""
     model = adapted(nn.Linear(64, 8))
     for rows, wanted in ((4, False), (8000, True)):
         with fused():
@@ -282,7 +282,7 @@ def test_the_switch_is_put_back():
 
 
 def test_blocks_that_overlap_in_two_threads():
-    """Each undoes its own; in between the latest that is open counts."""
+    """Each restores its own settings; in between the latest open one applies."""
     before = vars(switches).copy()
     first, second = fused(False), fused(smallest=7)
     first.__enter__()

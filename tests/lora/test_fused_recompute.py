@@ -1,4 +1,4 @@
-"""A layer's input made again in the backward pass, or kept where that would be another one."""
+"""Recomputation of a layer's input in the backward pass, or saving where it would differ."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PRODUCERS = {
 
 
 class Before(nn.Module):
-    """A producer between frozen layers, and what the graph holds of it."""
+    """A producer between frozen layers, and the tensors that the graph keeps of it."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -174,7 +174,7 @@ def test_half_precision_without_autocast():
 
 
 def test_a_graph_that_was_freed_or_overwritten():
-    """Whoever does not need it is not troubled: x is kept."""
+    """Otherwise nothing changes: x is kept."""
     z = torch.randn(200, 8, dtype=torch.float64, requires_grad=True)
     model = adapted(nn.Linear(8, 6))
     x = F.gelu(z * 1)

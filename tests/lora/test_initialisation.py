@@ -1,4 +1,4 @@
-"""Starting factors: the function stays, for every kind of layer; what they are is what they say."""
+"""Initialisations: the function is unchanged, for every kind of layer; values as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of layer: exact at the start, alive, mergeable, removable."""
+"""Every kind of layer: exact at the start, trainable, mergeable, removable."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_factorised_and_effective_paths_are_chosen():
     transposed=st.booleans(),
 )
 def test_any_convolution(channels, kernel, stride, padding, dilation, groups, mode, transposed):
-    """Adapted by two ways, the output is that of a plain layer with weight W + ΔW."""
+    """By both paths the output is that of a plain layer with weight W + ΔW."""
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     options = {} if transposed else {"padding_mode": mode}
     layer = kind(

@@ -1,4 +1,4 @@
-"""Ranks from the data: what rules propose, how a budget is dealt out, what comes of it."""
+"""Ranks from the data: the rules, the allocation of a budget, and the adapters."""
 
 from __future__ import annotations
 

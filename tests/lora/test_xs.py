@@ -1,4 +1,4 @@
-"""LoRA-XS: r² numbers a layer, and everything else as with any adapter."""
+"""LoRA-XS: r² parameters a layer, and otherwise like any adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files: there and back, and every way in which a file can be wrong."""
+"""Adapter files: saving and loading, and all kinds of invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressing an adapter: exact where nothing is lost, the nearest otherwise, and whole."""
+"""`compress`: exact where possible, the nearest product otherwise, and a complete adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on whole models: exact, several at once, twice, combined; writes are never lost."""
+"""Adapters on whole models: exact, several at once, twice, combined; writes are kept."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_verify_names_what_fails_and_why():
 
 
 class Behind(nn.Linear):
-    """Goes behind our back in eval."""
+    """Bypasses the adapted weight in eval."""
 
     def forward(self, x):
         weight = self.weight if self.training else self._parameters["weight"]

@@ -1,4 +1,4 @@
-"""Putting adapters on and reading them from files copies no base, and nothing lives off a file."""
+"""Adding and loading adapters copies no base weights, and keeps no reference to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file loaded in an adapter's place leaves what removing that adapter and loading would leave."""
+"""Loading over an adapter equals removing it and loading."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def everything(model: nn.Module) -> dict[str, object]:
         "specs": [
             (n, m.spec, m.matrix) for n, m in model.named_modules() if isinstance(m, Factors)
         ],
-        "in force": {n: m.lora_active for n, m in layers.items()},
+        "active": {n: m.lora_active for n, m in layers.items()},
         "adapters": list(state.configs),
         "source": {n: value.tolist() for n, (_, value) in state.source.items()},
         "parked": {a: {n: v.tolist() for n, v in p.items()} for a, p in state.parked.items()},
@@ -136,11 +136,11 @@ def test_one_of_the_same_layers_and_sizes(base, files, kind, training):
     model = loaded(base, first).train(training)
     before, modules = parameters(model), list(model.modules())
     model(X).sum().backward()
-    replaced, anew = ways(model, second)
+    replaced, reloaded = ways(model, second)
     assert list(map(id, replaced.modules())) == list(map(id, modules))
     assert all(parameters(replaced)[n] is p for n, p in before.items())
     assert len(before) >= 8
-    same(replaced, anew)
+    same(replaced, reloaded)
 
 
 OTHERS = {
@@ -224,8 +224,8 @@ def test_whatever_was_done_to_the_old_one(base, files, change):
 def test_a_model_in_another_precision(base, files):
     first, second = files({}, {})
     model = loaded(base, first).eval()
-    replaced, anew = ways(model.bfloat16(), second)
-    found, expected = replaced.state_dict(), anew.state_dict()
+    replaced, reloaded = ways(model.bfloat16(), second)
+    found, expected = replaced.state_dict(), reloaded.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
     assert {t.dtype for t in found.values()} == {torch.bfloat16}

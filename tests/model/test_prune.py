@@ -1,4 +1,4 @@
-"""Ranks that fall in training: they really do, what matters stays, BA is never disturbed."""
+"""Rank pruning in training: ranks fall, important directions stay, BA is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many adapters on one model: each is what its file says, and none costs more than the first."""
+"""Many adapters on one model: each equals its file, and none costs more than the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands for another model inside a block comes back whole, and switching never halves one."""
+"""Blocks restore the model completely, and switching is all or nothing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_adapters_do_not_change_while_the_model_is_the_source(call, tmp_path):
 
 
 def test_a_failed_switch_leaves_the_model_as_it_was():
-    """And fails again: the second call must not take the first one's word."""
+    """And fails again: the second call must check by itself."""
     model, x = two_adapters(), torch.randn(2, 3, 32, 32)
     model.head = nn.Linear(model.head.in_features, 9)
     expected = model(x)
@@ -86,7 +86,7 @@ def test_a_failed_switch_leaves_the_model_as_it_was():
 
 
 def test_models_that_keep_what_they_computed_of_their_biases(tmp_path):
-    """timm's LeViT does in eval: what an adapter trained of it acts, and goes with the adapter."""
+    """As timm's LeViT does in eval: trained biases act, and are removed with the adapter."""
     model, x = timm.create_model("levit_128s", num_classes=3).eval(), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         source = model(x)  # fills them
@@ -136,7 +136,7 @@ def test_a_file_may_have_the_longest_name_there_is(tmp_path):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("targets", ["all", ["layers.0.*"], ["layers.1.*"]])
 def test_padded_sequences_through_torchs_own_encoder(targets, tmp_path):
-    """Which packs them in eval where its first layer is free to, and asks no other layer."""
+    """As torch packs them in eval if its first layer can, without checking the others."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
     mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
@@ -185,7 +185,7 @@ def source(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_shortcuts_of_eval_under_a_bank(tmp_path):
-    """Kept biases and packed sequences see the adapter in force, and only that one."""
+    """Cached biases and packed sequences follow the active adapter, and only that one."""
     model, x = timm.create_model("levit_128s", num_classes=3).eval(), torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected = [model(x)]

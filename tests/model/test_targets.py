@@ -121,7 +121,7 @@ def test_classifiers_of_others():
 
 @pytest.mark.parametrize("family", sorted(TIMM))
 def test_the_table_matches_its_family(family):
-    """A table that matches nothing would fall back in silence."""
+    """A table that matches nothing would fall back silently."""
     import json
     from pathlib import Path
 

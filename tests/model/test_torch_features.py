@@ -1,4 +1,4 @@
-"""What people do with a model besides calling it: compile, export, checkpoint, cast, script."""
+"""torch's features on adapted models: compile, export, checkpoint, cast, script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`View`: what one look at a model finds, which is never another than what there is."""
+"""`View`: its contents always equal those of the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same(one, other) -> bool:
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Compare with a fresh look whatever is read of a view; counts the reads."""
+    """Compare all that is read of a view with a fresh one; counts the reads."""
     reads = []
 
     def watch(name: str) -> None:

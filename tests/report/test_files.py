@@ -1,4 +1,4 @@
-"""`atomic_write`: a file is whole or not there (a killed write: test_adapter_file.py)."""
+"""`atomic_write`: a file is complete or not there (a killed write: test_adapter_file.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots: honest samples, rows that add up, and no input that breaks a picture."""
+"""Plots: random samples, rows that sum to one, and unusual inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means, spreads and averages over domains, and numbers for people."""
+"""Means, spreads and averages over domains, and formatted numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports of recognition: errors are better lower, words are compared, sound is embedded."""
+"""Reports of recognition: lower is better, words are compared, audio is embedded."""
 
 import base64
 import csv

@@ -1,4 +1,4 @@
-"""Reports: known rows give known tables, files hold what was measured, pages stand alone."""
+"""Reports: tables of known rows, files with all results, self-contained pages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def table_text(run: Run, width: int = 80) -> str:
 
 
 def write(run: Run, out: Path) -> str:
-    """Write the report; give the page, of which the general promises hold."""
+    """Write the report; returns the page, after the general checks."""
     write_report(run, out)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""<[^>]*\b(?:src|href)=(?!"data:)""", page)

@@ -1,4 +1,4 @@
-"""A kind of recipe of one's own, by an `Experiment`; devices and loggers; the common methods."""
+"""A user's own kind of recipe by an `Experiment`; devices and loggers; the common methods."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Recipes: every one runs, in miniature; mistakes in settings, folders and weights are told."""
+"""Recipes: each runs in miniature; errors of settings, folders and weights."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Fits in unusual order and shape: nothing learnt is lost, and nothing untrained passes for it."""
+"""Unusual fits: nothing trained is lost, and untrained adapters are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ranks(module: Module) -> list[int]:
 @pytest.mark.parametrize("init", ["zero", "eva", "lora-ga"])
 @pytest.mark.parametrize("between", ["nothing", "file", "state dict"])
 def test_a_second_fit_goes_on_from_the_first(tmp_path, init, between):
-    """A start from the data comes once: it would wipe out what is there."""
+    """Data-driven initialisation happens once: again, it would overwrite trained factors."""
     module = fresh()
     trainer(tmp_path, lora(init=init, output_dir=tmp_path)).fit(module, loader())
     x, learnt = torch.randn(2, 3, 32, 32), module.state_dict()
@@ -61,7 +61,7 @@ def test_a_second_fit_goes_on_from_the_first(tmp_path, init, between):
 
 
 def test_ranks_are_chosen_after_a_validation_and_after_a_failure(tmp_path):
-    """Which put the adapter on the model, and look at no data."""
+    """Which inject the adapter, without data."""
     auto = {"rank": "auto", "max_rank": 6}
     chosen = fresh()
     trainer(tmp_path, lora(**auto)).fit(chosen, loader())
@@ -130,7 +130,7 @@ class Alternating(Module):
 
 
 def test_a_first_backward_pass_of_another_network(tmp_path):
-    """Is waited out; where none reaches an adapter, that is said at the end of the epoch."""
+    """Verification waits; where no gradient reaches an adapter, the epoch's end raises."""
     module = Alternating(True)
     trainer(tmp_path, lora(), max_epochs=1).fit(module, loader())
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())

@@ -1,4 +1,4 @@
-"""Shrinking towards the source, the pull of L2-SP, and the guard of a fit to few items."""
+"""Shrinking towards the source, L2-SP, and `FitGuard` on few items."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ KINDS = {
 
 @torch.no_grad()
 def moved(kind: str) -> nn.Module:
-    """A network whose adapter, head and statistics have moved from the source's."""
+    """A network whose adapter, head and statistics differ from the source's."""
     model = tiny_net() if kind == "batchnorm" else tiny_vit()
     inject(model, rank=2, **KINDS.get(kind, {}))
     randomise(model)
@@ -210,7 +210,7 @@ def test_the_pull_keeps_the_adapter_near_the_source(tmp_path):
 
 
 def noise(items: int, seed: int = 7, classes: int = 4) -> DataLoader:
-    """Labels that nothing in the pictures tells."""
+    """Labels independent of the images."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(items, 3, 32, 32, generator=generator)
     y = torch.randint(classes, (items,), generator=generator)
@@ -218,7 +218,7 @@ def noise(items: int, seed: int = 7, classes: int = 4) -> DataLoader:
 
 
 def bright(items: int, seed: int) -> DataLoader:
-    """Pictures whose brightness is their class."""
+    """Images whose brightness is their class."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(items) % 4
     x = 0.3 * torch.randn(items, 3, 32, 32, generator=generator) + (y - 1.5).view(-1, 1, 1, 1)
@@ -230,7 +230,7 @@ def fitted(*given, **options):
 
 
 def learning(tmp_path, module, guard, *more, rank=4, **options):
-    """A fit to what can be learnt."""
+    """A fit to learnable labels."""
     options = {"data": bright(32, 1), "held_out": bright(12, 2), **options}
     return fitted(tmp_path, module, LoRACallback(rank=rank), guard, *more, **options)
 

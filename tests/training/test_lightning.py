@@ -1,4 +1,4 @@
-"""Lightning at large: YAML, two processes, a real backbone's checkpoint size."""
+"""Lightning: YAML, two processes, a real backbone's checkpoint size."""
 
 from __future__ import annotations
 
