@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import LoRACallback, PrefixCache, inject
 from lora_lightning.model.probing import floats
 from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.training.prefix_cache.check import Trial
 from lora_lightning.training.prefix_cache.store import Inputs
 
 CLASSES = 10
@@ -209,16 +210,14 @@ def prefix_seconds(name: str, x: Tensor, given: argparse.Namespace) -> dict[str,
     inject(model, rank=8, **targets)
     with PrefixCache(given.budget).attach(model) as cache:
         model(x[: given.batch])
-        assert cache._forward is not None
-        assert cache._forward.prefix is not None
-        cut = cache._forward.prefix.cut
-        times = []
+        assert cache._cut is not None
+        cut, times = cache._cut, []
         for _ in range(3):
             start = time.perf_counter(), time.process_time()
             for batch in x.split(2 * given.batch) if given.look else ():
-                cut.features(Inputs((batch,), {}))
+                Trial(cut, Inputs((batch,), {}), stop=True)
             for batch in x.split(given.batch):
-                cut.features(Inputs((batch,), {}))
+                Trial(cut, Inputs((batch,), {}), stop=True)
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return {"wall": min(t[0] for t in times), "processor": min(t[1] for t in times)}
 

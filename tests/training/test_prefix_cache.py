@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 
 import pytest
 import timm
@@ -103,27 +102,16 @@ def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
     plain = fit(tmp_path)
     cache, counts = PrefixCache(10), []
     cached = fit(tmp_path, cache, Counts())
-    assert close(plain.losses, cached.losses)
     for key, value in plain.state_dict().items():
-        torch.testing.assert_close(cached.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(cached.state_dict()[key], value)
+    assert plain.losses == cached.losses
     assert cache.hit_rate_ == 1
     assert cache.items_ == ITEMS
+    assert cache.summary() == "features before blocks.2, 12 items in 0.1 MB, hit rate 100.0%"
     assert cache.megabytes_ == pytest.approx(ITEMS * 17 * 64 * 4 / 1e6)
     assert cache.boundary_ == "blocks.2"
     assert not cache.termination_condition_
-    assert counts[1] - counts[0] == BATCH, "a batch is computed and compared"
-    assert counts[2] == counts[1]
-
-
-def test_what_is_reported(tmp_path, caplog):
-    cache = PrefixCache(10)
-    with caplog.at_level("INFO"):
-        fit(tmp_path, cache)
-    assert cache.seconds_before_ > 0
-    assert cache.seconds_after_ > 0
-    assert cache.speed_up_ == cache.seconds_before_ / cache.seconds_after_
-    assert "PrefixCache: features before blocks.2, 12 items in 0.1 MB" in caplog.text
-    assert "times as fast" in caplog.text
+    assert counts[2] == counts[1] == counts[0], "nothing is computed twice"
 
 
 def test_a_network_with_batchnorm_and_a_validation(tmp_path):
@@ -215,17 +203,24 @@ def test_inputs_that_change_are_noticed(tmp_path):
         cached = fit(tmp_path, cache, data=Noisy(), val=val)
     assert close(plain.losses, cached.losses)
     assert "inputs change" in cache.termination_condition_
-    assert cache.summary().startswith("off, no item")
+    assert cache.summary().startswith("off, no batch")
 
 
 def test_a_budget_that_holds_a_part(tmp_path):
-    plain = fit(tmp_path)
+    data = items()
+
+    def run(*callbacks):
+        module = Losses(vit())
+        adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
+        torch.manual_seed(2)
+        in_order = DataLoader(data, batch_size=BATCH)
+        trainer(tmp_path, adapter, *callbacks, max_epochs=3).fit(module, in_order)
+        return module.losses
+
     cache = PrefixCache(5.5 * 17 * 64 * 4 / 1e6)
-    with pytest.warns(UserWarning, match="holds 5 items, and there was no room for others"):
-        cached = fit(tmp_path, cache)
-    assert close(plain.losses, cached.losses)
+    assert run() == run(cache)
     assert cache.items_ == 5
-    assert cache.hit_rate_ == pytest.approx(5 / ITEMS)
+    assert cache.hit_rate_ == pytest.approx(BATCH / ITEMS), "batches are served whole or not"
 
 
 def test_a_file(tmp_path):
@@ -248,7 +243,6 @@ def test_a_network_that_is_never_called(tmp_path):
     adapter = LoRACallback(rank=2, blocks=[-1], verify=False)
     trainer(tmp_path, adapter, cache).fit(module, loader())
     assert cache.summary() == "nothing stored: the network was not called in training"
-    assert math.isnan(cache.speed_up_)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -304,9 +298,7 @@ def test_a_budget_must_be_positive(budget):
 
 def test_a_budget_beyond_the_machine(tmp_path):
     model = vit()
-    with pytest.raises(ConfigError, match="is more memory than there is"):
-        PrefixCache(1e12).attach(model)
-    with pytest.raises(ConfigError, match="free: give a smaller budget"):
+    with pytest.raises(ConfigError, match="free: give another"):
         PrefixCache(1e12, tmp_path).attach(model)
     assert not model._forward_pre_hooks
 
@@ -328,11 +320,11 @@ def test_copies_and_files_of_the_model_know_nothing_of_it():
         torch.save(model, buffer)
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=False)
-        before = cache._forward.lookups
+        before = cache._lookups
         for other in (twin, loaded):
             with torch.no_grad():
                 other.norm.bias.add_(1.0)
             assert not torch.allclose(other(x), expected)
-        assert cache._forward.lookups == before
+        assert cache._lookups == before
         assert torch.allclose(model(x), expected)
     assert torch.allclose(model(x), expected)

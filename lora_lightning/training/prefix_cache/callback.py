@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.model.view import View
 from lora_lightning.training.checks import find_backbone
-from lora_lightning.training.prefix_cache.forward import CachedForward
-from lora_lightning.training.prefix_cache.store import Store
+from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle, same
+from lora_lightning.training.prefix_cache.cut import Cut, Layout, Run, shapes
+from lora_lightning.training.prefix_cache.store import Inputs, Store
+
+_RENEWALS = 3  # more, and the weights change all the time
 
 
 class PrefixCache(Callback):
@@ -24,17 +29,10 @@ class PrefixCache(Callback):
 
     With adapters in later blocks only, the features before them are the same in every epoch. They
     are stored the first time that an item comes, found again by a hash of the item itself, and the
-    calls of the modules before the first trained block are replaced by them. Order, batches and
-    workers may change; items that change (augmentation) are noticed. With P the time of the
+    calls of the modules before the first trained block are replaced by them. With P the time of the
     prefix's forward pass and S that of forward and backward through the rest, an epoch becomes at
-    most :math:`(P + S) / S` times as fast.
-
-    The forward is cut at the first block that holds something trained. Exactness comes first: on
-    the first training batch it is checked that features of an item do not depend on others, that
-    nothing is random or moves before the cut, and that the model's output is what it is without
-    the cache. In every forward weights, adapters, modes and arguments are compared with those of
-    the check: one that differs is computed as if there were no cache, and weights that stay
-    different begin a new one.
+    most :math:`(P + S) / S` times as fast. On the first training batch it is checked that nothing
+    else changes; a forward with other weights, adapters or arguments is computed as ever.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
@@ -42,17 +40,11 @@ class PrefixCache(Callback):
         backbone: Attribute path of the network in the LightningModule, as `LoRACallback`'s.
         eval_prefix: Compute what comes before the first trained block in eval mode while training:
             no dropout and no moving statistics there. Without it a prefix with either is refused.
-            Modules keep their own mode, in which forwards that are left alone are computed.
 
     Attributes:
-        boundary_: the block that the prefix ends before.
-        items_: items stored.
-        megabytes_: their size.
-        hit_rate_: part of all items asked for since the first epoch that were found.
-        seconds_before_: of the first epoch, without what was spent on finding and checking the
-            cut; NaN before.
-        seconds_after_: of later epochs, the median; NaN before.
-        speed_up_: their ratio.
+        boundary_: the block that the prefix ends before; "" before the first training batch.
+        items_, megabytes_: what is stored.
+        hit_rate_: part of the items trained on, since the first epoch, that were served.
         termination_condition_: why it was switched off; "" while it is on.
 
     Raises:
@@ -71,53 +63,49 @@ class PrefixCache(Callback):
             raise ConfigError(f"budget_mb must be above 0 and finite, got {budget_mb}")
         self.budget_mb, self.backbone, self.eval_prefix = budget_mb, backbone, eval_prefix
         self.folder = None if folder is None else Path(folder)
-        self.boundary_ = self.termination_condition_ = ""
-        self.items_ = 0
-        self.megabytes_ = self.hit_rate_ = 0.0
-        self.seconds_before_ = self.seconds_after_ = float("nan")
-        self._forward: CachedForward | None = None
-        self._start = 0.0
-        self._later: list[float] = []  # seconds of each epoch but the first
-        self._epochs = 0
-        self._first = (0, 0, 0)  # lookups, hits and those in training before the second epoch
-        self._told_full = False
-        self._why = ""  # of forwards that were left alone
+        self._root: nn.Module | None = None
+        self._store: Any = None
+        self._reset()
 
-    @property
-    def speed_up_(self) -> float:
-        """Seconds of the first epoch over seconds of a later one; NaN before there is one."""
-        return self.seconds_before_ / self.seconds_after_
+    def _reset(self) -> None:
+        self.boundary_ = self.termination_condition_ = self._why = ""
+        self.items_, self.megabytes_, self.hit_rate_ = 0, 0.0, 0.0
+        self._cut: Cut | None = None
+        self._layouts: dict[Any, Layout] = {}
+        self._run: tuple[Run, Any] | None = None
+        self._running, self._look, self._mode = ExitStack(), False, True
+        self._lookups = self._hits = self._renewals = self._epochs = 0
 
-    # ---- without Lightning -----------------------------------------------------------------
+    def __reduce__(self) -> Any:
+        """Copies of the model, and files of it, take nothing along."""
+        options = {"backbone": self.backbone, "eval_prefix": self.eval_prefix}
+        return PrefixCache, (self.budget_mb, self.folder), options
 
     def attach(self, model: nn.Module) -> PrefixCache:
         """Begin to serve the forwards of `model`; in a ``with`` block until its end.
 
         Call `end_epoch` after each pass over the data, so that useless caching is noticed.
-
-        Raises:
-            ConfigError: it is attached already, or the model is compiled.
         """
-        if self._forward is not None:
-            raise ConfigError("this PrefixCache is attached already: detach() it first")
-        if hasattr(model, "_orig_mod") or _compiled(model):
-            raise ConfigError(
-                "PrefixCache replaces calls of modules, and a compiled model makes none: attach it "
-                "before torch.compile, and compile blocks behind the first trained layer instead"
-            )
-        store = Store(round(self.budget_mb * 1e6), self.folder)
-        self._forward = CachedForward(model, store, self.eval_prefix)
-        self.seconds_before_ = self.seconds_after_ = float("nan")
-        self._later, self._epochs, self._told_full = [], 0, False
-        self._start, self._first = time.perf_counter(), (0, 0, 0)
+        hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        if self._root or any(isinstance(x, PrefixCache) and x._root is model for x in hooks):
+            raise ConfigError("the model has a PrefixCache already, or this one a model: detach it")
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            raise ConfigError("a compiled model calls no modules: attach before torch.compile")
+        self._reset()
+        self._store, self._root = Store(round(self.budget_mb * 1e6), self.folder), model
+        self._handles = [
+            model.register_forward_hook(self._after, always_call=True),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+        ]
         return self
 
     def detach(self) -> None:
         """Leave the model as it was, and give memory or file back; nothing where not attached."""
-        if self._forward is not None:
-            self._measure(self._forward)
-            self._forward.close()
-            self._forward = None
+        if self._root is not None:
+            self._running.close()
+            for handle in self._handles:
+                handle.remove()
+            self._root = self._cut = self._store = None
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -126,89 +114,117 @@ class PrefixCache(Callback):
         self.detach()
 
     def end_epoch(self) -> None:
-        """Note how long the epoch took; switch off where inputs are others each time."""
-        forward = self._forward
-        if forward is None:
-            return
-        seconds, self._start = time.perf_counter() - self._start, time.perf_counter()
-        forward.check_weights()
-        if _compiled(forward.root):
-            forward.tell("the model was compiled in place, so that it calls no modules")
-        if forward.prefix is None:
-            self._measure(forward)
-            return
-        self._epochs += 1
-        if self._epochs == 1:
-            self.seconds_before_ = seconds - forward.seconds
-            self._first = forward.lookups, forward.hits, forward.training_hits
-        else:
-            self._later.append(seconds)
-        self._measure(forward)
-        self._say_full(forward)
-        useless = forward.training_hits == self._first[2] and not forward.renewals
-        if self._epochs == 2 and useless and forward.store.used and not forward.off:
-            self._switch_off(forward)
-
-    def _measure(self, forward: CachedForward) -> None:
-        self.boundary_, self.termination_condition_ = forward.end, forward.off
-        self._why = forward.why
-        if not forward.off:
-            self.items_, self.megabytes_ = len(forward.store.records), forward.store.used / 1e6
-        asked, found = forward.lookups - self._first[0], forward.hits - self._first[1]
-        self.hit_rate_ = found / asked if asked else 0.0
-        if self._later:
-            self.seconds_after_ = statistics.median(self._later)
-
-    def _say_full(self, forward: CachedForward) -> None:
-        if forward.store.refused and not self._told_full:
-            self._told_full = True
-            rank_zero_warn(
-                f"PrefixCache: budget_mb={self.budget_mb:g} holds {self.items_} items, and there "
-                "was no room for others, which are computed each time. Give a larger budget, or a "
-                "folder"
+        """Switch off where inputs are others each time."""
+        self._look = True
+        self._epochs += bool(self.boundary_)
+        if self._epochs == 2 and self._root and not self._hits:
+            self._switch_off(
+                "no batch of the second epoch was stored: inputs change in every epoch (random "
+                "augmentation?), or budget_mb is too small"
             )
+        if self._epochs < 2:
+            self._lookups = self._hits = 0
 
-    def _switch_off(self, forward: CachedForward) -> None:
-        why = self.termination_condition_ = (
-            "no item of the second epoch was one of the first: inputs change in every epoch "
-            "(random augmentation?), so that storing features is of no use"
-        )
-        forward.close(why)
-        rank_zero_warn(f"PrefixCache is off: {why}. Take the randomness out, or PrefixCache")
+    def _switch_off(self, why: str) -> None:
+        self.termination_condition_ = why
+        self.detach()
+        rank_zero_warn(f"PrefixCache is off: {why}")
 
     def summary(self) -> str:
-        """What was stored and what it brought, in a line."""
-        if not self.boundary_:
-            return f"nothing stored: {self._why or 'the network was not called in training'}"
+        """What was stored and how much of it was found, in a line."""
         if self.termination_condition_:
             return f"off, {self.termination_condition_}"
-        told = (
+        if not self.boundary_:
+            return f"nothing stored: {self._why or 'the network was not called in training'}"
+        return (
             f"features before {self.boundary_}, {self.items_} items in {self.megabytes_:.1f} MB, "
             f"hit rate {self.hit_rate_:.1%}"
         )
-        if self._later:
-            told += (
-                f", {self.seconds_before_:.2f} s an epoch before and {self.seconds_after_:.2f} s "
-                f"after, {self.speed_up_:.1f} times as fast"
-            )
-        return told
 
-    # ---- Lightning -------------------------------------------------------------------------
+    def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if root is not self._root:
+            return
+        self._running.close()  # of a forward that was interrupted
+        self._run = None
+        last = next(reversed(root._forward_pre_hooks))  # a later one may change the input
+        watched = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        inputs = Inputs(args, kwargs)
+        if last == self._handles[-1].id and not watched and (cut := self._ready(root, inputs)):
+            self._run = self._plan(cut, inputs)
+            self._running.enter_context(cut.running(self._run[0]))
+
+    def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if root is self._root:
+            self._running.close()
+            if self._run and self._cut and output is not None:  # else an error is on its way
+                run, key = self._run
+                known = self._layouts.setdefault(key, run.layout)
+                if not run.entered or shapes(known) != shapes(run.layout):
+                    raise self._cut.astray()
+
+    def _plan(self, cut: Cut, inputs: Inputs) -> tuple[Run, Any]:
+        """Served where all items are stored, and a batch like this was seen; else noted."""
+        shared, keys = inputs.keys()
+        key = shared, inputs.size, tuple(m.training for _, m in (*cut.before, *cut.around))
+        records = [self._store.records[k] for k in keys if k in self._store.records]
+        hits = inputs.size if len(records) == len(keys) and key in self._layouts else 0
+        if torch.is_grad_enabled():
+            self._lookups, self._hits = self._lookups + inputs.size, self._hits + hits
+            self.hit_rate_ = self._hits / self._lookups
+
+        def keep(given: list[Any]) -> None:
+            for k, record in zip(keys, cut.split(given, inputs.size), strict=True):
+                if not same(record, self._store.records.get(k, record)):
+                    raise cut.astray()
+                self._store.put(k, record)
+            self.items_, self.megabytes_ = len(self._store.records), self._store.used / 1e6
+
+        return Run(lambda _: None, records, self._layouts[key]) if hits else Run(keep), key
+
+    def _ready(self, root: nn.Module, inputs: Inputs) -> Cut | None:
+        """What serves this forward; None: it is left alone."""
+        training, why = torch.is_grad_enabled(), inputs.obstacle
+        if training and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.leaves):
+            return None
+        look = self._look or root.training is not self._mode
+        self._look, self._mode = False, root.training
+        if not why and (self._cut is None or self._watch.changed(look)):
+            trains = any(p.requires_grad for p in root.parameters())
+            if not training or not trains or View(root).merged:
+                return None  # a look with other weights for a while
+            self._renew(root, inputs)
+        if not why and self._cut is not None and not (why := obstacle(self._cut)):
+            if inputs.kind() == self._kind:
+                return self._cut
+            why = "arguments, or their precision, are others than in the first batch"
+        if why and training and not self._why:
+            self._why = why
+            rank_zero_warn(f"PrefixCache leaves some forwards alone: {why}")
+        return None
+
+    def _renew(self, root: nn.Module, inputs: Inputs) -> None:
+        """Find the cut as it is now; what is stored is of no use any more."""
+        self._store.clear()
+        self._layouts.clear()
+        self._renewals += bool(self.boundary_)
+        try:
+            if self._renewals > _RENEWALS:
+                raise ConfigError("weights, or attributes, before the cut change all the time")
+            self._cut = find_cut(root, inputs, self.eval_prefix)
+        except ConfigError as error:
+            if not self.boundary_:
+                raise
+            self._switch_off(f"since weights or adapters changed, {error}")
+            return
+        self.boundary_, self._kind, self._watch = self._cut.path, inputs.kind(), Watch(self._cut)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the network."""
         network = find_backbone(pl_module, self.backbone)
         if network is pl_module and not isinstance(trainer.strategy, SingleDeviceStrategy):
-            raise ConfigError(
-                "PrefixCache on several devices needs backbone=, the path of the network in the "
-                "LightningModule"
-            )
+            raise ConfigError("PrefixCache on several devices needs the network's path: backbone=")
         self.detach()
         self.attach(network)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch begins."""
-        self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch is over."""
@@ -216,9 +232,7 @@ class PrefixCache(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what it brought."""
-        if self._forward is not None:
-            self._measure(self._forward)
-            rank_zero_info(f"PrefixCache: {self.summary()}")
+        rank_zero_info(f"PrefixCache: {self.summary()}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the network its own calls back."""
@@ -229,8 +243,3 @@ class PrefixCache(Callback):
     ) -> None:
         """A fit that failed leaves nothing behind."""
         self.detach()
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Whether ``model.compile()`` was called."""
-    return getattr(model, "_compiled_call_impl", None) is not None
