@@ -1,4 +1,4 @@
-"""Every error that lora-lightning raises on purpose.
+"""The exceptions that lora-lightning raises.
 
     LoRALightningError
     ├── ConfigError(ValueError)            a setting is unknown, out of range or contradictory

@@ -1,4 +1,4 @@
-"""How names become things: tables to which this package, a user and other packages add by name.
+"""`Registry`: tables of things by name, to which users and other packages can add.
 
     RULES: Registry[Rule] = Registry("rank rule")
 

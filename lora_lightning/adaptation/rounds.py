@@ -58,10 +58,10 @@ class Round:
         for logger in trainer.loggers:
             scores = {f"target/{name}": value for name, value in self.scores.items()}
             logger.log_metrics(scores, step=trainer.global_step)
-        say(module, self.line(items))
+        print_wrapped(module, self.line(items))
 
 
-def say(module: LightningModule, text: str) -> None:
+def print_wrapped(module: LightningModule, text: str) -> None:
     """Print a text wrapped to the terminal, on rank 0."""
     module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
 

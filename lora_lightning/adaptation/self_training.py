@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning.adaptation.guard import Limits, Verdict
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import Position, begin_next_epoch
-from lora_lightning.adaptation.rounds import PredictionRounds, Round, say
+from lora_lightning.adaptation.rounds import PredictionRounds, Round, print_wrapped
 from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
 from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
@@ -135,7 +135,7 @@ class SelfTraining(Course, Callback):
         if state is not None:
             begin_next_epoch(trainer)
         if self.termination_condition_:
-            say(pl_module, self.termination_condition_)
+            print_wrapped(pl_module, self.termination_condition_)
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

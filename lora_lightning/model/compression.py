@@ -93,7 +93,7 @@ def compress(
     scale = state.configs[name].scale
     found = [_compress_one(root, name, path, f, rank, energy, scale) for path, f in before.items()]
     after = states.named_factors(root, name)
-    report_anew(state, name, after)
+    update_report(state, name, after)
     return Compression(tuple(found), _size(before), _size(after))
 
 
@@ -139,7 +139,7 @@ def _smaller(
     return small.train(factors.training)
 
 
-def report_anew(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
+def update_report(state: ModelState, name: str, factors: dict[str, Factors]) -> None:
     """Update the report of an adapter whose ranks have changed."""
     rows = []
     for row in state.reports[name].rows:

@@ -22,7 +22,7 @@ from lora_lightning.lora.factors import TENSORS, Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.module_tree import join
 from lora_lightning.model import state as states
-from lora_lightning.model.compression import report_anew
+from lora_lightning.model.compression import update_report
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.owned_tensors import all_extras, snapshot
@@ -116,7 +116,7 @@ def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) 
         for path, rank in _ranks_in(view.model, name, factors, given).items():
             if rank != factors[path].spec.rank:
                 factors[path].resize(rank, config.scale(rank, factors[path].spec.alpha))
-        report_anew(state, name, factors)
+        update_report(state, name, factors)
 
 
 def _lowered(config: LoRAConfig, report: InjectionReport) -> bool:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.model import state as states
-from lora_lightning.model.compression import compress, report_anew
+from lora_lightning.model.compression import compress, update_report
 from lora_lightning.model.data_driven.prune import Pruner, rescale
 from lora_lightning.training.injection import state_in
 
@@ -109,7 +109,7 @@ class RankSchedule:
         scale = state.configs[name].scale
         for f in self._pruner.factors.values():
             rescale(f, scale(f.spec.rank, f.spec.alpha), self._optimizers)
-        report_anew(state, name, self._pruner.factors)
+        update_report(state, name, self._pruner.factors)
         self._pruner, self._optimizers = None, []
 
     def state_dict(self) -> dict[str, Any]:

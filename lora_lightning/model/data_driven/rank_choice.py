@@ -16,7 +16,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.rank_rules import Spectrum
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import Forward, call
-from lora_lightning.model.compression import report_anew
+from lora_lightning.model.compression import update_report
 from lora_lightning.model.data_driven.initialise import Sample, gather_inputs, shown
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.patterns import Target
@@ -88,7 +88,7 @@ def set_ranks(
         factors: Factors = module.lora[name][tensor]
         factors.resize(rank, state.configs[name].scale(rank, factors.spec.alpha))
         factors.reset(raw_tensor(module, tensor))
-    report_anew(state, name, states.named_factors(root, name))
+    update_report(state, name, states.named_factors(root, name))
     state.unranked.discard(name)
     return state.reports[name]
 
