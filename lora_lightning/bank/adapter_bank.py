@@ -226,7 +226,7 @@ class AdapterBank:
 
     def _before(self, batch: Batch, call: Call, expected: int | None) -> None:
         """Before a call of the model: check its number of items; probe an unknown kind of call."""
-        if expected is None or batch.looking:
+        if expected is None or batch.probing:
             return
         found = items_of(call, self.dim)
         if found != expected:

@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         n: number of items, or 1 where all have the same adapter.
         now: module's path → tensor's name → its `Mix`, or the source's own tensor.
-        looking: whether the model runs only to be probed.
+        probing: whether the model runs only to be probed.
         before: called before each call of the model.
         announced: whether it has been called for the next call of the model.
         inside: how many calls of the model are running.
@@ -48,7 +48,7 @@ class Batch:
     room: Room
     n: int = field(init=False)
     now: dict[str, dict[str, Any]] = field(init=False)
-    looking: bool = field(init=False, default=False)
+    probing: bool = field(init=False, default=False)
     before: Callable[[Call], None] | None = field(init=False, default=None)
     announced: bool = field(init=False, default=False)
     inside: int = field(init=False, default=0)
@@ -132,7 +132,7 @@ class Batch:
     def watched(self, watch: Watch) -> Iterator[None]:
         """Within the block the model is the source, and `watch` records the uses of tensors."""
         kept = self.n, self.now
-        self.looking, self.n, self.now = True, 1, {
+        self.probing, self.n, self.now = True, 1, {
             module: {
                 tensor: replace(mix, watch=watch.use) for tensor, mix in tensors.items()
             }
@@ -141,7 +141,7 @@ class Batch:
         try:
             yield
         finally:
-            self.looking, (self.n, self.now) = False, kept
+            self.probing, (self.n, self.now) = False, kept
 
     def in_groups(
         self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -67,7 +67,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return func(*_each(args, _plain), **_each(kwargs, _plain))
     raise AdapterError(
         f"{mixes[0].path} is used by {name_of(func)} here, in which the items of a batch cannot "
-        "have adapters of their own, and was used otherwise when the bank looked at the model. "
+        "have adapters of their own, and was used otherwise when the bank probed the model. "
         "Call bank.probe(batch) with a batch of this kind"
     )
 

@@ -242,5 +242,5 @@ def _message(failing: list[Verification]) -> str:
         lines += [f"  {path}: {reason}" for path, reason in list(v.failures.items())[:20]]
         if len(v.failures) > 20:
             lines.append(f"  … and {len(v.failures) - 20} more")
-    lines.append("leave them out with exclude_modules, or repair what is said of them")
+    lines.append("leave them out with exclude_modules, or fix the problems listed above")
     return "\n".join(lines)

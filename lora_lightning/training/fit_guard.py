@@ -130,7 +130,7 @@ class FitGuard(Callback):
             return
         self.termination_condition_ = ""
         with disabled(self._network(pl_module)):
-            self._source = self._look(trainer, pl_module)
+            self._source = self._evaluate(trainer, pl_module)
             training = losses_of(pl_module, _some(trainer.train_dataloader), None)
         self.history_ = [Look(0, float(training.mean()), float(self._source.mean()))]
 
@@ -138,7 +138,7 @@ class FitGuard(Callback):
         assert self._adapter is not None
         return checks.find_backbone(pl_module, self._adapter.backbone)
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """The losses on the held-out batches."""
         found = losses_of(pl_module, self._batches, self.loss)
         # Rank 0's for all processes, which must take the same decisions.
@@ -163,7 +163,7 @@ class FitGuard(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the held-out batches; keep the best epoch; stop early."""
-        losses = self._look(trainer, pl_module)
+        losses = self._evaluate(trainer, pl_module)
         training = float(torch.stack(self._epoch).mean()) if self._epoch else math.nan
         self._epoch = []
         held_out = float(losses.mean())
@@ -193,7 +193,7 @@ class FitGuard(Callback):
         for share in self.shares:
             with undone(network):
                 shrink(network, share)
-                losses[share] = self._look(trainer, pl_module)
+                losses[share] = self._evaluate(trainer, pl_module)
         choice = choose(self._source, losses)
         shrink(network, choice.share)
         self.shrinkage_ = choice.share
@@ -213,7 +213,7 @@ class FitGuard(Callback):
         while rank > 1:
             with undone(network):
                 compress(network, rank=rank // 2)
-                now = float(self._look(trainer, pl_module).mean())
+                now = float(self._evaluate(trainer, pl_module).mean())
             if not now <= loss:
                 break
             loss, rank = now, rank // 2
