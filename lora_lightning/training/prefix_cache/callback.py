@@ -27,12 +27,11 @@ class PrefixCache(Callback):
 
         Trainer(callbacks=[LoRACallback(blocks=[8, 9, 10, 11]), PrefixCache()])
 
-    With adapters in later blocks only, the features before them are the same in every epoch. They
-    are stored the first time that an item comes, found again by a hash of the item itself, and the
-    calls of the modules before the first trained block are replaced by them. With P the time of the
-    prefix's forward pass and S that of forward and backward through the rest, an epoch becomes at
-    most :math:`(P + S) / S` times as fast. On the first training batch it is checked that nothing
-    else changes; a forward with other weights, adapters or arguments is computed as ever.
+    Features before the first trained block are stored the first time that an item comes, and found
+    again by a hash of the item itself. With P the time of the prefix's forward pass and S that of
+    forward and backward through the rest, an epoch becomes at most :math:`(P + S) / S` times as
+    fast. On the first training batch it is checked that nothing else changes; a forward with other
+    weights, adapters or arguments is computed as ever.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
@@ -118,10 +117,8 @@ class PrefixCache(Callback):
         self._look = True
         self._epochs += bool(self.boundary_)
         if self._epochs == 2 and self._root and not self._hits:
-            self._switch_off(
-                "no batch of the second epoch was stored: inputs change in every epoch (random "
-                "augmentation?), or budget_mb is too small"
-            )
+            why = "inputs change in every epoch (random augmentation?), or budget_mb is too small"
+            self._switch_off(f"no batch of the second epoch was stored: {why}")
         if self._epochs < 2:
             self._lookups = self._hits = 0
 
@@ -136,10 +133,8 @@ class PrefixCache(Callback):
             return f"off, {self.termination_condition_}"
         if not self.boundary_:
             return f"nothing stored: {self._why or 'the network was not called in training'}"
-        return (
-            f"features before {self.boundary_}, {self.items_} items in {self.megabytes_:.1f} MB, "
-            f"hit rate {self.hit_rate_:.1%}"
-        )
+        told = f"features before {self.boundary_}, {self.items_} items in {self.megabytes_:.1f} MB"
+        return f"{told}, hit rate {self.hit_rate_:.1%}"
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if root is not self._root:
@@ -189,8 +184,7 @@ class PrefixCache(Callback):
         look = self._look or root.training is not self._mode
         self._look, self._mode = False, root.training
         if not why and (self._cut is None or self._watch.changed(look)):
-            trains = any(p.requires_grad for p in root.parameters())
-            if not training or not trains or View(root).merged:
+            if not training or View(root).merged:
                 return None  # a look with other weights for a while
             self._renew(root, inputs)
         if not why and self._cut is not None and not (why := obstacle(self._cut)):
