@@ -19,19 +19,15 @@ from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle
 from lora_lightning.training.prefix_cache.cut import Cut, Layout, Run, shapes
 from lora_lightning.training.prefix_cache.store import Inputs, Store
 
-_RENEWALS = 3  # more, and the weights change all the time
-
 
 class PrefixCache(Callback):
     r"""Compute what comes before the first trained block once per item, not once per epoch.
 
-        Trainer(callbacks=[LoRACallback(blocks=[8, 9, 10, 11]), PrefixCache()])
-
     Features before the first trained block are stored the first time that an item comes, and found
     again by a hash of the item itself. With P the time of the prefix's forward pass and S that of
     forward and backward through the rest, an epoch becomes at most :math:`(P + S) / S` times as
-    fast. On the first training batch it is checked that nothing else changes; a forward with other
-    weights, adapters or arguments is computed as ever.
+    fast. On the first training batch it is checked that nothing else changes, or a `ConfigError`
+    raised; a forward with other weights, adapters or arguments is computed as ever.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
@@ -45,9 +41,6 @@ class PrefixCache(Callback):
         items_, megabytes_: what is stored.
         hit_rate_: part of the items trained on, since the first epoch, that were served.
         termination_condition_: why it was switched off; "" while it is on.
-
-    Raises:
-        ConfigError: on the first training batch, where nothing can be stored or not rightly.
     """
 
     def __init__(
@@ -141,10 +134,10 @@ class PrefixCache(Callback):
             return
         self._running.close()  # of a forward that was interrupted
         self._run = None
-        last = next(reversed(root._forward_pre_hooks))  # a later one may change the input
-        watched = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        inputs = Inputs(args, kwargs)
-        if last == self._handles[-1].id and not watched and (cut := self._ready(root, inputs)):
+        if next(reversed(root._forward_pre_hooks)) != self._handles[-1].id:  # may change the input
+            return
+        inputs, traced = Inputs(args, kwargs), torch._C._get_tracing_state()
+        if not torch.compiler.is_compiling() and not traced and (cut := self._ready(root, inputs)):
             self._run = self._plan(cut, inputs)
             self._running.enter_context(cut.running(self._run[0]))
 
@@ -202,7 +195,7 @@ class PrefixCache(Callback):
         self._layouts.clear()
         self._renewals += bool(self.boundary_)
         try:
-            if self._renewals > _RENEWALS:
+            if self._renewals > 3:
                 raise ConfigError("weights, or attributes, before the cut change all the time")
             self._cut = find_cut(root, inputs, self.eval_prefix)
         except ConfigError as error:
@@ -228,12 +221,10 @@ class PrefixCache(Callback):
         """Say what it brought."""
         rank_zero_info(f"PrefixCache: {self.summary()}")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Give the network its own calls back."""
         self.detach()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """A fit that failed leaves nothing behind."""
         self.detach()

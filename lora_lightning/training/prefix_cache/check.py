@@ -15,9 +15,7 @@ from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.module_tree import join, walk
 from lora_lightning.model.probing import difference, floats, preserved, seeded
 from lora_lightning.training.prefix_cache.cut import Cut, Run, Stop, intercepted
-from lora_lightning.training.prefix_cache.store import Inputs
-
-_PLAIN = (int, float, str, tuple, type(None), torch.dtype)  # bool is an int
+from lora_lightning.training.prefix_cache.store import CONSTANTS, Inputs
 
 
 def find_cut(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Cut:
@@ -85,7 +83,7 @@ class Trial:
 
 
 def _problem(cut: Cut, inputs: Inputs) -> str:
-    """Why the cut cannot be used, by forwards with and without it, and with other items."""
+    """Why the cut cannot be used, by forwards with, without and with other items."""
     size, index = inputs.size, [0, *range(inputs.size)]  # the order and the longest stay
     batch, more = inputs.rows(range(size)), inputs.rows(index)
     plain = Trial(cut, batch)
@@ -126,11 +124,10 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
 
 
 def _dim(value: Any, other: Any, size: int) -> int | None:
-    """The only dimension that grows with one item more in `size`."""
     if not isinstance(value, Tensor) or value.ndim != other.ndim:
         return None
     pairs = enumerate(zip(value.shape, other.shape, strict=True))
-    growing = [i for i, (a, b) in pairs if a * (size + 1) == b * size]
+    growing = [i for i, (a, b) in pairs if a * (size + 1) == b * size]  # with one item more
     return growing[0] if len(growing) == 1 else None
 
 
@@ -189,11 +186,9 @@ class Watch:
 
     def _now(self) -> tuple[Any, Any]:
         tensors, plain = self._frozen(), [item for m in self._before for item in vars(m).items()]
-        modules = [
-            (type(m), vars(m).get("lora_active"), *m._modules.values()) for m in self._modules
-        ]
-        numbers = [(n, x) for n, x in plain if isinstance(x, _PLAIN) and n != "training"]
-        structure = modules, numbers, [(x.dtype, x.device, x.shape) for x in tensors]
+        kinds = [(type(m), vars(m).get("lora_active"), *m._modules.values()) for m in self._modules]
+        numbers = [(n, x) for n, x in plain if isinstance(x, CONSTANTS) and n != "training"]
+        structure = kinds, numbers, [(x.dtype, x.device, x.shape) for x in tensors]
         return structure, [(id(x), x.data_ptr(), x.is_inference() or x._version) for x in tensors]
 
     def _checksums(self) -> list[int]:

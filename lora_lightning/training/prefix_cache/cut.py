@@ -1,9 +1,4 @@
-"""`Cut`: the first block that holds something trained, and what it is given.
-
-A model's forward is arbitrary code and cannot be entered in the middle. In its place the *calls*
-of the modules before the block are replaced, which cost all the time: they give NaN of the right
-shape, so that whoever uses it is noticed, and the block is given what is stored.
-"""
+"""`Cut`: modules before the first trained block give NaN, and the block gets what is stored."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning.errors import ConfigError
 
-_ALIGNMENT = 64  # bytes; any dtype can be viewed there
-CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+CONSTANTS = (int, float, complex, str, bytes, tuple, type(None), torch.dtype, torch.device)
 
 
 class Inputs:
@@ -71,13 +70,11 @@ class Inputs:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """(B, bytes of a row) as a NumPy array."""
     rows = tensor.detach().cpu().reshape(len(tensor), -1).contiguous()
     return rows.resolve_conj().resolve_neg().view(torch.uint8).numpy()
 
 
 def _autocast() -> tuple[Any, ...]:
-    """The precision of autocast on each kind of device where it is on."""
     kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
     return tuple((k, torch.get_autocast_dtype(k)) for k in kinds)
 
@@ -98,7 +95,7 @@ class Store:
 
     def put(self, key: bytes, parts: Sequence[Tensor]) -> None:
         """Store copies of contiguous tensors, if the key is new and there is room."""
-        sizes = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts]
+        sizes = [-(-part.nbytes // 64) * 64 for part in parts]  # any dtype can be viewed there
         if key in self.records or self.used + sum(sizes) > self.budget:
             return
         self.records[key] = []
