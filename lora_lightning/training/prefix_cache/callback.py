@@ -19,20 +19,15 @@ from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle
 from lora_lightning.training.prefix_cache.cut import Cut, Layout, Run, shapes
 from lora_lightning.training.prefix_cache.store import Inputs, Store
 
-_RENEWALS = 3  # more, and the weights change all the time
-
 
 class PrefixCache(Callback):
     r"""Compute what comes before the first trained block once per item, not once per epoch.
 
-        Trainer(callbacks=[LoRACallback(blocks=[8, 9, 10, 11]), PrefixCache()])
-
-    With adapters in later blocks only, the features before them are the same in every epoch. They
-    are stored the first time that an item comes, found again by a hash of the item itself, and the
-    calls of the modules before the first trained block are replaced by them. With P the time of the
-    prefix's forward pass and S that of forward and backward through the rest, an epoch becomes at
-    most :math:`(P + S) / S` times as fast. On the first training batch it is checked that nothing
-    else changes; a forward with other weights, adapters or arguments is computed as ever.
+    Features before the first trained block are stored the first time that an item comes, and found
+    again by a hash of the item itself. With P the time of the prefix's forward pass and S that of
+    forward and backward through the rest, an epoch becomes at most :math:`(P + S) / S` times as
+    fast. On the first training batch it is checked that nothing else changes, or a `ConfigError`
+    raised; a forward with other weights, adapters or arguments is computed as ever.
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
@@ -46,9 +41,6 @@ class PrefixCache(Callback):
         items_, megabytes_: what is stored.
         hit_rate_: part of the items trained on, since the first epoch, that were served.
         termination_condition_: why it was switched off; "" while it is on.
-
-    Raises:
-        ConfigError: on the first training batch, where nothing can be stored or not rightly.
     """
 
     def __init__(
@@ -118,10 +110,8 @@ class PrefixCache(Callback):
         self._look = True
         self._epochs += bool(self.boundary_)
         if self._epochs == 2 and self._root and not self._hits:
-            self._switch_off(
-                "no batch of the second epoch was stored: inputs change in every epoch (random "
-                "augmentation?), or budget_mb is too small"
-            )
+            why = "inputs change in every epoch (random augmentation?), or budget_mb is too small"
+            self._switch_off(f"no batch of the second epoch was stored: {why}")
         if self._epochs < 2:
             self._lookups = self._hits = 0
 
@@ -136,20 +126,18 @@ class PrefixCache(Callback):
             return f"off, {self.termination_condition_}"
         if not self.boundary_:
             return f"nothing stored: {self._why or 'the network was not called in training'}"
-        return (
-            f"features before {self.boundary_}, {self.items_} items in {self.megabytes_:.1f} MB, "
-            f"hit rate {self.hit_rate_:.1%}"
-        )
+        told = f"features before {self.boundary_}, {self.items_} items in {self.megabytes_:.1f} MB"
+        return f"{told}, hit rate {self.hit_rate_:.1%}"
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if root is not self._root:
             return
         self._running.close()  # of a forward that was interrupted
         self._run = None
-        last = next(reversed(root._forward_pre_hooks))  # a later one may change the input
-        watched = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        inputs = Inputs(args, kwargs)
-        if last == self._handles[-1].id and not watched and (cut := self._ready(root, inputs)):
+        if next(reversed(root._forward_pre_hooks)) != self._handles[-1].id:  # may change the input
+            return
+        inputs, traced = Inputs(args, kwargs), torch._C._get_tracing_state()
+        if not torch.compiler.is_compiling() and not traced and (cut := self._ready(root, inputs)):
             self._run = self._plan(cut, inputs)
             self._running.enter_context(cut.running(self._run[0]))
 
@@ -189,8 +177,7 @@ class PrefixCache(Callback):
         look = self._look or root.training is not self._mode
         self._look, self._mode = False, root.training
         if not why and (self._cut is None or self._watch.changed(look)):
-            trains = any(p.requires_grad for p in root.parameters())
-            if not training or not trains or View(root).merged:
+            if not training or View(root).merged:
                 return None  # a look with other weights for a while
             self._renew(root, inputs)
         if not why and self._cut is not None and not (why := obstacle(self._cut)):
@@ -208,7 +195,7 @@ class PrefixCache(Callback):
         self._layouts.clear()
         self._renewals += bool(self.boundary_)
         try:
-            if self._renewals > _RENEWALS:
+            if self._renewals > 3:
                 raise ConfigError("weights, or attributes, before the cut change all the time")
             self._cut = find_cut(root, inputs, self.eval_prefix)
         except ConfigError as error:
@@ -234,12 +221,10 @@ class PrefixCache(Callback):
         """Say what it brought."""
         rank_zero_info(f"PrefixCache: {self.summary()}")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Give the network its own calls back."""
         self.detach()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """A fit that failed leaves nothing behind."""
         self.detach()

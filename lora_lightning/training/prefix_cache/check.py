@@ -15,9 +15,7 @@ from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.module_tree import join, walk
 from lora_lightning.model.probing import difference, floats, preserved, seeded
 from lora_lightning.training.prefix_cache.cut import Cut, Run, Stop, intercepted
-from lora_lightning.training.prefix_cache.store import Inputs
-
-_PLAIN = (int, float, str, tuple, type(None), torch.dtype)  # bool is an int
+from lora_lightning.training.prefix_cache.store import CONSTANTS, Inputs
 
 
 def find_cut(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Cut:
@@ -38,10 +36,7 @@ def find_cut(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Cut:
 
 
 def _around_first_trained(root: nn.Module, inputs: Inputs) -> list[str]:
-    """Members of lists, innermost first, that run when the first trained module is called.
-
-    Where there is no list it is the child of `root`.
-    """
+    """Members of lists, innermost first, that run when the first trained module is called."""
     paths = {module: path for path, module in walk(root) if path}
     running: list[str] = []
 
@@ -88,13 +83,13 @@ class Trial:
 
 
 def _problem(cut: Cut, inputs: Inputs) -> str:
-    """Why the cut cannot be used, by forwards with and without it, and with other items."""
+    """Why the cut cannot be used, by forwards with, without and with other items."""
     size, index = inputs.size, [0, *range(inputs.size)]  # the order and the longest stay
     batch, more = inputs.rows(range(size)), inputs.rows(index)
     plain = Trial(cut, batch)
     if batch.keys() != inputs.keys():
         return "the model writes into its input, of which it should take a copy"
-    behind = {m for module in plain.run.late - plain.run.early for m in module.modules()}
+    behind = {m for module in plain.run.late for m in module.modules()} - plain.run.early
     cut.before = [(p, m) for p, m in cut.before if m not in behind]
     if why := obstacle(cut):
         return why
@@ -123,32 +118,28 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
     if plain.out and same([*plain.given, *plain.out], [*served.given, *served.out]):
         return ""
     return (
-        "with stored features the model's output is not what it is without, as what comes before "
-        "the first trained block is used past it as well (skip connections, feature pyramids, a "
-        "tensor left in an attribute)"
+        "the model's output is another with stored features, as what comes before the cut is used "
+        "past it as well (skip connections, feature pyramids, a tensor left in an attribute)"
     )
 
 
 def _dim(value: Any, other: Any, size: int) -> int | None:
-    """The only dimension that grows with one item more in `size`."""
     if not isinstance(value, Tensor) or value.ndim != other.ndim:
         return None
     pairs = enumerate(zip(value.shape, other.shape, strict=True))
-    growing = [i for i, (a, b) in pairs if a * (size + 1) == b * size]
+    growing = [i for i, (a, b) in pairs if a * (size + 1) == b * size]  # with one item more
     return growing[0] if len(growing) == 1 else None
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
     """Whether tensors are the same, but for rounding: half the digits must agree."""
-    return all(_alike(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor))
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if torch.equal(a, b) or not a.is_floating_point():
-        return torch.equal(a, b)
-    return bool(difference([b], [a]) <= torch.finfo(a.dtype).eps ** 0.5)
+    for x, y in [pair for pair in zip(a, b, strict=True) if isinstance(pair[0], Tensor)]:
+        comparable = x.is_floating_point() and (x.shape, x.dtype) == (y.shape, y.dtype)
+        if not torch.equal(x, y) and not (
+            comparable and difference([y], [x]) <= torch.finfo(x.dtype).eps ** 0.5
+        ):
+            return False
+    return True
 
 
 def obstacle(cut: Cut) -> str:
@@ -164,16 +155,13 @@ def obstacle(cut: Cut) -> str:
         if module._forward_hooks or not all(name.startswith("torch.nn.utils") for name in before):
             return f"{path} has a hook, which would see no features"
     for path, module in () if cut.eval_prefix else cut.before:
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        rate = vars(module).get("p" if dropout else "drop_prob")
+        rate = vars(module).get("p" if "Dropout" in type(module).__name__ else "drop_prob")
         why = f"drops with probability {rate:g}" if rate else ""
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             why = "is in training mode: its statistics move"
         if why and module.training:
-            return (
-                f"{path} ({type(module).__name__}) {why}, so that features differ each time: "
-                "PrefixCache(eval_prefix=True) keeps that part in eval mode while training"
-            )
+            kind = type(module).__name__
+            return f"{path} ({kind}) {why}: PrefixCache(eval_prefix=True) computes it in eval mode"
     return ""
 
 
@@ -198,11 +186,9 @@ class Watch:
 
     def _now(self) -> tuple[Any, Any]:
         tensors, plain = self._frozen(), [item for m in self._before for item in vars(m).items()]
-        structure = (
-            [(n, x) for n, x in plain if isinstance(x, _PLAIN) and n != "training"],
-            [(type(m), vars(m).get("lora_active"), *m._modules.values()) for m in self._modules],
-            [(x.dtype, x.device, x.shape) for x in tensors],
-        )
+        kinds = [(type(m), vars(m).get("lora_active"), *m._modules.values()) for m in self._modules]
+        numbers = [(n, x) for n, x in plain if isinstance(x, CONSTANTS) and n != "training"]
+        structure = kinds, numbers, [(x.dtype, x.device, x.shape) for x in tensors]
         return structure, [(id(x), x.data_ptr(), x.is_inference() or x._version) for x in tensors]
 
     def _checksums(self) -> list[int]:

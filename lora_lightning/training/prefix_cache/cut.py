@@ -1,9 +1,4 @@
-"""`Cut`: the first block that holds something trained, and what it is given.
-
-A model's forward is arbitrary code and cannot be entered in the middle. In its place the *calls*
-of the modules before the block are replaced, which cost all the time: they give NaN of the right
-shape, so that whoever uses it is noticed, and the block is given what is stored.
-"""
+"""`Cut`: modules before the first trained block give NaN, and the block gets what is stored."""
 
 from __future__ import annotations
 
@@ -60,21 +55,15 @@ class Run:
 
 
 class Cut:
-    """The block at `path`, before which calls are replaced.
-
-    Attributes:
-        around: the modules that the block is in, the model first.
-        before: all other modules, but for those that are called behind the block only.
-        dims: of what the block is given, where the items are; None: it is taken as it comes.
-    """
+    """The block at `path`, before which calls are replaced."""
 
     def __init__(self, root: nn.Module, path: str, eval_prefix: bool):
         self.root, self.path, self.eval_prefix = root, path, eval_prefix
         self.block = find(root, path)
         self.around: Modules = [(p, m) for p, m in walk(root) if not p or path.startswith(f"{p}.")]
         own = {*self.block.modules(), *(m for _, m in self.around)}
-        self.before: Modules = [(p, m) for p, m in walk(root) if m not in own]
-        self.dims: list[int | None] = []
+        self.before: Modules = [(p, m) for p, m in walk(root) if m not in own]  # narrowed later
+        self.dims: list[int | None] = []  # the items' in each input; None: taken as it comes
         self._nan: dict[torch.dtype, Tensor] = {}
 
     @contextmanager
@@ -92,7 +81,7 @@ class Cut:
         """The record of each of `size` items, of what the block is given."""
         pairs = zip(given, self.dims, strict=True)
         columns = [x.detach().chunk(size, dim) for x, dim in pairs if dim is not None]
-        return [list(record) for record in zip(*columns, strict=True)]
+        return list(map(list, zip(*columns, strict=True)))
 
     def astray(self) -> ConfigError:
         """The error for a forward that goes another way."""
@@ -110,11 +99,13 @@ class Cut:
             run.at += 1
             return tree_map_only(Tensor, self._nothing, run.layout[run.at - 1][1])
         noted, training = len(run.layout), [m for m in module.modules() if m.training]
-        _set_modes(training if self.eval_prefix else [], False)
         try:
+            for m in training:
+                m.training = not self.eval_prefix
             out = forward(*args, **kwargs)
         finally:
-            _set_modes(training, True)
+            for m in training:
+                m.training = True
         if all(map(_replaceable, tree_leaves(out))):  # whatever it called itself is a part of it
             run.layout[noted:] = [(module, _meta(out))]
         return out
@@ -147,11 +138,6 @@ class Cut:
         return tree_unflatten(given, spec)
 
 
-def _set_modes(modules: list[nn.Module], training: bool) -> None:
-    for module in modules:
-        module.training = training
-
-
 def _meta(value: Any) -> Any:
     return tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), value)
 
@@ -161,6 +147,5 @@ def _replaceable(value: Any) -> bool:
 
 
 def shapes(layout: Layout) -> list[Any]:
-    """What two layouts must share."""
-    leaves = [(m, x) for m, value in layout for x in tree_leaves(value)]
-    return [(m, x.shape if isinstance(x, Tensor) else x) for m, x in leaves]
+    """What layouts of batches of one shape must share."""
+    return [(m, [getattr(x, "shape", x) for x in tree_leaves(value)]) for m, value in layout]

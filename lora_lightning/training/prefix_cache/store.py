@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lora_lightning.errors import ConfigError
 
-_ALIGNMENT = 64  # bytes; any dtype can be viewed there
-CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+CONSTANTS = (int, float, complex, str, bytes, tuple, type(None), torch.dtype, torch.device)
 
 
 class Inputs:
@@ -33,10 +32,10 @@ class Inputs:
         tensors = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim]
         self.size = len(tensors[0][1]) if tensors else 0
         self.batched = [i for i, x in tensors if len(x) == self.size]
-        kinds = [type(x).__name__ for x in self.leaves if not _hashable(x)]
         self.obstacle = "" if self.size else "no argument is a tensor with a row for each item"
-        if kinds:
-            self.obstacle = f"an argument holds a {kinds[0]}, of which no hash can be taken"
+        for x in self.leaves:
+            if not isinstance(x, CONSTANTS) and getattr(x, "layout", None) is not torch.strided:
+                self.obstacle = f"an argument holds a {type(x).__name__}, which has no hash"
 
     def kind(self) -> tuple[Any, ...]:
         """What the path through a model may depend on: structure, constants, one item or more."""
@@ -70,22 +69,14 @@ class Inputs:
         return shared.digest(), [key.digest() for key in found]
 
 
-def _hashable(leaf: Any) -> bool:
-    return isinstance(leaf, CONSTANTS) or getattr(leaf, "layout", None) is torch.strided
-
-
 def _bytes(tensor: Tensor) -> Any:
-    """(B, bytes of a row) as a NumPy array."""
     rows = tensor.detach().cpu().reshape(len(tensor), -1).contiguous()
     return rows.resolve_conj().resolve_neg().view(torch.uint8).numpy()
 
 
 def _autocast() -> tuple[Any, ...]:
-    """The precision of autocast on each kind of device; None where it is off."""
-    return tuple(
-        torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None
-        for k in ("cpu", "cuda")
-    )
+    kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
+    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds)
 
 
 class Store:
@@ -104,7 +95,7 @@ class Store:
 
     def put(self, key: bytes, parts: Sequence[Tensor]) -> None:
         """Store copies of contiguous tensors, if the key is new and there is room."""
-        sizes = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts]
+        sizes = [-(-part.nbytes // 64) * 64 for part in parts]  # any dtype can be viewed there
         if key in self.records or self.used + sum(sizes) > self.budget:
             return
         self.records[key] = []
