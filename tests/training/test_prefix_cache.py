@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -86,13 +85,6 @@ def fit(tmp_path, *callbacks, model=None, data=None, val=None, blocks=(-1,), lor
     return module
 
 
-def close(a: list[float], b: list[float]) -> bool:
-    return len(a) == len(b) > 0 and a == pytest.approx(b, rel=1e-5, abs=1e-6)
-
-
-# ---- the same training ------------------------------------------------------------------------
-
-
 def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
     class Counts(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -107,9 +99,6 @@ def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
     assert cache.hit_rate_ == 1
     assert cache.items_ == ITEMS
     assert cache.summary() == "features before blocks.2, 12 items in 0.1 MB, hit rate 100.0%"
-    assert cache.megabytes_ == pytest.approx(ITEMS * 17 * 64 * 4 / 1e6)
-    assert cache.boundary_ == "blocks.2"
-    assert not cache.termination_condition_
     assert counts[2] == counts[1] == counts[0], "nothing is computed twice"
 
 
@@ -122,30 +111,11 @@ def test_a_network_with_batchnorm_and_a_validation(tmp_path):
     cached = fit(tmp_path, cache, model=resnet(), **settings)
     assert folder.is_dir()
     assert not list(folder.iterdir())
-    assert close(plain.losses, cached.losses)
-    assert close(plain.val_losses, cached.val_losses)
+    assert plain.losses == cached.losses
+    assert plain.val_losses == cached.val_losses
     assert cache.items_ == ITEMS  # the validation's items are among them
     assert cache.hit_rate_ == 1
     assert cache.boundary_.startswith("layer4")
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_resuming(tmp_path):
-    plain = fit(tmp_path)
-    keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1)
-    fit(tmp_path, PrefixCache(10), keep, max_epochs=1, enable_checkpointing=True)
-    (path,) = (tmp_path / "kept").glob("*.ckpt")
-    module = Losses(small_vit())
-    adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
-    cache = PrefixCache(10)
-    torch.manual_seed(2)
-    data = loader()
-    next(iter(data))  # the order of the first epoch is behind us
-    again = trainer(tmp_path, adapter, cache, keep, enable_checkpointing=True, max_epochs=3)
-    again.fit(module, data, ckpt_path=path)
-    assert len(module.losses) == 2 * len(plain.losses) // 3
-    assert cache.hit_rate_ == 1
-    assert "prefix" not in str(torch.load(path, weights_only=False)["state_dict"].keys())
 
 
 def test_without_labels(tmp_path):
@@ -166,9 +136,6 @@ def test_without_labels(tmp_path):
     assert cache.items_ == 16, "the looks at the target are served from the same features"
 
 
-# ---- where it does not help --------------------------------------------------------------------
-
-
 def test_inputs_that_change_are_noticed(tmp_path):
     class Noisy(Dataset):
         def __len__(self):
@@ -182,76 +149,28 @@ def test_inputs_that_change_are_noticed(tmp_path):
     cache = PrefixCache(10)
     with pytest.warns(UserWarning, match="PrefixCache is off: .* inputs change in every epoch"):
         cached = fit(tmp_path, cache, data=Noisy(), val=val)
-    assert close(plain.losses, cached.losses)
-    assert "inputs change" in cache.termination_condition_
-    assert cache.summary().startswith("off, no batch")
+    assert plain.losses == cached.losses
+    assert cache.summary() == f"off, {cache.termination_condition_}"
 
 
 def test_a_budget_that_holds_a_part(tmp_path):
-    data = items()
-
-    def run(*callbacks):
-        module = Losses(small_vit())
-        adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
-        torch.manual_seed(2)
-        in_order = DataLoader(data, batch_size=BATCH)
-        trainer(tmp_path, adapter, *callbacks, max_epochs=3).fit(module, in_order)
-        return module.losses
-
     cache = PrefixCache(5.5 * 17 * 64 * 4 / 1e6)
-    assert run() == run(cache)
+    with pytest.warns(UserWarning, match="PrefixCache is off: .* budget_mb is too small"):
+        cached = fit(tmp_path, cache)
+    assert fit(tmp_path).losses == cached.losses
     assert cache.items_ == 5
-    assert cache.hit_rate_ == pytest.approx(BATCH / ITEMS), "batches are served whole or not"
-
-
-# ---- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("model", "lora", "message"),
-    [
-        (
-            lambda: small_vit(proj_drop_rate=0.1),
-            {},
-            r"blocks.0.attn.proj_drop \(Dropout\) drops with",
-        ),
-        (resnet, {"target_modules": "all", "batch_norm": "adapt"}, "its statistics move"),
-        (
-            small_vit,
-            {"blocks": None, "target_modules": "patch_embed.proj"},
-            "no layer comes before pat",
-        ),
-        (
-            small_vit,
-            {"blocks": None, "target_modules": "pos_embed"},
-            "something that is trained has a",
-        ),
-    ],
+    ("target", "message"),
+    [("patch_embed.proj", "no layer comes before pat"), ("pos_embed", "trained has a say")],
 )
-def test_what_cannot_be_stored_is_said_before_the_first_step(tmp_path, model, lora, message):
-    module = model()
+def test_what_cannot_be_stored_is_said_before_the_first_step(tmp_path, target, message):
+    model = small_vit()
     with pytest.raises(ConfigError, match=message):
-        fit(tmp_path, PrefixCache(10), model=module, lora=lora)
-    assert not any("forward" in m.__dict__ for m in module.modules())
-    assert not module._forward_pre_hooks
-
-
-def test_a_prefix_with_dropout_in_eval_mode(tmp_path):
-    cache = PrefixCache(10, eval_prefix=True)
-    cached = fit(tmp_path, cache, model=small_vit(proj_drop_rate=0.3))
-    assert cache.hit_rate_ == 1
-
-    class Settled(Losses):
-        def training_step(self, batch, batch_idx):
-            for module in [self.model.patch_embed, self.model.pos_drop, *self.model.blocks[:2]]:
-                module.eval()
-            return super().training_step(batch, batch_idx)
-
-    plain = Settled(small_vit(proj_drop_rate=0.3))
-    adapter = LoRACallback(rank=2, seed=0, blocks=[-1], dropout=0.1)
-    torch.manual_seed(2)
-    trainer(tmp_path, adapter, max_epochs=3).fit(plain, loader())
-    assert close(plain.losses, cached.losses)
+        fit(tmp_path, PrefixCache(10), model=model, lora={"blocks": None, "target_modules": target})
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert not model._forward_pre_hooks
 
 
 def test_a_budget_beyond_the_machine_or_below_zero(tmp_path):

@@ -183,7 +183,7 @@ class PrefixCache(Callback):
         if not why and self._cut is not None and not (why := obstacle(self._cut)):
             if inputs.kind() == self._kind:
                 return self._cut
-            why = "arguments, or their precision, are others than in the first batch"
+            why = "arguments, precision, or one item or more, differ from the first batch"
         if why and training and not self._why:
             self._why = why
             rank_zero_warn(f"PrefixCache leaves some forwards alone: {why}")
