@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback
 from torch import nn
@@ -15,16 +15,13 @@ from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import NOTHING, Adapted, Case
 from lora_lightning.runner.experiment import Method
 
-if TYPE_CHECKING:
-    from lora_lightning.speech.experiment import Recognition
-
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only")
 
 
 @METHODS.register("lexicon")
-def lexicon_only(experiment: Recognition) -> list[Row]:
+def lexicon_only(experiment: Any) -> list[Row]:
     """The source model, decoded with the lexicon."""
     lexicon, model = experiment.lexicon(), experiment.fresh()
     if lexicon is None:
@@ -35,7 +32,10 @@ def lexicon_only(experiment: Recognition) -> list[Row]:
         start = time.perf_counter()
         found = experiment.understood(model, case.train, lexicon)
         cost = Adapted(model, time.perf_counter() - start)
-        return experiment.table(label, case, cost, experiment.score(label, case.train, found))
+        table: list[Row] = experiment.table(
+            label, case, cost, experiment.score(label, case.train, found)
+        )
+        return table
 
     return common.each(experiment, "lexicon only", NOTHING, rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
@@ -13,16 +13,13 @@ from lora_lightning.runner.experiment import Method
 from lora_lightning.text.parallel import TextBatch
 from lora_lightning.text.translation_memory import TranslationMemory
 
-if TYPE_CHECKING:
-    from lora_lightning.text.experiment import Translating
-
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only")
 
 
 @METHODS.register("memory")
-def memory(experiment: Translating) -> list[Row]:
+def memory(experiment: Any) -> list[Row]:
     """The source model with the labelled pairs as its memory (kNN-MT): nothing is trained."""
     settings = experiment.config.memory
 
@@ -39,7 +36,8 @@ def memory(experiment: Translating) -> list[Row]:
         size = known.keys.nbytes + known.values.nbytes
         seconds = time.perf_counter() - start
         adapted = Adapted(model, seconds, 0, size, {"adjust": known})
-        return experiment.rows(label, case, adapted)
+        table: list[Row] = experiment.rows(label, case, adapted)
+        return table
 
     return common.each(experiment, "translation memory", LABELS, rows)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -16,6 +17,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.rounds import Round
+from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Prediction, Row
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
@@ -29,10 +31,22 @@ from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
 from lora_lightning.vision.settings import Config
 
-if TYPE_CHECKING:
-    from lora_lightning.vision.methods import Seen
-
 NAME = "LoRA, no labels"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The source model's features and predictions of some images.
+
+    Attributes:
+        said: predictions and features.
+        labels: (N,), for methods that may use them.
+        seconds: time of the forward passes.
+    """
+
+    said: Predicted
+    labels: Tensor
+    seconds: float
 
 
 class Pictures(Experiment[Config]):

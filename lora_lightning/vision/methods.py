@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import closed_form
 from lora_lightning.adaptation.closed_form import lame, recentred
-from lora_lightning.adaptation.target import Predicted, Target, predicted
+from lora_lightning.adaptation.target import Target, predicted
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry
@@ -21,26 +20,11 @@ from lora_lightning.runner.cases import Adapted
 from lora_lightning.runner.experiment import Method
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
-from lora_lightning.vision.experiment import Pictures
+from lora_lightning.vision.experiment import Pictures, Seen
 
 # In the order of the table.
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only")
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The source model's features and predictions of some images.
-
-    Attributes:
-        said: predictions and features.
-        labels: (N,), for methods that may use them.
-        seconds: time of the forward passes.
-    """
-
-    said: Predicted
-    labels: Tensor
-    seconds: float
 
 
 def seen(experiment: Pictures, which: str) -> Seen:
