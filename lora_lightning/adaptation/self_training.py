@@ -130,7 +130,7 @@ class SelfTraining(Course, Callback):
         state, self._resumed = self._resumed, None
         if self.teacher_decay is not None:
             self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
-            if state is not None:
+            if state is not None and state["teacher"] is not None:
                 self._teacher.load_state_dict(state["teacher"])
         if state is not None:
             begin_next_epoch(trainer)

@@ -198,6 +198,23 @@ def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
     torch.testing.assert_close(again, weights, rtol=0, atol=0)
 
 
+def test_a_teacher_can_begin_when_a_run_is_resumed(tmp_path):
+    module, data, own, _ = labels(tmp_path)
+    own.teacher_decay = None
+    run = trainer(tmp_path, own, max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "without.ckpt")
+    module, data, own, _ = labels(tmp_path)
+    trainer(tmp_path, own, max_epochs=2).fit(module, data, ckpt_path=tmp_path / "without.ckpt")
+    assert [r.index for r in own.history_] == [0, 1, 2]
+
+
+def test_rounds_by_steps_end_once_where_batches_are_accumulated(tmp_path):
+    module, data, own, _ = labels(tmp_path, every_n_steps=2)
+    trainer(tmp_path, own, max_steps=4, max_epochs=-1, accumulate_grad_batches=2).fit(module, data)
+    assert [r.index for r in own.history_] == [0, 1, 2]
+
+
 def assert_same(one, other):
     if isinstance(one, torch.Tensor):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
