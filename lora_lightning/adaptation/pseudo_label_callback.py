@@ -215,9 +215,9 @@ class PseudoLabelCallback(PredictionSelfTraining):
         if self.every_n_steps and step > self._judged_at and step % self.every_n_steps == 0:
             self.end_round(trainer, pl_module)
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: Trainer, epochs: int) -> bool:
         """Whether a round ends with this epoch, by `every_n_epochs`."""
-        return not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return not self.every_n_steps and epochs % self.every_n_epochs == 0
 
     # ---- what it does ----------------------------------------------------------------------
 
