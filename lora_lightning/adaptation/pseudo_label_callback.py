@@ -211,12 +211,13 @@ class PseudoLabelCallback(PredictionSelfTraining):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Update the teacher; end a round after `every_n_steps`."""
         super().on_train_batch_end(trainer, pl_module)
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step  # the same for each of the batches that a step accumulates
+        if self.every_n_steps and step > self._judged_at and step % self.every_n_steps == 0:
             self.end_round(trainer, pl_module)
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: Trainer, epochs: int) -> bool:
         """Whether a round ends with this epoch, by `every_n_epochs`."""
-        return not self.every_n_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return not self.every_n_steps and epochs % self.every_n_epochs == 0
 
     # ---- what it does ----------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -40,9 +41,23 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
-        finished = self.epoch_ended or self.taken >= self.batches
+        last = self.taken >= self.batches and not self.epoch_ended
+        finished = self.epoch_ended or last
         states = {"made": self.made, "begun": self.begun, "now": self.random()}
-        return {"finished": finished, "taken": self.taken, **states}
+        return {"finished": finished, "last": last, "taken": self.taken, **states}
+
+    @property
+    def at_last_batch(self) -> bool:
+        """Whether it resumes after an epoch's last batch, but before the epoch's end."""
+        return bool(self.resumed and self.resumed.get("last"))
+
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Within the block random numbers go on from the checkpoint's."""
+        assert self.resumed is not None
+        self.set_random(self.resumed["now"])
+        yield  # such as the guard's look at the target, which draws seeds of loaders
+        self.resumed["now"] = self.random()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint: the next iterator resumes there."""

@@ -97,8 +97,8 @@ class SelfTraining(Course, Callback):
         """Numbers of labels of the round, for `Rounds.end_round`."""
         return {}
 
-    def due(self, trainer: Trainer) -> bool:
-        """Whether a round ends with the epoch that ends now."""
+    def due(self, trainer: Trainer, epochs: int) -> bool:
+        """Whether a round ends with the epoch that ends now, after so many epochs."""
         return True
 
     def due_at_end(self, trainer: Trainer) -> bool:
@@ -130,10 +130,14 @@ class SelfTraining(Course, Callback):
         state, self._resumed = self._resumed, None
         if self.teacher_decay is not None:
             self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
-            if state is not None:
+            if state is not None and state["teacher"] is not None:
                 self._teacher.load_state_dict(state["teacher"])
         if state is not None:
             begin_next_epoch(trainer)
+            if self.position.at_last_batch:
+                # Lightning is in the next epoch, without having called on_train_epoch_end.
+                with self.position.resuming():
+                    self._end_epoch(trainer, pl_module, trainer.current_epoch)
         if self.termination_condition_:
             print_wrapped(pl_module, self.termination_condition_)
             trainer.should_stop = True
@@ -149,9 +153,7 @@ class SelfTraining(Course, Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a round, where one is due."""
-        self.position.epoch_ended = True
-        if self.due(trainer):
-            self.end_round(trainer, pl_module)
+        self._end_epoch(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the last round and restore the best state, before an adapter file is written."""
@@ -202,6 +204,11 @@ class SelfTraining(Course, Callback):
                 now = self.look(module)
         self._learn(now)
         return found
+
+    def _end_epoch(self, trainer: Trainer, module: LightningModule, epochs: int) -> None:
+        self.position.epoch_ended = True
+        if self.due(trainer, epochs):
+            self.end_round(trainer, module)
 
     def _learn(self, now: Any) -> None:
         self._labels = self.label(now)

@@ -113,7 +113,7 @@ class TextSelfTraining(SelfTraining):
         if getattr(trainer, "datamodule", None) is not self.data:
             raise ConfigError("call trainer.fit(module, callback.data): the target is in there")
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: Trainer, epochs: int) -> bool:
         """Whether the epoch completes a round's number of steps; the last round ends at the end."""
         steps = trainer.global_step - self._judged_at
         last = trainer.global_step >= trainer.max_steps

@@ -16,11 +16,11 @@ from lora_lightning.adaptation.objectives import Objective
 from lora_lightning.adaptation.rounds import PredictionRounds
 from lora_lightning.adaptation.self_training import PredictionSelfTraining
 from lora_lightning.adaptation.target import Predicted, Target
+from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.introspection import classifier_modules
-from lora_lightning.training.optimised_module import Optimised
 
 BATCH_NORM = ("auto", "source", "target")
 # Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
@@ -29,7 +29,7 @@ GAIN = 0.18
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 
 
-class TransductiveTask(Optimised):
+class TransductiveTask(TaskInRounds):
     r"""Adapt `model` to the items of `target` without their labels.
 
         task = TransductiveTask(model, target)
@@ -136,10 +136,6 @@ class TransductiveTask(Optimised):
             raise ConfigError("nothing was adapted yet: Trainer.fit(task) first")
         return self.rounds_.probabilities_
 
-    def configure_callbacks(self) -> Any:
-        """The callback that runs the rounds."""
-        return [self._course]
-
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (B, …) → logits (B, K)."""
         logits: Tensor = self.model(x)
@@ -157,7 +153,7 @@ class TransductiveTask(Optimised):
         return loss
 
 
-class _Course(PredictionSelfTraining):
+class _Course(TaskRounds, PredictionSelfTraining):
     """The rounds of a `TransductiveTask`, which is the module in training."""
 
     def __init__(self, loss: Loss, *target: Any):

@@ -13,7 +13,7 @@ from lora_lightning.runner.checks import check_plan
 from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
-from lora_lightning.runner.sweep import method_of
+from lora_lightning.runner.sweep import at_rank, method_of, rank_of
 from lora_lightning.runner.trainer import make_trainer, threads
 from lora_lightning.runner.versions import hardware, versions
 from lora_lightning.training.lora_callback import LoRACallback
@@ -46,9 +46,10 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
 def _check(experiment: Experiment[Any]) -> None:
     config = experiment.config
     experiment.check()
-    # Both check their settings: early, not after the source model's training.
-    LoRACallback(config.lora, batch_norm=experiment.batch_norm)
-    make_trainer(config)
+    # They check their settings: early, not after the source model's training.
+    for name in config.methods:
+        LoRACallback(at_rank(config.lora, rank_of(name)), batch_norm=experiment.batch_norm)
+    make_trainer(config, max_epochs=1)  # with all devices
 
 
 def _run(experiment: Experiment[Any]) -> None:

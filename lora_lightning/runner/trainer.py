@@ -64,7 +64,7 @@ def make_trainer(
             default_root_dir=config.out,
             **settings,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(
             f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
         ) from error

@@ -22,10 +22,10 @@ from lora_lightning.adaptation.resumable_loader import ResumableLoader
 from lora_lightning.adaptation.rounds import Check, Rounds
 from lora_lightning.adaptation.self_training import Course, SelfTraining
 from lora_lightning.adaptation.target import Target
+from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.probing import evaluating
-from lora_lightning.training.optimised_module import Optimised
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
 
 # Predictions of images and of their mirror images, and the guard's check of both.
@@ -146,7 +146,7 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
 JUDGED = 4  # every fourth image is not trained on, but used by the guard
 
 
-class TransductivePose(Course, Optimised):
+class TransductivePose(Course, TaskInRounds):
     r"""Adapt a pose regressor `model` to images without labels.
 
         task = TransductivePose(model, pictures)
@@ -222,10 +222,6 @@ class TransductivePose(Course, Optimised):
         """By the accepted state, for the pseudo-labels."""
         return self.rounds_.answers_  # type: ignore[no-any-return]
 
-    def configure_callbacks(self) -> Any:
-        """The callback that runs the rounds."""
-        return [self._course]
-
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) → vectors (B, 2)."""
         found: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
@@ -267,7 +263,7 @@ class _Rounds(Rounds[Twice]):
         return Twice(**state)
 
 
-class _Course(SelfTraining):
+class _Course(TaskRounds, SelfTraining):
     """The rounds of a `TransductivePose`, which is the module in training."""
 
     def __init__(self, target: Target, limits: PoseLimits):

@@ -88,6 +88,10 @@ def labels(tmp_path, **settings):
     return module, own.train_dataloader(), own, lambda: own.rounds_
 
 
+def labels_by_epochs(tmp_path):
+    return labels(tmp_path, every_n_epochs=2)
+
+
 def labels_by_steps(tmp_path):
     return labels(tmp_path, every_n_steps=3, labels="class-balanced")
 
@@ -143,6 +147,8 @@ class Saves(Checkpoint):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 7:
             trainer.save_checkpoint(self.folder / "middle.ckpt")
+        if trainer.global_step == 8:  # the last of an epoch, whose round has not ended yet
+            trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_epoch_end(self, trainer, *_):
         path = self.folder / "end.ckpt"
@@ -183,7 +189,11 @@ def through(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "checkpoint"),
-    [*((k, "middle.ckpt") for k in MIDDLE), *((k, "end.ckpt") for k in END)],
+    [
+        *((k, "middle.ckpt") for k in MIDDLE),
+        *((k, "last.ckpt") for k in MIDDLE),
+        *((k, "end.ckpt") for k in END),
+    ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
     folder, weights, course = through(kind)
@@ -196,6 +206,31 @@ def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
     for name in ("changed_in_", "source", "source_", *said):
         assert_same(getattr(resumed, name, None), getattr(course, name, None))
     torch.testing.assert_close(again, weights, rtol=0, atol=0)
+
+
+def test_a_round_of_two_epochs_ends_once_where_it_is_resumed_at_its_last_batch(through):
+    folder, weights, course = through(labels_by_epochs)
+    again, resumed = fit(folder, labels_by_epochs, seed=99, ckpt_path=folder / "last.ckpt")
+    assert resumed.history_ == course.history_
+    assert len(resumed.history_) == 2
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+
+
+def test_a_teacher_can_begin_when_a_run_is_resumed(tmp_path):
+    module, data, own, _ = labels(tmp_path)
+    own.teacher_decay = None
+    run = trainer(tmp_path, own, max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "without.ckpt")
+    module, data, own, _ = labels(tmp_path)
+    trainer(tmp_path, own, max_epochs=2).fit(module, data, ckpt_path=tmp_path / "without.ckpt")
+    assert [r.index for r in own.history_] == [0, 1, 2]
+
+
+def test_rounds_by_steps_end_once_where_batches_are_accumulated(tmp_path):
+    module, data, own, _ = labels(tmp_path, every_n_steps=2)
+    trainer(tmp_path, own, max_steps=4, max_epochs=-1, accumulate_grad_batches=2).fit(module, data)
+    assert [r.index for r in own.history_] == [0, 1, 2]
 
 
 def assert_same(one, other):

@@ -214,6 +214,9 @@ def test_mistakes_in_overrides(override, message):
         ("data.batch_size=1", "data.batch_size must be at least 2"),
         ("batch_norm=thaw", "batch_norm"),
         ("accelerator=abacus", "accelerator"),
+        ("devices=0", "devices"),
+        ("devices=-3", "devices"),
+        ("methods=[source_only,lora@0]", "rank must be a whole number of at least 1, got 0"),
         ("model.name=test_efficientnot", "did you mean 'test_efficientnet'"),
     ],
 )
