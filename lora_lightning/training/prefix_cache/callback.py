@@ -225,6 +225,4 @@ class PrefixCache(Callback):
         """Give the network its own calls back."""
         self.detach()
 
-    def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """A fit that failed leaves nothing behind."""
-        self.detach()
+    on_exception = teardown  # a fit that failed leaves nothing behind

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.adapted_module import AdaptedModule
@@ -76,7 +76,8 @@ class Trial:
         torch.manual_seed(seed)
         self.run, self.out = Run(keep, **options), []
         with suppress(Stop), cut.running(self.run):
-            self.out = list(floats(cut.root.forward(*inputs.args, **inputs.kwargs)))
+            out = cut.root.forward(*inputs.args, **inputs.kwargs)
+            self.out = [*floats(out), *tree_leaves(out)]  # integers too, dataclasses too
         self.drawn = torch.get_rng_state()
         if not self.run.entered:
             raise cut.astray()
@@ -84,8 +85,10 @@ class Trial:
 
 def _problem(cut: Cut, inputs: Inputs) -> str:
     """Why the cut cannot be used, by forwards with, without and with other items."""
-    size, index = inputs.size, [0, *range(inputs.size)]  # the order and the longest stay
-    batch, more = inputs.rows(range(size)), inputs.rows(index)
+    size = inputs.size
+    batch, more = inputs.rows(range(size)), inputs.rows([0, *range(size)])  # the longest stays
+    if (first := more.leaves[more.batched[0]]).is_floating_point():
+        first[0] *= 8  # so that a scale taken from the batch is another
     plain = Trial(cut, batch)
     if batch.keys() != inputs.keys():
         return "the model writes into its input, of which it should take a copy"
@@ -94,20 +97,20 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
     if why := obstacle(cut):
         return why
     with preserved(cut.root), torch.enable_grad():
-        for _, module in cut.before:
-            module.eval()
+        cut.root.eval()
         other = Trial(cut, more, seed=1, stop=True)
     if any(isinstance(x, Tensor) and x.requires_grad for x in other.given):
         return f"something that is trained has a say in what {cut.path} is given (a table?)"
     pairs = list(zip(plain.given, other.given, strict=True))
     cut.dims = [_dim(x, y, size) for x, y in pairs]
-    weights = [p for m, _ in plain.run.layout[:-1] for p in m.parameters() if p.ndim > 1]
+    weights = [p for m, *_ in plain.run.layout[:-1] for p in m.parameters() if p.ndim > 1]
     if not weights or all(dim is None for dim in cut.dims):
         return f"no layer comes before {cut.path}, the first block that is trained"
     records, also = cut.split(plain.given, size), cut.split(other.given, size + 1)
-    expected, alone = [records[i] for i in index], zip(pairs, cut.dims, strict=True)
-    shared = all(same([x], [y]) for (x, y), dim in alone if dim is None)
-    if not shared or not all(map(same, expected, also)):
+    shared = all(same([x], [y]) for (x, y), d in zip(pairs, cut.dims, strict=True) if d is None)
+    again = Trial(cut, batch, seed=1, stop=True)
+    steady = all(map(torch.equal, floats(plain.given), floats(again.given)))
+    if not steady or not shared or not all(map(same, records, also[1:])):
         return (
             f"what {cut.path} is given for an item is random, is another in eval mode, or depends "
             "on the other items (batch statistics, or a batch dimension that is not the first)"
@@ -115,7 +118,7 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
     served = Trial(cut, batch, records=records, layout=plain.run.layout)
     if not torch.equal(plain.drawn, served.drawn):
         return "modules before the first trained block draw random numbers"
-    if plain.out and same([*plain.given, *plain.out], [*served.given, *served.out]):
+    if same([*plain.given, *plain.out], [*served.given, *served.out]):
         return ""
     return (
         "the model's output is another with stored features, as what comes before the cut is used "
@@ -135,9 +138,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
     """Whether tensors are the same, but for rounding: half the digits must agree."""
     for x, y in [pair for pair in zip(a, b, strict=True) if isinstance(pair[0], Tensor)]:
         comparable = x.is_floating_point() and (x.shape, x.dtype) == (y.shape, y.dtype)
-        if not torch.equal(x, y) and not (
-            comparable and difference([y], [x]) <= torch.finfo(x.dtype).eps ** 0.5
-        ):
+        most = torch.finfo(x.dtype).eps ** 0.5 if comparable else 0.0
+        if not torch.equal(x, y) and not (comparable and difference([y], [x]) <= most):
             return False
     return True
 
@@ -146,7 +148,7 @@ def obstacle(cut: Cut) -> str:
     """What is random, moves or is looked at before a cut; "" where nothing is."""
     for path, module in cut.around:
         state = vars(module)
-        if state.get("grad_checkpointing") is True or state.get("gradient_checkpointing") is True:
+        if any("checkpoint" in name and value is True for name, value in state.items()):
             return f"activations of {path or 'the model'} are checkpointed"
         if module.training and state.get("layer_drop"):
             return f"{join(path, 'layer_drop')} drops whole layers at random"
@@ -170,13 +172,14 @@ class Watch:
 
     def __init__(self, cut: Cut):
         self._modules = [m for _, m in (*cut.before, *cut.around)]
-        self._before = self._modules[: len(cut.before)]
+        self._before = cut.before
+        self._training = {m for m in self._modules if m.training}  # the check saw eval mode too
         self._noted, self._sums, self._differs = self._now(), self._checksums(), False
 
     def changed(self, look: bool) -> bool:
-        """Whether anything is another; `look` at values, for writes through ``.data``, too."""
+        """Whether anything is another; `look` at values: ``.data``, fused steps do not count."""
         structure, versions = self._now()
-        if look or versions != self._noted[1]:  # the same values once more are no change
+        if look or versions != self._noted[1] or any(x.grad is not None for x in self._frozen()):
             self._noted, self._differs = (self._noted[0], versions), self._checksums() != self._sums
         return self._differs or structure != self._noted[0]
 
@@ -185,10 +188,11 @@ class Watch:
         return [x for t in tables for x in t.values() if x is not None and not x.requires_grad]
 
     def _now(self) -> tuple[Any, Any]:
-        tensors, plain = self._frozen(), [item for m in self._before for item in vars(m).items()]
+        tensors, plain = self._frozen(), [item for _, m in self._before for item in vars(m).items()]
         kinds = [(type(m), vars(m).get("lora_active"), *m._modules.values()) for m in self._modules]
         numbers = [(n, x) for n, x in plain if isinstance(x, CONSTANTS) and n != "training"]
-        structure = kinds, numbers, [(x.dtype, x.device, x.shape) for x in tensors]
+        unseen = {m for m in self._modules if m.training} - self._training
+        structure = kinds, numbers, unseen, [(x.dtype, x.device, x.shape) for x in tensors]
         return structure, [(id(x), x.data_ptr(), x.is_inference() or x._version) for x in tensors]
 
     def _checksums(self) -> list[int]:

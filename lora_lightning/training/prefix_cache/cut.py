@@ -18,7 +18,7 @@ from lora_lightning.lora.module_tree import Modules, find, walk
 from lora_lightning.training.prefix_cache.store import CONSTANTS
 
 Record = list[Tensor]  # what is stored of one item
-Layout = list[tuple[nn.Module, Any]]  # calls up to the block, and what they gave on "meta"
+Layout = list[tuple[nn.Module, Any, Any]]  # calls up to the block: shapes in, out on "meta"
 
 
 class Stop(BaseException):
@@ -92,12 +92,13 @@ class Cut:
 
     def _call(self, run: Run, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         (run.late if run.entered else run.early).add(module)
-        given_more = run.records and run.layout[run.at][0] is not module  # than features
+        sizes = shapes(args, kwargs)
+        given_more = run.records and run.layout[run.at][:2] != (module, sizes)  # than features
         if run.entered or given_more:
             return forward(*args, **kwargs)
         if run.records:
             run.at += 1
-            return tree_map_only(Tensor, self._nothing, run.layout[run.at - 1][1])
+            return tree_map_only(Tensor, self._nothing, run.layout[run.at - 1][2])
         noted, training = len(run.layout), [m for m in module.modules() if m.training]
         try:
             for m in training:
@@ -107,7 +108,7 @@ class Cut:
             for m in training:
                 m.training = True
         if all(map(_replaceable, tree_leaves(out))):  # whatever it called itself is a part of it
-            run.layout[noted:] = [(module, _meta(out))]
+            run.layout[noted:] = [(module, sizes, _meta(out))]
         return out
 
     def _nothing(self, like: Tensor) -> Tensor:
@@ -126,10 +127,10 @@ class Cut:
         run.entered = True
         given, spec = tree_flatten((args, kwargs))
         if not run.records:
-            run.layout.append((module, _meta((args, kwargs))))
-        elif run.at != len(run.layout) - 1:
+            run.layout.append((module, shapes(given), _meta((args, kwargs))))
+        elif run.at != len(run.layout) - 1 or shapes(given) != run.layout[-1][1]:
             raise self.astray()
-        columns, likes = zip(*run.records, strict=True), tree_leaves(run.layout[-1][1])
+        columns, likes = zip(*run.records, strict=True), tree_leaves(run.layout[-1][2])
         for i, dim in enumerate(self.dims if run.records else ()):
             if dim is not None:  # in memory as it was, so that results are equal bit for bit
                 whole = torch.empty_like(likes[i], device=given[i].device)
@@ -146,6 +147,7 @@ def _replaceable(value: Any) -> bool:
     return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, CONSTANTS)
 
 
-def shapes(layout: Layout) -> list[Any]:
-    """What layouts of batches of one shape must share."""
-    return [(m, [getattr(x, "shape", x) for x in tree_leaves(value)]) for m, value in layout]
+def shapes(*values: Any) -> list[Any]:
+    """What calls, and layouts of batches of one shape, must share."""
+    kept = Tensor, nn.Module, *CONSTANTS
+    return [getattr(x, "shape", x) for x in tree_leaves(values) if isinstance(x, kept)]

@@ -86,8 +86,7 @@ class Store:
     """
 
     def __init__(self, budget: int, folder: Path | None = None):
-        self.budget = budget
-        self.used = 0
+        self.budget, self.used = budget, 0
         self.records: dict[bytes, list[Tensor]] = {}  # views, not to be written to
         with torch.inference_mode(False):
             empty = torch.empty(0 if folder else budget, dtype=torch.uint8)
