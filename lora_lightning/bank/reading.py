@@ -123,7 +123,8 @@ def _folded(
 ) -> Part:
     """Factors of any kind as one pair, with the scaling, a core or initial factors folded in."""
     if basis is not None:
-        lora_B, lora_A = basis.lora_B @ tensors[f"{key}.core"].to(raw), basis.lora_A
+        core = tensors[f"{key}.core"].to(basis.lora_B)
+        lora_B, lora_A = (basis.lora_B @ core).to(raw), basis.lora_A.to(raw)
     else:
         lora_B, lora_A = tensors[f"{key}.lora_B"].to(raw), tensors[f"{key}.lora_A"].to(raw)
     if target.get("offset"):

@@ -80,6 +80,19 @@ class AdaptedModule:
         """Activate the adapter `name`; where it is ``None`` or has no factors here, the base."""
         self.__dict__["lora_active"] = name if self.factors_of(name) else None
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        module: Any = self
+        before = {tensor: raw_tensor(module, tensor).dtype for tensor in self._adapted_tensors}
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        for tensor, dtype in before.items():
+            parametrizations.recompute(module, tensor)
+            raw = raw_tensor(module, tensor)
+            for factors in (self.factors_of(name).get(tensor) for name in self.lora):
+                # Magnitudes that are not trained yet are the norms of the rounded weight.
+                if raw.dtype != dtype and factors is not None and factors.magnitude is not None:
+                    factors.rebase(raw)
+        return out
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle its ingredients.
         reduced = super().__reduce_ex__(protocol)

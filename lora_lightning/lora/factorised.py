@@ -31,7 +31,7 @@ def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
     if factors is None:
         return out_BxO
     x_BxI = _drop(x_BxI, factors)
-    low_BxO = _of_both(factors, lambda B, A: F.linear(F.linear(x_BxI, A), B))
+    low_BxO = _of_both(factors, weight, lambda B, A: F.linear(F.linear(x_BxI, A), B))
     return _add(self, factors, out_BxO, low_BxO, (-1,))
 
 
@@ -53,7 +53,7 @@ def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
         out: Tensor = pointwise(mid_BRx, lora_B.view(*lora_B.shape, *ones))
         return out
 
-    low_BOx = _of_both(factors, product)
+    low_BOx = _of_both(factors, weight, product)
     return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
 
 
@@ -90,19 +90,20 @@ def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
     out_BxO = look_up(weight)
     if factors is None:
         return out_BxO
-    low_BxO = _of_both(factors, lambda B, A: look_up(B) @ A)
+    low_BxO = _of_both(factors, weight, lambda B, A: look_up(B) @ A)
+    summed_BxO = out_BxO + factors.spec.scaling * low_BxO
     if factors.magnitude is None:
-        return out_BxO + factors.spec.scaling * low_BxO
+        return summed_BxO
     ratio = factors.row_scale(weight + factors.delta(weight.shape))
-    return (out_BxO + factors.spec.scaling * low_BxO) * F.embedding(index_Bx, ratio[:, None])
+    return (summed_BxO * F.embedding(index_Bx, ratio[:, None])).to(out_BxO.dtype)
 
 
-def _of_both(factors: Factors, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`low` of B and A, less that of the initial factors, where those are kept."""
-    out = low(factors.lora_B, factors.lora_A)
+def _of_both(factors: Factors, weight: Tensor, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`low` of B and A in the weight's dtype, less that of the initial factors, where kept."""
+    out = low(factors.lora_B.to(weight.dtype), factors.lora_A.to(weight.dtype))
     if factors.start_A is None or factors.start_B is None:
         return out
-    return out - low(factors.start_B, factors.start_A)
+    return out - low(factors.start_B.to(weight.dtype), factors.start_A.to(weight.dtype))
 
 
 def _drop(x: Tensor, factors: Factors) -> Tensor:
@@ -111,11 +112,12 @@ def _drop(x: Tensor, factors: Factors) -> Tensor:
 
 
 def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]) -> Tensor:
-    """out + s·low, or DoRA's form of it; exactly `out` while B is zero."""
+    """out + s·low, or DoRA's form of it, in the dtype of out; exactly `out` while B is zero."""
     scaling = factors.spec.scaling
     if factors.magnitude is None:
         return torch.add(out, low, alpha=scaling)
     weight = self._parameters["weight"]
     ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)
-    plain = out if self.bias is None else out - self.bias.view(channel)
-    return out + (ratio - 1) * plain + scaling * ratio * low
+    plain = out if self.bias is None else out - self.bias.view(channel).to(out.dtype)
+    # Rounded after the difference, of which little would be left in half precision.
+    return out + (ratio - 1).to(out.dtype) * plain + (scaling * ratio).to(out.dtype) * low

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.initialisation import METHODS, Setting
+from lora_lightning.lora.precision import factor_dtype, kept_wide
 from lora_lightning.lora.spec import FactorSpec
 
 # Tensors that factors may hold; initial factors where the product began away from zero, LoRA-XS's
@@ -72,8 +73,8 @@ class Factors(nn.Module):
             self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
 
     def _adopt(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Hold copies of these, in the weight's dtype; DoRA's magnitude last, as when allocated."""
-        device, dtype, parameters = weight.device, weight.dtype, self._parameters
+        """Hold copies of these; DoRA's magnitude last, as when allocated."""
+        device, dtype, parameters = weight.device, factor_dtype(weight), self._parameters
         for name in TENSORS:
             if name not in values:
                 continue
@@ -96,7 +97,7 @@ class Factors(nn.Module):
         Parameters stay the objects that they were; their gradients are dropped. Otherwise (other
         sizes, precision, device, a tensor that is not plain) nothing changes.
         """
-        own, device, dtype = self.tensors(), weight.device, weight.dtype
+        own, device, dtype = self.tensors(), weight.device, factor_dtype(weight)
         if self.matrix != matrix or own.keys() != values.keys():
             return False
         for name, tensor in own.items():
@@ -229,13 +230,13 @@ class Factors(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no values until it is materialised.
         was_meta = self.matrices()[0].is_meta
-        out = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        out = super()._apply(kept_wide(fn), recurse)  # type: ignore[no-untyped-call]
         if was_meta:
             self.reset()
         return out
 
     def delta(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """ΔW = s·BA in the weight's own shape, never in autocast's lower precision."""
+        """ΔW = s·BA in the weight's own shape, in the factors' precision whatever autocast's."""
         return self._product().view(shape)
 
     def _product(self, mask: Tensor | None = None) -> Tensor:
@@ -253,16 +254,18 @@ class Factors(nn.Module):
         return scaled
 
     def effective(self, weight: Tensor, dropout: bool = True) -> Tensor:
-        """W' from W. In training with dropout, whole columns of A are dropped for this read."""
+        """W' from W, rounded once to its dtype.
+
+        In training with dropout, whole columns of A are dropped for this read.
+        """
         mask: Tensor | None = None
         if dropout and self.training and self.spec.dropout > 0:
             keep = torch.ones_like(self.lora_A[:1])
             mask = nn.functional.dropout(keep, self.spec.dropout)
         out: Tensor = weight + self._product(mask).view(weight.shape)
-        if self.magnitude is None:
-            return out
-        scaled: Tensor = out.reshape(self.matrix) * self.row_scale(out)[:, None]
-        return scaled.view(weight.shape)
+        if self.magnitude is not None:
+            out = out.reshape(self.matrix) * self.row_scale(out)[:, None]
+        return out.view(weight.shape).to(weight.dtype)
 
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
@@ -272,7 +275,8 @@ class Factors(nn.Module):
 
     def row_norm(self, weight: Tensor) -> Tensor:
         """The norm of each row of `weight`, shape (out,): DoRA's magnitudes at the start."""
-        norm: Tensor = torch.linalg.vector_norm(weight.reshape(self.matrix), dim=1)
+        rows = weight.reshape(self.matrix)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=factor_dtype(weight))
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def require_grad(self, on: bool = True) -> None:
@@ -289,4 +293,4 @@ class Factors(nn.Module):
 
 
 def _empty_like(weight: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    return torch.empty(shape, dtype=factor_dtype(weight), device=weight.device)

@@ -7,7 +7,7 @@ a checkpoint holds them: about r² numbers a layer. Adapters of one rank on one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lora_lightning.errors import TargetError
 from lora_lightning.linalg.decompose import checked, signs
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.precision import factor_dtype, kept_wide
 from lora_lightning.lora.spec import matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
@@ -42,8 +43,9 @@ class Basis(nn.Module):
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         rows, columns = weight.shape
-        self.register_buffer("lora_A", weight.new_zeros(rank, columns), persistent=False)
-        self.register_buffer("lora_B", weight.new_zeros(rows, rank), persistent=False)
+        like: Any = {"device": weight.device, "dtype": factor_dtype(weight)}
+        self.register_buffer("lora_A", torch.zeros(rank, columns, **like), persistent=False)
+        self.register_buffer("lora_B", torch.zeros(rows, rank, **like), persistent=False)
 
     @torch.no_grad()
     def renew(self, weight: Tensor) -> Basis:
@@ -54,8 +56,12 @@ class Basis(nn.Module):
         """
         if not weight.is_meta and not self.fits(weight):
             lora_B, lora_A = leading_halves(weight, len(self.lora_A))
-            self.lora_A, self.lora_B = lora_A.to(weight), lora_B.to(weight)
+            like: Any = {"device": weight.device, "dtype": factor_dtype(weight)}
+            self.lora_A, self.lora_B = lora_A.to(**like), lora_B.to(**like)
         return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        return super()._apply(kept_wide(fn), recurse)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """Set both to zero, where there is no weight yet to compute them from."""
@@ -142,7 +148,8 @@ class XSFactors(Factors):
 
     def _allocate(self, weight: Tensor) -> None:
         seen = weight.detach().reshape(self.matrix)
-        self.core = nn.Parameter(seen.new_zeros(self.spec.rank, self.spec.rank))
+        rank, dtype = self.spec.rank, factor_dtype(weight)
+        self.core = nn.Parameter(seen.new_zeros(rank, rank, dtype=dtype))
         self.basis = Basis(seen, self.spec.rank)
 
     @property

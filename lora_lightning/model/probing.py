@@ -152,7 +152,8 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
         if size > 0:
             parameter.mul_(goal.to(size.device) / size)
         if f.magnitude is not None:
-            f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
+            drawn = torch.rand(f.magnitude.shape, generator=generator)
+            f.magnitude.mul_(1 + 0.05 * drawn.to(f.magnitude))
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:

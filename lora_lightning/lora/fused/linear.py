@@ -29,6 +29,7 @@ from torch import Tensor
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.fused.plan import LowRank, Plan, adds_exactly, lowered, switches
 from lora_lightning.lora.fused.thin_matmul import across, along, cut, pieces
+from lora_lightning.lora.precision import factor_dtype
 
 # A thin product of rank r takes as long as r + 12 rows of a large one (measured on a CPU, rank 4 to
 # 64, linear layers and convolutions: x and g must be read whatever the rank).
@@ -39,10 +40,11 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether this module supports this input; the plain formula always does."""
     if not switches.enabled or weight.requires_grad or x.is_nested or x.is_meta:
         return False
+    # Before the size is asked for, on which a compiled graph of any batch would be specialised.
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
     out, into = weight.shape[:2]
     if x.numel() * (into + out) < switches.smallest * into:
-        return False
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
         (x, weight)
@@ -55,7 +57,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False  # the two products must cancel at the start: see `LowRank.added_to`
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
-    return x.dtype == weight.dtype == low.lora_A.dtype
+    return x.dtype == weight.dtype and low.lora_A.dtype == factor_dtype(weight)
 
 
 def linear(

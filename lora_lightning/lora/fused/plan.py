@@ -113,7 +113,8 @@ class Plan(NamedTuple):
     Attributes:
         low: The factors.
         whole: Whether W + s·BA is computed.
-        dtype: Of autocast, if it is on.
+        dtype: Of the products, where the tensors have others: autocast's, or that of a base in half
+            precision, whose factors are in float32.
         seed: Of dropout's mask.
         recipe: How to recompute x, where it is not kept.
         frozen_A: A is frozen, so that h is kept instead of x.
@@ -132,6 +133,8 @@ class Plan(NamedTuple):
     def of(cls, x: Tensor, weight: Tensor, low: LowRank, channels: bool) -> Plan:
         """The plan for this input."""
         training, dtype = torch.is_grad_enabled(), lowered(x)
+        if dtype is None and low.lora_A.dtype != x.dtype:
+            dtype = x.dtype
         ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
         many = ratio > _MANY or low.start_A is not None
         whole = many and adds_exactly(x, weight) and not low.dropout
@@ -144,7 +147,7 @@ class Plan(NamedTuple):
         return cls(low, whole, dtype, seed, recipe, frozen_A, channels)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor in autocast's dtype."""
+        """The tensor in the dtype of the products."""
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
