@@ -23,24 +23,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
-import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bank_report import Times, plot, read, save, show
-from machine import RESULTS, setting
+from machine import RESULTS, Work, in_turns, setting
 from torch import Tensor, nn
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter
 
 RANK = 8
-Work = Callable[[], Any]
 
 
 def vit() -> tuple[nn.Module, tuple[int, ...]]:
@@ -67,18 +64,26 @@ def small() -> tuple[nn.Module, tuple[int, ...]]:
 MODELS = {"vit": vit, "wav2vec2": wav2vec2, "small": small}
 
 
-def write_files(base: nn.Module, folder: Path, number: int) -> tuple[list[Path], list[str]]:
-    """Adapter files with random factors, and the names of the layers that they adapt."""
+def write_files(
+    base: nn.Module, folder: Path, number: int, distinct: int | None = None
+) -> tuple[list[Path], list[str]]:
+    """Adapter files with random factors, and the names of the layers that they adapt; files beyond
+    `distinct` are links to the first ones."""
     model = copy.deepcopy(base)
     report = inject(model, rank=RANK, trainable=[], seed=0)
     factors = [p for p in model.parameters() if p.requires_grad]
     paths = []
     for i in range(number):
+        path = folder / f"{i:04d}.safetensors"
+        if distinct is not None and i >= distinct:
+            os.link(paths[i % distinct], path)
+            paths.append(path)
+            continue
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
             for p in factors:
                 p.copy_(0.02 * torch.randn(p.shape, generator=generator))
-        paths.append(save_adapter(model, folder / f"{i:04d}.safetensors"))
+        paths.append(save_adapter(model, path))
     return paths, [row.module for row in report.rows]
 
 
@@ -101,10 +106,15 @@ def names_of(draw: random.Random, number: int, batch: int) -> list[str]:
 
 
 def variants(
-    base: nn.Module, x: Tensor, numbers: list[int], folder: Path, peers: bool
+    base: nn.Module,
+    x: Tensor,
+    numbers: list[int],
+    folder: Path,
+    peers: bool,
+    distinct: int | None = None,
 ) -> dict[tuple[str, int], Work]:
     """(what, number of adapters) → a run of it."""
-    paths, layers = write_files(base, folder, max(numbers))
+    paths, layers = write_files(base, folder, max(numbers), distinct)
     one = copy.deepcopy(base)
     load_adapter(one, paths[0], "one")
     bank = AdapterBank(copy.deepcopy(base), paths, capacity=max(numbers), example=x[:2])
@@ -134,21 +144,9 @@ def variants(
 
 
 @torch.no_grad()
-def measure(works: dict[tuple[str, int], Work], runs: int, device: str = "cpu") -> Times:
+def measure(works: dict[tuple[str, int], Work], runs: int) -> Times:
     """Milliseconds of each, one for each turn; a first turn, which reads files, is left out."""
-    found: Times = {key: [] for key in works}
-    keys = list(works)
-    for turn in range(runs + 1):
-        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
-            start = time.perf_counter()
-            works[key]()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                found[key].append(1e3 * (time.perf_counter() - start))
-        print(f"\r{turn}/{runs} turns", end="", file=sys.stderr)
-    print("\r", end="", file=sys.stderr)
-    return found
+    return {key: [1e3 * t for t in own] for key, own in in_turns(works, runs).items()}
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -160,7 +158,6 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=11, help="turns (default 11)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--no-peers", action="store_true", help="without PEFT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     parser.add_argument("--read", type=Path, nargs="+", help="show and draw these, measure nothing")
@@ -186,13 +183,13 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.models:
         torch.manual_seed(0)
         base, shape = MODELS[name]()
-        base = base.eval().requires_grad_(False).to(options.device)
-        x = torch.randn(options.batch, *shape).to(options.device)
+        base = base.eval().requires_grad_(False)
+        x = torch.randn(options.batch, *shape)
         with tempfile.TemporaryDirectory() as folder:
             works = variants(
                 base, x, sorted(set(options.numbers)), Path(folder), not options.no_peers
             )
-            results[name] = measure(works, options.runs, options.device)
+            results[name] = measure(works, options.runs)
         show(name, results[name], options.batch)
     print(f"saved {save(options.out, results, options.batch, where)}")
     if options.plot:

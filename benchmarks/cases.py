@@ -1,4 +1,4 @@
-"""The models and variants that `training_step.py` and `growth.py` measure."""
+"""The models and variants that `training_step.py`, `growth.py` and `gpu.py` measure."""
 
 from __future__ import annotations
 
@@ -49,12 +49,21 @@ def wav2vec2(classes: int | None = None) -> nn.Module:
     )
 
 
+def _wav2vec2_small() -> nn.Module:
+    from torchaudio.models import wav2vec2_model
+
+    blocks = [(32, 10, 5), (32, 8, 8)]
+    return wav2vec2_model(
+        "group_norm", blocks, False, 32, 0.0, 16, 4, 2, 2, 0.0, 64, 0.0, 0.0, False, 0.0, None
+    )
+
+
 class _Conformer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256, hidden: int = 1024, depth: int = 8) -> None:
         super().__init__()
         from torchaudio.models import Conformer
 
-        self.body = Conformer(256, 4, 1024, 8, 31)
+        self.body = Conformer(width, 4, hidden, depth, 31)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.body(x, torch.full((len(x),), x.shape[1], device=x.device))[0]
@@ -66,24 +75,32 @@ def _pictures(count: int, size: int = 224) -> Callable[[], Tensor]:
 
 
 VIT = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+CONVNEXT = r".*\.mlp\.fc[12]"
+EFFICIENTNET = r"blocks\..*\.(conv_pw|conv_pwl)"
+WAV2VEC2 = r".*layers\.\d+\.(attention\.\w+_proj|feed_forward\.\w+_dense)"
+CONFORMER = r".*\.ffn[12]\.sequential\.[14]"
 CASES = {
     "vit_tiny": Case(_timm("vit_tiny_patch16_224"), _pictures(16), VIT),
     "vit_small": Case(_timm("vit_small_patch16_224"), _pictures(8), VIT),
-    "convnext_atto": Case(_timm("convnext_atto"), _pictures(16), r".*\.mlp\.fc[12]"),
-    "efficientnet_lite0": Case(
-        _timm("tf_efficientnet_lite0"),
-        _pictures(16),
-        r"blocks\..*\.(conv_pw|conv_pwl)",
-    ),
-    "wav2vec2_base": Case(
-        wav2vec2,
-        lambda: torch.randn(4, 32000),
-        r".*layers\.\d+\.(attention\.\w+_proj|feed_forward\.\w+_dense)",
-        lambda y: y[0],
-    ),
-    "conformer": Case(
-        _Conformer, lambda: torch.randn(8, 400, 256), r".*\.ffn[12]\.sequential\.[14]"
-    ),
+    "convnext_atto": Case(_timm("convnext_atto"), _pictures(16), CONVNEXT),
+    "efficientnet_lite0": Case(_timm("tf_efficientnet_lite0"), _pictures(16), EFFICIENTNET),
+    "wav2vec2_base": Case(wav2vec2, lambda: torch.randn(4, 32000), WAV2VEC2, lambda y: y[0]),
+    "conformer": Case(_Conformer, lambda: torch.randn(8, 400, 256), CONFORMER),
+}
+# What keeps a GPU busy, and the same families at a size that only shows whether all runs.
+GPU = {
+    "vit_base": Case(_timm("vit_base_patch16_224"), _pictures(64), VIT),
+    "convnext_tiny": Case(_timm("convnext_tiny"), _pictures(64), CONVNEXT),
+    "efficientnet_b0": Case(_timm("efficientnet_b0"), _pictures(64), EFFICIENTNET),
+    "wav2vec2_base": Case(wav2vec2, lambda: torch.randn(8, 160_000), WAV2VEC2, lambda y: y[0]),
+    "conformer": Case(_Conformer, lambda: torch.randn(16, 1000, 256), CONFORMER),
+}
+SMOKE = {
+    "vit_base": Case(_timm("test_vit"), _pictures(2, 160), VIT),
+    "convnext_tiny": Case(_timm("test_convnext"), _pictures(2, 64), CONVNEXT),
+    "efficientnet_b0": Case(_timm("test_efficientnet"), _pictures(2, 64), EFFICIENTNET),
+    "wav2vec2_base": Case(_wav2vec2_small, lambda: torch.randn(2, 2000), WAV2VEC2, lambda y: y[0]),
+    "conformer": Case(lambda: _Conformer(32, 64, 1), lambda: torch.randn(2, 40, 32), CONFORMER),
 }
 
 
@@ -99,9 +116,7 @@ def variant(name: str, case: Case, rank: int, dropout: float) -> nn.Module:
     layers = names(model, case)
     if name == "floor":
         model.requires_grad_(False)
-        model.get_submodule(layers[0]).register_forward_pre_hook(
-            lambda _, args: (args[0].detach().requires_grad_(torch.is_grad_enabled()),)
-        )
+        model.get_submodule(layers[0]).register_forward_pre_hook(_wanting_gradients())
     elif name.startswith("ours"):
         frozen = name.endswith("frozen A")
         inject(
@@ -121,6 +136,18 @@ def variant(name: str, case: Case, rank: int, dropout: float) -> nn.Module:
     elif name == "loralib":
         _with_loralib(model, layers, rank, dropout)
     return freeze_statistics(model.train())
+
+
+def _wanting_gradients() -> Callable[[nn.Module, Any], Any]:
+    """A hook after which the gradient of the layer's input is wanted."""
+    zero = torch.zeros((), requires_grad=True)
+
+    def hook(_: nn.Module, args: Any) -> Any:
+        if torch.compiler.is_compiling():  # the other way would break the graph
+            return (args[0] + zero,)
+        return (args[0].detach().requires_grad_(torch.is_grad_enabled()),)
+
+    return hook
 
 
 def _with_loralib(model: nn.Module, layers: list[str], rank: int, dropout: float) -> None:
@@ -153,13 +180,15 @@ def freeze_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def stepper(model: nn.Module, case: Case, batch: Tensor) -> Callable[[], None]:
-    """One training step."""
+def stepper(model: nn.Module, case: Case, batch: Tensor, low: bool = False) -> Callable[[], None]:
+    """One training step; `low`: its forward pass under autocast to bfloat16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
     def step() -> None:
-        case.out(model(batch)).square().mean().backward()
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=low):
+            loss = case.out(model(batch)).square().mean()
+        loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

@@ -18,9 +18,8 @@ from typing import Any
 import timm
 import torch
 from cases import VIT, Case, available, stepper, variant
-from machine import save, setting
+from machine import in_turns, ratios, save, setting
 from torch import nn
-from training_step import in_turns, ratios
 
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 USUAL = {"rank": 8, "batch": 8, "tokens": 197, "depth": 12}

@@ -14,6 +14,7 @@ import os
 import time
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import timm
 import torch
@@ -28,7 +29,14 @@ NETWORKS = ("test_resnet", "test_convnext", "tf_efficientnet_lite0")
 TEACHERS = ("tf_efficientnet_lite0", "resnet50", "vit_tiny_patch16_224", "convnext_atto")
 
 
-def seconds(name: str, pictures: torch.Tensor, epochs: int, folder: str) -> float:
+def seconds(
+    name: str,
+    pictures: torch.Tensor,
+    epochs: int,
+    folder: str,
+    batch_size: int = 32,
+    **trainer_options: Any,
+) -> float:
     """Seconds of one adaptation."""
     seed_everything(0, verbose=False)
     model = timm.create_model(name, num_classes=10).eval()
@@ -36,15 +44,18 @@ def seconds(name: str, pictures: torch.Tensor, epochs: int, folder: str) -> floa
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(1.0)
-    task = TransductiveTask(model, pictures, batch_norm="target", limits=None)
+    task = TransductiveTask(
+        model, pictures, batch_norm="target", limits=None, batch_size=batch_size
+    )
     adapter = LoRACallback(
         rank=4, alpha=8.0, target_modules="all", exclude_modules=sorted(classifier_modules(model)),
         trainable=[], output_dir=folder, log_spectrum=False,
     )  # fmt: skip
     with quiet_lightning():
         trainer = Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+            max_epochs=epochs, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, callbacks=[adapter],
+            **{"accelerator": "cpu", **trainer_options},
         )  # fmt: skip
         start = time.perf_counter()
         trainer.fit(task)

@@ -124,8 +124,10 @@ def peft_loading(base: nn.Module, targets: list[str], rank: int, folder: Path) -
     }
 
 
-def rounds(measures: Measures, number: int) -> dict[str, list[float]]:
-    """Milliseconds by measure and clock, one value a round."""
+def rounds(
+    measures: Measures, number: int, finish: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Milliseconds by measure and clock, one value a round; `finish` waits for a device."""
     found: dict[str, list[float]] = {}
     names = list(measures)
     for i in range(number + 1):
@@ -134,7 +136,8 @@ def rounds(measures: Measures, number: int) -> dict[str, list[float]]:
             make, work = measures[name]
             model = make()
             gc.collect()  # what the one before left behind is no cost of this one
-            wall, cpu = timed(lambda work=work, model=model: work(model))
+            finish()
+            wall, cpu = timed(lambda work=work, model=model: (work(model), finish()))
             if i > 0:  # the first makes classes and fills the disk's cache
                 found.setdefault(f"{name} [wall]", []).append(wall)
                 found.setdefault(f"{name} [cpu]", []).append(cpu)
@@ -151,25 +154,26 @@ def adapter_file(base: nn.Module, rank: int, folder: Path) -> tuple[Path, list[s
     return save_adapter(model, folder / "adapter.safetensors"), layers
 
 
-def measure(large: str, small: str, runs: int) -> dict[str, list[float]]:
+def measure(large: str, small: str, runs: int, device: str = "cpu") -> dict[str, list[float]]:
     """Both parts, with PEFT's rows where it is installed."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     peers = importlib.util.find_spec("peft") is not None
     if not peers:
         print("peft is not installed: pip install 'lora-lightning[bench]' for its rows")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = timm.create_model(large)
+        base = timm.create_model(large).to(device)
         measures = injecting(base, rank=8)
         if peers:
             measures |= peft_injecting(base, adapter_file(base, 1, folder)[1], rank=8)
-        found = rounds(measures, runs)
-        base = timm.create_model(small, num_classes=10)
+        found = rounds(measures, runs, finish)
+        base = timm.create_model(small, num_classes=10).to(device)
         path, layers = adapter_file(base, 2, folder)
         print(f"the adapter's file holds {path.stat().st_size:,} bytes")
         measures = loading(base, path)
         if peers:
             measures |= peft_loading(base, layers, 2, folder / "peft")
-        return found | rounds(measures, runs)
+        return found | rounds(measures, runs, finish)
 
 
 def main() -> None:

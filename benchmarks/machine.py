@@ -1,4 +1,4 @@
-"""Versions, hardware and load of a benchmark's run, and the files of its figures."""
+"""Versions, hardware and load of a benchmark's run, its clock, and the files of its figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import importlib.metadata
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
+K = TypeVar("K", bound=Hashable)
+Work = Callable[[], Any]
 
 
 def setting(*others: str) -> dict[str, str]:
@@ -58,6 +61,35 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
+def seconds(work: Work) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(
+    works: Mapping[K, Work], rounds: int, clock: Callable[[Work], float] = seconds
+) -> dict[K, list[float]]:
+    """What the clock says of each, round by round; the order rotates between rounds."""
+    found: dict[K, list[float]] = {name: [] for name in works}
+    order = list(works)
+    for number in range(rounds + 1):
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            taken = clock(works[name])
+            if number:  # the first round warms up
+                found[name].append(taken)
+    return found
+
+
+def ratios(times: Mapping[K, list[float]], base: K) -> dict[K, tuple[float, float, float]]:
+    """Lower quartile, median, upper quartile of each round's ratio to the base's."""
+    return {
+        name: quartiles([a / b for a, b in zip(own, times[base], strict=True)])
+        for name, own in times.items()
+    }
+
+
 def dated(date: str, title: str, suffix: str = ".csv", folder: Path = RESULTS) -> Path:
     """A free path for the figures of this day: a second file gets a number."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +100,30 @@ def dated(date: str, title: str, suffix: str = ".csv", folder: Path = RESULTS) -
     return path
 
 
+class Table:
+    """A dated CSV that is complete after each row.
+
+    Args:
+        title: In the name of the file.
+        where: Options, versions, hardware: the same in each row.
+        folder: Of the file.
+    """
+
+    def __init__(self, title: str, where: Mapping[str, Any], folder: Path = RESULTS):
+        self.path, self.where = dated(where["date"], title, folder=folder), where
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        """Write one row; the first one names the columns."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            columns = [*(self.rows or [row])[0], *self.where]
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow({**row, **self.where})
+        self.rows.append(row)
+
+
 def save(
     title: str,
     rows: Iterable[Mapping[str, Any]],
@@ -75,9 +131,7 @@ def save(
     folder: Path = RESULTS,
 ) -> Path:
     """A dated CSV of these rows, each followed by `where`: options, versions, hardware."""
-    path, rows = dated(where["date"], title, folder=folder), list(rows)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
-    return path
+    table = Table(title, where, folder)
+    for row in rows:
+        table.add(**row)
+    return table.path

@@ -1,0 +1,182 @@
+"""The page that `gpu.py` makes of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, ...]  # part, model, precision, mode, variant, measure
+Rows = dict[Key, dict[str, Any]]
+KEY = ("part", "model", "precision", "mode", "variant", "measure")
+
+
+def write(path: Path, rows: list[dict[str, Any]], files: list[Path]) -> Path:
+    """Write the page; of two rows with one key the last counts."""
+    found = {tuple(row[k] for k in KEY): row for row in rows if row["measure"] != "failed"}
+    failed = [row for row in rows if row["measure"] == "failed"]
+    parts = [_head(rows, files), *(part(found) for part in PARTS), _failures(failed)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _head(rows: list[dict[str, Any]], files: list[Path]) -> str:
+    last = rows[-1] if rows else {}
+    names = ("date", "gpu", "hardware", "torch", "triton", "lightning", "timm", "peft", "rank")
+    said = ", ".join(f"{n} {last[n]}" for n in names if last.get(n))
+    ends = [f"{r['measure']} {r['value']} {r['note']}".strip() for r in rows if r["part"] == "run"]
+    names_of_files = ", ".join(f"`{path.name}`" for path in files)
+    return (
+        f"# Cost of adapters on a device\n\n{said}, TF32 off. Rows: {names_of_files} "
+        f"({'; '.join(ends)}).\n\nMedians, and the quartiles in brackets."
+    )
+
+
+def _table(title: str, head: list[str], lines: Iterable[list[str]]) -> str:
+    body = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    return f"## {title}\n\n" + "\n".join(body) if len(body) > 2 else ""
+
+
+def number(row: dict[str, Any] | None) -> float | None:
+    """A row's figure."""
+    return None if row is None or row["value"] == "" else float(row["value"])
+
+
+def _text(row: dict[str, Any] | None, spread: bool = True) -> str:
+    if row is None:
+        return ""
+    value = (
+        f"{float(row['value']):.3g}" if float(row["value"]) < 1000 else f"{float(row['value']):.0f}"
+    )
+    if not spread or not row["lower"]:
+        return value
+    return f"{value} ({float(row['lower']):.3g} to {float(row['upper']):.3g})"
+
+
+def _seen(found: Rows, part: str, places: tuple[int, ...]) -> list[Key]:
+    """Different values at these places of a part's keys, in the order of the rows."""
+    return list(dict.fromkeys(tuple(k[i] for i in places) for k in found if k[0] == part))
+
+
+def _crossed(
+    title: str, part: str, measures: dict[str, str], spread: bool = True
+) -> Callable[[Rows], str]:
+    """A table with a line for each model, precision, mode and measure, a column for each variant."""
+
+    def made(found: Rows) -> str:
+        names = [k[0] for k in _seen(found, part, (4,)) if k[0]]
+        lines = []
+        for model, precision, mode in _seen(found, part, (1, 2, 3)):
+            for measure, label in measures.items():
+                own = [found.get((part, model, precision, mode, v, measure)) for v in names]
+                if any(own):
+                    texts = [_text(row, spread) for row in own]
+                    lines.append([model, precision, mode, label, *texts])
+        return _table(title, ["model", "precision", "mode", "", *names], lines)
+
+    return made
+
+
+def _peaks(found: Rows) -> str:
+    """Peaks over the floor's."""
+    names = [k[0] for k in _seen(found, "steps", (4,)) if k[0]]
+    lines = []
+    for where in _seen(found, "steps", (1, 2, 3)):
+        own = {v: number(found.get(("steps", *where, v, "peak, MiB"))) for v in names}
+        if floor := own.get("floor"):
+            over = [f"{own[v] / floor:.3f}" if own[v] else "" for v in names if v != "floor"]
+            lines.append([*where, f"{floor:.0f} MiB", *over])
+    others = [v for v in names if v != "floor"]
+    return _table(
+        "Peak memory over the floor's", ["model", "precision", "mode", "floor", *others], lines
+    )
+
+
+def _best(found: Rows, model: str, precision: str, name: str) -> float | None:
+    """Of eager and compiled, over the floor of the same mode."""
+    modes = ("eager", "compiled")
+    every = [
+        number(found.get(("steps", model, precision, m, name, "step over floor"))) for m in modes
+    ]
+    return min((value for value in every if value is not None), default=None)
+
+
+def _goals(found: Rows) -> str:
+    """Each goal with what was measured."""
+    lines = []
+
+    def judge(goal: str, where: str, value: float | None, met: Callable[[float], bool]) -> None:
+        if value is not None:
+            lines.append([goal, where, f"{value:.3f}", "yes" if met(value) else "no"])
+
+    for model, precision in _seen(found, "steps", (1, 2)):
+        where = f"{model}, {precision}"
+        ours, peft = (_best(found, model, precision, v) for v in ("ours", "peft"))
+        judge("step ≤ 1.10 × floor", where, ours, lambda v: v <= 1.10)
+        if ours is not None and peft is not None and peft > 1:
+            share = (ours - 1) / (peft - 1)
+            judge("overhead ≤ half of PEFT's", where, share, lambda v: v <= 0.5)
+        own, floor = (
+            number(found.get(("steps", model, precision, "eager", v, "peak, MiB")))
+            for v in ("ours", "floor")
+        )
+        if own and floor:
+            judge("peak ≤ 1.05 × floor", where, own / floor, lambda v: v <= 1.05)
+    for model, precision in _seen(found, "largest", (1, 2)):
+        own, peer = (
+            number(found.get(("largest", model, precision, "", v, "largest batch")))
+            for v in ("ours", "peft")
+        )
+        if own and peer:
+            judge("largest batch ≥ 1.3 × PEFT's", model, own / peer, lambda v: v >= 1.3)
+    for model, precision, name in _seen(found, "bank", (1, 2, 4)):
+        if name.startswith("bank"):
+            own = number(found.get(("bank", model, precision, "", name, "over one adapter")))
+            where = f"{model}, {precision}, {name}"
+            judge("mixed batch ≤ 1.15 × one adapter", where, own, lambda v: v <= 1.15)
+    return _table("Goals", ["goal", "where", "measured", "met"], lines)
+
+
+def _failures(failed: list[dict[str, Any]]) -> str:
+    lines = [[*(row[k] for k in KEY[:5]), row["note"].replace("|", "/")] for row in failed]
+    return _table("Failed", [*KEY[:5], "error"], lines)
+
+
+def _loading(found: Rows) -> str:
+    lines = [[key[4], _text(row)] for key, row in found.items() if key[0] == "loading"]
+    return _table("Injection and loading", ["work", "wall, ms"], lines)
+
+
+PARTS: tuple[Callable[[Rows], str], ...] = (
+    _goals,
+    _crossed(
+        "Steps",
+        "steps",
+        {"step, ms": "ms", "step over floor": "over floor", "host, ms": "host, ms"},
+    ),
+    _peaks,
+    _crossed(
+        "Another adapter for every item",
+        "bank",
+        {"batch, ms": "ms", "over one adapter": "over one adapter"},
+    ),
+    _crossed(
+        "Without labels",
+        "label-free",
+        {"pictures a second": "pictures a second", "seconds": "seconds"},
+    ),
+    _loading,
+    _crossed("Largest batch in 16 GiB", "largest", {"largest batch": "pictures"}),
+    _crossed(
+        "A step by the profiler",
+        "profile",
+        {"kernels": "kernels", "device, ms": "device, ms", "CPU, ms": "CPU, ms"},
+    ),
+    _crossed(
+        "A linear layer by every formula",
+        "thresholds",
+        {"forward and backward, µs": "both, µs", "inference, µs": "inference, µs"},
+        False,
+    ),
+)
