@@ -280,12 +280,12 @@ def test_timms_gradient_checkpointing(reentrant, device):
 
     with fused(smallest=0):
         expected = step()
-        timm.models.set_reentrant_ckpt(reentrant)
+        timm.layers.set_reentrant_ckpt(reentrant)
         try:
             model.set_grad_checkpointing(True)
             assert apart(step(), expected) < TOLERANCE
         finally:
-            timm.models.set_reentrant_ckpt(False)
+            timm.layers.set_reentrant_ckpt(False)
 
 
 # ---- recurrent layers ----------------------------------------------------------------------------

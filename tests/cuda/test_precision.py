@@ -242,7 +242,7 @@ def test_compression_is_exact_whatever_tf32_is(device):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_merging_is_undone_exactly_whatever_tf32_is(setting, device):
-    model, x = network("convnext_atto")
+    model, _ = network("convnext_atto")
     inject(model, rank=4, target_modules="all", trainable=[])
     stir(model).to(device)
     set_precision(setting)
