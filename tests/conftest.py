@@ -17,7 +17,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole fast tier, of one thread each; none for a few files, for ``-s``,
     or for the slow tier, whose networks would not fit into memory side by side."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    fast = config.option.markexpr == "not slow" and config.option.capture != "no"
+    fast = config.option.markexpr == "not slow and not cuda" and config.option.capture != "no"
     return min(2, os.cpu_count() or 1) if whole and fast else 0
 
 
