@@ -173,7 +173,7 @@ class LoRACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         """Update the importance scores by the gradients, where ranks are pruned."""
-        self._ranks.before_step(trainer)
+        self._ranks.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
