@@ -6,7 +6,9 @@ tied weight is not changed, an optimizer's reference stays valid, and unmerging 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +75,7 @@ def merge_layer(module: nn.Module) -> None:
             placed[key] = nn.Parameter(new, raw[key].requires_grad)
             parametrizations.place(module, key, placed[key])
         parametrizations.recompute(module, tensor)
+    module.__dict__["_apply"] = partial(_apply_with_kept, module)
     sums = {key: (p.dtype, _sum(p)) for key, p in placed.items()}
     module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed, sums)
     refresh(module)
@@ -98,7 +101,7 @@ def unmerge_layer(module: nn.Module) -> None:
         parametrizations.place(module, key, raw)
     for tensor in merged.tensors:
         parametrizations.recompute(module, tensor)
-    del module.__dict__[_ATTRIBUTE]
+    del module.__dict__[_ATTRIBUTE], module.__dict__["_apply"]
     module._modules["lora"] = merged.lora
     module.__dict__["lora_active"] = merged.active
     live.__class__ = adapted_class(merged.base, merged.tensors)
@@ -108,6 +111,22 @@ def unmerge_layer(module: nn.Module) -> None:
     if reference is not None and not reference.is_meta:
         merged.lora.to(device=reference.device, dtype=reference.dtype)
     merged.lora.train(module.training)
+
+
+def _apply_with_kept(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+    """`nn.Module._apply` of a merged layer: what it keeps follows to another device.
+
+    Not to another precision, from which it would not come back.
+    """
+    type(module)._apply(module, *args, **options)  # type: ignore[no-untyped-call]
+    merged: Merged = module.__dict__[_ATTRIBUTE]
+    first = next(iter(merged.placed), None)
+    with suppress(AdapterError):  # it is gone, which `unmerge_layer` reports
+        device = _located(module, first).device if first else None
+        if device is not None and device.type != "meta":
+            merged.lora.to(device)
+            nn.ParameterList(merged.raw.values()).to(device)
+    return module
 
 
 def _located(module: nn.Module, key: str) -> Any:
