@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
@@ -32,7 +32,7 @@ class Merged:
     lora: nn.Module
     raw: dict[str, nn.Parameter]
     placed: dict[str, nn.Parameter]
-    sums: dict[str, tuple[torch.dtype, float]]
+    sums: dict[str, tuple[torch.dtype, Tensor]]
 
     def changed(self, module: nn.Module) -> list[str]:
         """Parameters written to since the merge.
@@ -146,10 +146,14 @@ def is_merged(module: nn.Module) -> bool:
     return _ATTRIBUTE in module.__dict__
 
 
-def _sum(parameter: nn.Parameter) -> float:
-    return 0.0 if parameter.is_meta else float(parameter.detach().abs().sum(dtype=torch.float64))
+def _sum(parameter: nn.Parameter) -> Tensor:
+    # Not as a number, for which a merge would wait for the device at each layer.
+    if parameter.is_meta:
+        return torch.zeros(())
+    return parameter.detach().abs().sum(dtype=torch.float64)
 
 
-def _close(a: float, b: float) -> bool:
+def _close(one: Tensor, other: Tensor) -> bool:
+    a, b = float(one), float(other)
     # Other devices sum in another order.
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
