@@ -14,7 +14,9 @@ from lora_lightning.bank.mix import Part
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import located, raw_tensor
+from lora_lightning.lora.factors import TENSORS
 from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.precision import factor_dtype
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model.adapter_file.checks import checked
 from lora_lightning.model.adapter_file.format import read
@@ -122,21 +124,21 @@ def _folded(
     target: dict[str, Any], key: str, tensors: dict[str, Tensor], basis: Basis | None, raw: Tensor
 ) -> Part:
     """Factors of any kind as one pair, with the scaling, a core or initial factors folded in."""
+    like: Any = {"device": raw.device, "dtype": factor_dtype(raw)}
+    own = {k: t.to(**like) for k in TENSORS if (t := tensors.get(f"{key}.{k}")) is not None}
     if basis is not None:
-        core = tensors[f"{key}.core"].to(basis.lora_B)
-        lora_B, lora_A = (basis.lora_B @ core).to(raw), basis.lora_A.to(raw)
+        lora_B, lora_A = basis.lora_B @ own["core"].to(basis.lora_B), basis.lora_A
     else:
-        lora_B, lora_A = tensors[f"{key}.lora_B"].to(raw), tensors[f"{key}.lora_A"].to(raw)
+        lora_B, lora_A = own["lora_B"], own["lora_A"]
     if target.get("offset"):
-        lora_B = torch.cat([lora_B, -tensors[f"{key}.start_B"].to(raw)], dim=1)
-        lora_A = torch.cat([lora_A, tensors[f"{key}.start_A"].to(raw)])
+        lora_B = torch.cat([lora_B, -own["start_B"]], dim=1)
+        lora_A = torch.cat([lora_A, own["start_A"]])
     lora_B = target["scaling"] * lora_B
     scale = None
     if target["dora"]:
-        summed = raw.reshape(len(lora_B), -1) + lora_B @ lora_A
-        norm = torch.linalg.vector_norm(summed, dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
-        scale = tensors[f"{key}.magnitude"].to(raw) / norm
-    return Part(lora_A.clone(), lora_B, scale)
+        norm = torch.linalg.vector_norm(raw.reshape(len(lora_B), -1) + lora_B @ lora_A, dim=1)
+        scale = (own["magnitude"] / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(raw.dtype)
+    return Part(lora_A.to(raw.dtype, copy=True), lora_B.to(raw.dtype), scale)
 
 
 def _like(tensor: Tensor, place: tuple[Any, str]) -> Tensor:

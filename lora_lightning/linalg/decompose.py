@@ -139,8 +139,8 @@ def spectrum(lora_B: Tensor, lora_A: Tensor, scaling: float = 1.0) -> Tensor:
     """
     r_B = torch.linalg.qr(lora_B.float(), mode="r").R
     r_A = torch.linalg.qr(lora_A.float().T, mode="r").R
-    values: Tensor = torch.linalg.svdvals(r_B @ r_A.T)
-    return abs(scaling) * values
+    values: Tensor = torch.linalg.svdvals(r_B.double() @ r_A.T.double())
+    return abs(scaling) * values.float()
 
 
 @torch.no_grad()
@@ -152,8 +152,10 @@ def product_svd(lora_B: Tensor, lora_A: Tensor) -> SVD:
     """
     q_B, r_B = torch.linalg.qr(checked(lora_B, what="lora_B"))
     q_A, r_A = torch.linalg.qr(checked(lora_A, what="lora_A").T)
-    core = truncated_svd(r_B @ r_A.T)
-    return SVD(q_B @ core.U, core.S, core.Vh @ q_A.T)
+    # In float64, since TF32 would leave three digits of a product that stands for BA.
+    core = truncated_svd(r_B.double() @ r_A.T.double())
+    found = q_B.double() @ core.U, core.S, core.Vh @ q_A.T.double()
+    return SVD(*(part.to(q_B.dtype) for part in found))
 
 
 # ---- estimates of the rank ------------------------------------------------------------------

@@ -82,15 +82,15 @@ class AdaptedModule:
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         module: Any = self
-        before = {tensor: raw_tensor(module, tensor).dtype for tensor in self._adapted_tensors}
+        found = [item for name in self.lora for item in self.factors_of(name).items()]
+        dora = [(tensor, factors) for tensor, factors in found if factors.magnitude is not None]
+        before = {tensor: raw_tensor(module, tensor).dtype for tensor, _ in dora}
         out = super()._apply(fn, recurse)  # type: ignore[misc]
-        for tensor, dtype in before.items():
+        for tensor, factors in dora:
             parametrizations.recompute(module, tensor)
             raw = raw_tensor(module, tensor)
-            for factors in (self.factors_of(name).get(tensor) for name in self.lora):
-                # Magnitudes that are not trained yet are the norms of the rounded weight.
-                if raw.dtype != dtype and factors is not None and factors.magnitude is not None:
-                    factors.rebase(raw)
+            if raw.dtype != before[tensor] and not raw.is_meta:
+                factors.rebase(raw)  # until they train, magnitudes are the rounded weight's norms
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -264,8 +264,9 @@ class Factors(nn.Module):
             mask = nn.functional.dropout(keep, self.spec.dropout)
         out: Tensor = weight + self._product(mask).view(weight.shape)
         if self.magnitude is not None:
-            out = out.reshape(self.matrix) * self.row_scale(out)[:, None]
-        return out.view(weight.shape).to(weight.dtype)
+            scaled: Tensor = out.reshape(self.matrix) * self.row_scale(out)[:, None]
+            out = scaled.view(weight.shape)
+        return out.to(weight.dtype)
 
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""

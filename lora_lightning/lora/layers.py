@@ -25,6 +25,7 @@ from torch import Tensor, jit, nn
 from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora import factorised, parametrizations
+from lora_lightning.lora.recurrent import BODY, forget_flat_weights
 from lora_lightning.lora.spec import matrix_shape
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -209,29 +210,6 @@ def _recurrent(module: Any) -> tuple[str, ...]:
     return tuple(n for n in module._parameters if n.startswith("weight"))
 
 
-def _effective_flat_weights(self: Any) -> list[Tensor]:
-    return [_plain(getattr(self, name)) for name in self._flat_weights_names if hasattr(self, name)]
-
-
-def _plain(weight: Tensor) -> Tensor:
-    # The recurrent kernels take plain tensors; nothing else reads this list.
-    return weight if isinstance(weight, nn.Parameter) else weight.as_subclass(Tensor)
-
-
-def _forget_flat_weights(module: Any) -> None:
-    # A recurrent layer's list of its weights must hold the raw ones again.
-    module.__dict__.pop("_flat_weights", None)
-    if not hasattr(type(module), "_adapted_tensors"):
-        module._init_flat_weights()
-
-
-_FLAT_WEIGHTS = {
-    # Torch assigns this list when weights move; ours is always computed.
-    "_flat_weights": property(_effective_flat_weights, lambda self, value: None),
-    "_update_flat_weights": lambda self: None,
-    "flatten_parameters": lambda self: None,
-}
-
 add_layer_kind(nn.Linear, forward=factorised.linear_forward)
 add_layer_kind(
     nn.Conv1d,
@@ -246,4 +224,4 @@ add_layer_kind(nn.modules.conv._ConvNd, nn.Bilinear)  # transposed convolutions
 add_layer_kind(nn.EmbeddingBag, refusal=_renormalises)
 add_layer_kind(nn.MultiheadAttention, tensors=_projections)
 add_layer_kind(nn.RNNCellBase, tensors=_recurrent)
-add_layer_kind(nn.RNNBase, tensors=_recurrent, body=_FLAT_WEIGHTS, refresh=_forget_flat_weights)
+add_layer_kind(nn.RNNBase, tensors=_recurrent, body=BODY, refresh=forget_flat_weights)

@@ -6,11 +6,13 @@ tied weight is not changed, an optimizer's reference stays valid, and unmerging 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
@@ -30,7 +32,7 @@ class Merged:
     lora: nn.Module
     raw: dict[str, nn.Parameter]
     placed: dict[str, nn.Parameter]
-    sums: dict[str, tuple[torch.dtype, float]]
+    sums: dict[str, tuple[torch.dtype, Tensor]]
 
     def changed(self, module: nn.Module) -> list[str]:
         """Parameters written to since the merge.
@@ -73,6 +75,7 @@ def merge_layer(module: nn.Module) -> None:
             placed[key] = nn.Parameter(new, raw[key].requires_grad)
             parametrizations.place(module, key, placed[key])
         parametrizations.recompute(module, tensor)
+    module.__dict__["_apply"] = partial(_apply_with_kept, module)
     sums = {key: (p.dtype, _sum(p)) for key, p in placed.items()}
     module.__dict__[_ATTRIBUTE] = Merged(base, tensors, active, lora, raw, placed, sums)
     refresh(module)
@@ -98,7 +101,7 @@ def unmerge_layer(module: nn.Module) -> None:
         parametrizations.place(module, key, raw)
     for tensor in merged.tensors:
         parametrizations.recompute(module, tensor)
-    del module.__dict__[_ATTRIBUTE]
+    del module.__dict__[_ATTRIBUTE], module.__dict__["_apply"]
     module._modules["lora"] = merged.lora
     module.__dict__["lora_active"] = merged.active
     live.__class__ = adapted_class(merged.base, merged.tensors)
@@ -108,6 +111,22 @@ def unmerge_layer(module: nn.Module) -> None:
     if reference is not None and not reference.is_meta:
         merged.lora.to(device=reference.device, dtype=reference.dtype)
     merged.lora.train(module.training)
+
+
+def _apply_with_kept(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+    """`nn.Module._apply` of a merged layer: what it keeps follows to another device.
+
+    Not to another precision, from which it would not come back.
+    """
+    type(module)._apply(module, *args, **options)  # type: ignore[no-untyped-call]
+    merged: Merged = module.__dict__[_ATTRIBUTE]
+    first = next(iter(merged.placed), None)
+    with suppress(AdapterError):  # it is gone, which `unmerge_layer` reports
+        device = _located(module, first).device if first else None
+        if device is not None and device.type != "meta":
+            merged.lora.to(device)
+            nn.ParameterList(merged.raw.values()).to(device)
+    return module
 
 
 def _located(module: nn.Module, key: str) -> Any:
@@ -127,10 +146,14 @@ def is_merged(module: nn.Module) -> bool:
     return _ATTRIBUTE in module.__dict__
 
 
-def _sum(parameter: nn.Parameter) -> float:
-    return 0.0 if parameter.is_meta else float(parameter.detach().abs().sum(dtype=torch.float64))
+def _sum(parameter: nn.Parameter) -> Tensor:
+    # Not as a number, for which a merge would wait for the device at each layer.
+    if parameter.is_meta:
+        return torch.zeros(())
+    return parameter.detach().abs().sum(dtype=torch.float64)
 
 
-def _close(a: float, b: float) -> bool:
+def _close(one: Tensor, other: Tensor) -> bool:
+    a, b = float(one), float(other)
     # Other devices sum in another order.
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))

@@ -23,7 +23,7 @@ from lora_lightning.training import checks
 from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.training.rank_schedule import lower_rank
-from lora_lightning.training.steps import loss_in
+from lora_lightning.training.steps import gradient_scale, loss_in
 from lora_lightning.training.validation_losses import (
     Loss,
     held_out_batches,
@@ -149,9 +149,10 @@ class FitGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Add L2-SP's gradient, after accumulation, averaging over devices and unscaling."""
+        """Add L2-SP's gradient, after accumulation and averaging, at the scale of the others."""
         if self._pull:
-            pull_to_source(self._network(pl_module), self._pull)
+            scale = gradient_scale(trainer, optimizer)
+            pull_to_source(self._network(pl_module), self._pull * scale)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

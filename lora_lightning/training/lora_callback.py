@@ -173,7 +173,7 @@ class LoRACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         """Update the importance scores by the gradients, where ranks are pruned."""
-        self._ranks.before_step(trainer)
+        self._ranks.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,7 +191,7 @@ class LoRACallback(Callback):
         metrics: dict[str, float] = {}
         backbone = checks.find_backbone(pl_module, self.backbone)
         for path, factors in named_factors(backbone, self.name).items():
-            values = spectrum(*factors.low_rank(), factors.spec.scaling)
+            values = spectrum(*factors.low_rank(), factors.spec.scaling).cpu()  # one wait for all
             metrics |= {f"lora/{path}/sigma_{i}": float(v) for i, v in enumerate(values)}
             metrics[f"lora/{path}/effective_rank"] = effective_rank(values)
         self._log(trainer, metrics)

@@ -15,6 +15,7 @@ from lora_lightning.model import state as states
 from lora_lightning.model.compression import compress, update_report
 from lora_lightning.model.data_driven.prune import Pruner, rescale
 from lora_lightning.training.injection import state_in
+from lora_lightning.training.steps import gradient_scale
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
@@ -73,10 +74,10 @@ class RankSchedule:
             over.append(self._steps * trainer.global_step // trainer.max_steps)
         return max(over)
 
-    def before_step(self, trainer: Trainer) -> None:
-        """Called with accumulated, unscaled gradients."""
+    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
+        """Called with accumulated gradients."""
         if self._pruner is not None:
-            self._pruner.observe(self._acted)
+            self._pruner.observe(self._acted, gradient_scale(trainer, optimizer))
 
     def after_batch(self, trainer: Trainer) -> dict[str, float]:
         """What to log: the mean rank, where it may have changed."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 
 @contextmanager
@@ -27,6 +27,17 @@ def outside_training(pl_module: LightningModule) -> Iterator[None]:
         finally:
             del own["log"], own["log_dict"]
             own |= kept
+
+
+def gradient_scale(trainer: Trainer, optimizer: Any) -> float:
+    """By how much gradients exceed their values before this optimizer's step.
+
+    Lightning leaves those of fused optimizers as ``GradScaler`` scaled them: they unscale their
+    gradients themselves, in the step.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    own = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if own and scaler is not None else 1.0
 
 
 def loss_in(outputs: Any) -> Any:

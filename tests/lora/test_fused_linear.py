@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import fused, inject
 from lora_lightning.errors import AdapterError
+from lora_lightning.lora import factorised
 from lora_lightning.lora.fused import linear as ops
 from lora_lightning.lora.fused.plan import LowRank, switches
 from lora_lightning.model.probing import difference
@@ -91,6 +92,17 @@ def test_dropout_is_dropout():
     assert sorted({round(v, 9) for v in low.flatten().tolist()}) == [0.0, round(4 / 3, 9)]
     assert abs(low.mean() - 1) < 0.02
     assert torch.allclose(model.eval()(x) - model[0]._parameters["weight"], torch.ones(()).double())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_in_a_captured_graph_dropout_draws_from_torchs_own_generator(monkeypatch, dropout):
+    """A generator made there is not registered with the graph, which would repeat one mask."""
+    model = adapted(nn.Linear(5, 4), dropout=dropout).train()
+    x, layer = torch.randn(30, 5, dtype=torch.float64), model[0]
+    low = factorised._low_rank(layer.lora["default"]["weight"])
+    assert ops.applies(x, layer._parameters["weight"], low)
+    monkeypatch.setattr(ops, "is_captured", lambda x: True)
+    assert ops.applies(x, layer._parameters["weight"], low) is not bool(dropout)
 
 
 def test_a_frozen_A_needs_no_input():

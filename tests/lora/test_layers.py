@@ -14,6 +14,7 @@ from torch import nn
 from lora_lightning import disabled, inject, merge, remove, unmerge, verify
 from lora_lightning.errors import TargetError
 from lora_lightning.lora import layers
+from lora_lightning.lora.factors import Factors
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import randomise
@@ -49,6 +50,19 @@ def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_computes_its_weights_once_a_forward(monkeypatch, kind):
+    layer = kind(3, 4, num_layers=2)
+    inject(layer, rank=2, target_modules="all", trainable=[])
+    read = []
+    own = Factors.effective
+    monkeypatch.setattr(Factors, "effective", lambda *given: read.append(given[0]) or own(*given))
+    layer(torch.randn(5, 2, 3))
+    assert len(read) == len(set(read)) == len(named_factors(layer, "default")) == 4
+    layer(torch.randn(5, 2, 3))
+    assert len(read) == 8
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from lora_lightning.errors import (
     TargetError,
     WeightWriteError,
 )
-from lora_lightning.lora.adapted_module import AdaptedModule
+from lora_lightning.lora.adapted_module import AdaptedModule, located, raw_tensor
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
 from lora_lightning.training.checks import check_still_frozen
@@ -224,6 +225,29 @@ def test_merge_then_convert_then_unmerge():
     model.double()
     unmerge(model)
     assert difference([model(X.double())], [outputs["b"].double()]) < 1e-5
+
+
+@torch.no_grad()
+def test_merge_then_move_brings_the_raw_weights_along(monkeypatch):
+    """They stayed on the device, where the model had been moved off it to make room."""
+    _, model, outputs = two_adapters()
+    raw = {id(raw_tensor(*located(model, path))) for path in named_factors(model, "b")}
+    merge(model)
+    assert pickle.dumps(model)
+    copied = copy.deepcopy(model)
+    moved, own = [], nn.ParameterList.to
+    monkeypatch.setattr(
+        nn.ParameterList, "to", lambda self, device: moved.extend(self) or own(self, device)
+    )
+    copied.cpu()
+    assert len(moved) == len(raw)
+    assert raw.isdisjoint(map(id, moved))
+    moved.clear()
+    model.cpu()
+    assert raw == set(map(id, moved))
+    for each in (model, copied):
+        unmerge(each)
+        assert torch.equal(each(X), outputs["b"])
 
 
 def test_tied_weights_stay_tied():

@@ -32,21 +32,25 @@ def teacher(rank=2, seed=0, width=12):
     return base, base[0].weight.detach() + wanted / width
 
 
-def learn(optimizer_class, to=2, steps=200, rank=6, **options):
+def learn(optimizer_class, to=2, steps=200, rank=6, overflows=(), **options):
     base, wanted = teacher()
     inject(base, rank=rank, target_modules="all", trainable=[], seed=0)
     factors = named_factors(base, "default")
     optimizer = optimizer_class([p for p in base.parameters() if p.requires_grad], **options)
     pruner = Pruner(factors, to, steps // 10, steps * 7 // 10)
     g = torch.Generator().manual_seed(1)
-    courses = []
+    courses, scaler = [], torch.amp.GradScaler("cpu", growth_interval=1000)
     for step in range(steps):
         x = torch.randn(32, 12, generator=g)
         loss = (base(x) - x @ wanted.T).square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        if step in overflows:
+            factors["0.weight"].lora_B.grad[3:, :2] = torch.inf
+        scaler.unscale_(optimizer)
         pruner.observe(step)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         pruner.act(step + 1, [optimizer])
         courses.append((loss.item(), sum(pruner.ranks().values())))
     return base, factors, pruner, courses
@@ -70,6 +74,16 @@ def test_ranks_fall_to_what_is_needed_and_the_task_is_still_learnt(optimizer, op
     assert courses[-1][0] < 0.02 * courses[0][0]
     assert pruner.finish() == {"0.weight": 2}
     assert factors["0.weight"].lora_A.shape == (2, 12)
+
+
+@pytest.mark.parametrize("overflows", [(20,), (21, 22), (40, 80)])  # scoring begins at step 20
+def test_overflowing_steps_are_not_counted(overflows):
+    """GradScaler skips these steps; the scores were NaN from then on, which won every place."""
+    _, _, pruner, courses = learn(torch.optim.AdamW, lr=3e-2, overflows=overflows)
+    assert courses[-1][0] < 0.02 * courses[0][0]
+    assert pruner.finish() == {"0.weight": 2}
+    pruner.observe(pruner.first)
+    assert all(score.isfinite().all() for score in pruner.importance.values())
 
 
 def test_a_dropped_direction_stays_dropped():

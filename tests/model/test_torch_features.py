@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import disabled, inject, load_adapter, merge, remove, save_adapter
@@ -59,6 +60,19 @@ def test_compile_fullgraph(kind):
 def test_compile_fullgraph_with_inductor():
     model = adapted(target_modules=["auto", "pos_embed"])
     assert difference([torch.compile(model, fullgraph=True)(X)], [model(X)]) < 1e-4
+
+
+def test_one_graph_for_batches_of_any_size():
+    """The fused path asks for the size of its input, which would be a guard of the graph."""
+    model, counter = adapted(nn.Sequential(nn.Linear(8, 8))), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    few, many = torch.randn(3, 8), torch.randn(30_000, 8)
+    for x in (few, many):
+        assert difference([compiled(x)], [model(x)]) < 1e-5
+    assert counter.frame_count == 1
+    shapes = ({0: torch.export.Dim("batch", min=2, max=100_000)},)
+    program = torch.export.export(model, (few,), dynamic_shapes=shapes).module()
+    assert difference([program(many)], [model(many)]) < 1e-5
 
 
 def test_compile_vit_and_switch_off():

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -193,13 +194,27 @@ def test_the_pull_is_the_gradient_of_the_distance(kind):
         torch.testing.assert_close(parameter.grad, 1 + gradient, msg=name)
 
 
-def test_the_pull_keeps_the_adapter_near_the_source(tmp_path):
+class Fused(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], self.lr, weight_decay=0.0, fused=True
+        )
+
+
+@pytest.mark.parametrize("kind", [Module, Fused])
+def test_the_pull_keeps_the_adapter_near_the_source(tmp_path, kind):
+    """Gradients of a fused optimizer are still scaled, in float16, where the pull is added."""
+
     def distance(strength: float) -> float:
         torch.manual_seed(0)
-        module = Module(tiny_vit())
+        module = kind(tiny_vit())
         callbacks = LoRACallback(rank=2), FitGuard(l2_sp=strength, patience=9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        plugins = [plugin] if kind is Fused else []
+        options = {"held_out": noise(8), "max_epochs": 3, "plugins": plugins}
         with pytest.warns(UserWarning, match="source model is kept"):
-            fitted(tmp_path, module, *callbacks, held_out=noise(8), max_epochs=3)
+            fitted(tmp_path, module, *callbacks, **options)
         # At the best epoch, which is the first in both, before it went back to the source.
         return sum(float(v.norm()) for k, v in callbacks[1]._best.items() if k.endswith("lora_B"))
 

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.lora.fused.plan import LowRank, Plan, adds_exactly, lowered, switches
+from lora_lightning.lora.fused.plan import (
+    LowRank,
+    Plan,
+    adds_exactly,
+    is_captured,
+    lowered,
+    switches,
+)
 from lora_lightning.lora.fused.thin_matmul import across, along, cut, pieces
 from lora_lightning.lora.precision import factor_dtype
 
@@ -42,6 +49,8 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     # Before the size is asked for, on which a compiled graph of any batch would be specialised.
     if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if low.dropout and is_captured(x):
         return False
     out, into = weight.shape[:2]
     if x.numel() * (into + out) < switches.smallest * into:

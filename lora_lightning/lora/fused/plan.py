@@ -102,6 +102,11 @@ def lowered(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which would replay one seed of dropout's mask."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def adds_exactly(x: Tensor, weight: Tensor) -> bool:
     """Whether a product can be added to the weight without loss of precision."""
     return lowered(x) is None and exact(weight)

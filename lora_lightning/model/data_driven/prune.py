@@ -70,25 +70,25 @@ class Pruner:
         return max(len(self.factors), round(end + (self.start - end) * (1 - t) ** 3))
 
     @torch.no_grad()
-    def observe(self, step: int) -> None:
-        """Update the scores from the gradients of a step, before the optimizer takes it."""
+    def observe(self, step: int, scale: float = 1.0) -> None:
+        """Update the scores from the gradients of a step, before the optimizer takes it.
+
+        What is not finite is ignored: in float16 such steps are part of the search for a scale.
+        Gradients are `scale` times their values.
+        """
         if not self.first <= step < self.last:
             return
         for path, f in self.factors.items():
             if f.lora_B.grad is None:
                 continue
-            now = (f.lora_B * f.lora_B.grad).sum(dim=0).abs().float()
-            mean = self._mean.get(path, now)
-            mean = SMOOTHING * mean + (1 - SMOOTHING) * now
-            spread = (now - mean).abs()
-            before = self._spread.get(path, spread)
-            self._mean[path] = mean
-            self._spread[path] = SMOOTHING * before + (1 - SMOOTHING) * spread
+            now = (f.lora_B * f.lora_B.grad).sum(dim=0).abs().float() / scale
+            self._mean[path] = mean = _smoothed(self._mean.get(path), now)
+            self._spread[path] = _smoothed(self._spread.get(path), (now - mean).abs())
 
     @property
     def importance(self) -> dict[str, Tensor]:
-        """Smoothed importance times its smoothed uncertainty, (r,) for each path."""
-        return {p: m * self._spread[p] for p, m in self._mean.items()}
+        """Smoothed importance times its smoothed uncertainty, (r,) for each path; 0 if unknown."""
+        return {p: (m * self._spread[p]).nan_to_num(0.0) for p, m in self._mean.items()}
 
     @torch.no_grad()
     def act(self, step: int, optimizers: list[Optimizer], since: int | None = None) -> bool:
@@ -158,6 +158,15 @@ class Pruner:
             mine.update({p: v.to(self.factors[p].lora_B.device) for p, v in given.items()})
 
 
+def _smoothed(before: Tensor | None, now: Tensor) -> Tensor:
+    """The moving average, which begins with the first finite value; NaN until then."""
+    if before is None:
+        before = torch.full_like(now, torch.nan)
+    finite = now.isfinite()  # not asked for on the host, which would wait for the device
+    before = before.where(before.isfinite() | ~finite, now)
+    return before.where(~finite, SMOOTHING * before + (1 - SMOOTHING) * now)
+
+
 def alive(factors: Factors) -> Tensor:
     """(r,), which directions are in use: those whose row of A is not zero."""
     found: Tensor = factors.lora_A.detach().ne(0).any(dim=1)
@@ -210,10 +219,10 @@ def orthogonalise(factors: Factors, optimizers: list[Optimizer] = ()) -> None:  
         return  # directions that are still zero cannot be separated
     for key, moment in _moments(factors.lora_B, optimizers).items():
         turn = back.T.square() if key in _SQUARED else back.T
-        moment[:, kept] = (moment[:, kept].float() @ turn).to(moment.dtype)
+        moment[:, kept] = (moment[:, kept].double() @ turn.double()).to(moment.dtype)
     for key, moment in _moments(factors.lora_A, optimizers).items():
         turn = M.T.square() if key in _SQUARED else M.T
-        moment[kept] = (turn @ moment[kept].float()).to(moment.dtype)
+        moment[kept] = (turn.double() @ moment[kept].double()).to(moment.dtype)
     factors.lora_B.data[:, kept] = new_B.to(factors.lora_B.dtype)
     factors.lora_A.data[kept] = new_A.to(factors.lora_A.dtype)
 
