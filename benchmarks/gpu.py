@@ -26,14 +26,15 @@ Parts, in the order in which they run (the last two are left out unless they are
 - *thresholds*: a linear layer's forward and backward pass by every formula that
   `lora_lightning.lora.fused` can choose.
 
-Each row is in the CSV as soon as it is measured. A failure is a row too, and the rest goes on. After
-``--budget`` seconds, or on SIGTERM, what is there is written to the page and the run ends.
+Each row is in the CSV as soon as it is measured. A failure is a row too, and the rest goes on.
+After ``--budget`` seconds, or on SIGTERM, what is there is written to the page and the run ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import signal
 import sys
 import time
@@ -91,6 +92,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     given.only = [p for p in PARTS if p in chosen or getattr(given, p, False)]
     if given.smoke:
         given.rounds, given.repeats, given.helpers = 1, 1, 0
+        given.variants = [v for v in given.variants if v in ("floor", "ours", "peft", "ours, kept")]
     if given.device == "cuda" and not given.read and not torch.cuda.is_available():
         parser.error("no CUDA device is at hand: --smoke --device cpu shows whether all runs")
     return given
@@ -102,6 +104,7 @@ def _stop(number: int, _: Any) -> None:
 
 def _prepare(given: argparse.Namespace) -> dict[str, Any]:
     """Set torch and the signals; what every row says of the run."""
+    gc.freeze()  # what is imported need not be looked through after every cell
     for name in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(name, _stop)
     signal.setitimer(signal.ITIMER_REAL, given.budget)

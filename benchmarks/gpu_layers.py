@@ -148,9 +148,9 @@ def _pass(
 
     def work() -> None:
         with _constants(*constants), lora_lightning.fused(**switches):
-            with torch.set_grad_enabled(g is not None):
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                    y = layer(x)
+            cast = torch.autocast(x.device.type, torch.bfloat16, enabled=low)
+            with torch.set_grad_enabled(g is not None), cast:
+                y = layer(x)
             if g is not None:
                 torch.autograd.grad(y, wanted, g)
 

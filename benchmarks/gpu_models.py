@@ -88,7 +88,12 @@ def _turns(
             own = [1e3 * t for t in own]
             cells.spread(quartiles(own), **where, variant=name, measure="step, ms")
             cells.spread(over[name], **where, variant=name, measure="step over floor")
-            cells.spread(host(works[name], given.device), **where, variant=name, measure="host, ms")
+            cells.spread(
+                host(works[name], given.device, given.rounds),
+                **where,
+                variant=name,
+                measure="host, ms",
+            )
 
 
 def compiled(cells: Cells, given: argparse.Namespace) -> None:
@@ -181,13 +186,8 @@ def _bank(
 
 def label_free(cells: Cells, given: argparse.Namespace) -> None:
     """A fit without labels, its start and checks included."""
-    names, count, size, epochs, batch = (
-        ("efficientnet_b0", "vit_base_patch16_224"),
-        1024,
-        224,
-        4,
-        64,
-    )
+    names = ("efficientnet_b0", "vit_base_patch16_224")
+    count, size, epochs, batch = 1024, 224, 4, 64
     if given.smoke:
         names, count, size, epochs, batch = ("test_efficientnet",), 16, 64, 1, 8
     pictures = torch.rand(count, 3, size, size)

@@ -46,12 +46,13 @@ def number(row: dict[str, Any] | None) -> float | None:
 def _text(row: dict[str, Any] | None, spread: bool = True) -> str:
     if row is None:
         return ""
-    value = (
-        f"{float(row['value']):.3g}" if float(row["value"]) < 1000 else f"{float(row['value']):.0f}"
-    )
-    if not spread or not row["lower"]:
-        return value
-    return f"{value} ({float(row['lower']):.3g} to {float(row['upper']):.3g})"
+    value, *ends = (_short(row[k]) for k in ("value", "lower", "upper"))
+    return f"{value} ({ends[0]} to {ends[1]})" if spread and ends[0] else value
+
+
+def _short(text: str) -> str:
+    value = float(text or 0)
+    return text and (f"{value:.0f}" if value >= 1000 else f"{value:.3g}")
 
 
 def _seen(found: Rows, part: str, places: tuple[int, ...]) -> list[Key]:
@@ -59,20 +60,18 @@ def _seen(found: Rows, part: str, places: tuple[int, ...]) -> list[Key]:
     return list(dict.fromkeys(tuple(k[i] for i in places) for k in found if k[0] == part))
 
 
-def _crossed(
-    title: str, part: str, measures: dict[str, str], spread: bool = True
-) -> Callable[[Rows], str]:
-    """A table with a line for each model, precision, mode and measure, a column for each variant."""
+def _crossed(title: str, part: str, *measures: str, spread: bool = True) -> Callable[[Rows], str]:
+    """A line for each model, precision, mode and measure, a column for each variant."""
 
     def made(found: Rows) -> str:
-        names = [k[0] for k in _seen(found, part, (4,)) if k[0]]
+        names = [k[0] for k in _seen(found, part, (4,))]
         lines = []
         for model, precision, mode in _seen(found, part, (1, 2, 3)):
-            for measure, label in measures.items():
+            for measure in measures:
                 own = [found.get((part, model, precision, mode, v, measure)) for v in names]
                 if any(own):
                     texts = [_text(row, spread) for row in own]
-                    lines.append([model, precision, mode, label, *texts])
+                    lines.append([model, precision, mode, measure, *texts])
         return _table(title, ["model", "precision", "mode", "", *names], lines)
 
     return made
@@ -150,33 +149,15 @@ def _loading(found: Rows) -> str:
 
 PARTS: tuple[Callable[[Rows], str], ...] = (
     _goals,
-    _crossed(
-        "Steps",
-        "steps",
-        {"step, ms": "ms", "step over floor": "over floor", "host, ms": "host, ms"},
-    ),
+    _crossed("Steps", "steps", "step, ms", "step over floor", "host, ms"),
     _peaks,
-    _crossed(
-        "Another adapter for every item",
-        "bank",
-        {"batch, ms": "ms", "over one adapter": "over one adapter"},
-    ),
-    _crossed(
-        "Without labels",
-        "label-free",
-        {"pictures a second": "pictures a second", "seconds": "seconds"},
-    ),
+    _crossed("Another adapter for every item", "bank", "batch, ms", "over one adapter"),
+    _crossed("Without labels", "label-free", "pictures a second", "seconds"),
     _loading,
-    _crossed("Largest batch in 16 GiB", "largest", {"largest batch": "pictures"}),
+    _crossed("Largest batch in 16 GiB", "largest", "largest batch"),
+    _crossed("A step by the profiler", "profile", "kernels", "device, ms", "CPU, ms"),
     _crossed(
-        "A step by the profiler",
-        "profile",
-        {"kernels": "kernels", "device, ms": "device, ms", "CPU, ms": "CPU, ms"},
+        "A linear layer by every formula", "thresholds",
+        "forward and backward, µs", "inference, µs", spread=False,
     ),
-    _crossed(
-        "A linear layer by every formula",
-        "thresholds",
-        {"forward and backward, µs": "both, µs", "inference, µs": "inference, µs"},
-        False,
-    ),
-)
+)  # fmt: skip
