@@ -99,6 +99,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _stop(number: int, _: Any) -> None:
+    # Where it is raised in a callback it is ignored: again then.
+    signal.setitimer(signal.ITIMER_REAL, 5, 5)
     raise Stopped(signal.Signals(number).name)
 
 
@@ -130,6 +132,7 @@ def run(given: argparse.Namespace) -> list[Path]:
                 PARTS[part](cells, given)
         cells.say(part="run", measure="seconds", value=time.perf_counter() - start)
     except Stopped as reason:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         cells.say(
             part="run", measure="stopped", value=time.perf_counter() - start, note=str(reason)
         )

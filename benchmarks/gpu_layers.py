@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_cells import Cells, clock, finish
-from gpu_models import case_of, step_of
+from gpu_models import case_of, model_of, step_of
 from machine import Work, in_turns, quartiles
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -40,12 +40,13 @@ def profile(cells: Cells, given: argparse.Namespace) -> None:
     """Operators of a step, bf16-mixed, as text beside the CSV, and the number of its kernels."""
     names = [v for v in ("floor", "ours", "peft") if v in given.variants]
     with cells.path.with_suffix(".profile.txt").open("w", encoding="utf-8") as file:
-        for key in given.models:
+        for key in given.models[:1] if given.smoke else given.models:
             batch = case_of(key, given).batch().to(given.device)
             for name in names:
                 where = {"part": "profile", "model": key, "precision": "bf16-mixed"}
                 with cells.cell(**where, variant=name):
-                    work = step_of(name, key, "bf16-mixed", given, batch)
+                    model = model_of(name, key, given)
+                    work = step_of(name, model, key, "bf16-mixed", given, batch)
                     found = _profiled(work, given.device)
                     file.write(f"\n=== {key}, {name}, {STEPS} steps\n{_tables(found)}")
                     file.flush()

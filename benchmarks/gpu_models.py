@@ -21,7 +21,7 @@ import torch
 from cases import GPU, SMOKE, stepper, variant
 from gpu_cells import Cells, allocated, clock, free, host, peak, warm
 from machine import Work, in_turns, quartiles, ratios
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_lightning
 
@@ -72,7 +72,10 @@ def _turns(
     for name in names:
         with cells.cell(**where, variant=name):
             before = allocated(given.device)
-            work = step_of(name, key, precision, given, batch, mode == "compiled")
+            model = model_of(name, key, given)
+            if mode == "compiled":  # inductor asks a CPU's machine for a C++ compiler
+                model.compile(backend="inductor" if given.device == "cuda" else "aot_eager")
+            work = step_of(name, model, key, precision, given, batch)
             for _ in range(2):
                 work()
             bytes_ = peak(work, given.device) - before
@@ -102,7 +105,6 @@ def compiled(cells: Cells, given: argparse.Namespace) -> None:
     if given.helpers:
         with tempfile.TemporaryDirectory(prefix="inductor-") as folder:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
-            _compile_ahead(given, names)
             _all_compiled(cells, given, names)
     else:
         _all_compiled(cells, given, names)
@@ -111,23 +113,24 @@ def compiled(cells: Cells, given: argparse.Namespace) -> None:
 def _all_compiled(cells: Cells, given: argparse.Namespace, names: list[str]) -> None:
     warm(given.device)
     for precision in given.precisions:
-        for key in given.models:
+        _compile_ahead(given, precision, names)
+        for key in given.models[:1] if given.smoke else given.models:
             torch._dynamo.reset()
             _turns(cells, key, precision, "compiled", names, given)
 
 
-def _compile_ahead(given: argparse.Namespace, names: list[str]) -> None:
+def _compile_ahead(given: argparse.Namespace, precision: str, names: list[str]) -> None:
     """Run this part without clocks in processes beside each other, for what they leave in the
     cache."""
-    jobs = [
-        ["--models", key, "--precisions", precision, "--variants", name]
-        for precision in given.precisions for key in given.models for name in names
-    ]  # fmt: skip
+    if not given.helpers:
+        return
+    jobs = [["--models", key, "--variants", name] for key in given.models for name in names]
     own = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--only", "compiled"]
     own += ["--helpers", "0", "--rounds", "0", "--rank", str(given.rank), "--device", given.device]
-    own += ["--smoke"] if given.smoke else []
+    own += ["--precisions", precision, *(["--smoke"] if given.smoke else [])]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     running: list[subprocess.Popen[bytes]] = []
+    quiet = subprocess.DEVNULL  # what fails there fails here too
     with tempfile.TemporaryDirectory() as folder:
         own += ["--out", folder]
         try:
@@ -136,7 +139,7 @@ def _compile_ahead(given: argparse.Namespace, names: list[str]) -> None:
                 while jobs and len(running) < given.helpers:
                     running.append(
                         subprocess.Popen(
-                            own + jobs.pop(0), env=environment, stdout=subprocess.DEVNULL
+                            own + jobs.pop(0), env=environment, stdout=quiet, stderr=quiet
                         )
                     )
                 time.sleep(0.2)
@@ -187,7 +190,7 @@ def _bank(
 def label_free(cells: Cells, given: argparse.Namespace) -> None:
     """A fit without labels, its start and checks included."""
     names = ("efficientnet_b0", "vit_base_patch16_224")
-    count, size, epochs, batch = 1024, 224, 4, 64
+    count, size, epochs, batch = 512, 224, 4, 64
     if given.smoke:
         names, count, size, epochs, batch = ("test_efficientnet",), 16, 64, 1, 8
     pictures = torch.rand(count, 3, size, size)
@@ -223,7 +226,8 @@ def largest_batches(cells: Cells, given: argparse.Namespace) -> None:
         for name in [v for v in ("floor", "ours", "peft", "full") if v in given.variants]:
             where = {"part": "largest", "model": key, "precision": "bf16-mixed", "variant": name}
             with cells.cell(**where), _limit(given.device):
-                found = largest(lambda n, v=name, k=key: _fits(n, v, k, given), 64)
+                model = model_of(name, key, given)
+                found = largest(functools.partial(_fits, name, model, key, given), 64)
                 cells.say(**where, measure="largest batch", value=found)
 
 
@@ -242,19 +246,20 @@ def _limit(device: str) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _fits(number: int, name: str, key: str, given: argparse.Namespace) -> bool:
+def _fits(name: str, model: nn.Module, key: str, given: argparse.Namespace, number: int) -> bool:
     if given.device == "cpu":
         return number < 3
     try:
         one = case_of(key, given).batch()[:1].to(given.device)
         batch = one.expand(number, *one.shape[1:]).contiguous()
-        work = step_of(name, key, "bf16-mixed", given, batch)
+        work = step_of(name, model, key, "bf16-mixed", given, batch)
         work()
         work()  # the optimizer's state is there
     except torch.OutOfMemoryError:
         return False
     finally:
         work = batch = None
+        model.zero_grad()
         free()
     return True
 
