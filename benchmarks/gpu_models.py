@@ -35,17 +35,17 @@ def case_of(key: str, given: argparse.Namespace) -> Any:
     return (SMOKE if given.smoke else GPU)[key]
 
 
-def step_of(
-    name: str, key: str, precision: str, given: argparse.Namespace,
-    batch: Tensor, compile_it: bool = False,
-) -> Work:  # fmt: skip
-    """A training step of a new model, as this variant trains it."""
-    case = case_of(key, given)
+def model_of(name: str, key: str, given: argparse.Namespace) -> nn.Module:
+    """A new model, as this variant trains it."""
     with torch.device(given.device):
-        model = variant(name, case, given.rank, 0.0)
-    if compile_it:  # inductor asks a C++ compiler of a CPU's machine
-        model.compile(backend="inductor" if given.device == "cuda" else "aot_eager")
-    step = stepper(model, case, batch, precision == "bf16-mixed")
+        return variant(name, case_of(key, given), given.rank, 0.0)
+
+
+def step_of(
+    name: str, model: nn.Module, key: str, precision: str, given: argparse.Namespace, batch: Tensor
+) -> Work:
+    """A training step."""
+    step = stepper(model, case_of(key, given), batch, precision == "bf16-mixed")
 
     def switched() -> None:
         with lora_lightning.fused(**SWITCHES.get(name, {})):
@@ -91,12 +91,8 @@ def _turns(
             own = [1e3 * t for t in own]
             cells.spread(quartiles(own), **where, variant=name, measure="step, ms")
             cells.spread(over[name], **where, variant=name, measure="step over floor")
-            cells.spread(
-                host(works[name], given.device, given.rounds),
-                **where,
-                variant=name,
-                measure="host, ms",
-            )
+            launching = host(works[name], given.device, given.rounds)
+            cells.spread(launching, **where, variant=name, measure="host, ms")
 
 
 def compiled(cells: Cells, given: argparse.Namespace) -> None:
