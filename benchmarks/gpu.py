@@ -42,6 +42,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gpu_adapters
 import gpu_layers
 import gpu_models
 import torch
@@ -54,9 +55,9 @@ PARTS = {
     "steps": gpu_models.steps,
     "profile": gpu_layers.profile,
     "thresholds": gpu_layers.thresholds,
-    "bank": gpu_models.bank,
-    "label-free": gpu_models.label_free,
-    "loading": gpu_models.loading,
+    "bank": gpu_adapters.bank,
+    "label-free": gpu_adapters.label_free,
+    "loading": gpu_adapters.loading,
     "largest": gpu_models.largest_batches,
     "compiled": gpu_models.compiled,
 }
