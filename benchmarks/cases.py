@@ -97,8 +97,8 @@ GPU = {
 }
 SMOKE = {
     "vit_base": Case(_timm("test_vit", img_size=64, depth=2), _pictures(2, 64), VIT),
-    "convnext_tiny": Case(_timm("test_convnext"), _pictures(2, 64), CONVNEXT),
-    "efficientnet_b0": Case(_timm("test_efficientnet"), _pictures(2, 64), EFFICIENTNET),
+    "convnext_tiny": Case(_timm("test_convnext"), _pictures(2, 32), CONVNEXT),
+    "efficientnet_b0": Case(_timm("test_efficientnet"), _pictures(2, 32), EFFICIENTNET),
     "wav2vec2_base": Case(_wav2vec2_small, lambda: torch.randn(2, 2000), WAV2VEC2, lambda y: y[0]),
     "conformer": Case(lambda: _Conformer(32, 64, 1), lambda: torch.randn(2, 40, 32), CONFORMER),
 }

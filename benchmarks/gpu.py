@@ -83,7 +83,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="steps between two CUDA events")
-    parser.add_argument("--helpers", type=int, default=10, help="processes that compile ahead")
+    parser.add_argument("--helpers", type=int, help="processes that compile ahead (10; on a CPU 0)")
     parser.add_argument("--budget", type=float, default=285, help="seconds, then it stops")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="tiny models, one round, every part")
@@ -91,8 +91,10 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     chosen = given.only or (list(PARTS) if given.smoke else USUAL)
     given.only = [p for p in PARTS if p in chosen or getattr(given, p, False)]
+    if given.helpers is None:
+        given.helpers = 10 if given.device == "cuda" else 0
     if given.smoke:
-        given.rounds, given.repeats, given.helpers = 1, 1, 0
+        given.rounds, given.repeats = min(given.rounds, 1), 1
         given.variants = [v for v in given.variants if v in ("floor", "ours", "peft", "ours, kept")]
     if given.device == "cuda" and not given.read and not torch.cuda.is_available():
         parser.error("no CUDA device is at hand: --smoke --device cpu shows whether all runs")
