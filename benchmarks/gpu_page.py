@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,40 +99,50 @@ def _best(found: Rows, model: str, precision: str, name: str) -> float | None:
     return min((value for value in every if value is not None), default=None)
 
 
-def _goals(found: Rows) -> str:
-    """Each goal with what was measured."""
-    lines = []
+Judged = tuple[str, str, float, bool]  # goal, where, measured, met
 
-    def judge(goal: str, where: str, value: float | None, met: Callable[[float], bool]) -> None:
-        if value is not None:
-            lines.append([goal, where, f"{value:.3f}", "yes" if met(value) else "no"])
 
+def _step_goals(found: Rows) -> Iterator[Judged]:
     for model, precision in _seen(found, "steps", (1, 2)):
         where = f"{model}, {precision}"
         floor, ours, peft = (_best(found, model, precision, v) for v in ("floor", "ours", "peft"))
         if floor and ours:
-            judge("step ≤ 1.10 × floor", where, ours / floor, lambda v: v <= 1.10)
+            yield "step ≤ 1.10 × floor", where, ours / floor, ours <= 1.10 * floor
         if floor and ours and peft and peft > floor:
             share = (ours - floor) / (peft - floor)
-            judge("overhead ≤ half of PEFT's", where, share, lambda v: v <= 0.5)
-        own, floor = (
-            number(found.get(("steps", model, precision, "eager", v, "peak, MiB")))
-            for v in ("ours", "floor")
-        )
-        if own and floor:
-            judge("peak ≤ 1.05 × floor", where, own / floor, lambda v: v <= 1.05)
-    for model, precision in _seen(found, "largest", (1, 2)):
-        own, peer = (
-            number(found.get(("largest", model, precision, "", v, "largest batch")))
-            for v in ("ours", "peft")
-        )
-        if own and peer:
-            judge("largest batch ≥ 1.3 × PEFT's", model, own / peer, lambda v: v >= 1.3)
-    for model, precision, name in _seen(found, "bank", (1, 2, 4)):
-        if name.startswith("bank"):
-            own = number(found.get(("bank", model, precision, "", name, "over one adapter")))
-            where = f"{model}, {precision}, {name}"
-            judge("mixed batch ≤ 1.15 × one adapter", where, own, lambda v: v <= 1.15)
+            yield "overhead ≤ half of PEFT's", where, share, share <= 0.5
+
+
+def _ratio_goals(
+    found: Rows, kind: tuple[str, str, str], over: str, goal: str, met: Callable[[float], bool]
+) -> Iterator[Judged]:
+    """Ours over another variant's; `kind` is a part, a mode and a measure."""
+    part, mode, measure = kind
+    for model, precision in _seen(found, part, (1, 2)):
+        keys = [(part, model, precision, mode, variant, measure) for variant in ("ours", over)]
+        own, other = (number(found.get(key)) for key in keys)
+        if own and other:
+            yield goal, f"{model}, {precision}", own / other, met(own / other)
+
+
+def _bank_goals(found: Rows) -> Iterator[Judged]:
+    for key, row in found.items():
+        if key[0] == "bank" and key[4].startswith("bank") and key[5] == "over one adapter":
+            value = float(row["value"])
+            where = ", ".join((*key[1:3], key[4]))
+            yield "mixed batch ≤ 1.15 × one adapter", where, value, value <= 1.15
+
+
+def _goals(found: Rows) -> str:
+    """Each goal with what was measured."""
+    peak, batch = ("steps", "eager", "peak, MiB"), ("largest", "", "largest batch")
+    judged = [
+        *_step_goals(found),
+        *_ratio_goals(found, peak, "floor", "peak ≤ 1.05 × floor", lambda v: v <= 1.05),
+        *_ratio_goals(found, batch, "peft", "largest batch ≥ 1.3 × PEFT's", lambda v: v >= 1.3),
+        *_bank_goals(found),
+    ]
+    lines = [[goal, where, f"{v:.3f}", "yes" if met else "no"] for goal, where, v, met in judged]
     title = "Goals (steps: each variant in the better of eager and compiled)"
     return _table(title, ["goal", "where", "measured", "met"], lines)
 
