@@ -26,14 +26,15 @@ Parts, in the order in which they run (the last two are left out unless they are
 - *thresholds*: a linear layer's forward and backward pass by every formula that
   `lora_lightning.lora.fused` can choose.
 
-Each row is in the CSV as soon as it is measured. A failure is a row too, and the rest goes on. After
-``--budget`` seconds, or on SIGTERM, what is there is written to the page and the run ends.
+Each row is in the CSV as soon as it is measured. A failure is a row too, and the rest goes on.
+After ``--budget`` seconds, or on SIGTERM, what is there is written to the page and the run ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gpu_adapters
 import gpu_layers
 import gpu_models
 import torch
@@ -53,9 +55,9 @@ PARTS = {
     "steps": gpu_models.steps,
     "profile": gpu_layers.profile,
     "thresholds": gpu_layers.thresholds,
-    "bank": gpu_models.bank,
-    "label-free": gpu_models.label_free,
-    "loading": gpu_models.loading,
+    "bank": gpu_adapters.bank,
+    "label-free": gpu_adapters.label_free,
+    "loading": gpu_adapters.loading,
     "largest": gpu_models.largest_batches,
     "compiled": gpu_models.compiled,
 }
@@ -81,7 +83,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="steps between two CUDA events")
-    parser.add_argument("--helpers", type=int, default=10, help="processes that compile ahead")
+    parser.add_argument("--helpers", type=int, help="processes that compile ahead (10; on a CPU 0)")
     parser.add_argument("--budget", type=float, default=285, help="seconds, then it stops")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="tiny models, one round, every part")
@@ -89,19 +91,25 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     chosen = given.only or (list(PARTS) if given.smoke else USUAL)
     given.only = [p for p in PARTS if p in chosen or getattr(given, p, False)]
+    if given.helpers is None:
+        given.helpers = 10 if given.device == "cuda" else 0
     if given.smoke:
-        given.rounds, given.repeats, given.helpers = 1, 1, 0
+        given.rounds, given.repeats = min(given.rounds, 1), 1
+        given.variants = [v for v in given.variants if v in ("floor", "ours", "peft", "ours, kept")]
     if given.device == "cuda" and not given.read and not torch.cuda.is_available():
         parser.error("no CUDA device is at hand: --smoke --device cpu shows whether all runs")
     return given
 
 
 def _stop(number: int, _: Any) -> None:
+    # Where it is raised in a callback it is ignored: again then.
+    signal.setitimer(signal.ITIMER_REAL, 5, 5)
     raise Stopped(signal.Signals(number).name)
 
 
 def _prepare(given: argparse.Namespace) -> dict[str, Any]:
     """Set torch and the signals; what every row says of the run."""
+    gc.freeze()  # what is imported need not be looked through after every cell
     for name in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(name, _stop)
     signal.setitimer(signal.ITIMER_REAL, given.budget)
@@ -127,6 +135,7 @@ def run(given: argparse.Namespace) -> list[Path]:
                 PARTS[part](cells, given)
         cells.say(part="run", measure="seconds", value=time.perf_counter() - start)
     except Stopped as reason:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         cells.say(
             part="run", measure="stopped", value=time.perf_counter() - start, note=str(reason)
         )

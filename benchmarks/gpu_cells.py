@@ -87,7 +87,7 @@ def clock(device: str, repeats: int) -> Callable[[Work], float]:
     return measured
 
 
-def host(work: Work, device: str, times: int = 5) -> Figures:
+def host(work: Work, device: str, times: int) -> Figures:
     """Milliseconds until a call returns, with nothing queued before."""
     found = []
     for _ in range(times):

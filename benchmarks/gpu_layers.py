@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_cells import Cells, clock, finish
-from gpu_models import case_of, step_of
+from gpu_models import case_of, model_of, step_of
 from machine import Work, in_turns, quartiles
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -24,7 +24,7 @@ from lora_lightning.lora.fused import plan as fused_plan
 
 STEPS = 3
 ROWS, SIZES, RANKS = (
-    (512, 2048, 8192, 32768),
+    (128, 512, 2048, 8192, 32768),
     ((192, 768), (768, 768), (768, 3072), (4096, 4096)),
     (4, 16, 64),
 )
@@ -40,12 +40,13 @@ def profile(cells: Cells, given: argparse.Namespace) -> None:
     """Operators of a step, bf16-mixed, as text beside the CSV, and the number of its kernels."""
     names = [v for v in ("floor", "ours", "peft") if v in given.variants]
     with cells.path.with_suffix(".profile.txt").open("w", encoding="utf-8") as file:
-        for key in given.models:
+        for key in given.models[:1] if given.smoke else given.models:
             batch = case_of(key, given).batch().to(given.device)
             for name in names:
                 where = {"part": "profile", "model": key, "precision": "bf16-mixed"}
                 with cells.cell(**where, variant=name):
-                    work = step_of(name, key, "bf16-mixed", given, batch)
+                    model = model_of(name, key, given)
+                    work = step_of(name, model, key, "bf16-mixed", given, batch)
                     found = _profiled(work, given.device)
                     file.write(f"\n=== {key}, {name}, {STEPS} steps\n{_tables(found)}")
                     file.flush()
@@ -101,10 +102,12 @@ def thresholds(cells: Cells, given: argparse.Namespace) -> None:
             "part": "thresholds", "precision": precision, "mode": f"rank {rank}",
             "model": f"{number} x {size[0]} x {size[1]}",
         }  # fmt: skip
+        if number * math.prod(size) > 2**38:  # takes seconds, and shows what smaller ones do
+            continue
         with cells.cell(**where):
             works = _formulas(number, size, rank, precision, given.device)
             # Enough calls in a row that the first launch does not count.
-            times = in_turns(works, min(given.rounds, 5), clock(given.device, 5 * given.repeats))
+            times = in_turns(works, min(given.rounds, 3), clock(given.device, 5 * given.repeats))
             for (variant, measure), own in times.items():
                 own = [1e6 * t for t in own]
                 cells.spread(quartiles(own), **where, variant=variant, measure=f"{measure}, µs")
@@ -148,9 +151,9 @@ def _pass(
 
     def work() -> None:
         with _constants(*constants), lora_lightning.fused(**switches):
-            with torch.set_grad_enabled(g is not None):
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                    y = layer(x)
+            cast = torch.autocast(x.device.type, torch.bfloat16, enabled=low)
+            with torch.set_grad_enabled(g is not None), cast:
+                y = layer(x)
             if g is not None:
                 torch.autograd.grad(y, wanted, g)
 

@@ -1,4 +1,4 @@
-"""Parts of `gpu.py` that run whole models."""
+"""Parts of `gpu.py` that train whole models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bank as banks
-import label_free_cost
-import loading as loadings
 import torch
 from cases import GPU, SMOKE, stepper, variant
 from gpu_cells import Cells, allocated, clock, free, host, peak, warm
 from machine import Work, in_turns, quartiles, ratios
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_lightning
 
@@ -35,17 +32,17 @@ def case_of(key: str, given: argparse.Namespace) -> Any:
     return (SMOKE if given.smoke else GPU)[key]
 
 
-def step_of(
-    name: str, key: str, precision: str, given: argparse.Namespace,
-    batch: Tensor, compile_it: bool = False,
-) -> Work:  # fmt: skip
-    """A training step of a new model, as this variant trains it."""
-    case = case_of(key, given)
+def model_of(name: str, key: str, given: argparse.Namespace) -> nn.Module:
+    """A new model, as this variant trains it."""
     with torch.device(given.device):
-        model = variant(name, case, given.rank, 0.0)
-    if compile_it:  # inductor asks a C++ compiler of a CPU's machine
-        model.compile(backend="inductor" if given.device == "cuda" else "aot_eager")
-    step = stepper(model, case, batch, precision == "bf16-mixed")
+        return variant(name, case_of(key, given), given.rank, 0.0)
+
+
+def step_of(
+    name: str, model: nn.Module, key: str, precision: str, given: argparse.Namespace, batch: Tensor
+) -> Work:
+    """A training step."""
+    step = stepper(model, case_of(key, given), batch, precision == "bf16-mixed")
 
     def switched() -> None:
         with lora_lightning.fused(**SWITCHES.get(name, {})):
@@ -72,7 +69,10 @@ def _turns(
     for name in names:
         with cells.cell(**where, variant=name):
             before = allocated(given.device)
-            work = step_of(name, key, precision, given, batch, mode == "compiled")
+            model = model_of(name, key, given)
+            if mode == "compiled":  # inductor asks a CPU's machine for a C++ compiler
+                model.compile(backend="inductor" if given.device == "cuda" else "aot_eager")
+            work = step_of(name, model, key, precision, given, batch)
             for _ in range(2):
                 work()
             bytes_ = peak(work, given.device) - before
@@ -83,12 +83,14 @@ def _turns(
         return
     with cells.cell(**where):
         times = in_turns(works, given.rounds, clock(given.device, given.repeats))
-        over = ratios(times, "floor")
+        over = ratios(times, "floor") if "floor" in times else {}
         for name, own in times.items():
             own = [1e3 * t for t in own]
             cells.spread(quartiles(own), **where, variant=name, measure="step, ms")
-            cells.spread(over[name], **where, variant=name, measure="step over floor")
-            cells.spread(host(works[name], given.device), **where, variant=name, measure="host, ms")
+            if name in over:
+                cells.spread(over[name], **where, variant=name, measure="step over floor")
+            launching = host(works[name], given.device, given.rounds)
+            cells.spread(launching, **where, variant=name, measure="host, ms")
 
 
 def compiled(cells: Cells, given: argparse.Namespace) -> None:
@@ -97,7 +99,6 @@ def compiled(cells: Cells, given: argparse.Namespace) -> None:
     if given.helpers:
         with tempfile.TemporaryDirectory(prefix="inductor-") as folder:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
-            _compile_ahead(given, names)
             _all_compiled(cells, given, names)
     else:
         _all_compiled(cells, given, names)
@@ -106,23 +107,24 @@ def compiled(cells: Cells, given: argparse.Namespace) -> None:
 def _all_compiled(cells: Cells, given: argparse.Namespace, names: list[str]) -> None:
     warm(given.device)
     for precision in given.precisions:
-        for key in given.models:
+        _compile_ahead(given, precision, names)
+        for key in given.models[:1] if given.smoke else given.models:
             torch._dynamo.reset()
             _turns(cells, key, precision, "compiled", names, given)
 
 
-def _compile_ahead(given: argparse.Namespace, names: list[str]) -> None:
+def _compile_ahead(given: argparse.Namespace, precision: str, names: list[str]) -> None:
     """Run this part without clocks in processes beside each other, for what they leave in the
     cache."""
-    jobs = [
-        ["--models", key, "--precisions", precision, "--variants", name]
-        for precision in given.precisions for key in given.models for name in names
-    ]  # fmt: skip
+    if not given.helpers:
+        return
+    jobs = [["--models", key, "--variants", name] for key in given.models for name in names]
     own = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--only", "compiled"]
     own += ["--helpers", "0", "--rounds", "0", "--rank", str(given.rank), "--device", given.device]
-    own += ["--smoke"] if given.smoke else []
+    own += ["--precisions", precision, *(["--smoke"] if given.smoke else [])]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     running: list[subprocess.Popen[bytes]] = []
+    quiet = subprocess.DEVNULL  # what fails there fails here too
     with tempfile.TemporaryDirectory() as folder:
         own += ["--out", folder]
         try:
@@ -131,7 +133,7 @@ def _compile_ahead(given: argparse.Namespace, names: list[str]) -> None:
                 while jobs and len(running) < given.helpers:
                     running.append(
                         subprocess.Popen(
-                            own + jobs.pop(0), env=environment, stdout=subprocess.DEVNULL
+                            own + jobs.pop(0), env=environment, stdout=quiet, stderr=quiet
                         )
                     )
                 time.sleep(0.2)
@@ -141,89 +143,14 @@ def _compile_ahead(given: argparse.Namespace, names: list[str]) -> None:
                 process.wait()
 
 
-def bank(cells: Cells, given: argparse.Namespace) -> None:
-    """Mixed batches of ViT-B/16, out of 64 and 512 adapters."""
-    import timm
-
-    name, count, numbers = "vit_base_patch16_224", 64, [64, 512]
-    if given.smoke:
-        name, count, numbers = "test_vit", 4, [4, 8]
-    with torch.device(given.device):
-        torch.manual_seed(0)
-        base = timm.create_model(name).eval().requires_grad_(False)
-    x = torch.randn(count, *base.default_cfg["input_size"], device=given.device)
-    with tempfile.TemporaryDirectory() as folder:
-        works = banks.variants(base, x, numbers, Path(folder), "peft" in given.variants, count)
-        for precision in given.precisions:
-            _bank(cells, works, precision, given)
-
-
-@torch.no_grad()
-def _bank(
-    cells: Cells, works: dict[tuple[str, int], Work], precision: str, given: argparse.Namespace
-) -> None:
-    def lowered(work: Work) -> None:
-        with torch.autocast(given.device, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            work()
-
-    where = {"part": "bank", "model": "vit_base", "precision": precision}
-    found = in_turns(
-        {key: functools.partial(lowered, work) for key, work in works.items()},
-        given.rounds, clock(given.device, given.repeats),
-    )  # fmt: skip
-    over = ratios(found, ("one adapter", 1))
-    for (what, number), own in found.items():
-        name = what if number < 2 else f"{what} {number}"
-        own = [1e3 * t for t in own]
-        cells.spread(quartiles(own), **where, variant=name, measure="batch, ms")
-        cells.spread(over[what, number], **where, variant=name, measure="over one adapter")
-
-
-def label_free(cells: Cells, given: argparse.Namespace) -> None:
-    """A fit without labels, its start and checks included."""
-    names, count, size, epochs, batch = (
-        ("efficientnet_b0", "vit_base_patch16_224"),
-        1024,
-        224,
-        4,
-        64,
-    )
-    if given.smoke:
-        names, count, size, epochs, batch = ("test_efficientnet",), 16, 64, 1, 8
-    pictures = torch.rand(count, 3, size, size)
-    kinds = {"bf16-mixed": "bf16-mixed", "float32": "32-true"}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            for precision in given.precisions:
-                where = {"part": "label-free", "model": name, "precision": precision}
-                with cells.cell(**where):
-                    taken = label_free_cost.seconds(
-                        name, pictures, epochs, folder, batch, precision=kinds[precision],
-                        accelerator="gpu" if given.device == "cuda" else "cpu", devices=1,
-                    )  # fmt: skip
-                    cells.say(**where, measure="seconds", value=taken)
-                    rate = count * epochs / taken
-                    cells.say(**where, measure="pictures a second", value=rate)
-
-
-def loading(cells: Cells, given: argparse.Namespace) -> None:
-    """Injection and loading from a file, of a model on the device."""
-    large, small, runs = "vit_large_patch16_224", "vit_base_patch16_224", 5
-    if given.smoke:
-        large, small, runs = "test_vit", "test_vit", 1
-    for measure, own in loadings.measure(large, small, runs, given.device).items():
-        if measure.endswith(" [wall]"):
-            where = {"part": "loading", "variant": measure.removesuffix(" [wall]")}
-            cells.spread(quartiles(own), **where, measure="wall, ms")
-
-
 def largest_batches(cells: Cells, given: argparse.Namespace) -> None:
     """The largest batch of each variant in 16 GiB, two models, bf16-mixed."""
     for key in [k for k in ("vit_base", "convnext_tiny") if k in given.models]:
         for name in [v for v in ("floor", "ours", "peft", "full") if v in given.variants]:
             where = {"part": "largest", "model": key, "precision": "bf16-mixed", "variant": name}
             with cells.cell(**where), _limit(given.device):
-                found = largest(lambda n, v=name, k=key: _fits(n, v, k, given), 64)
+                model = model_of(name, key, given)
+                found = largest(functools.partial(_fits, name, model, key, given), 64)
                 cells.say(**where, measure="largest batch", value=found)
 
 
@@ -242,19 +169,20 @@ def _limit(device: str) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _fits(number: int, name: str, key: str, given: argparse.Namespace) -> bool:
+def _fits(name: str, model: nn.Module, key: str, given: argparse.Namespace, number: int) -> bool:
     if given.device == "cpu":
         return number < 3
     try:
         one = case_of(key, given).batch()[:1].to(given.device)
         batch = one.expand(number, *one.shape[1:]).contiguous()
-        work = step_of(name, key, "bf16-mixed", given, batch)
+        work = step_of(name, model, key, "bf16-mixed", given, batch)
         work()
         work()  # the optimizer's state is there
     except torch.OutOfMemoryError:
         return False
     finally:
         work = batch = None
+        model.zero_grad()
         free()
     return True
 

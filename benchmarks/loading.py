@@ -162,12 +162,14 @@ def measure(large: str, small: str, runs: int, device: str = "cpu") -> dict[str,
         print("peft is not installed: pip install 'lora-lightning[bench]' for its rows")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = timm.create_model(large).to(device)
+        with torch.device(device):
+            base = timm.create_model(large)
         measures = injecting(base, rank=8)
         if peers:
             measures |= peft_injecting(base, adapter_file(base, 1, folder)[1], rank=8)
         found = rounds(measures, runs, finish)
-        base = timm.create_model(small, num_classes=10).to(device)
+        with torch.device(device):
+            base = timm.create_model(small, num_classes=10)
         path, layers = adapter_file(base, 2, folder)
         print(f"the adapter's file holds {path.stat().st_size:,} bytes")
         measures = loading(base, path)
