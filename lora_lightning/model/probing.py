@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.linalg.torch_settings import rounding, without_cudnn
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.calling import Forward, call
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
 _RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")
+
+
+# Rounding error of a product → largest accepted difference, relative to the largest output.
+_ACCEPTED = [(torch.finfo(torch.float64).eps, 1e-9), (torch.finfo(torch.float32).eps, 1e-4)]
 
 
 def run(
@@ -82,6 +87,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; `preserved` otherwise."""
     with preserved(model):
         model.eval()
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within the block recurrent layers can be differentiated in eval mode, which cuDNN's cannot.
+
+    A model without any keeps cuDNN.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with without_cudnn() if recurrent else nullcontext():
         yield
 
 
@@ -153,6 +169,16 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
             parameter.mul_(goal.to(size.device) / size)
         if f.magnitude is not None:
             f.magnitude.mul_(1 + 0.05 * torch.rand(f.magnitude.shape, generator=generator).to(raw))
+
+
+def accepted(model: nn.Module, outputs: Iterable[Tensor]) -> float:
+    """The largest `difference` of outputs that rounding explains.
+
+    A bfloat16 model may well give float32: what its parameters are in, and autocast, count too.
+    """
+    tensors = [t for t in (*outputs, *model.parameters()) if t.is_floating_point()]
+    coarsest = max((rounding(t) for t in tensors), default=0.0)
+    return next((limit for eps, limit in _ACCEPTED if coarsest <= eps), 5e-2)
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:
