@@ -1,4 +1,4 @@
-"""Torch's process-wide settings, changed for the length of a block and restored exactly.
+"""Torch's process-wide settings and random numbers, restored exactly at the end of a block.
 
 They belong to the process: no other thread may set them meanwhile.
 """
@@ -56,6 +56,35 @@ def ieee() -> Iterator[None]:
     finally:
         for setting in changed[::-1]:
             torch._C._set_fp32_precision_setter(*setting)
+
+
+@contextmanager
+def forked_rng(seed: int | None = None) -> Iterator[None]:
+    """Within the block random numbers are drawn aside, from `seed` if one is given.
+
+    `torch.manual_seed` would seed all GPUs, and `torch.random.fork_rng` restore the named ones.
+    """
+    with torch.random.fork_rng(_gpus()):
+        if seed is not None:
+            set_seed(seed)
+        yield
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators that `forked_rng` restores: the CPU's, and all GPUs' once any is used."""
+    torch.default_generator.manual_seed(seed)
+    for index in _gpus():
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def rng_states() -> list[Tensor]:
+    """Where these generators stand: whoever draws moves one of them."""
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _gpus())]
+
+
+def _gpus() -> list[int]:
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return list(range(torch.cuda.device_count())) if used else []
 
 
 def rounding(tensor: Tensor) -> float:

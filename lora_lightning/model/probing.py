@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.linalg.torch_settings import rounding, without_cudnn
+from lora_lightning.linalg.torch_settings import forked_rng, rounding, without_cudnn
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.calling import Forward, call
@@ -30,19 +30,8 @@ def run(
 
     `batch` is called as `lora_lightning.model.calling` says, or by `forward`.
     """
-    with seeded(model, seed):
+    with forked_rng(seed):
         return list(floats((forward or call)(model, batch)))
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within the block random numbers are drawn from `seed`; afterwards the state is restored."""
-    kinds = {p.device.type for p in model.parameters()}
-    devices = range(torch.cuda.device_count() if "cuda" in kinds else 0)
-    with torch.random.fork_rng(devices=devices):
-        # `torch.manual_seed` would seed GPUs too, of which no state was kept.
-        (torch.manual_seed if kinds - {"cpu"} else torch.default_generator.manual_seed)(seed)
-        yield
 
 
 def floats(output: Any) -> Iterator[Tensor]:
