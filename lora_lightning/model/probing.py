@@ -80,12 +80,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the block recurrent layers can be differentiated in eval mode, which cuDNN's cannot.
+def without_cudnns_rnn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block cuDNN is off if any of these modules is a recurrent layer.
 
-    A model without any keeps cuDNN.
+    Of cuDNN's no product can be observed, and there is no backward pass in eval mode.
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
     with without_cudnn() if recurrent else nullcontext():
         yield
 

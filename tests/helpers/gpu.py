@@ -54,6 +54,14 @@ def cudnn_rnn(monkeypatch):
 
 
 @pytest.fixture
+def ieee_convolutions():
+    """By the newer of torch's two ways, after which reading the older one raises."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture
 def high_precision_matmul():
     """TF32 in matrix products too, as Lightning advises."""
     torch.set_float32_matmul_precision("high")
