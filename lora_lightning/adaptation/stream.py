@@ -11,7 +11,7 @@ from lora_lightning.adaptation.guard import Guard, Limits
 from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
 from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import evaluating
+from lora_lightning.model.probing import evaluating, without_cudnns_rnn
 from lora_lightning.model.switching import disabled
 
 
@@ -90,7 +90,8 @@ class StreamAdapter:
             raise DataError("the inputs hold NaN or infinity: they are left out")
         self._keep(inputs.detach())
         with evaluating(self.model):
-            self._step()
+            with without_cudnns_rnn(self.model.modules()):
+                self._step()
             if self._unchecked >= self.memory:
                 self._check()
             with torch.no_grad():

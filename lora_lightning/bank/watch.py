@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from lora_lightning.bank.layout import Seen
 from lora_lightning.bank.mix import Mix
 from lora_lightning.bank.tensor import ITEMS_FIRST, name_of
+from lora_lightning.linalg.torch_settings import forked_rng
 from lora_lightning.model.calling import Call
-from lora_lightning.model.probing import seeded
 
 
 @dataclass
@@ -86,5 +86,5 @@ class Watch:
 def run(model: nn.Module, call: Call) -> None:
     """Run the model for its side effects on hooks."""
     args, kwargs = call
-    with seeded(model, 0):
+    with forked_rng(0):
         model(*args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import DecompositionError
+from lora_lightning.linalg.torch_settings import forked_rng
 
 OVERSAMPLING = 10  # directions beyond those asked for, Halko et al. 2011, section 1.3
 
@@ -93,9 +94,7 @@ def truncated_svd(
     matrix = checked(matrix, rank)
     rank = min(matrix.shape) if rank is None else rank
     if randomised and rank + OVERSAMPLING < min(matrix.shape):
-        devices = [matrix.device] if matrix.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with forked_rng(seed):
             u, s, v = torch.svd_lowrank(matrix, rank + OVERSAMPLING, power_iterations)
         vh = v.mH
     else:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.linalg.torch_settings import forked_rng, rounding, without_cudnn
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.calling import Forward, call
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
 _RATES = ("drop_prob", "layer_drop", "drop_path_rate", "drop_rate")
+
+
+# Rounding error of a product → largest accepted difference, relative to the largest output.
+_ACCEPTED = [(torch.finfo(torch.float64).eps, 1e-9), (torch.finfo(torch.float32).eps, 1e-4)]
 
 
 def run(
@@ -25,19 +30,8 @@ def run(
 
     `batch` is called as `lora_lightning.model.calling` says, or by `forward`.
     """
-    with seeded(model, seed):
+    with forked_rng(seed):
         return list(floats((forward or call)(model, batch)))
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within the block random numbers are drawn from `seed`; afterwards the state is restored."""
-    kinds = {p.device.type for p in model.parameters()}
-    devices = range(torch.cuda.device_count() if "cuda" in kinds else 0)
-    with torch.random.fork_rng(devices=devices):
-        # `torch.manual_seed` would seed GPUs too, of which no state was kept.
-        (torch.manual_seed if kinds - {"cpu"} else torch.default_generator.manual_seed)(seed)
-        yield
 
 
 def floats(output: Any) -> Iterator[Tensor]:
@@ -82,6 +76,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; `preserved` otherwise."""
     with preserved(model):
         model.eval()
+        yield
+
+
+@contextmanager
+def without_cudnns_rnn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block cuDNN is off if any of these modules is a recurrent layer.
+
+    Of cuDNN's no product can be observed, and there is no backward pass in eval mode.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+    with without_cudnn() if recurrent else nullcontext():
         yield
 
 
@@ -154,6 +159,16 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
         if f.magnitude is not None:
             drawn = torch.rand(f.magnitude.shape, generator=generator)
             f.magnitude.mul_(1 + 0.05 * drawn.to(f.magnitude))
+
+
+def accepted(model: nn.Module, outputs: Iterable[Tensor]) -> float:
+    """The largest `difference` of outputs that rounding explains.
+
+    A bfloat16 model may well give float32: what its parameters are in, and autocast, count too.
+    """
+    tensors = [t for t in (*outputs, *model.parameters()) if t.is_floating_point()]
+    coarsest = max((rounding(t) for t in tensors), default=0.0)
+    return next((limit for eps, limit in _ACCEPTED if coarsest <= eps), 5e-2)
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:

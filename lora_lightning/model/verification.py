@@ -7,7 +7,8 @@ hide everything), runs the model and checks, for each adapted tensor:
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
-Factors, buffers, modes, gradients and random state are restored afterwards.
+float32 is computed in float32, without TF32. Factors, buffers, modes, gradients, random state and
+torch's settings are restored afterwards.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
+from lora_lightning.linalg.torch_settings import ieee
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.probing import (
+    accepted,
     difference,
     preserved,
     randomise,
@@ -38,8 +41,6 @@ from lora_lightning.model.view import View
 
 Look = Callable[..., list[Tensor]]  # from a seed: the outputs of one run
 
-# Largest accepted difference, relative to the largest output, by precision.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TRIES = 3
 
 
@@ -77,8 +78,8 @@ def verify(
         example_batch: A batch of two items or more; what the model is called with for it, see
             `lora_lightning.model.calling`.
         forward: From (model, batch): runs the model once, and gives its output.
-        tolerance: Accepted relative difference (default 1e-4 in float32, 1e-9 in float64, and
-            5e-2 below).
+        tolerance: Accepted relative difference; None: by the lowest precision of the outputs, the
+            parameters and autocast, 1e-9 in float64, 1e-4 in float32 and 5e-2 below.
         raise_on_failure: Raise when anything fails; else look at ``failures``.
 
     Raises:
@@ -89,7 +90,7 @@ def verify(
     active, names = first.active, adapters.adapters(model)
     look = partial(run, model, example_batch, forward=forward)
     found = []
-    with preserved(model), adapters.unmerged(model):
+    with ieee(), preserved(model), adapters.unmerged(model):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name in names:
@@ -175,8 +176,7 @@ def _check_eval(
         plain = look()
         with adapters.disabled(model):
             source = look()
-        usual = max((_TOLERANCE.get(o.dtype, 5e-2) for o in plain), default=1e-4)
-        limit = usual if tolerance is None else tolerance
+        limit = accepted(model, plain) if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
             result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.probing import evaluating, training_only
+from lora_lightning.model.probing import evaluating, training_only, without_cudnns_rnn
 from lora_lightning.speech.ctc_objectives import non_blank_rate, suta
 from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -72,7 +72,7 @@ class SingleUtterance:
                 before = self._heard(batch)
             optimizer = torch.optim.AdamW(self.norms, lr=self.learning_rate, weight_decay=0.0)
             for _ in range(self.steps):
-                with torch.enable_grad():
+                with torch.enable_grad(), without_cudnns_rnn(self.module.model.modules()):
                     log_probs, frames = self.module(batch.waveforms, batch.lengths)
                     loss = suta(log_probs, frames, self._blank, self.weight, self.temperature)
                     optimizer.zero_grad()

@@ -98,7 +98,7 @@ def _within(plugin: Precision, step: Forward) -> Forward:
     """The step, where new tensors are of this precision."""
 
     def run(model: nn.Module, batch: Any) -> Any:
-        # Not `forward_context`: autocast multiplies copies, and no product would show its weight.
+        # Not `forward_context`: what training starts from is computed once, without autocast.
         with plugin.tensor_init_context():
             return step(model, batch)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lora_lightning.linalg.torch_settings import forked_rng
+
 
 @contextmanager
 def outside_training(pl_module: LightningModule) -> Iterator[None]:
@@ -17,10 +19,9 @@ def outside_training(pl_module: LightningModule) -> Iterator[None]:
     What is logged here belongs to no step of the training, and the order of the training that
     follows must not depend on it.
     """
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     own = vars(pl_module)
     kept: dict[str, Any] = {n: own[n] for n in ("log", "log_dict") if n in own}
-    with torch.random.fork_rng(devices=devices):
+    with forked_rng():
         own["log"] = own["log_dict"] = lambda *args, **kwargs: None
         try:
             yield

@@ -17,6 +17,7 @@ from lora_lightning.speech.episodic import SingleUtterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
 from lora_lightning.speech.transcript_guard import SpeechLimits
 from tests.adaptation.test_transductive_task import accuracy, points, source  # noqa: F401 - a fixture
+from tests.helpers.gpu import cudnn_rnn  # noqa: F401 - a fixture
 from tests.speech.test_self_training import recogniser
 
 
@@ -94,6 +95,26 @@ def test_what_a_stream_refuses(model, source):  # noqa: F811
     with pytest.raises(DataError, match="NaN"):
         stream(torch.full((2, 16), torch.nan))
     assert stream.seen_ == 0
+
+
+class Recurrent(nn.GRU):
+    """As a block among others: one tensor in, one out."""
+
+    def forward(self, x):
+        return x + super().forward(x)[0]
+
+
+@pytest.mark.usefixtures("cudnn_rnn")
+def test_recurrent_layers_are_trained_in_eval_mode(model):
+    x, _ = points(32, 3)
+    model = nn.Sequential(Recurrent(x.shape[1], x.shape[1]), model)
+    with torch.no_grad():
+        before = model.eval()(x).softmax(1)
+    assert not torch.equal(StreamAdapter(model, learning_rate=1e-2)(x), before)
+    module = CTCRecognition(recogniser())
+    module.model.head = nn.Sequential(Recurrent(16, 16), module.model.head)
+    assert len(SingleUtterance(module, steps=2)(sounds(1))) == 1
+    assert torch.backends.cudnn.enabled
 
 
 # ---- one utterance ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import pytest
 import timm
@@ -32,6 +33,7 @@ from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers.audio_zoo import MODELS
 from tests.helpers.audio_zoo import build as build_audio
+from tests.helpers.gpu import cudnn_rnn, ieee_convolutions  # noqa: F401 - fixtures
 from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
 from tests.helpers.zoo import ZOO, targets, there_and_back
 
@@ -241,6 +243,37 @@ def test_a_product_from_the_other_side_is_not_its_input():
         assert not seen
         torch.nn.functional.linear(torch.rand(3, 4), model.layer.weight)
     assert seen == ["w"]
+
+
+@pytest.mark.parametrize("frozen", [True, False])  # autocast keeps copies of what is trained
+def test_weights_are_seen_through_autocasts_copies(frozen):
+    x, seen = torch.randn(2, 3, 6), []
+    layers = nn.MultiheadAttention(6, 2, batch_first=True), nn.LSTM(6, 5), nn.Conv1d(3, 4, 3)
+    model = nn.ModuleList(layers).requires_grad_(not frozen).eval()
+    names = (0, "in_proj_weight"), (1, "weight_ih_l0"), (1, "weight_hh_l0"), (2, "weight")
+    modules = {name: (layers[i], name) for i, name in names}
+    for autocast in (False, True):
+        rows = defaultdict(list)
+        kept = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        sink = lambda path, found, rows=rows: rows[path].append(found)  # noqa: E731
+        with torch.no_grad(), kept, observed(modules, sink):
+            model[0](x, x, x), model[1](x), model[2](x)
+        seen.append({path: torch.cat(found) for path, found in rows.items()})
+    plain, cast = seen
+    assert plain.keys() == cast.keys() == modules.keys()
+    for path, found in plain.items():
+        torch.testing.assert_close(cast[path], found, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.usefixtures("ieee_convolutions", "cudnn_rnn")
+@pytest.mark.parametrize("options", [{"init": init} for init in DATA] + [{"rank": "auto"}])
+def test_a_start_from_data_takes_torchs_settings_as_they_are(options):
+    model = nn.GRU(6, 5)
+    given = {"data": [torch.randn(4, 3, 6)], "loss": loss, "forward": run, "rank": 2}
+    if "rank" in options:
+        del given["loss"]
+    inject(model, target_modules="all", trainable=[], **{**given, **options})
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 
 
 def test_what_cannot_be_seen_is_named():

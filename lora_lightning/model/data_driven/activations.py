@@ -1,7 +1,8 @@
 """Input activations of each weight of a model on target batches.
 
 Inputs are taken where the arithmetic happens, below the modules: of each matrix product or
-convolution whose operand *is* an adapted weight (or a part of it), the other operand. So a layer
+convolution whose operand *is* an adapted weight (a part of it, or a copy in autocast's precision),
+the other operand. So a layer
 counts however it is used: called, read by the model's own ``F.linear(x, layer.weight)``, packed
 in an attention, or within a recurrent cell. A weight that is computed from others (weight norm,
 weight standardisation) appears in no product; there the module's own input is taken.
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning.lora.adapted_module import raw_tensor
+from lora_lightning.model.probing import without_cudnns_rnn
 
+_weak: Any = StorageWeakRef  # which has no types
 Sink = Callable[[str, Tensor], None]  # the weight's path, rows (N, in·kernel) of its input
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROWS = 1024  # of a layer's input in one batch; more are drawn from at random
@@ -34,6 +38,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 }
 _UNTRANSPOSED = {aten.linear.default: (0, 1)}
 _CONVOLUTION = aten.convolution.default
+_CAST = aten._to_copy.default
 
 
 class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,6 +52,7 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: dict[str, Tensor], sink: Sink):
         super().__init__()  # type: ignore[no-untyped-call]
         self._paths: dict[int, list[tuple[str, Tensor]]] = {}
+        self._casts: dict[int, tuple[Any, list[tuple[str, Tensor]]]] = {}
         for path, weight in weights.items():
             self._paths.setdefault(_storage(weight), []).append((path, weight))
         self._sink = sink
@@ -61,6 +67,8 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _PRODUCTS or func in _UNTRANSPOSED:
             x, w = _PRODUCTS.get(func) or _UNTRANSPOSED[func]
             self._product(args[x], args[w], -1 if func in _UNTRANSPOSED else -2)
+        elif func is _CAST and (paths := self._of(args[0])):
+            self._note(out, paths)
         elif func is _CONVOLUTION and not args[6]:  # not transposed
             for path, weight in self._of(args[1]):
                 if weight.shape == args[1].shape:
@@ -78,7 +86,16 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.take(path, x.reshape(-1, columns))
 
     def _of(self, tensor: Any) -> list[tuple[str, Tensor]]:
-        return self._paths.get(_storage(tensor), []) if isinstance(tensor, Tensor) else []
+        if not isinstance(tensor, Tensor):
+            return []
+        key = _storage(tensor)
+        copy, paths = self._casts.get(key, (None, []))
+        return self._paths.get(key, []) if copy is None or copy.expired() else paths
+
+    def _note(self, copy: Tensor, paths: list[tuple[str, Tensor]]) -> None:
+        """Know a weight's copy as the weight for as long as there is one, without keeping it."""
+        self._casts = {k: cast for k, cast in self._casts.items() if not cast[0].expired()}
+        self._casts[_storage(copy)] = _weak(copy.untyped_storage()), paths
 
     def take(self, path: str, rows: Tensor, kernel: int = 0) -> None:
         """Pass on at most `ROWS` rows (…, in), followed by that many kernel dimensions."""
@@ -90,7 +107,8 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
             chosen = torch.randperm(count, generator=self._generator)[:ROWS].to(rows.device)
             rows = rows[torch.unravel_index(chosen, leading)]
             leading = rows.shape[:1]
-        self._sink(path, rows.reshape(leading.numel(), -1))
+        rows = rows.reshape(leading.numel(), -1)
+        self._sink(path, rows if rows.dtype == torch.float64 else rows.float())
 
 
 def _storage(tensor: Tensor) -> int:
@@ -133,6 +151,7 @@ def observed(modules: dict[str, tuple[nn.Module, str]], sink: Sink) -> Iterator[
     Fused attention and recurrent kernels, whose products cannot be observed, are disabled within.
     """
     weights = {p: raw_tensor(m, t) for p, (m, t) in modules.items()}
+    holders = [module for module, _ in modules.values()]
     mode = Inputs({p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}, sink)
     handles = [
         module.register_forward_hook(_unless_seen(mode, path))
@@ -140,7 +159,7 @@ def observed(modules: dict[str, tuple[nn.Module, str]], sink: Sink) -> Iterator[
         if isinstance(module, (nn.Linear, *_CONVOLUTIONS))
     ]
     try:
-        with _unfused(), mode:
+        with _unfused(), without_cudnns_rnn(holders), mode:
             yield mode
     finally:
         for handle in handles:
@@ -155,8 +174,7 @@ def _unfused() -> Iterator[None]:
     mha.set_fastpath_enabled(False)
     mkldnn.enabled = False
     try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
+        yield
     finally:
         mha.set_fastpath_enabled(before[0])
         mkldnn.enabled = before[1]

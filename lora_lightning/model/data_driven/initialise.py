@@ -17,7 +17,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.calling import Forward, call
 from lora_lightning.model.data_driven.activations import observed
-from lora_lightning.model.probing import evaluating, training_only
+from lora_lightning.model.probing import evaluating, training_only, without_cudnns_rnn
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
@@ -206,7 +206,7 @@ def _gradients(
         for path in factors
         if isinstance(weight := raw_tensor(*located(model, path)), nn.Parameter)
     }
-    unfused = torch.backends.cudnn.flags(enabled=False)
+    unfused = without_cudnns_rnn(model.modules())
     with training_only(model, weights.values()), torch.enable_grad(), unfused:
         for batch in batches:
             found = loss(model, batch)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.linalg.torch_settings import forked_rng, rng_states, set_seed
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.module_tree import join, walk
-from lora_lightning.model.probing import difference, floats, preserved, seeded
+from lora_lightning.model.probing import difference, floats, preserved
 from lora_lightning.training.prefix_cache.cut import Cut, Run, Stop, intercepted
 from lora_lightning.training.prefix_cache.store import CONSTANTS, Inputs
 
@@ -21,7 +22,7 @@ from lora_lightning.training.prefix_cache.store import CONSTANTS, Inputs
 def find_cut(root: nn.Module, inputs: Inputs, eval_prefix: bool) -> Cut:
     """The innermost cut that passes the checks, or `ConfigError`; modes and random numbers stay."""
     problem = f"this forward of {type(root).__name__} uses nothing that is trained"
-    with torch.inference_mode(False), torch.no_grad(), seeded(root, 0):
+    with torch.inference_mode(False), torch.no_grad(), forked_rng(0):
         for path in _around_first_trained(root, inputs.rows(range(inputs.size))):
             cut = Cut(root, path, eval_prefix)
             try:
@@ -73,12 +74,12 @@ class Trial:
             if stop:
                 raise Stop
 
-        torch.manual_seed(seed)
+        set_seed(seed)
         self.run, self.out = Run(keep, **options), []
         with suppress(Stop), cut.running(self.run):
             out = cut.root.forward(*inputs.args, **inputs.kwargs)
             self.out = [*floats(out), *tree_leaves(out)]  # integers too, dataclasses too
-        self.drawn = torch.get_rng_state()
+        self.drawn = rng_states()
         if not self.run.entered:
             raise cut.astray()
 
@@ -116,7 +117,7 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
             "on the other items (batch statistics, or a batch dimension that is not the first)"
         )
     served = Trial(cut, batch, records=records, layout=plain.run.layout)
-    if not torch.equal(plain.drawn, served.drawn):
+    if not all(map(torch.equal, plain.drawn, served.drawn)):
         return "modules before the first trained block draw random numbers"
     if same([*plain.given, *plain.out], [*served.given, *served.out]):
         return ""
