@@ -165,4 +165,4 @@ def test_shift_of_an_adapted_model(device):
     inject(model, rank=2, trainable=[])
     stir(model)
     found = shift(model, pictures(LABELS[:40]), pictures(LABELS[:40], 5) + 1, repeats=5)
-    assert found.expected_adapted is not None
+    assert found.agreement is not None
