@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from lora_lightning import SourceStatistics, disabled, inject, shift
+from lora_lightning import SourceStatistics, TransductiveTask, disabled, inject, shift
 from lora_lightning.adaptation.stream import StreamAdapter
 from lora_lightning.speech.episodic import SingleUtterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -15,13 +15,13 @@ from tests.adaptation.test_measure import LABELS, pictures, trained
 from tests.adaptation.test_stream import sounds
 from tests.adaptation.test_transductive_task import (  # noqa: F401 - fixtures
     accuracy,
-    adapted,
+    adapter,
     points,
     source,
     target,
 )
 from tests.helpers.cuda import Recurrent, apart, set_precision, stir
-from tests.helpers.training import tiny_vit
+from tests.helpers.training import tiny_vit, trainer
 from tests.speech.test_self_training import recogniser
 
 pytestmark = [
@@ -30,28 +30,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def on_device(monkeypatch, device):
-    """The Trainer of the room's own tests, on the device."""
-    from tests.adaptation import test_transductive_task as room
-
-    def trainer(*given, **options):
-        return build(*given, **{"accelerator": device.type, "devices": 1, **options})
-
-    build = room.trainer
-    monkeypatch.setattr(room, "trainer", trainer)
+def transduced(tmp_path, base, x, device, precision="32-true", **settings):
+    """The task after a fit on the device, and its model on the CPU."""
+    torch.manual_seed(0)
+    task = TransductiveTask(copy.deepcopy(base), x, **{"learning_rate": 5e-3, **settings})
+    options = {"accelerator": device.type, "devices": 1, "precision": precision}
+    trainer(tmp_path, adapter(), max_epochs=6, **options).fit(task)
+    return task, task.model.cpu()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_model_gets_better_without_labels(tmp_path, source, target, precision, on_device):  # noqa: F811
-    from lora_lightning import TransductiveTask
-    from tests.adaptation.test_transductive_task import adapter, trainer
-
+def test_a_model_gets_better_without_labels(tmp_path, source, target, precision, device):  # noqa: F811
     before = accuracy(source, target)
-    torch.manual_seed(0)
-    task = TransductiveTask(copy.deepcopy(source), target[0], learning_rate=5e-3)
-    trainer(tmp_path, adapter(), max_epochs=6, precision=precision).fit(task)
-    model = task.model.cpu()
+    task, model = transduced(tmp_path, source, target[0], device, precision)
     assert accuracy(model, target) > before + 0.5 * (1 - before)
     with torch.no_grad(), disabled(model):
         assert accuracy(model, target) == before
@@ -62,14 +53,14 @@ def test_a_model_gets_better_without_labels(tmp_path, source, target, precision,
     torch.testing.assert_close(found.float(), again, rtol=0, atol=limit)
 
 
-def test_at_an_alarm_the_source_comes_back(tmp_path, source, target, on_device):  # noqa: F811
-    bad = adapted(
-        tmp_path, source, target[0], learning_rate=10.0, objective="entropy", batch_norm="source",
-        pseudo_label_weight=0.0,
+def test_at_an_alarm_the_source_comes_back(tmp_path, source, target, device):  # noqa: F811
+    bad, model = transduced(
+        tmp_path, source, target[0], device, learning_rate=10.0, objective="entropy",
+        batch_norm="source", pseudo_label_weight=0.0,
     )  # fmt: skip
     assert bad.rounds_.accepted_ == 0
     with torch.no_grad():
-        assert torch.equal(bad.model.cpu().eval()(target[0]), source(target[0]))
+        assert torch.equal(model.eval()(target[0]), source(target[0]))
 
 
 @pytest.fixture
@@ -90,19 +81,12 @@ def test_a_stream_says_what_it_says_on_the_cpu(model, device):
         found.append(torch.cat([stream(batch) for batch in data.split(16)]))
     assert apart([found[1]], [found[0]]) < 1e-2
     late = found[1].cpu()[128:].argmax(1) == y[128:]
-    assert float(late.double().mean()) > accuracy(source_of(here), (x[128:], y[128:]))
+    with disabled(here):
+        assert float(late.double().mean()) > accuracy(here, (x[128:], y[128:]))
     assert not stream.resets_
     stream.reset()
     with torch.no_grad():
         assert torch.equal(there.eval()(x.to(device)), untouched)
-
-
-def source_of(network):
-    found = copy.deepcopy(network)
-    StreamAdapter(found).reset()
-    for f in (m for m in found.modules() if hasattr(m, "lora_B")):
-        f.lora_B.data.zero_()
-    return found
 
 
 def test_an_alarm_resets_a_stream(model, device):
