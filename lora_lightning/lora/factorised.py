@@ -115,6 +115,8 @@ def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[i
     """out + s·low, or DoRA's form of it, in the dtype of out; exactly `out` while B is zero."""
     scaling = factors.spec.scaling
     if factors.magnitude is None:
+        if torch.compiler.is_compiling():  # inductor forgets alpha: pytorch/pytorch#167313
+            return out + scaling * low
         return torch.add(out, low, alpha=scaling)
     weight = self._parameters["weight"]
     ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)

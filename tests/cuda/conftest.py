@@ -33,4 +33,3 @@ def _settings(device):
     """IEEE products of float32, and torch's defaults afterwards."""
     with precision_of_products("ieee"):
         yield
-    torch.compiler.reset()

@@ -24,6 +24,14 @@ compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _fresh():
+    """No test finds the graphs of another."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def stack(**options) -> nn.Module:
     """Two linear layers and a convolution, adapted."""
     torch.manual_seed(0)
@@ -71,9 +79,6 @@ def test_verification_adds_no_graph_to_a_fit(tmp_path, verified, device):
     module, counter = Losses(tiny_vit()), CompileCounter()
     module.model.compile(backend=counter)
     counts = []
-
-    class Counts(torch.nn.Module):
-        pass
 
     def count(*_):
         counts.append(counter.frame_count)

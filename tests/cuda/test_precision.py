@@ -29,6 +29,7 @@ from tests.helpers.cuda import (
     bright,
     finite,
     fit,
+    needs_half_recurrence,
     set_precision,
     stir,
 )
@@ -106,6 +107,8 @@ def test_verify_does_not_read_torchs_former_switches(device):
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_recurrent_layers_through_the_callback(tmp_path, kind, precision, device):
+    if precision != "32-true":
+        needs_half_recurrence(device)
     torch.manual_seed(0)
     module = Losses(Recurrent(kind))
     adapter = lora(target_modules="all", trainable=[])

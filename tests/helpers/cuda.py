@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,6 +89,15 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.body(x)[0].mean(1)))
+
+
+def needs_half_recurrence(device: torch.device) -> None:
+    """Skips where torch has no recurrent layers in bfloat16, which is oneDNN's affair."""
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            nn.LSTM(6, 8).to(device)(torch.zeros(2, 2, 6, device=device))
+    except RuntimeError as error:
+        pytest.skip(f"torch has no LSTM in bfloat16 here: {error}")
 
 
 def bright(shape: tuple[int, ...] = (3, 32, 32), items: int = 16, batch: int = 8) -> DataLoader:

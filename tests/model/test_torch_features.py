@@ -252,3 +252,19 @@ def test_hooks_survive():
     remove(model)
     model(X)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Conv2d 1x1"])
+def test_a_compiler_is_given_no_alpha(kind):
+    """Inductor forgets it where it joins a sum with a product of matrices."""
+    make, x = ZOO[kind]
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(graph.graph.nodes)
+        return graph
+
+    model = adapted(nn.Sequential(make()))
+    assert difference([torch.compile(model, backend=backend)(x)], [model(x)]) < 1e-6
+    assert seen
+    assert not any("alpha" in node.kwargs for node in seen)
