@@ -83,6 +83,7 @@ def test_settings_come_back_exactly(chosen, how):
 def test_the_rounding_of_products():
     gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     x, half = torch.ones(1), torch.ones(1, dtype=torch.float16)
+    assert rounding(torch.ones(1, device="meta")) == 2.0**-23
     full, tf32, bfloat16 = 2.0**-23, 2.0**-10, 2.0**-7
     assert (rounding(x), rounding(x.double()), rounding(half)) == (full, 2.0**-52, 2.0**-10)
     assert rounding(gpu) == tf32  # of cuDNN, by default
