@@ -94,7 +94,7 @@ def rounding(tensor: Tensor) -> float:
         found = max(found, torch.finfo(torch.get_autocast_dtype(kind)).eps)
     if tensor.dtype == torch.float32:
         backend = "mkldnn" if kind == "cpu" else kind
-        found = max(found, *(_REDUCED.get(p, 0.0) for p in _used_precisions(backend)))
+        found = max([found, *(_REDUCED.get(p, 0.0) for p in _used_precisions(backend))])
     return found
 
 

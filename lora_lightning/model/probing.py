@@ -54,11 +54,11 @@ def floats(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers and gradients at the end of the block."""
+    """Restore modes, buffers, gradients and what is trained at the end of the block."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    for parameter, _ in gradients:
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    for parameter, *_ in parameters:
         parameter.grad = None
     try:
         yield
@@ -67,8 +67,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module.training = training
         for buffer, value in buffers:
             buffer.data.copy_(value)
-        for parameter, gradient in gradients:
+        for parameter, gradient, trained in parameters:
             parameter.grad = gradient
+            parameter.requires_grad_(trained)
 
 
 @contextmanager
@@ -142,12 +143,14 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
                     parameter.data.copy_(kept[path][key])
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
     """Draw all factors again, each ΔW scaled to a tenth of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
+    torch.clear_autocast_cache()  # it holds casts of what they were
     for path, f in factors.items():
         raw = raw_tensor(*located(model, path))
         for parameter in f.matrices():
@@ -161,13 +164,30 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
             f.magnitude.mul_(1 + 0.05 * drawn.to(f.magnitude))
 
 
-def accepted(model: nn.Module, outputs: Iterable[Tensor]) -> float:
+@contextmanager
+def roundings(modules: Iterable[nn.Module]) -> Iterator[list[float]]:
+    """The relative rounding errors of these modules' products, in whatever autocast they run."""
+    found: list[float] = []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        found.extend(rounding(p) for p in module.parameters() if p.is_floating_point())
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def accepted(model: nn.Module, outputs: Iterable[Tensor], known: Iterable[float]) -> float:
     """The largest `difference` of outputs that rounding explains.
 
-    A bfloat16 model may well give float32: what its parameters are in, and autocast, count too.
+    A bfloat16 model may well give float32: what its parameters are in counts too, and what is known
+    of its layers.
     """
     tensors = [t for t in (*outputs, *model.parameters()) if t.is_floating_point()]
-    coarsest = max((rounding(t) for t in tensors), default=0.0)
+    coarsest = max([*known, *map(rounding, tensors)], default=0.0)
     return next((limit for eps, limit in _ACCEPTED if coarsest <= eps), 5e-2)
 
 

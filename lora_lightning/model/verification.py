@@ -7,8 +7,8 @@ hide everything), runs the model and checks, for each adapted tensor:
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
-float32 is computed in float32, without TF32. Factors, buffers, modes, gradients, random state and
-torch's settings are restored afterwards.
+No product uses TF32. Factors, buffers, modes, gradients, random state and torch's settings are
+restored afterwards.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from lora_lightning.model.probing import (
     preserved,
     randomise,
     randomised,
+    roundings,
     run,
     without_noise,
 )
@@ -78,7 +79,7 @@ def verify(
         example_batch: A batch of two items or more; what the model is called with for it, see
             `lora_lightning.model.calling`.
         forward: From (model, batch): runs the model once, and gives its output.
-        tolerance: Accepted relative difference; None: by the lowest precision of the outputs, the
+        tolerance: Accepted relative difference; None: by the lowest precision of outputs,
             parameters and autocast, 1e-9 in float64, 1e-4 in float32 and 5e-2 below.
         raise_on_failure: Raise when anything fails; else look at ``failures``.
 
@@ -90,16 +91,15 @@ def verify(
     active, names = first.active, adapters.adapters(model)
     look = partial(run, model, example_batch, forward=forward)
     found = []
-    with ieee(), preserved(model), adapters.unmerged(model):
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+    # Another mode or number of items would compile what is compiled anew.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, ieee(), preserved(model), adapters.unmerged(model):
         try:
             for name in names:
                 adapters.set_active(model, name)
                 found.append(_verify_one(model, name, look, tolerance))
         finally:
             adapters.set_active(model, active)
-            for parameter, flag in flags:  # possibly set by the user since the injection
-                parameter.requires_grad_(flag)
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
         raise VerificationError(_message(failing))
@@ -131,7 +131,8 @@ def _dead(
             if loss is None:
                 return dict.fromkeys(factors, "the output depends on no adapter at all")
             model.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Smaller each time: without a trainer's scaler float16 can overflow.
+            (loss / 100**attempt).backward()
         dead = {p: r for p in dead if (r := _gradient_problem(factors[p]))}
         if not dead:
             break
@@ -171,12 +172,13 @@ def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
 def _check_eval(
     model: nn.Module, result: Verification, look: Look, tolerance: float | None
 ) -> None:
-    with_gradient = [o.detach() for o in look()]
+    with roundings(View(model).adapted.values()) as found:
+        with_gradient = [o.detach() for o in look()]
     with torch.no_grad():
         plain = look()
         with adapters.disabled(model):
             source = look()
-        limit = accepted(model, plain) if tolerance is None else tolerance
+        limit = accepted(model, plain, found) if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
             result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")
@@ -191,8 +193,8 @@ def _check_eval(
             adapters.unmerge(model, discard_changes=True)
         result.merge_error = difference(merged, plain)
         if not result.merge_error <= limit:
-            found = _unmergeable(model, result, look, plain, limit)
-            result.failures = {**found, **result.failures}
+            which = _unmergeable(model, result, look, plain, limit)
+            result.failures = {**which, **result.failures}
 
 
 def _without_effect(

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lora_lightning.errors import VerificationError
 from lora_lightning.lora.factors import Factors
-from lora_lightning.model.calling import Call
 from lora_lightning.model.verification import verify
+from lora_lightning.training.prefix_cache.store import Inputs
 
 _ITEMS = 2
+_ELSEWHERE = "the adapters fail on the first batch of another process, whose error says which"
 
 
 class FirstBatch:
     """Records the backbone's input, and verifies with it after the backward pass.
 
-    A backbone that is never *called* (``self.model.forward_features(x)``) leaves no input;
-    then the gradients of the training step itself must show that the factors are alive.
+    Two items will do; the whole batch is looked at where they fail. Precision is that of the
+    training step. A backbone that is never *called* (``self.model.forward_features(x)``) leaves no
+    input; then the gradients of the training step itself must show that the factors are alive.
     """
 
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
-        self._call: Call | None = None
+        self._call: Inputs | None = None
         self._handle = backbone.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call is None and torch.is_grad_enabled():
-            self._call = (_few(args), kwargs) if not kwargs else (args, kwargs)
+            kind = next(module.parameters()).device.type
+            state = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            self._call, self._autocast = Inputs(args, kwargs), partial(torch.autocast, kind, *state)
 
     def close(self) -> None:
         """Stop recording."""
@@ -40,9 +47,30 @@ class FirstBatch:
         """Whether the backward pass that was reached any adapter."""
         return any(f.matrices()[-1].grad is not None for _, f in self._trained())
 
-    def verify(self) -> None:
-        """Raises `VerificationError` where an adapter is dead."""
+    def verify(self, trainer: Trainer) -> None:
+        """Verify on every process; all raise where one does, as the others would wait for it.
+
+        Raises:
+            VerificationError: an adapter is dead, here or on another process.
+        """
         self.close()
+        agreed = trainer.strategy.reduce_boolean_decision  # on all processes equally often
+        if agreed((few := self._failure(trainer, _ITEMS)) is None):
+            return
+        if agreed((whole := self._failure(trainer, None)) is None):
+            return
+        if whole is None:
+            raise VerificationError(_ELSEWHERE)
+        raise few if isinstance(few, VerificationError) else whole
+
+    def _failure(self, trainer: Trainer, items: int | None) -> Exception | None:
+        try:
+            self._verify(trainer, items)
+        except Exception as error:  # of two items a model may say anything
+            return error
+        return None
+
+    def _verify(self, trainer: Trainer, items: int | None) -> None:
         if not self.reached:
             raise VerificationError(
                 "no adapter got a gradient: the loss does not depend on the backbone. Is its "
@@ -51,9 +79,16 @@ class FirstBatch:
         if self._call is None:
             self._check_gradients()
             return
-        args, kwargs = self._call
-        given = _detached(args, self.backbone)
-        verify(self.backbone, given, forward=lambda model, batch: model(*batch, **kwargs))
+        given = self._call
+        if items is not None and given.size > items:
+            given = given.rows(range(items))
+        args, kwargs = tree_map_only(Tensor, torch.detach, (given.args, given.kwargs))
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            with trainer.precision_plugin.forward_context(), self._autocast():
+                return model(*batch, **kwargs)
+
+        verify(self.backbone, args, forward=forward)
 
     def _trained(self) -> list[tuple[str, Factors]]:
         return [
@@ -70,19 +105,3 @@ class FirstBatch:
                 f"{len(dead)} of {len(factors)} adapters got no gradient from the first batch: "
                 f"{', '.join(dead[:10])}. The model does not use these weights; exclude them"
             )
-
-
-def _few(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first two items of a batch of images; other inputs whole."""
-    if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 4:
-        return (args[0][:_ITEMS],)
-    return args
-
-
-def _detached(args: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
-    """Detached, and in the model's precision, as autocast no longer applies."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return tuple(
-        a.detach().to(dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a
-        for a in args
-    )

@@ -162,12 +162,12 @@ class LoRACallback(Callback):
         # With manual optimization, a module may begin with a step that does not use the backbone.
         first = self._first_batch
         if first is not None and (first.reached or pl_module.automatic_optimization):
-            self._verify_first()
+            self._verify_first(trainer)
 
-    def _verify_first(self) -> None:
+    def _verify_first(self, trainer: Trainer) -> None:
         first, self._first_batch = self._first_batch, None
         if first is not None:
-            first.verify()
+            first.verify(trainer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -185,7 +185,7 @@ class LoRACallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
         if trainer.num_training_batches:
-            self._verify_first()  # raises where no backward pass reached an adapter
+            self._verify_first(trainer)  # raises where no backward pass reached an adapter
         if not self.log_spectrum or not trainer.loggers:
             return
         metrics: dict[str, float] = {}

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_lightning import inject, verify
 from lora_lightning.linalg.decompose import truncated_svd
-from lora_lightning.linalg.torch_settings import forked_rng, ieee, rng_states, without_cudnn
+from lora_lightning.linalg.torch_settings import (
+    forked_rng,
+    ieee,
+    rng_states,
+    rounding,
+    without_cudnn,
+)
 from lora_lightning.training.prefix_cache.callback import PrefixCache
 from tests.helpers.training import tiny_vit
 
@@ -71,6 +78,22 @@ def test_settings_come_back_exactly(chosen, how):
             assert not {"tf32", "bf16"} & set(exact)
         raise KeyError  # an error within is no reason to leave anything behind
     assert settings() == before
+
+
+def test_the_rounding_of_products():
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    x, half = torch.ones(1), torch.ones(1, dtype=torch.float16)
+    assert rounding(torch.ones(1, device="meta")) == 2.0**-23
+    full, tf32, bfloat16 = 2.0**-23, 2.0**-10, 2.0**-7
+    assert (rounding(x), rounding(x.double()), rounding(half)) == (full, 2.0**-52, 2.0**-10)
+    assert rounding(gpu) == tf32  # of cuDNN, by default
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (rounding(x), rounding(half), rounding(gpu)) == (bfloat16, bfloat16, tf32)
+    with ieee():
+        assert rounding(gpu) == full
+    torch.set_float32_matmul_precision("medium")
+    with without_cudnn():
+        assert (rounding(gpu), rounding(x)) == (tf32, bfloat16)
 
 
 def test_who_reads_the_older_settings_can_do_so_within():

@@ -26,6 +26,19 @@ def test_verify_is_in_ieee_arithmetic_where_training_is_not(name):
     assert not torch.equal(model(x), plain)
 
 
+def test_verify_compiles_nothing():
+    """Neither for its modes nor for a batch of another size, nor does it undo what is compiled."""
+    compiled = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+    inject(model, rank=2, target_modules="all", trainable=[])
+    model.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    model(torch.randn(8, 4))
+    assert len(compiled) == 1
+    verify(model, torch.randn(2, 4))
+    model(torch.randn(8, 4))
+    assert len(compiled) == 1
+
+
 @pytest.mark.usefixtures("cudnn_rnn")
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
 def test_verify_needs_no_backward_pass_of_cudnns_in_eval(layer):

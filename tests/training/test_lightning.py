@@ -76,6 +76,7 @@ warnings.simplefilter("ignore")
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lora_lightning import LoRACallback
+from lora_lightning.errors import VerificationError
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import Module, loader, trainer
 
@@ -94,6 +95,24 @@ assert sum(f.spec.rank for f in factors.values()) == 12  # eight tensors
 digest = sum(p.detach().double().abs().sum().item() for p in parameters)
 # A file for each process: two that print at once can end up on one line.
 open(f"{out}/rank{t.global_rank}.txt", "w").write(f"{digest:.12f}")
+
+
+class DeadOnOne(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.gated = torch.nn.Linear(3 * 32 * 32, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.used(x.flatten(1))
+        return x + self.gated(x) * (1 - t.global_rank)
+
+
+adapter = LoRACallback(rank=2, target_modules="all", trainable=[], output_dir=out)
+try:
+    trainer(out, adapter, accelerator="cpu", devices=2, strategy="ddp").fit(
+        Module(DeadOnOne()), loader())
+except VerificationError as error:  # on both, or the other would wait forever
+    open(f"{out}/error{t.global_rank}.txt", "w").write(str(error))
 """
 
 
@@ -107,6 +126,9 @@ def test_ddp_on_two_cpu_processes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     digests = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    said = [(tmp_path / f"error{rank}.txt").read_text() for rank in (0, 1)]
+    assert "of another process" in said[0]
+    assert "gated.weight: in training: the gradient of lora_" in said[1]
     assert len(set(digests)) == 1, "the processes disagree about the factors"
     assert float(digests[0]) > 0
     files = [p.name for p in tmp_path.rglob("*.safetensors")]

@@ -170,6 +170,40 @@ def test_first_batch_without_a_call_of_the_backbone(tmp_path):
     fitted(tmp_path, Features(), lora())
 
 
+class Calls(nn.Module):
+    """Notes what it is called with: number of items, autocast, precision of the products."""
+
+    def __init__(self, least: int = 1):
+        super().__init__()
+        self.layer, self.least, self.seen = nn.Linear(3 * 32 * 32, 4), least, []
+
+    def forward(self, x, scales, given=None):
+        if len(x) < self.least:
+            raise ValueError("too few")
+        out = self.layer(x.flatten(1)) * scales["by"] + given[0]
+        self.seen.append((len(x), len(given[0]), torch.is_autocast_enabled("cpu"), out.dtype))
+        return out
+
+
+@pytest.mark.parametrize("least", [1, 4])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", "own"])
+def test_first_batch_takes_two_items_in_the_steps_precision(tmp_path, precision, least):
+    class Keywords(Module):
+        def forward(self, x):
+            ones = torch.ones(len(x), 1)
+            with torch.autocast("cpu", enabled=precision != "32-true"):
+                return self.model(x, {"by": ones}, given=(ones, "a name"))
+
+    module = Keywords(Calls(least))
+    adapter = lora(target_modules="all", trainable=[])
+    options = {"precision": "32-true" if precision == "own" else precision, "max_steps": 1}
+    fitted(tmp_path, module, adapter, **options)
+    assert module.model.seen[0][:2] == (4, 4)
+    items, more = (2, 2) if least == 1 else (4, 4)
+    mixed = precision != "32-true"
+    assert set(module.model.seen[1:]) == {(items, more, mixed, torch.float32)}
+
+
 def test_verification_leaves_no_trace(tmp_path):
     def run(verify: bool):
         torch.manual_seed(0)

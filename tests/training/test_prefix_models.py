@@ -258,6 +258,24 @@ def test_a_hook_and_other_arguments_are_left_alone(vit):
             assert torch.equal(vit(x), vit.forward(x)), "another precision"
 
 
+class Rounded(nn.Module):
+    """The noise of 16-bit products in float32 features: a kernel for each size of a batch."""
+
+    def forward(self, x):
+        return x * (1 + 4e-3 * (len(x) % 2))
+
+
+def test_features_may_be_as_coarse_as_autocast_makes_them():
+    model = nn.Sequential(nn.Linear(8, 8), Rounded(), nn.Linear(8, 4))
+    inject(model, rank=2, target_modules=["2"], trainable=[])
+    x = torch.randn(9, 8)
+    with torch.autocast("cpu", torch.bfloat16), PrefixCache(1).attach(model) as cache:
+        model(x[:4]), model(x[2:7])
+        assert (cache.boundary_, cache.items_) == ("2", 7)
+    with PrefixCache(1).attach(model), pytest.raises(ConfigError, match="depends on the other"):
+        model(x[:4])
+
+
 def test_a_layer_that_is_trained_from_now_on_and_a_gradient_of_the_input(vit):
     (x,) = pictures()
     with PrefixCache(20).attach(vit) as cache:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.linalg.torch_settings import forked_rng, rng_states, set_seed
+from lora_lightning.linalg.torch_settings import forked_rng, rng_states, rounding, set_seed
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.module_tree import join, walk
 from lora_lightning.model.probing import difference, floats, preserved
@@ -136,10 +136,13 @@ def _dim(value: Any, other: Any, size: int) -> int | None:
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether tensors are the same, but for rounding: half the digits must agree."""
+    """Whether tensors are the same, but for rounding: half the digits must agree.
+
+    Digits of the products: features in float32 have fewer under autocast, or TF32.
+    """
     for x, y in [pair for pair in zip(a, b, strict=True) if isinstance(pair[0], Tensor)]:
         comparable = x.is_floating_point() and (x.shape, x.dtype) == (y.shape, y.dtype)
-        most = torch.finfo(x.dtype).eps ** 0.5 if comparable else 0.0
+        most = rounding(x) ** 0.5 if comparable else 0.0
         if not torch.equal(x, y) and not (comparable and difference([y], [x]) <= most):
             return False
     return True
