@@ -130,7 +130,10 @@ def test_the_callback_in_every_precision(tmp_path, name, precision, setting, dev
     wake(model)
     module = Losses(model, lr=3e-3)
     set_precision(setting)
-    adapter = lora(target_modules="all", batch_norm="adapt")
+    # Adam's ε is 0 in float16, and so is many a gradient: a head of its own would be NaN, adapted
+    # or not. Factors are float32.
+    heads = {"trainable": []} if precision == "16-true" else {}
+    adapter = lora(target_modules="all", batch_norm="adapt", **heads)
     fit(tmp_path, device, module, adapter, max_epochs=8, precision=precision)
     assert finite(module)
     assert torch.tensor(module.losses).isfinite().all()
