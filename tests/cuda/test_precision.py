@@ -48,6 +48,8 @@ NETWORKS = {
     "vit_tiny_patch16_224": (64, {"img_size": 64, "depth": 3}),
 }
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
+# A base that Lightning converts to float16 is not recognised as its own in float32: documented.
+float16 = pytest.mark.filterwarnings("ignore:the base's weights changed since the adapter")
 HALVES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -117,6 +119,7 @@ def test_recurrent_layers_through_the_callback(tmp_path, kind, precision, device
     assert finite(module)
 
 
+@float16
 @pytest.mark.parametrize("setting", ["default", "high"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
@@ -127,7 +130,10 @@ def test_the_callback_in_every_precision(tmp_path, name, precision, setting, dev
     wake(model)
     module = Losses(model, lr=3e-3)
     set_precision(setting)
-    adapter = lora(target_modules="all", batch_norm="adapt")
+    # Adam's ε is 0 in float16, and so is many a gradient: a head of its own would be NaN, adapted
+    # or not. Factors are float32.
+    heads = {"trainable": []} if precision == "16-true" else {}
+    adapter = lora(target_modules="all", batch_norm="adapt", **heads)
     fit(tmp_path, device, module, adapter, max_epochs=8, precision=precision)
     assert finite(module)
     assert torch.tensor(module.losses).isfinite().all()
@@ -135,6 +141,7 @@ def test_the_callback_in_every_precision(tmp_path, name, precision, setting, dev
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
 
 
+@float16
 @pytest.mark.parametrize("precision", HALVES)
 def test_small_updates_are_not_lost_in_half_precision(tmp_path, precision, device):
     """Two hundred steps of 1e-5 move A, though each is below half an ulp of its values."""
