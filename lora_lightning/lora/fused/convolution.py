@@ -113,10 +113,10 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         low, how, needs, (of_x, dtype) = ctx.low, ctx.how, ctx.needs_input_grad, ctx.dtypes
         x, used, A, B = ctx.saved_tensors
-        positions = g.numel() // max(len(B), 1)
-        whole = whole_is_cheap(g, positions, len(B), A.shape[1], len(A))
+        positions = g.numel() // max(B.shape[0], 1)
+        whole = whole_is_cheap(g, positions, B.shape[0], *A.shape)
         if dtype is None and needs[0]:
-            used = low.added_to(used.flatten(1)).view_as(used)
+            used = effective_weight(used.flatten(1), low).view_as(used)
         grad_x, grad_W = _gradients(g, x, used, how, needs[0], whole)
         if grad_W is not None:
             grad_A, grad_B = of_whole(grad_W.flatten(1).to(A.dtype), low)

@@ -14,9 +14,15 @@ from lora_lightning.lora.fused.plan import LowRank, limits
 from lora_lightning.lora.fused.thin_matmul import across, along
 
 
-def effective_weight(weight_OxI: Tensor, low: LowRank, dtype: torch.dtype | None) -> Tensor:
-    """W' in the dtype of the products, rounded once; W in that dtype at the start."""
-    summed = low.added_to(weight_OxI)
+def effective_weight(weight_OxI: Tensor, low: LowRank, dtype: torch.dtype | None = None) -> Tensor:
+    """W' = W + s·BA, rounded once where its dtype is narrower; exactly W at the start."""
+    A, B, start_A, start_B, s, _ = low
+    if start_A is None or start_B is None:
+        summed = torch.addmm(weight_OxI, B, A, alpha=s)
+    else:
+        product = B @ A
+        product -= start_B @ start_A
+        summed = torch.add(weight_OxI, product, alpha=s)
     return summed if dtype is None else summed.to(dtype)
 
 
@@ -25,18 +31,18 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of A and B, in their own dtype, from the gradient of the output."""
     A, B, s = low.lora_A, low.lora_B, low.scaling
-    if whole_is_cheap(g_NxO, len(g_NxO), len(B), A.shape[1], len(A)):
-        return of_whole(matmul(g_NxO.T, x_NxI, A.dtype), low, needs_B)
+    if whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape):
+        return of_whole(matmul(g_NxO.t(), x_NxI, A.dtype), low, needs_B)
     low_A, low_B = _scaled(A, s, x_NxI.dtype), _scaled(B, s, x_NxI.dtype)
-    back_RxN = across(low_B.T, g_NxO)
+    back_RxN = across(low_B.t(), g_NxO)
     if g_NxO.device.type == "cpu":
         grad_A = along(back_RxN, x_NxI).to(A.dtype)
-        return grad_A, along(across(low_A, x_NxI), g_NxO).T.to(B.dtype) if needs_B else None
+        return grad_A, along(across(low_A, x_NxI), g_NxO).t().to(B.dtype) if needs_B else None
     grad_A = matmul(back_RxN, x_NxI, A.dtype)
-    return grad_A, matmul(g_NxO.T, x_NxI @ low_A.T, B.dtype) if needs_B else None
+    return grad_A, matmul(g_NxO.t(), x_NxI @ low_A.t(), B.dtype) if needs_B else None
 
 
-def whole_is_cheap(g: Tensor, rows: int, out: int, into: int, rank: int) -> bool:
+def whole_is_cheap(g: Tensor, rows: int, out: int, rank: int, into: int) -> bool:
     """Whether the gradient of the whole weight takes less time than the thin products do."""
     limit = limits(g)
     less = out * into < 2 * (rank + limit.reading) * (out + into)
@@ -47,8 +53,8 @@ def of_whole(grad_OxI: Tensor, low: LowRank, needs_B: bool = True) -> tuple[Tens
     """The gradients of A and B from that of the whole weight."""
     A, B, s = low.lora_A, low.lora_B, low.scaling
     # With β = 0 the first argument gives the shape alone.
-    grad_A = torch.addmm(A, B.T, grad_OxI, beta=0, alpha=s)
-    return grad_A, torch.addmm(B, grad_OxI, A.T, beta=0, alpha=s) if needs_B else None
+    grad_A = torch.addmm(A, B.t(), grad_OxI, beta=0, alpha=s)
+    return grad_A, torch.addmm(B, grad_OxI, A.t(), beta=0, alpha=s) if needs_B else None
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

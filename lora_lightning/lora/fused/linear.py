@@ -58,7 +58,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return False
     if low.start_A is not None and (low.dropout or not exact(weight)):
-        return False  # the two products must cancel at the start: see `LowRank.added_to`
+        return False  # the two products must cancel at the start: see `effective_weight`
     wanted = lowered(x)
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
@@ -82,7 +82,7 @@ def linear(
     try:
         if torch.is_grad_enabled():
             return _Linear.apply(x, weight, bias, low.lora_A, low.lora_B, plan, kept)  # type: ignore[no-any-return]
-        return _linear(plan.cast(x), _weight(plan, weight), bias, plan)[0]
+        return _linear(*_prepared(x, weight, bias, plan), plan)[0]
     finally:
         if with_casts:
             torch.set_autocast_enabled(x.device.type, True)
@@ -97,15 +97,21 @@ def autocast_off(x: Tensor) -> bool:
     return True
 
 
-def _weight(plan: Plan, weight: Tensor) -> Tensor:
-    """The weight that x is multiplied by."""
-    return effective_weight(weight, plan.low, plan.dtype) if plan.whole else plan.cast(weight)
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the weight that it is multiplied by, and b, in the dtype of the product."""
+    dtype = plan.dtype
+    used = effective_weight(weight, plan.low, dtype) if plan.whole else plan.cast(weight)
+    if dtype is None:
+        return x, used, bias
+    return x.to(dtype), used, None if bias is None else bias.to(dtype)
 
 
 def _linear(
     x: Tensor, used: Tensor, bias: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and h = A xᵀ (r, N) where it was computed; x and the weight are cast."""
+    """The output, and h = A xᵀ (r, N) where it was computed."""
     # The base's own function: while B is zero the output is the base's, bit for bit.
     out = plan.base(x, used, bias)
     if plan.whole and not plan.frozen_A:
@@ -167,7 +173,7 @@ class _Linear(torch.autograd.Function):
         kept: tuple[Tensor, ...] | None,
     ) -> Tensor:
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        x, used = plan.cast(x), _weight(plan, weight)
+        x, used, bias = _prepared(x, weight, bias, plan)
         out, h_RxN = _linear(x, used, bias, plan)
         if not ctx.needs_input_grad[3]:
             kept = ()
@@ -182,7 +188,7 @@ class _Linear(torch.autograd.Function):
     @gradients
     def backward(ctx: Any, g: Tensor) -> Any:
         plan, needs = ctx.plan, ctx.needs_input_grad
-        weight, A, B, h_RxN, *kept = ctx.saved_tensors
+        weight, A, _, h_RxN, *kept = ctx.saved_tensors
         g_NxO = plan.rows(g)
         parts = pieces(g_NxO, A.shape[1])
         if plan.whole and parts[0] is ALL:
@@ -190,7 +196,7 @@ class _Linear(torch.autograd.Function):
         else:
             grad_x, grad_A, grad_B = _in_pieces(ctx, g_NxO, parts, weight, h_RxN, kept)
         if grad_x is not None:
-            grad_x = plan.unrolled(grad_x, g)
+            grad_x = plan.unrolled(grad_x, g).to(ctx.dtype)
         return grad_x, None, g_NxO.sum(0) if needs[2] else None, grad_A, grad_B, None, None
 
 
@@ -207,7 +213,7 @@ def _at_once(
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
     if needs_x:
-        used = low.added_to(weight) if plan.dtype is None else weight
+        used = effective_weight(weight, low) if plan.dtype is None else weight
         grad_x = matmul(g_NxO, used, ctx.dtype)
     if needs_A:
         grad_A, grad_B = factor_gradients(g_NxO, plan.input_rows(kept), low, needs_B)
@@ -228,13 +234,13 @@ def _in_pieces(
     plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
     low, A, B = plan.low, plan.low.lora_A, plan.low.lora_B
     low_A, back_RxO = plan.cast(A), (plan.cast(B) * low.scaling).T
-    used = low.added_to(weight) if plan.whole and needs_x else weight
+    used = effective_weight(weight, low) if plan.whole and needs_x else weight
     grad_A: Tensor | None = None
     grad_Bt: Tensor | None = None
     grad_x = g_NxO.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
     read = plan.reader(kept, ctx.shape) if needs_A else None
     mask = plan.mask(g_NxO, ctx.shape) if low.dropout else None
-    small = plan.whole and needs_A and whole_is_cheap(g_NxO, len(g_NxO), *weight.shape, len(A))
+    small = plan.whole and needs_A and whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape)
     grad_W = torch.zeros_like(weight) if small else None
     for at in parts:
         g_i = cut(g_NxO, at)
@@ -255,8 +261,6 @@ def _in_pieces(
             grad_x_i.addcmul_(back_i.T @ low_A, cut(mask, at))
         elif grad_x is not None and not plan.whole:
             grad_x_i.addmm_(back_i.T, low_A)
-    if grad_x is not None:
-        grad_x = grad_x.to(ctx.dtype)
     if grad_W is not None:
         return (grad_x, *of_whole(grad_W, low, needs_B))
     return (

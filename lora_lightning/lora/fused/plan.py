@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_lightning.lora.fused.recompute import Build, recipe_for
 from lora_lightning.lora.fused.thin_matmul import cut, exact
 
+
 class Limits(NamedTuple):
     """Where one formula becomes cheaper than another, on one kind of device.
 
@@ -114,14 +115,6 @@ class LowRank(NamedTuple):
     scaling: float
     dropout: float = 0.0
 
-    def added_to(self, weight_OxI: Tensor) -> Tensor:
-        """W + s·BA, exactly W at the start."""
-        if self.start_A is None or self.start_B is None:
-            return torch.addmm(weight_OxI, self.lora_B, self.lora_A, alpha=self.scaling)
-        product = self.lora_B @ self.lora_A
-        product -= self.start_B @ self.start_A
-        return torch.add(weight_OxI, product, alpha=self.scaling)
-
 
 def lowered(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast; ``None`` where it is off."""
@@ -199,7 +192,6 @@ class Plan(NamedTuple):
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output with this weight (O, I)."""
-        bias = None if bias is None else self.cast(bias)
         if not self.channels:
             return F.linear(x, weight, bias)
         pointwise: Any = F.conv2d if x.dim() == 4 else F.conv3d
