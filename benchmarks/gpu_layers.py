@@ -19,8 +19,7 @@ from torch.autograd import DeviceType
 
 import lora_lightning
 from lora_lightning import inject
-from lora_lightning.lora.fused import linear as fused_linear
-from lora_lightning.lora.fused import plan as fused_plan
+from lora_lightning.lora.fused.plan import LIMITS
 
 STEPS = 3
 ROWS, SIZES, RANKS = (
@@ -28,7 +27,7 @@ ROWS, SIZES, RANKS = (
     ((192, 768), (768, 768), (768, 3072), (4096, 4096)),
     (4, 16, 64),
 )
-# Name → (`_MANY`, `_READING`): W + sBA or two products, the whole weight's gradient or thin ones.
+# Name → `many` and `reading` of `LIMITS`: W + sBA or two products, the whole weight's gradient or thin ones.
 FORMULAS = {
     "thin": (math.inf, 0.0),
     "whole, thin gradients": (0.0, -math.inf),
@@ -132,8 +131,7 @@ def _formulas(
         "plain": (model, {"enabled": False}, (0.0, 0.0)),
     }
     for name, constants in FORMULAS.items():
-        if not low or name == "thin":  # in half precision there is no other
-            layers[name] = (model, {"smallest": 0}, constants)
+        layers[name] = (model, {"smallest": 0}, constants)
     found: dict[tuple[str, str], Work] = {}
     for name, (layer, switches, constants) in layers.items():
         wanted = [x] if name == "floor" else [x, *factors]
@@ -162,10 +160,11 @@ def _pass(
 
 @contextmanager
 def _constants(many: float, reading: float) -> Iterator[None]:
-    """Make the choice that the constants make by size."""
-    before = fused_plan._MANY, fused_linear._READING
-    fused_plan._MANY, fused_linear._READING = many, reading
+    """Make the choice that the table makes by size."""
+    before = dict(LIMITS)
+    own = {"many": many, "reading": reading, "cheap": 0}
+    LIMITS.update({key: limit._replace(**own) for key, limit in before.items()})
     try:
         yield
     finally:
-        fused_plan._MANY, fused_linear._READING = before
+        LIMITS.update(before)

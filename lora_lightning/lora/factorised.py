@@ -26,7 +26,7 @@ def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
     if low is not None and ops.applies(x_BxI, weight, low):
-        return ops.linear(x_BxI, weight, self.bias, low)
+        return ops.linear(x_BxI, weight, _bias(self), low)
     out_BxO: Tensor = F.linear(x_BxI, weight, self.bias)
     if factors is None:
         return out_BxO
@@ -65,16 +65,27 @@ def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
         around = self._reversed_padding_repeated_twice
         x = F.pad(x, around, mode) if any(around) else x
         padding = (0,) * len(self.kernel_size)
-    return convolution.convolution(x, weight, self.bias, low, (self.stride, padding, self.dilation))
+    how = self.stride, padding, self.dilation
+    return convolution.convolution(x, weight, _bias(self), low, how)
 
 
 def _low_rank(factors: Factors | None) -> LowRank | None:
     """The factors for the fused functions; ``None`` for DoRA, which is not a sum."""
-    if factors is None or factors.magnitude is not None:
+    if factors is None or factors._parameters["magnitude"] is not None:
         return None
-    dropout = factors.spec.dropout if factors.training else 0.0
-    pair = factors.lora_A, factors.lora_B
-    return LowRank(*pair, factors.start_A, factors.start_B, factors.spec.scaling, dropout)
+    spec, starts = factors.spec, factors._buffers
+    dropout = spec.dropout if factors.training else 0.0
+    return LowRank(*factors.pair(), starts["start_A"], starts["start_B"], spec.scaling, dropout)
+
+
+def _bias(layer: Any) -> Tensor | None:
+    """The layer's bias, by the table unless it is computed: an attribute takes longer."""
+    bias: Tensor | None
+    try:
+        bias = layer._parameters["bias"]
+    except KeyError:
+        bias = layer.bias
+    return bias
 
 
 def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:

@@ -117,6 +117,11 @@ class Factors(nn.Module):
         """The parameters whose product is ΔW, whether they train or not."""
         return self.lora_A, self.lora_B
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B), by the table: an attribute takes longer."""
+        parameters: Any = self._parameters
+        return parameters["lora_A"], parameters["lora_B"]
+
     def linear_in(self) -> tuple[Tensor, ...]:
         """Tensors in which ΔW is linear: of the two products BA and B₀A₀ both B."""
         return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)

@@ -183,7 +183,9 @@ def _choose(base: Any, kind: LayerKind) -> Forward:
     fits = kind.fits
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        out: Tensor = (factors_kept if _fits(self, fits) else own)(self, input)
+        # `_fits`, without the call
+        chosen = factors_kept if "weight" in self._parameters and fits(self) else own
+        out: Tensor = chosen(self, input)
         return out
 
     return forward

@@ -162,6 +162,10 @@ class XSFactors(Factors):
         """(out, r), through which the gradient reaches the core."""
         return self.basis.lora_B @ self.core
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B), computed."""
+        return self.lora_A, self.lora_B
+
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """The core alone."""
         return (self.core,)

@@ -19,24 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.lora.fused import linear as ops
-from lora_lightning.lora.fused.plan import LowRank, adds_exactly
+from lora_lightning.lora.fused.factor_products import effective_weight, of_whole, whole_is_cheap
+from lora_lightning.lora.fused.plan import LowRank, lowered
+from lora_lightning.lora.fused.thin_matmul import exact
 
 How = tuple[tuple[int, ...], ...]  # stride, padding, dilation
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     """Whether `convolution` supports this input; the plain formula always does."""
-    return adds_exactly(x, weight) and not low.dropout and ops.applies(x, weight, low)
+    return exact(weight) and not low.dropout and ops.applies(x, weight, low)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How) -> Tensor:
     """x (N, I, …) → (N, O, …) without groups; only where `applies` says so."""
     if _is_matrix(x, weight, how):
         return ops.linear(x, weight.flatten(1), bias, low, channels=True)
-    if not torch.is_grad_enabled():
-        return _run(x, low.added_to(weight.flatten(1)).view_as(weight), bias, how)
-    found: Tensor = _Convolution.apply(x, weight, bias, low.lora_A, low.lora_B, low, how)
-    return found
+    dtype = lowered(x)
+    with_casts = dtype is not None and ops.autocast_off(x)
+    try:
+        if torch.is_grad_enabled():
+            return _Convolution.apply(x, weight, bias, low.lora_A, low.lora_B, low, how, dtype)  # type: ignore[no-any-return]
+        return _forward(x, weight, bias, low, how, dtype)[0]
+    finally:
+        if with_casts:
+            torch.set_autocast_enabled(x.device.type, True)
 
 
 def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
@@ -65,6 +72,21 @@ def _gradients(
     return found[0], found[1]
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: LowRank,
+    how: How,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and x and W' in the dtype of the product."""
+    used = effective_weight(weight.flatten(1), low, dtype).view_as(weight)
+    if dtype is not None:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _run(x, used, bias, how), x, used
+
+
 class _Convolution(torch.autograd.Function):
     """The gradients of the module's docstring."""
 
@@ -78,36 +100,49 @@ class _Convolution(torch.autograd.Function):
         B: Tensor,
         low: LowRank,
         how: How,
+        dtype: torch.dtype | None,
     ) -> Tensor:
-        ctx.low, ctx.how = low, how
-        ctx.save_for_backward(x, weight, A, B)
-        return _run(x, low.added_to(weight.flatten(1)).view_as(weight), bias, how)
+        ctx.low, ctx.how, ctx.dtypes = low, how, (x.dtype, dtype)
+        out, x, used = _forward(x, weight, bias, low, how, dtype)
+        # W' is computed again where it is not the cast weight, which torch keeps as well.
+        ctx.save_for_backward(x, weight if dtype is None else used, A, B)
+        return out
 
     @staticmethod
     @ops.gradients
     def backward(ctx: Any, g: Tensor) -> Any:
-        low, how, needs = ctx.low, ctx.how, ctx.needs_input_grad
-        x, weight, A, B = ctx.saved_tensors
-        small = ops.is_small(weight, len(A))
-        used = low.added_to(weight.flatten(1)).view_as(weight)
-        grad_x, whole = _gradients(g, x, used, how, needs[0], small)
-        if whole is not None:
-            grad_A, grad_B = B.T @ whole.flatten(1), whole.flatten(1) @ A.T
+        low, how, needs, (of_x, dtype) = ctx.low, ctx.how, ctx.needs_input_grad, ctx.dtypes
+        x, used, A, B = ctx.saved_tensors
+        positions = g.numel() // max(B.shape[0], 1)
+        whole = whole_is_cheap(g, positions, B.shape[0], *A.shape)
+        if dtype is None and needs[0]:
+            used = effective_weight(used.flatten(1), low).view_as(used)
+        grad_x, grad_W = _gradients(g, x, used, how, needs[0], whole)
+        if grad_W is not None:
+            grad_A, grad_B = of_whole(grad_W.flatten(1).to(A.dtype), low)
         else:
-            grad_A, grad_B = _thin(g, x, A.view(-1, *weight.shape[1:]), B, how)
-        grad_bias = g.transpose(0, 1).flatten(1).sum(1) if needs[2] else None
-        scaled = [
-            grad * low.scaling if need else None
-            for grad, need in ((grad_A, needs[3]), (grad_B, needs[4]))
-        ]
-        return grad_x, None, grad_bias, *scaled, None, None
+            grad_A, grad_B = _thin(g, x, low, used.shape[1:], how)
+        return (
+            None if grad_x is None else grad_x.to(of_x),
+            None,
+            g.transpose(0, 1).flatten(1).sum(1) if needs[2] else None,
+            grad_A if needs[3] else None,
+            grad_B if needs[4] else None,
+            None,
+            None,
+            None,
+        )
 
 
-def _thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
-    """The gradients of A and B without G, not scaled yet."""
-    h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
+def _thin(
+    g: Tensor, x: Tensor, low: LowRank, kernel: torch.Size, how: How
+) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B without that of the whole weight."""
+    A, B = low.lora_A, low.lora_B
+    low_A, low_B = A.to(x.dtype).view(-1, *kernel), B.to(x.dtype)
+    h_NRP, g_NOP = _run(x, low_A, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
-    back = (B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
-    grad_A = _gradients(back, x, kernel, how, False, True)[1]
+    back = (low_B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
+    grad_A = _gradients(back, x, low_A, how, False, True)[1]
     assert grad_A is not None
-    return grad_A.flatten(1), grad_B
+    return grad_A.flatten(1).to(A.dtype) * low.scaling, grad_B.to(B.dtype) * low.scaling

@@ -20,27 +20,23 @@ Autocast, dropout (its mask is redrawn from its seed), and subtracted initial fa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.lora.fused.plan import (
-    LowRank,
-    Plan,
-    adds_exactly,
-    is_captured,
-    lowered,
-    switches,
+from lora_lightning.lora.fused.factor_products import (
+    effective_weight,
+    factor_gradients,
+    matmul,
+    of_whole,
+    whole_is_cheap,
 )
-from lora_lightning.lora.fused.thin_matmul import across, along, cut, pieces
+from lora_lightning.lora.fused.plan import LowRank, Plan, is_captured, limits, lowered, switches
+from lora_lightning.lora.fused.thin_matmul import ALL, across, along, cut, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
-
-# A thin product of rank r takes as long as r + 12 rows of a large one (measured on a CPU, rank 4 to
-# 64, linear layers and convolutions: x and g must be read whatever the rank).
-_READING = 12
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
@@ -52,18 +48,20 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     if low.dropout and is_captured(x):
         return False
-    out, into = weight.shape[:2]
-    if x.numel() * (into + out) < switches.smallest * into:
-        return False
+    smallest = limits(x).small if switches.smallest is None else switches.smallest
+    if smallest:
+        out, into = weight.shape[:2]
+        if x.numel() * (into + out) < smallest * into:
+            return False
     if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
         (x, weight)
     ):
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
+    if low.start_A is not None and (low.dropout or not exact(weight)):
+        return False  # the two products must cancel at the start: see `effective_weight`
     wanted = lowered(x)
-    if low.start_A is not None and (low.dropout or not adds_exactly(x, weight)):
-        return False  # the two products must cancel at the start: see `LowRank.added_to`
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
     return x.dtype == weight.dtype and low.lora_A.dtype == factor_dtype(weight)
@@ -81,26 +79,49 @@ def linear(
         low: The factors.
         channels: x is (B, I, …) and the output (B, O, …), with the channels last in memory.
     """
-    plan = Plan.of(x, weight, low, channels)
-    if not torch.is_grad_enabled():
-        return _linear(x, plan.cast(weight), bias, plan)[0]
-    out: Tensor = _Linear.apply(x, weight, bias, low.lora_A, low.lora_B, plan)
-    return out
+    plan, kept = Plan.of(x, weight, low, channels)
+    with_casts = plan.dtype is not None and autocast_off(x)
+    try:
+        if torch.is_grad_enabled():
+            return _Linear.apply(x, weight, bias, low.lora_A, low.lora_B, plan, kept)  # type: ignore[no-any-return]
+        return _linear(*_prepared(x, weight, bias, plan), plan)[0]
+    finally:
+        if with_casts:
+            torch.set_autocast_enabled(x.device.type, True)
+
+
+def autocast_off(x: Tensor) -> bool:
+    """Switch autocast off, whose casts are made here; whether it was on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    torch.set_autocast_enabled(kind, False)  # the context manager takes much longer
+    return True
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the weight that it is multiplied by, and b, in the dtype of the product."""
+    dtype = plan.dtype
+    used = effective_weight(weight, plan.low, dtype) if plan.whole else plan.cast(weight)
+    if dtype is None:
+        return x, used, bias
+    return x.to(dtype), used, None if bias is None else bias.to(dtype)
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
+    x: Tensor, used: Tensor, bias: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and h = A xᵀ (r, N) where it was computed."""
-    low, x = plan.low, plan.cast(x)
     # The base's own function: while B is zero the output is the base's, bit for bit.
-    out = plan.base(x, low.added_to(weight) if plan.whole else weight, bias)
-    h_RxN = None
-    if plan.frozen_A or not plan.whole:
-        h_RxN = across(plan.cast(low.lora_A), plan.dropped(plan.rows(x)))
-    if h_RxN is not None and not plan.whole:
+    out = plan.base(x, used, bias)
+    if plan.whole and not plan.frozen_A:
+        return out, None
+    h_RxN = across(plan.cast(plan.low.lora_A), plan.dropped(plan.rows(x)))
+    if not plan.whole:
         rows_NxO = plan.rows(out)
-        rows_NxO.addmm_(h_RxN.T, plan.cast(low.lora_B).T, alpha=low.scaling)
+        rows_NxO.addmm_(h_RxN.T, plan.cast(plan.low.lora_B).T, alpha=plan.low.scaling)
         layout = torch.channels_last if plan.channels else torch.contiguous_format
         if not out.is_contiguous(memory_format=layout):  # another layout: rows are copies
             out.copy_(plan.unrolled(rows_NxO, out))
@@ -117,24 +138,26 @@ def gradients(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor],
 
     @functools.wraps(backward)
     def checked(ctx: Any, g: Tensor) -> Any:
-        batched = torch._C._functorch.is_legacy_batchedtensor(g)
-        if batched or torch.is_grad_enabled():
-            asked = (
-                "is_grads_batched=True asks for many gradients at once"
-                if batched
-                else "create_graph=True asks for gradients of gradients"
-            )
-            raise AdapterError(
-                f"{asked}, which the fused path of adapted layers does not have: run the forward "
-                "pass inside `with lora_lightning.fused(False):` (under activation checkpointing "
-                "the backward pass too)"
-            )
-        if not torch.is_autocast_enabled(g.device.type):
+        if torch.is_grad_enabled():
+            raise _refusal("create_graph=True asks for gradients of gradients")
+        if torch._C._functorch.is_legacy_batchedtensor(g):
+            raise _refusal("is_grads_batched=True asks for many gradients at once")
+        if not autocast_off(g):
             return backward(ctx, g)
-        with torch.autocast(g.device.type, enabled=False):
+        try:
             return backward(ctx, g)
+        finally:
+            torch.set_autocast_enabled(g.device.type, True)
 
     return checked
+
+
+def _refusal(asked: str) -> AdapterError:
+    return AdapterError(
+        f"{asked}, which the fused path of adapted layers does not have: run the forward pass "
+        "inside `with lora_lightning.fused(False):` (under activation checkpointing the backward "
+        "pass too)"
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -142,62 +165,108 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        plan: Plan,
+        kept: tuple[Tensor, ...] | None,
     ) -> Tensor:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        weight = plan.cast(weight)
-        out, h_RxN = _linear(x, weight, bias, plan)
-        plan.keep(ctx, x, weight, A, B, h_RxN)
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        x, used, bias = _prepared(x, weight, bias, plan)
+        out, h_RxN = _linear(x, used, bias, plan)
+        if not ctx.needs_input_grad[3]:
+            kept = ()
+        elif kept is None:
+            kept = (x,)
+        # W' is computed again where it is not the cast weight, which torch keeps as well.
+        ctx.save_for_backward(weight if plan.dtype is None else used, A, B, h_RxN, *kept)
         # For some shapes torch's output is a view, on which no activation could work in place.
         return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @gradients
     def backward(ctx: Any, g: Tensor) -> Any:
-        plan, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.plan, ctx.needs_input_grad
-        weight, A, B, h_RxN, *kept = ctx.saved_tensors
-        low_A, g_NxO = plan.cast(A), plan.rows(g)
-        back_RxO = (plan.cast(B) * plan.low.scaling).T
-        used = plan.low.added_to(weight) if plan.whole and needs_x else weight
-        grad_A: Tensor | None = None
-        grad_Bt: Tensor | None = None
-        grad_x = g.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
-        read = plan.reader(kept, ctx.shape) if needs_A else None
-        mask = plan.mask(g, ctx.shape) if plan.low.dropout else None
-        small = plan.whole and needs_A and is_small(weight, len(A))
-        grad_W = torch.zeros_like(weight) if small else None
-        for at in pieces(g_NxO, A.shape[1]):
-            g_i = cut(g_NxO, at)
-            if read is not None:
-                x_i = read(at) if mask is None else read(at) * cut(mask, at)
-            if grad_x is not None:
-                grad_x_i = torch.mm(g_i, used, out=cut(grad_x, at))
-            if grad_W is not None:
-                grad_W.addmm_(g_i.T, x_i)
-                continue
-            back_i = across(back_RxO, g_i)
-            if needs_A:
-                grad_A = along(back_i, x_i, grad_A)
-            if needs_B:
-                h_i = across(low_A, x_i) if h_RxN is None else h_RxN[:, at]
-                grad_Bt = along(h_i, g_i, grad_Bt)
-            if grad_x is not None and mask is not None:
-                grad_x_i.addcmul_(back_i.T @ low_A, cut(mask, at))
-            elif grad_x is not None and not plan.whole:
-                grad_x_i.addmm_(back_i.T, low_A)
+        plan, needs = ctx.plan, ctx.needs_input_grad
+        weight, A, _, h_RxN, *kept = ctx.saved_tensors
+        g_NxO = plan.rows(g)
+        parts = pieces(g_NxO, A.shape[1])
+        if plan.whole and parts[0] is ALL:
+            grad_x, grad_A, grad_B = _at_once(ctx, g_NxO, weight, h_RxN, kept)
+        else:
+            grad_x, grad_A, grad_B = _in_pieces(ctx, g_NxO, parts, weight, h_RxN, kept)
+        if grad_x is not None:
+            grad_x = plan.unrolled(grad_x, g).to(ctx.dtype)
+        return grad_x, None, g_NxO.sum(0) if needs[2] else None, grad_A, grad_B, None, None
+
+
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _at_once(
+    ctx: Any, g_NxO: Tensor, weight: Tensor, h_RxN: Tensor | None, kept: Sequence[Tensor]
+) -> Found:
+    """The gradients of x (as rows), A and B where W' was computed, in the fewest steps."""
+    plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
+    low = plan.low
+    grad_x: Tensor | None = None
+    grad_A: Tensor | None = None
+    grad_B: Tensor | None = None
+    if needs_x:
+        used = effective_weight(weight, low) if plan.dtype is None else weight
+        grad_x = matmul(g_NxO, used, ctx.dtype)
+    if needs_A:
+        grad_A, grad_B = factor_gradients(g_NxO, plan.input_rows(kept), low, needs_B)
+    elif needs_B and h_RxN is not None:
+        grad_B = along(h_RxN, g_NxO).T.to(low.lora_B.dtype) * low.scaling
+    return grad_x, grad_A, grad_B
+
+
+def _in_pieces(
+    ctx: Any,
+    g_NxO: Tensor,
+    parts: list[slice],
+    weight: Tensor,
+    h_RxN: Tensor | None,
+    kept: Sequence[Tensor],
+) -> Found:
+    """The same by pieces that fit into a processor's cache, or where s·BA was applied to x."""
+    plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
+    low, A, B = plan.low, plan.low.lora_A, plan.low.lora_B
+    low_A, back_RxO = plan.cast(A), (plan.cast(B) * low.scaling).T
+    used = effective_weight(weight, low) if plan.whole and needs_x else weight
+    grad_A: Tensor | None = None
+    grad_Bt: Tensor | None = None
+    grad_x = g_NxO.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
+    read = plan.reader(kept, ctx.shape) if needs_A else None
+    mask = plan.mask(g_NxO, ctx.shape) if low.dropout else None
+    small = plan.whole and needs_A and whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape)
+    grad_W = torch.zeros_like(weight) if small else None
+    for at in parts:
+        g_i = cut(g_NxO, at)
+        if read is not None:
+            x_i = read(at) if mask is None else read(at) * cut(mask, at)
+        if grad_x is not None:
+            grad_x_i = torch.mm(g_i, used, out=cut(grad_x, at))
         if grad_W is not None:
-            grad_A = back_RxO @ grad_W
-            grad_Bt = low_A @ grad_W.T if needs_B else None
-        return (
-            None if grad_x is None else plan.unrolled(grad_x, g).to(ctx.dtype),
-            None,
-            g_NxO.sum(0) if needs_bias else None,
-            None if grad_A is None else grad_A.to(A.dtype),
-            None if grad_Bt is None else grad_Bt.T.to(B.dtype) * plan.low.scaling,
-            None,
-        )
-
-
-def is_small(weight: Tensor, rank: int) -> bool:
-    """Whether the gradient of the whole weight takes less time than the thin products do."""
-    return weight.numel() < 2 * (rank + _READING) * (len(weight) + weight[0].numel())
+            grad_W.addmm_(g_i.T, x_i)
+            continue
+        back_i = across(back_RxO, g_i)
+        if needs_A:
+            grad_A = along(back_i, x_i, grad_A)
+        if needs_B:
+            h_i = across(low_A, x_i) if h_RxN is None else h_RxN[:, at]
+            grad_Bt = along(h_i, g_i, grad_Bt)
+        if grad_x is not None and mask is not None:
+            grad_x_i.addcmul_(back_i.T @ low_A, cut(mask, at))
+        elif grad_x is not None and not plan.whole:
+            grad_x_i.addmm_(back_i.T, low_A)
+    if grad_W is not None:
+        return (grad_x, *of_whole(grad_W, low, needs_B))
+    return (
+        grad_x,
+        None if grad_A is None else grad_A.to(A.dtype),
+        None if grad_Bt is None else grad_Bt.T.to(B.dtype) * low.scaling,
+    )

@@ -7,23 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.lora.fused.recompute import Recipe, recipe_for
+from lora_lightning.lora.fused.recompute import Build, recipe_for
 from lora_lightning.lora.fused.thin_matmul import cut, exact
 
-# W + s·BA rather than y + s·h Bᵀ where N (I + O) exceeds so many times I · O. On a CPU the two cost
-# the same at 3.5 without gradients and at 7 with them; one number for both, so that a model gives
-# the same output, bit for bit, whether gradients are wanted or not.
-_MANY = 5.0
-# Below so many numbers in x and y the interpreter's overhead dominates, and torch's own functions
-# are faster.
-_SMALL = 400_000
+
+class Limits(NamedTuple):
+    """Where one formula becomes cheaper than another, on one kind of device.
+
+    Attributes:
+        small: Numbers in x and y below which torch's own functions are faster than these.
+        many: W + s·BA is computed, rather than y + s·h Bᵀ, where N (I + O) exceeds so many times
+            I · O. One number with and without gradients, so that a model gives the same output,
+            bit for bit, whether gradients are wanted or not.
+        reading: A thin product of rank r takes as long as r + `reading` rows of a large one: x and
+            g must be read, and kernels launched, whatever the rank.
+        cheap: Multiplications of a product that takes no longer than two launches.
+    """
+
+    small: int
+    many: float
+    reading: float
+    cheap: float
+
+
+# By kind of device, and by whether products are in half precision. On a CPU (measured, rank 4 to
+# 64) the interpreter's overhead counts below `small`, and `many` would be 3.5 without gradients and
+# 7 with them. On a CUDA device (H100) launches count: these functions have fewer than the plain
+# formula at any size, and W + s·BA and the whole weight's gradient have the fewest.
+LIMITS = {
+    ("cpu", False): Limits(400_000, 5.0, 12, 0),
+    ("cpu", True): Limits(400_000, 5.0, 12, 0),
+    ("cuda", False): Limits(0, 0.25, 12, 1e9),
+    ("cuda", True): Limits(0, 0.25, 320, 1e10),
+}
+
+
+def limits(x: Tensor, dtype: torch.dtype | None = None) -> Limits:
+    """The limits for products of x in this dtype, its own by default."""
+    half = (dtype or x.dtype).itemsize < 4
+    return LIMITS.get((x.device.type, half)) or LIMITS["cpu", half]
 
 
 @dataclass
@@ -33,12 +62,13 @@ class Switches:
     Attributes:
         enabled: Use the fused functions, not the plain formula.
         recompute: Recompute a layer's input where possible, instead of keeping it.
-        smallest: Numbers in a layer's input and output below which the plain formula is used.
+        smallest: Numbers in a layer's input and output below which the plain formula is used;
+            ``None``: those of `LIMITS`.
     """
 
     enabled: bool = True
     recompute: bool = True
-    smallest: int = _SMALL
+    smallest: int | None = None
 
 
 switches = Switches()
@@ -47,7 +77,7 @@ _inside = [Switches()]  # the settings of each open block, the latest last
 
 @contextmanager
 def fused(
-    enabled: bool = True, *, recompute: bool = True, smallest: int = _SMALL
+    enabled: bool = True, *, recompute: bool = True, smallest: int | None = None
 ) -> Iterator[None]:
     """Configure the computation of adapted layers in a ``with`` block, in all threads.
 
@@ -56,7 +86,7 @@ def fused(
         recompute: False: the layer's input is kept for the backward pass, which takes memory and
             saves the time to recompute it.
         smallest: The plain formula is used where a layer's input and output have fewer numbers: it
-            is faster there.
+            is faster there. By default 400,000 on a CPU, and 0 on a CUDA device.
 
     Under activation checkpointing the backward pass runs the layers again, so it must be in the
     block as well.
@@ -85,14 +115,6 @@ class LowRank(NamedTuple):
     scaling: float
     dropout: float = 0.0
 
-    def added_to(self, weight_OxI: Tensor) -> Tensor:
-        """W + s·BA, exactly W at the start."""
-        if self.start_A is None or self.start_B is None:
-            return torch.addmm(weight_OxI, self.lora_B, self.lora_A, alpha=self.scaling)
-        product = self.lora_B @ self.lora_A
-        product -= self.start_B @ self.start_A
-        return torch.add(weight_OxI, product, alpha=self.scaling)
-
 
 def lowered(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast; ``None`` where it is off."""
@@ -108,7 +130,10 @@ def is_captured(x: Tensor) -> bool:
 
 
 def adds_exactly(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product can be added to the weight without loss of precision."""
+    """Whether a product added to the weight by torch's own functions is rounded as the weight is.
+
+    In this module it is also added under autocast, in float32.
+    """
     return lowered(x) is None and exact(weight)
 
 
@@ -121,7 +146,8 @@ class Plan(NamedTuple):
         dtype: Of the products, where the tensors have others: autocast's, or that of a base in half
             precision, whose factors are in float32.
         seed: Of dropout's mask.
-        recipe: How to recompute x, where it is not kept.
+        build: Recomputes x from what the graph keeps; ``None``: x is kept.
+        by_rows: Whether it can do so for some rows.
         frozen_A: A is frozen, so that h is kept instead of x.
         channels: x is (B, I, …), in memory (B, …, I): the input of a pointwise convolution.
     """
@@ -130,26 +156,34 @@ class Plan(NamedTuple):
     whole: bool
     dtype: torch.dtype | None = None
     seed: int = 0
-    recipe: Recipe | None = None
+    build: Build | None = None
+    by_rows: bool = False
     frozen_A: bool = False
     channels: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, low: LowRank, channels: bool) -> Plan:
-        """The plan for this input."""
-        training, dtype = torch.is_grad_enabled(), lowered(x)
-        if dtype is None and low.lora_A.dtype != x.dtype:
+    def of(
+        cls, x: Tensor, weight: Tensor, low: LowRank, channels: bool
+    ) -> tuple[Plan, tuple[Tensor, ...] | None]:
+        """The plan for this input, and what x is recomputed from."""
+        training, dtype, A = torch.is_grad_enabled(), lowered(x), low.lora_A
+        if dtype is None and A.dtype != x.dtype:
             dtype = x.dtype
-        ratio = x.numel() / weight.shape[1] * sum(weight.shape) / weight.numel()
-        many = ratio > _MANY or low.start_A is not None
-        whole = many and adds_exactly(x, weight) and not low.dropout
+        (out, into), dropout = weight.shape, low.dropout
+        whole = not dropout and exact(weight)
+        if whole and low.start_A is None:
+            whole = x.numel() * (into + out) > limits(x, dtype).many * out * into * into
         # From the global generator, so that it obeys seeds and checkpointing.
-        seed = int(torch.randint(2**62, ())) if low.dropout else 0
-        frozen_A = training and not low.lora_A.requires_grad
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        frozen_A = training and not A.requires_grad
         # A frozen convolution's input is kept by torch too.
-        may_recompute = training and not frozen_A and not channels and switches.recompute
-        recipe = recipe_for(x) if may_recompute else None
-        return cls(low, whole, dtype, seed, recipe, frozen_A, channels)
+        recipe = None
+        if training and switches.recompute and not frozen_A and not channels:
+            recipe = recipe_for(x)
+        if recipe is None:
+            return cls(low, whole, dtype, seed, None, False, frozen_A, channels), None
+        # What is kept goes another way: in the plan it would outlive the backward pass.
+        return cls(low, whole, dtype, seed, recipe.build, recipe.by_rows), recipe.kept
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor in the dtype of the products."""
@@ -163,7 +197,6 @@ class Plan(NamedTuple):
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output with this weight (O, I)."""
-        bias = None if bias is None else self.cast(bias)
         if not self.channels:
             return F.linear(x, weight, bias)
         pointwise: Any = F.conv2d if x.dim() == 4 else F.conv3d
@@ -173,7 +206,7 @@ class Plan(NamedTuple):
     def unrolled(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of `rows`, for a tensor with the layout of `like`."""
         if not self.channels:
-            return rows.view(*like.shape[:-1], rows.shape[-1])
+            return rows if like.dim() == 2 else rows.view(*like.shape[:-1], rows.shape[-1])
         return rows.view(len(like), *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -188,23 +221,22 @@ class Plan(NamedTuple):
         drawn = like.new_empty(shape.numel() // max(width, 1), width)
         return drawn.bernoulli_(keep, generator=generator).div_(keep)
 
-    def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
-        """Save `others`, x or what it is recomputed from, and this plan."""
-        made_of = (x,) if self.recipe is None else self.recipe.kept
-        ctx.save_for_backward(*others, *(made_of if ctx.needs_input_grad[3] else ()))
-        # In the plan they would outlive the backward pass, which frees what was saved.
-        ctx.plan = self._replace(recipe=self.recipe and replace(self.recipe, kept=()))
+    def input_rows(self, kept: Sequence[Tensor]) -> Tensor:
+        """x as rows, in the dtype of the products: as it was kept, or recomputed."""
+        if self.build is None:
+            return self.rows(kept[0])
+        return self.rows(self.cast(self.build(kept, self.dtype)))
 
     def reader(self, kept: Sequence[Tensor], shape: torch.Size) -> Callable[[slice], Tensor]:
-        """A function from a slice to these rows of x, from what `keep` saved."""
-        recipe = self.recipe
-        parts = as_rows(kept, shape[:-1]) if recipe is not None and recipe.by_rows else None
-        if recipe is None or parts is None:
-            rows = self.rows(kept[0] if recipe is None else recipe.build(kept))
-            return lambda at: self.cast(cut(rows, at))
+        """A function from a slice to these rows of x."""
+        build, dtype = self.build, self.dtype
+        parts = as_rows(kept, shape[:-1]) if build is not None and self.by_rows else None
+        if build is None or parts is None:
+            rows = self.input_rows(kept)
+            return lambda at: cut(rows, at)
         # Recomputed piece by piece, x stays in the processor's cache.
         return lambda at: self.cast(
-            recipe.build([t if shared else cut(t, at) for t, shared in parts])
+            build([t if shared else cut(t, at) for t, shared in parts], dtype)
         )
 
 

@@ -18,9 +18,7 @@ old value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,31 +27,34 @@ from torch import Tensor
 _DEEPEST = 6  # nodes: reshape, clone, transpose, dropout and the operation itself are five
 
 
-@dataclass(frozen=True)
-class Recipe:
+# From kept tensors to x. The dtype is one in which x will be cast anyway: it may be built in it.
+Build = Callable[..., Tensor]
+
+
+class Recipe(NamedTuple):
     """How to recompute a tensor.
 
     Attributes:
         kept: Tensors that the graph keeps in any case.
-        build: Computes the tensor from these; holds no reference to them.
+        build: Computes the tensor from these, under ``no_grad``; holds no reference to them.
         by_rows: Whether it is elementwise or along the last dimension alone, so that some of its
             rows can be computed from the same rows of the kept tensors.
     """
 
     kept: tuple[Tensor, ...]
-    build: Callable[[Sequence[Tensor]], Tensor]
+    build: Build
     by_rows: bool = True
 
 
 def recipe_for(x: Tensor) -> Recipe | None:
     """How to recompute x; ``None``: it must be kept."""
-    # Saved tensors under hooks may be stored elsewhere: reading them here would fetch them.
-    if x.grad_fn is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None
-    if x._version:  # modified in place, perhaps under no_grad, which the graph does not record
+    node = x.grad_fn
+    # One modified in place, perhaps under no_grad, is not recorded by the graph. Saved tensors
+    # under hooks may be stored elsewhere: reading them here would fetch them.
+    if node is None or x._version or torch._C._autograd._top_saved_tensors_default_hooks(True):
         return None
     try:
-        return _recipe(x.grad_fn, 0, 0)
+        return _recipe(node, 0, 0)
     except (AttributeError, RuntimeError):
         # Another version of torch, whose nodes keep something else; or a saved tensor was freed or
         # overwritten, which autograd reports where it is needed.
@@ -73,60 +74,87 @@ def _above(node: Any, depth: int, side: int = 0) -> Recipe | None:
     return None if above is None else _recipe(above, output, depth + 1)
 
 
-def _saved(node: Any, name: str) -> Any:
-    """The tensor that the node saved under this name.
+def _unpacked(saved: Any) -> None:
+    """Check by one saved tensor of a node that hooks packed none of them.
 
     Raises:
-        RuntimeError: hooks packed it, so that reading it would compute or fetch it.
+        RuntimeError: reading them would compute or fetch them.
     """
-    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+    if getattr(saved, "unpack_hook", None) is not None:
         raise RuntimeError("saved under hooks")
-    kept = getattr(node, f"_saved_{name}")
-    return None if kept is None else kept.detach()
 
 
 # ---- operations ---------------------------------------------------------------------------------
 
 
-def _result(node: Any, depth: int, name: str = "result") -> Recipe:
+def _result(node: Any, depth: int) -> Recipe:
     """The graph keeps the tensor itself."""
-    return Recipe((_saved(node, name),), _first, by_rows=False)
+    _unpacked(node._raw_saved_result)
+    return Recipe((node._saved_result,), _first, False)
+
+
+def _attention(node: Any, depth: int) -> Recipe:
+    _unpacked(node._raw_saved_output)
+    return Recipe((node._saved_output,), _first, False)
 
 
 def _of_input(function: Callable[..., Tensor], *settings: str) -> Callable[[Any, int], Recipe]:
     """A function of one kept input; `settings` are the node's names of its other arguments."""
 
     def rule(node: Any, depth: int) -> Recipe:
+        _unpacked(node._raw_saved_self)
         rest = [getattr(node, f"_saved_{s}") for s in settings]
-        return Recipe((_saved(node, "self"),), lambda kept: function(kept[0], *rest))
+        return Recipe((node._saved_self,), lambda kept, dtype=None: function(kept[0], *rest))
 
     return rule
 
 
 def _glu(node: Any, depth: int) -> Recipe:
-    kept, dim = _saved(node, "self"), _signed(node._saved_dim)
+    _unpacked(node._raw_saved_self)
+    kept, dim = node._saved_self, _signed(node._saved_dim)
     last = dim in (-1, kept.dim() - 1)
-    return Recipe((kept,), lambda kept: F.glu(kept[0], -1 if last else dim), by_rows=last)
+    axis = -1 if last else dim
+    return Recipe((kept,), lambda kept, dtype=None: F.glu(kept[0], axis), last)
 
 
 def _gelu(node: Any, depth: int) -> Recipe:
-    make = partial(F.gelu, approximate=node._saved_approximate)
-    return Recipe((_saved(node, "self"),), lambda kept: make(kept[0]))
+    _unpacked(node._raw_saved_self)
+    plain = node._saved_approximate == "none"
+    return Recipe((node._saved_self,), _gelu_again if plain else _gelu_by_tanh_again)
+
+
+def _gelu_again(kept: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return F.gelu(kept[0])
+
+
+def _gelu_by_tanh_again(kept: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return F.gelu(kept[0], approximate="tanh")
 
 
 def _layer_norm(node: Any, depth: int) -> Recipe | None:
-    affine = [t for t in (_saved(node, "weight"), _saved(node, "bias")) if t is not None]
-    if len(affine) == 1:
+    _unpacked(node._raw_saved_input)
+    weight, bias = node._saved_weight, node._saved_bias
+    statistics = (node._saved_input, node._saved_result1, node._saved_result2)
+    if weight is None and bias is None:
+        return Recipe(statistics, _normalised)
+    if weight is None or bias is None:
         return None
-    statistics = [_saved(node, name) for name in ("input", "result1", "result2")]
-    return Recipe((*statistics, *affine), _normalised)
+    return Recipe((*statistics, weight, bias), _normalised)
 
 
-def _normalised(kept: Sequence[Tensor]) -> Tensor:
+def _normalised(kept: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """A layer norm again; torch's own would need its ε, which the graph does not keep."""
     x, mean, rstd, *affine = kept
-    out = torch.sub(x, mean).mul_(rstd)
-    out = torch.addcmul(affine[1], out, affine[0], out=out) if affine else out
-    return out.to(x.dtype)  # the statistics are wider where x is in half precision
+    dtype = dtype or x.dtype  # the statistics are wider where x is in half precision
+    if not affine:
+        return torch.sub(x, mean).mul_(rstd).to(dtype)
+    weight, bias = affine
+    if x.is_cuda:  # in two passes; on a CPU, where rows stay in the cache, three are faster
+        out, sign = torch.addcmul(mean * rstd, x, rstd, value=-1), -1
+    else:
+        out, sign = torch.sub(x, mean).mul_(rstd), 1
+    room = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    return torch.addcmul(bias, out, weight, value=sign, out=room)
 
 
 # ---- steps from there to x -----------------------------------------------------------------------
@@ -134,7 +162,9 @@ def _normalised(kept: Sequence[Tensor]) -> Tensor:
 
 def _product(node: Any, depth: int) -> Recipe | None:
     """Both sides are kept, or one is and the other can be recomputed: dropout, gates, RMSNorm."""
-    sides = [_saved(node, "self"), _saved(node, "other")]
+    _unpacked(node._raw_saved_self)
+    _unpacked(node._raw_saved_other)
+    sides = [node._saved_self, node._saved_other]
     left, right = [
         _above(node, depth, i) if side is None else Recipe((side,), _first)
         for i, side in enumerate(sides)
@@ -144,22 +174,25 @@ def _product(node: Any, depth: int) -> Recipe | None:
     count, one, other = len(left.kept), left.build, right.build
     return Recipe(
         left.kept + right.kept,
-        lambda kept: one(kept[:count]) * other(kept[count:]),
+        lambda kept, dtype=None: one(kept[:count]) * other(kept[count:]),
         left.by_rows and right.by_rows,
     )
 
 
-def _first(kept: Sequence[Tensor]) -> Tensor:
+def _first(kept: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     return kept[0]
 
 
 def _native_dropout(node: Any, depth: int) -> Recipe | None:
-    inner, mask, p = _above(node, depth), _saved(node, "result1"), node._saved_p
-    if inner is None or mask is None or p == 1:
+    inner, p = _above(node, depth), node._saved_p
+    if inner is None or p == 1:
         return None
+    _unpacked(node._raw_saved_result1)
     build, scale = inner.build, 1 / (1 - p)  # eager torch calls it in training alone
     return Recipe(
-        (*inner.kept, mask), lambda kept: build(kept[:-1]) * kept[-1] * scale, inner.by_rows
+        (*inner.kept, node._saved_result1),
+        lambda kept, dtype=None: build(kept[:-1]) * kept[-1] * scale,
+        inner.by_rows,
     )
 
 
@@ -186,7 +219,7 @@ def _then(inner: Recipe | None, step: Callable[[Tensor], Tensor]) -> Recipe | No
     if inner is None:
         return None
     build = inner.build
-    return Recipe(inner.kept, lambda kept: step(build(kept)), by_rows=False)
+    return Recipe(inner.kept, lambda kept, dtype=None: step(build(kept)), False)
 
 
 def _signed(dim: int) -> int:
@@ -199,9 +232,10 @@ _RULES: dict[str, Callable[[Any, int], Recipe | None]] = {
     "ReluBackward0": _result,
     "SigmoidBackward0": _result,
     "TanhBackward0": _result,
-    "ScaledDotProductFlashAttentionForCpuBackward0": partial(_result, name="output"),
-    "ScaledDotProductFlashAttentionBackward0": partial(_result, name="output"),
-    "ScaledDotProductEfficientAttentionBackward0": partial(_result, name="output"),
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
+    "ScaledDotProductFlashAttentionBackward0": _attention,
+    "ScaledDotProductEfficientAttentionBackward0": _attention,
+    "ScaledDotProductCudnnAttentionBackward0": _attention,
     "GeluBackward0": _gelu,
     "SiluBackward0": _of_input(F.silu),
     "HardswishBackward0": _of_input(F.hardswish),

@@ -64,6 +64,8 @@ def _parts(rows: Tensor, rank: int) -> int:
 
 def across(factor_RxI: Tensor, rows_NxI: Tensor) -> Tensor:
     """The factor times rowsᵀ, (r, N)."""
+    if rows_NxI.device.type != "cpu":  # (N, r) in memory, as odd N would misalign the other
+        return (rows_NxI @ factor_RxI.T).T
     parts = _parts(rows_NxI, len(factor_RxI))
     if parts < 2:
         return factor_RxI @ rows_NxI.T
