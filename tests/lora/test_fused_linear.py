@@ -332,7 +332,7 @@ def test_the_same_output_with_and_without_gradients(rows, options):
 
 
 @pytest.fixture
-def as_on_a_cuda_device(monkeypatch):
+def as_on_a_cuda_device(as_if_inputs_were_large, monkeypatch):
     """Its formulas, and backward passes in one piece."""
     for half in (False, True):
         monkeypatch.setitem(LIMITS, ("cpu", half), LIMITS["cuda", half])
