@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import fused, inject
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import factorised
 from lora_lightning.lora.fused import linear as ops
-from lora_lightning.lora.fused.plan import LowRank, switches
+from lora_lightning.lora.fused import thin_matmul
+from lora_lightning.lora.fused.plan import LIMITS, LowRank, switches
 from lora_lightning.model.probing import difference
 from tests.helpers.ops_cases import adapted, agree, results
 
@@ -154,6 +157,23 @@ def test_autocast(layers, options):
     if "dropout" not in options:  # the two draw other masks
         assert difference(found, exact) < 0.03
         assert difference(found, plain) < 0.03
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 3)])
+@pytest.mark.parametrize("options", [{}, {"freeze_a": True}, {"init": "pissa"}])
+def test_under_autocast_the_weight_is_rounded_once(layer, options):
+    """The product is that of W + sBA, cast; the gradients are those of float64, to rounding."""
+    model = adapted(layer, dtype=torch.float32, **options)
+    x = torch.randn((900, 8) if isinstance(layer, nn.Linear) else (4, 8, 30, 30))
+    used = model[0].lora["default"]["weight"].effective(model[0]._parameters["weight"])
+    product = F.linear if isinstance(layer, nn.Linear) else F.conv2d
+    low = [t.detach().bfloat16() for t in (x, used, model[0].bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        without, found, *gradients = results(model, x)
+    assert torch.equal(without, found)
+    assert torch.equal(found, product(*low))
+    exact = results(copy.deepcopy(model).double(), x.double())[2:]
+    assert difference([g.double() for g in gradients], exact) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv1d(8, 6, 2)])
@@ -318,3 +338,72 @@ def test_the_same_output_with_and_without_gradients(rows, options):
     with torch.no_grad():
         without = base(x)
     assert torch.equal(base(x), without)
+
+
+# ---- as on a CUDA device, where launches count ---------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_cuda_device(as_if_inputs_were_large, monkeypatch):
+    """Its formulas, and backward passes in one piece."""
+    for half in (False, True):
+        monkeypatch.setitem(LIMITS, ("cpu", half), LIMITS["cuda", half])
+    monkeypatch.setattr(thin_matmul, "_PIECE", 2**19)
+    monkeypatch.setattr(thin_matmul, "_WORTH", 2**20)
+
+
+@pytest.mark.usefixtures("as_on_a_cuda_device")
+@pytest.mark.parametrize("cheap", [0, 1e9])
+@pytest.mark.parametrize("options", [{}, {"freeze_a": True}, {"init": "pissa"}, {"xs": True}])
+def test_the_formulas_of_a_cuda_device(cheap, options, monkeypatch):
+    """The whole weight's gradient, and thin ones, at once."""
+    own = LIMITS["cpu", False]._replace(cheap=cheap, reading=-10.0)
+    monkeypatch.setitem(LIMITS, ("cpu", False), own)
+    layers = nn.LayerNorm(24), nn.Linear(24, 30), nn.GELU(), nn.Linear(30, 20)
+    model = adapted(*layers, **options)
+    for rows in (1, 4, 60):
+        agree(model, torch.randn(3, rows, 24, dtype=torch.float64))
+    model = adapted(nn.Conv2d(24, 30, 1), nn.Conv2d(30, 20, 3), **options)
+    agree(model, torch.randn(2, 24, 9, 9, dtype=torch.float64))
+    agree(model, torch.randn(2, 9, 9, 24, dtype=torch.float64).permute(0, 3, 1, 2))
+
+
+class Calls(TorchDispatchMode):
+    """Records operators that compute, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in func.__name__:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+AGAIN = {"layer norm": ["sub", "mul_", "addcmul"], "GELU": ["gelu"], "nothing": []}
+
+
+@pytest.mark.usefixtures("as_on_a_cuda_device")
+@pytest.mark.parametrize("producer", AGAIN)
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
+def test_the_number_of_operators(producer, low):
+    """One more than the frozen layer's in the forward pass, W + sBA; four in the backward pass."""
+    before = {"layer norm": nn.LayerNorm(32), "GELU": nn.GELU(), "nothing": nn.Identity()}
+    before = nn.Sequential(nn.Linear(32, 32), before[producer]).requires_grad_(False)
+    model = adapted(nn.Linear(32, 48), dtype=torch.float32)
+    x = torch.randn(128, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        x = before(x)
+        with Calls() as forward:
+            out = model(x)
+    trained = [p for p in model.parameters() if p.requires_grad and p.dim() == 2]
+    ones = torch.ones_like(out)
+    with Calls() as backward:
+        torch.autograd.grad(out, [x, *trained], ones)
+    casts = ["_to_copy"] * low
+    assert forward.names == ["addmm", *casts, *casts, "addmm"]
+    # In float32 W + sBA is computed again; the cast one is kept, as torch keeps the cast W. The
+    # cast of the gradient is a CPU's alone.
+    again = [] if low else ["addmm"]
+    assert backward.names == [*again, "mm", *AGAIN[producer], "mm", *casts, "addmm", "addmm"]

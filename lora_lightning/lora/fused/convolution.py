@@ -62,7 +62,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
     return out
 
 
-def _gradients(
+def gradients_of(
     g: Tensor, x: Tensor, weight: Tensor, how: How, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the weight, by torch."""
@@ -117,11 +117,13 @@ class _Convolution(torch.autograd.Function):
         whole = whole_is_cheap(g, positions, B.shape[0], *A.shape)
         if dtype is None and needs[0]:
             used = effective_weight(used.flatten(1), low).view_as(used)
-        grad_x, grad_W = _gradients(g, x, used, how, needs[0], whole)
+        grad_x, grad_W = gradients_of(g, x, used, how, needs[0], whole)
         if grad_W is not None:
             grad_A, grad_B = of_whole(grad_W.flatten(1).to(A.dtype), low)
         else:
-            grad_A, grad_B = _thin(g, x, low, used.shape[1:], how)
+            low_A, low_B = A.to(x.dtype).view(-1, *used.shape[1:]), B.to(x.dtype)
+            grad_A, grad_B = thin(g, x, low_A, low_B, how)
+            grad_A, grad_B = (grad.to(A.dtype) * low.scaling for grad in (grad_A, grad_B))
         return (
             None if grad_x is None else grad_x.to(of_x),
             None,
@@ -134,15 +136,11 @@ class _Convolution(torch.autograd.Function):
         )
 
 
-def _thin(
-    g: Tensor, x: Tensor, low: LowRank, kernel: torch.Size, how: How
-) -> tuple[Tensor, Tensor]:
-    """The gradients of A and B without that of the whole weight."""
-    A, B = low.lora_A, low.lora_B
-    low_A, low_B = A.to(x.dtype).view(-1, *kernel), B.to(x.dtype)
-    h_NRP, g_NOP = _run(x, low_A, None, how).flatten(2), g.flatten(2)
+def thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B without that of the whole weight, not scaled yet."""
+    h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
-    back = (low_B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
-    grad_A = _gradients(back, x, low_A, how, False, True)[1]
+    back = (B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
+    grad_A = gradients_of(back, x, kernel, how, False, True)[1]
     assert grad_A is not None
-    return grad_A.flatten(1).to(A.dtype) * low.scaling, grad_B.to(B.dtype) * low.scaling
+    return grad_A.flatten(1), grad_B
