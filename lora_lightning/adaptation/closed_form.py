@@ -215,7 +215,7 @@ def _classified(source: Tensor, labels: Tensor, target: Tensor, align: Alignment
         raise DataError(f"alignment needs labels (N,) of two classes, got {tuple(labels.shape)}")
     s, t = align(source, target)
     said: Any = NearestCentroid().fit(s, labels.numpy()).predict_proba(t)
-    full = torch.zeros(len(t), int(classes.max()) + 1)
+    full = torch.zeros(len(t), int(classes.max()) + 1, device="cpu")
     full[:, classes] = torch.from_numpy(said).float()
     return full
 

@@ -350,7 +350,7 @@ def _checked(logits: Tensor) -> Tensor:
 
 def _prior(prior: Tensor, mean: Tensor) -> Tensor:
     # Checked on its own device: as a rule the CPU, where nothing is synchronised.
-    found = torch.as_tensor(prior)
+    found = prior if isinstance(prior, Tensor) else torch.tensor(prior, device="cpu")
     if found.shape != mean.shape:
         raise ConfigError(f"prior must hold a share for each of {len(mean)} classes")
     if float(found.min()) <= 0 or not math.isclose(float(found.sum()), 1, abs_tol=1e-3):

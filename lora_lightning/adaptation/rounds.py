@@ -211,7 +211,7 @@ class PredictionRounds(Rounds[Tensor]):
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
         super().start(model, source.probabilities)
-        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64)
+        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
     def end_round(self, model: nn.Module, now: Any, *args: Any, **labelled: Any) -> Round:
         """Check a round by the model's predictions of the target, a `Predicted`."""

@@ -112,7 +112,7 @@ class Canary:
         found = [self.target.items[i] for i in range(len(self.target))]
         if any(not isinstance(x, (tuple, list)) or len(x) < 2 for x in found):
             raise ConfigError("an item of the canary must be (input, class); some have no class")
-        self.labels = torch.tensor([int(x[1]) for x in found])
+        self.labels = torch.tensor([int(x[1]) for x in found], device="cpu")
 
     def accuracy(self, module: LightningModule, network: nn.Module) -> float:
         """The network's accuracy on these items."""

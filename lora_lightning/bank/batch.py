@@ -173,7 +173,7 @@ class Batch:
         own: dict[str | None, list[int]] = {}
         for i, name in enumerate(self.names):
             own.setdefault(name, []).append(i)
-        return [(name, torch.tensor(items)) for name, items in own.items()]
+        return [(name, torch.tensor(items, device="cpu")) for name, items in own.items()]
 
     @contextmanager
     def _alone(self, name: str | None) -> Iterator[None]:

@@ -117,7 +117,8 @@ def _moved(call: Call, item: int, n: int, dim: int) -> Call:
         x = x.clone()
         one = x.select(d, item)
         if x.is_floating_point() or x.is_complex():
-            noise = torch.randn(one.shape, generator=generator, dtype=one.dtype).to(one.device)
+            like = {"dtype": one.dtype, "device": "cpu"}
+            noise = torch.randn(one.shape, generator=generator, **like).to(one.device)
             one += noise * (one.std(correction=0) + 1e-2)
         else:  # tokens: the same ones in another order
             one.copy_(one.flatten().roll(1).view(one.shape))

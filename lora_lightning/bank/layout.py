@@ -202,7 +202,7 @@ def _order(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> Layout | str
 def _fitting(base: Seen, moved: dict[int, Seen], dim: int, n: int) -> list[bool]:
     """The values of `Layout.minor` for which only an item's own entries changed with it."""
     size = base.shape[dim]
-    entry = torch.arange(size)
+    entry = torch.arange(size, device="cpu")
     owners = {False: entry // (size // n), True: entry % n}
     changed = {i: (base.prints[dim] != seen.prints[dim]).cpu() for i, seen in moved.items()}
     return [

@@ -180,7 +180,7 @@ def explained_variance(singular_values: Tensor, total: float | Tensor | None = N
         total: The whole energy, where these are not all values; None: they are.
     """
     squares = singular_values.double() ** 2
-    whole = squares.sum() if total is None else torch.as_tensor(total, dtype=torch.float64)
+    whole = squares.sum() if total is None else torch.as_tensor(total).to(squares)
     return squares / whole if whole > 0 else torch.zeros_like(squares)
 
 

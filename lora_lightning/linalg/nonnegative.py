@@ -146,7 +146,7 @@ def _random_start(x: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scale = float((x.mean() / rank).clamp_min(0).sqrt())
     w, h = (
-        scale * torch.rand(*shape, generator=generator, dtype=torch.float64).add_(0.1)
+        scale * torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu").add_(0.1)
         for shape in ((len(x), rank), (rank, x.shape[1]))
     )
     return w.to(x), h.to(x)

@@ -77,6 +77,11 @@ def set_seed(seed: int) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
+def shuffled(count: int, seed: int = 0) -> Tensor:
+    """(count,): a permutation that depends on the seed alone, whatever torch's default device."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
 def rng_states() -> list[Tensor]:
     """Where these generators stand: whoever draws moves one of them."""
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _gpus())]

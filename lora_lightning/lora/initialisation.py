@@ -98,7 +98,9 @@ def uniform(s: Setting) -> Start:
     """
     columns = s.matrix.shape[1]
     bound = 1 / math.sqrt(columns)
-    drawn = torch.empty(s.rank, columns, dtype=torch.float32) if s.room is None else s.room
+    drawn = s.room
+    if drawn is None:
+        drawn = torch.empty(s.rank, columns, dtype=torch.float32, device="cpu")
     return drawn.uniform_(-bound, bound, generator=s.generator), None
 
 
@@ -109,7 +111,7 @@ def orthogonal(s: Setting) -> Start:
     Rows as long as those of `uniform` on average, without redundant directions.
     Saxe et al. 2014, arXiv:1312.6120.
     """
-    drawn = torch.randn(s.matrix.shape[1], s.rank, generator=s.generator)
+    drawn = torch.randn(s.matrix.shape[1], s.rank, generator=s.generator, device="cpu")
     q: Tensor = torch.linalg.qr(drawn).Q.T
     return q / math.sqrt(3), None
 
@@ -170,7 +172,7 @@ def activation_nmf(s: Setting) -> Start:
     from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
     rows: Tensor = s.data
-    seed = int(torch.randint(2**31, (), generator=s.generator))
+    seed = int(torch.randint(2**31, (), generator=s.generator, device="cpu"))
     rank = min(s.rank, *rows.shape)
     found = (semi_nmf if bool((rows < 0).any()) else nmf)(rows, rank, seed=seed)
     length = torch.linalg.vector_norm(found.H, dim=1, keepdim=True)
@@ -188,7 +190,7 @@ def lora_ga(s: Setting) -> Start:
     """
     u, _, vh = truncated_svd(s.data)
     # With fewer than 2r directions A and B share some of them.
-    of_b = torch.arange(s.rank, 2 * s.rank) % u.shape[1]
+    of_b = torch.arange(s.rank, 2 * s.rank, device="cpu") % u.shape[1]
     size = len(s.matrix) ** 0.25 / math.sqrt(GAMMA)
     return size * vh[: s.rank], size * u[:, of_b]
 
@@ -215,7 +217,7 @@ def _directions(s: Setting, found: Tensor) -> Tensor:
     missing = s.rank - len(found)
     if missing <= 0:
         return found[: s.rank]
-    drawn = torch.randn(missing, found.shape[1], generator=s.generator).to(found)
+    drawn = torch.randn(missing, found.shape[1], generator=s.generator, device="cpu").to(found)
     basis = torch.linalg.qr(found.T).Q
     rest = torch.linalg.qr((drawn - (drawn @ basis) @ basis.T).T).Q.T
     return torch.cat([found, rest])

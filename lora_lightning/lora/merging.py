@@ -149,7 +149,7 @@ def is_merged(module: nn.Module) -> bool:
 def _sum(parameter: nn.Parameter) -> Tensor:
     # Not as a number, for which a merge would wait for the device at each layer.
     if parameter.is_meta:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     return parameter.detach().abs().sum(dtype=torch.float64)
 
 

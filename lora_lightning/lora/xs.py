@@ -127,7 +127,7 @@ def leading_halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _chirp(count: int, shift: float) -> Tensor:
     """Numbers of variance 1 without pattern, the same on every machine and in every version."""
-    steps = torch.arange(count, dtype=torch.float64) + shift
+    steps = torch.arange(count, dtype=torch.float64, device="cpu") + shift
     return math.sqrt(2) * torch.cos(steps.square())
 
 

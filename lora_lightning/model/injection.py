@@ -154,7 +154,7 @@ def check_free(view: View, name: str) -> ModelState:
 
 def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
     """Sizes of every pair of factors, all checked before the model is touched."""
-    seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
+    seed = int(torch.randint(2**31, (), device="cpu")) if config.seed is None else config.seed
     specs, too_large = {}, {}
     for target in targets:
         rank = _last_match(config.rank_pattern, target, config.rank)

@@ -154,13 +154,13 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
     for path, f in factors.items():
         raw = raw_tensor(*located(model, path))
         for parameter in f.matrices():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         size = f.delta(raw.shape).norm()
-        goal = 0.1 * raw.norm() if raw.any() else torch.as_tensor(0.01 * raw.numel() ** 0.5)
+        goal = 0.1 * raw.norm() if raw.any() else raw.new_tensor(0.01 * raw.numel() ** 0.5)
         if size > 0:
             parameter.mul_(goal.to(size.device) / size)
         if f.magnitude is not None:
-            drawn = torch.rand(f.magnitude.shape, generator=generator)
+            drawn = torch.rand(f.magnitude.shape, generator=generator, device="cpu")
             f.magnitude.mul_(1 + 0.05 * drawn.to(f.magnitude))
 
 

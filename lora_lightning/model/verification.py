@@ -164,7 +164,7 @@ def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
     terms = []
     for out in outputs:
         if out.requires_grad:
-            weights = torch.randn(out.shape, generator=generator).to(out.device)
+            weights = torch.randn(out.shape, generator=generator, device="cpu").to(out.device)
             terms.append((out.float() * weights).sum())
     return sum(terms[1:], terms[0]) if terms else None
 

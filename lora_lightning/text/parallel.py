@@ -191,5 +191,5 @@ def held_out(pairs: Sequence[Pair], count: int, seed: int = 0) -> list[Pair]:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.shrinkage import shrink, undone
 from lora_lightning.training import checks
@@ -119,7 +120,7 @@ def cross_fit(
 
 def _dealt(count: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
     """(the other folds' items, the fold's items) for each fold."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = shuffled(count, seed).tolist()
     for fold in range(min(folds, count)):
         part = order[fold::folds]
         yield sorted(set(order) - set(part)), part

@@ -91,7 +91,8 @@ def _precision(trainer: Trainer, backbone: nn.Module) -> Precision:
     """The trainer's; none while the network is not in it, which comes after `setup`."""
     own = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
     plugin = trainer.precision_plugin
-    return plugin if plugin.convert_input(torch.zeros(())).dtype is own else Precision()
+    given = plugin.convert_input(torch.zeros((), device="cpu"))
+    return plugin if given.dtype is own else Precision()
 
 
 def _within(plugin: Precision, step: Forward) -> Forward:

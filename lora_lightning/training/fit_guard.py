@@ -105,7 +105,7 @@ class FitGuard(Callback):
         self.rank_: int | None = None
         self._adapter: LoRACallback | None = None
         self._batches: Iterable[Any] = ()
-        self._source = torch.empty(0)  # its held-out losses
+        self._source = torch.empty(0, device="cpu")  # its held-out losses
         self._best: dict[str, Tensor] = {}  # the adapter after its best epoch
         self._epoch: list[Tensor] = []  # training losses of this epoch
         self._pull = 0.0

@@ -161,9 +161,11 @@ def _chances(source: Tensor, losses: Mapping[float, Tensor]) -> dict[float, floa
     if count == 1:
         return dict(zip(losses, (gains[:, 0] <= 0).double().tolist(), strict=True))
     if 2**count <= DRAWS:  # all there are
-        bits = torch.arange(2**count)[:, None] >> torch.arange(count) & 1
+        pairs = torch.arange(count, device="cpu")
+        bits = torch.arange(2**count, device="cpu")[:, None] >> pairs & 1
     else:  # the first are the signs as they are
-        bits = torch.randint(2, (DRAWS, count), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(2, (DRAWS, count), generator=generator, device="cpu")
         bits[0] = 0
     norm = gains.square().sum(1).sqrt().clamp_min(torch.finfo(gains.dtype).tiny)
     scaled = (gains / norm[:, None]).double()

@@ -107,7 +107,7 @@ class Pictures(Experiment[Config]):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
             raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {jitter}")
-        self.transductive(nn.Identity(), torch.zeros(1, 1))
+        self.transductive(nn.Identity(), torch.zeros(1, 1, device="cpu"))
         at_least(self.config, 2, ("data.size", "data.batch_size"))
 
     def load(self) -> None:
@@ -177,7 +177,7 @@ class Pictures(Experiment[Config]):
         items = self.data.on(test=case.tested).held_out()
         values = self.values(answers, items).double()
         for domain in case.tested:
-            of = torch.tensor([i.domain == domain for i in items])
+            of = torch.tensor([i.domain == domain for i in items], device="cpu")
             yield domain, self.metric, float(values[of].mean())
 
     def score(self, label: str, answers: Tensor, seconds: float) -> list[Row]:

@@ -271,7 +271,7 @@ class _Course(TaskRounds, SelfTraining):
         self.target, self.limits = target, limits
 
     def _check_of(self, source: Twice) -> Check:
-        on = torch.arange(0, len(source), JUDGED)
+        on = torch.arange(0, len(source), JUDGED, device="cpu")
         return lambda now, accepted: judge(
             source.of(on), (accepted or source).of(on), now.of(on), self.limits
         )

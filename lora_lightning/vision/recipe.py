@@ -37,7 +37,7 @@ class Classification(Pictures):
 
     def labels(self, items: Sequence[Item]) -> Tensor:
         """The classes of images, as numbers."""
-        return torch.tensor([self.data.classes.index(i.class_name) for i in items])
+        return torch.tensor([self.data.classes.index(i.class_name) for i in items], device="cpu")
 
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
         """Whether each prediction is correct."""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from lora_lightning.adaptation.target import Target, predicted
 from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.adaptation.validators import agreement
+from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.probing import preserved
 
@@ -46,7 +47,7 @@ def second_opinion(model: nn.Module, data: Any, forward: Callable[[Tensor], Any]
     target = Target(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # Shuffled: in batches of one class, as folders give them, the features vary too little.
-    chosen = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[:MOST]
+    chosen = shuffled(len(target))[:MOST]
     some: Any = Subset(target, chosen.tolist())
     loader: DataLoader[Any] = DataLoader(some, BATCH, **target.settings)
     with preserved(model):

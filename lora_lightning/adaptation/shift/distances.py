@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import DataError
+from lora_lightning.linalg.torch_settings import shuffled
 
 Distance = Callable[[Tensor, Tensor], float]
 MOST = 2000  # items of a set for distances between all pairs; drawn at random from more
@@ -65,7 +66,7 @@ def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float
     both = torch.cat([s, t])
     squares = torch.cdist(both, both).square()
     if bandwidth is None:
-        pairs = squares[tuple(torch.triu_indices(len(both), len(both), 1))]
+        pairs = squares[tuple(torch.triu_indices(len(both), len(both), 1, device="cpu"))]
         h2 = float(pairs.median())
         if h2 == 0:  # more than half of the pairs are equal
             h2 = float(pairs.mean())
@@ -164,14 +165,14 @@ def bootstrap(
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(x: Tensor) -> Tensor:
-        return x[torch.randint(len(x), (len(x),), generator=generator).to(x.device)]
+        return x[torch.randint(len(x), (len(x),), generator=generator, device="cpu").to(x.device)]
 
-    found = torch.tensor([distance(drawn(s), drawn(t)) for _ in range(repeats)])
+    found = torch.tensor([distance(drawn(s), drawn(t)) for _ in range(repeats)], device="cpu")
     off = found.double() - found.double().mean()
     value = distance(s, t)
     value -= 0.0 if unbiased else float(found.double().mean()) - value
     tail = (1 - confidence) / 2
-    low, high = off.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = off.quantile(off.new_tensor([tail, 1 - tail])).tolist()
     return Interval(*(max(0.0, x) for x in (value, value - high, value - low)))
 
 
@@ -196,7 +197,7 @@ def _pair(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _few(x: Tensor) -> Tensor:
     if len(x) <= MOST:
         return x
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MOST]
+    chosen = shuffled(len(x))[:MOST]
     return x[chosen.to(x.device)]
 
 

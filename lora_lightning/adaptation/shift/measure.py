@@ -28,6 +28,7 @@ from lora_lightning.adaptation.shift.features import HEAD, features_of
 from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.switching import adapters, disabled
@@ -241,7 +242,7 @@ def _mean(before: float | None, after: float | None) -> float | None:
 
 
 def _few(x: Tensor) -> Tensor:
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:PAIRS]]
+    return x[shuffled(len(x))[:PAIRS]]
 
 
 def _of(features: dict[str, Tensor], name: str, width: int) -> Tensor:

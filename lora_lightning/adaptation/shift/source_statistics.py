@@ -21,6 +21,7 @@ from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
 from lora_lightning.adaptation.shift.features import features_of
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
 from lora_lightning.linalg.decompose import truncated_svd
+from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.report.files import atomic_write
@@ -58,7 +59,7 @@ class LayerStatistics:
         Items lie closer to directions fitted to them than other items of the same source do, which
         would pass for a domain shift.
         """
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        order = shuffled(len(features))
         half = len(features) // 2
         first, second = features[order[:half]], features[order[half : half + SAMPLE]]
         mean = first.mean(dim=0)
@@ -66,7 +67,7 @@ class LayerStatistics:
         d = max(1, min(directions, half // 4, features.shape[1]))
         basis = truncated_svd(centred, d).Vh
         scale = (centred.square().sum() / (half - 1)).sqrt().clamp_min(1e-12)
-        empty = cls(mean, basis, scale, torch.empty(0))
+        empty = cls(mean, basis, scale, torch.empty(0, device="cpu"))
         return cls(mean, basis, scale, empty.project(second))
 
     def project(self, features: Tensor) -> Tensor:

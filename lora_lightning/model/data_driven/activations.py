@@ -104,7 +104,8 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leading = rows.shape[: rows.ndim - 1 - kernel]
         count = leading.numel()
         if count > ROWS:
-            chosen = torch.randperm(count, generator=self._generator)[:ROWS].to(rows.device)
+            chosen = torch.randperm(count, generator=self._generator, device="cpu")[:ROWS]
+            chosen = chosen.to(rows.device)
             rows = rows[torch.unravel_index(chosen, leading)]
             leading = rows.shape[:1]
         rows = rows.reshape(leading.numel(), -1)

@@ -65,11 +65,11 @@ class Sample:
         self._size = size
         self._generator = torch.Generator().manual_seed(factors.spec.seed)
         self._rows: Tensor | None = None
-        self._keys = torch.empty(0)
+        self._keys = torch.empty(0, device="cpu")
 
     def update(self, rows: Tensor) -> None:
         """Take note of inputs (N, in)."""
-        keys = torch.rand(len(rows), generator=self._generator)
+        keys = torch.rand(len(rows), generator=self._generator, device="cpu")
         kept = rows if self._rows is None else torch.cat([self._rows, rows])
         keys = torch.cat([self._keys, keys])
         chosen = keys.topk(min(self._size, len(keys))).indices

@@ -74,7 +74,7 @@ class AudioBatch:
     @classmethod
     def of(cls, waveforms: Sequence[Tensor], items: Sequence[Utterance]) -> AudioBatch:
         """Pad recordings (T,) of any lengths to one batch."""
-        lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64)
+        lengths = torch.tensor([len(w) for w in waveforms], dtype=torch.int64, device="cpu")
         padded = torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)
         return cls(padded, lengths, list(items))
 

@@ -95,7 +95,7 @@ class CTCRecognition(Recognition):
             DataError: a recording without a text.
         """
         texts = self.targets(batch)
-        sizes = torch.tensor([len(text) for text in texts])
+        sizes = torch.tensor([len(text) for text in texts], device="cpu")
         log_probs, frames = self(batch.waveforms, batch.lengths)
         self._warn_too_short(batch, texts, frames)
         return nn.functional.ctc_loss(
@@ -108,7 +108,7 @@ class CTCRecognition(Recognition):
         )
 
     def _warn_too_short(self, batch: AudioBatch, texts: list[Tensor], frames: Tensor) -> None:
-        needed = torch.tensor([len(t) + int((t[1:] == t[:-1]).sum()) for t in texts])
+        needed = torch.tensor([len(t) + int((t[1:] == t[:-1]).sum()) for t in texts], device="cpu")
         for i in (needed > frames.cpu()).nonzero().flatten().tolist():
             path = str(batch.items[i].path)
             if path not in self._warned:

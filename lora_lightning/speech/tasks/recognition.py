@@ -76,7 +76,7 @@ class Recognition(Optimised):
         for item in batch.items:
             if not self.labels.encode(item.text or ""):
                 raise DataError(f"{item.path} has no text to learn from (text={item.text!r})")
-        return [torch.tensor(self.labels.encode(text)) for text in batch.texts]
+        return [torch.tensor(self.labels.encode(text), device="cpu") for text in batch.texts]
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
         """The loss of a batch."""

@@ -109,7 +109,7 @@ class Tacotron2Synthesis(Optimised):
                 where = batch.items[index].path if batch is not None else "text"
                 raise DataError(f"{where}: {texts[index]!r} has no symbol that the model knows")
         counts = torch.tensor([len(one) for one in found], device=self.device)
-        rows = [torch.tensor(one) for one in found]
+        rows = [torch.tensor(one, device="cpu") for one in found]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device), counts
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:

@@ -178,7 +178,7 @@ class AudioClassification(_UtteranceTask):
             if item.target not in self.classes:
                 what = unknown("class", str(item.target), self.classes)
                 raise DataError(f"{item.path}: {what}" if item.target else f"{item.path}: no class")
-        return torch.tensor([self.classes.index(str(item.target)) for item in items])
+        return torch.tensor([self.classes.index(str(item.target)) for item in items], device="cpu")
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
         """Probabilities (B, C)."""
@@ -233,7 +233,7 @@ class AudioRegression(_UtteranceTask):
             number = isinstance(item.target, (int, float)) and math.isfinite(item.target)
             if not number:
                 raise DataError(f"{item.path}: target must be a finite number, got {item.target!r}")
-        return torch.tensor([float(item.target or 0.0) for item in items])
+        return torch.tensor([float(item.target or 0.0) for item in items], device="cpu")
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
         """The numbers (B,)."""

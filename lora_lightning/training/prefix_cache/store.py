@@ -89,7 +89,7 @@ class Store:
         self.budget, self.used = budget, 0
         self.records: dict[bytes, list[Tensor]] = {}  # views, not to be written to
         with torch.inference_mode(False):
-            empty = torch.empty(0 if folder else budget, dtype=torch.uint8)
+            empty = torch.empty(0 if folder else budget, dtype=torch.uint8, device="cpu")
             self._block = _mapped(folder, budget) if folder else empty
 
     def put(self, key: bytes, parts: Sequence[Tensor]) -> None:

@@ -123,7 +123,7 @@ class PoseDomains(ImageDomains):
 
     def azimuths(self, items: Sequence[Item]) -> Tensor:
         """The azimuths of items, in degrees."""
-        return torch.tensor([self.poses[self.item_name(i)].azimuth for i in items])
+        return torch.tensor([self.poses[self.item_name(i)].azimuth for i in items], device="cpu")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images of `train_on`, shuffled and augmented, with their azimuths."""
@@ -146,6 +146,6 @@ class _Posed(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         picture, azimuth = self.pictures[i][0], self.azimuths[i]
-        if self.mirror and torch.rand(()) < 0.5:
+        if self.mirror and torch.rand((), device="cpu") < 0.5:
             return picture.flip(-1), -azimuth
         return picture, azimuth

@@ -54,7 +54,7 @@ class Noise(Step):
         noise = NOISES[self.kind](len(waveform), self.sample_rate, rng, self.pool)
         if not noise.any():  # a silent pool, or a recording too short for this noise
             return waveform.clone()
-        added: Tensor = add_noise(waveform, noise, torch.tensor(float(self.snr_db)))
+        added: Tensor = add_noise(waveform, noise, torch.tensor(float(self.snr_db), device="cpu"))
         return added
 
 
@@ -83,7 +83,9 @@ class Room(Step):
         """Convolve with the impulse response of a random placement."""
         from torchaudio.functional import fftconvolve
 
-        response, direct = self.response(int(torch.randint(_PLACES, (), generator=rng)))
+        response, direct = self.response(
+            int(torch.randint(_PLACES, (), generator=rng, device="cpu"))
+        )
         wet: Tensor = fftconvolve(waveform, response)[direct : direct + len(waveform)]
         power = wet.square().mean()
         return wet * (waveform.square().mean() / power).sqrt() if power > 0 else wet

@@ -24,8 +24,8 @@ def _shaped(
 ) -> Tensor:
     """White noise whose power falls with f^-tilt above `corner` hertz."""
     size = max(length, sample_rate // 4)  # a shorter one has no low frequencies
-    spectrum = torch.fft.rfft(torch.randn(size, generator=rng))
-    hertz = torch.fft.rfftfreq(size, 1 / sample_rate).clamp_min(corner)
+    spectrum = torch.fft.rfft(torch.randn(size, generator=rng, device="cpu"))
+    hertz = torch.fft.rfftfreq(size, 1 / sample_rate, device="cpu").clamp_min(corner)
     spectrum[0] = 0
     shaped: Tensor = torch.fft.irfft(spectrum * hertz ** (-tilt / 2), size)[:length]
     return shaped
@@ -33,7 +33,7 @@ def _shaped(
 
 def white(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
     """The same power at every frequency, (length,)."""
-    return torch.randn(length, generator=rng)
+    return torch.randn(length, generator=rng, device="cpu")
 
 
 def pink(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
@@ -43,9 +43,9 @@ def pink(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Ten
 
 def hum(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
     """Mains hum at 50 Hz with nine harmonics, (length,)."""
-    harmonics = torch.arange(1, 11)[:, None]
-    phases = 2 * math.pi * torch.rand(len(harmonics), 1, generator=rng)
-    angle = 2 * math.pi * 50 * harmonics * torch.arange(length) / sample_rate
+    harmonics = torch.arange(1, 11, device="cpu")[:, None]
+    phases = 2 * math.pi * torch.rand(len(harmonics), 1, generator=rng, device="cpu")
+    angle = 2 * math.pi * 50 * harmonics * torch.arange(length, device="cpu") / sample_rate
     return (torch.sin(angle + phases) / harmonics).sum(0)
 
 
@@ -56,13 +56,15 @@ def babble(length: int, sample_rate: int, rng: torch.Generator, pool: Sequence[T
         return torch.stack([_talker(spoken, length, rng) for _ in range(_TALKERS)]).sum(0)
     # Flat up to 500 Hz and falling by 9 dB an octave; speech swells and fades at some 4 Hz.
     noise = _shaped(length, sample_rate, rng, tilt=3.0, corner=500.0)
-    phase = 2 * math.pi * torch.rand((), generator=rng)
-    return noise * (1 + 0.5 * torch.sin(8 * math.pi * torch.arange(length) / sample_rate + phase))
+    phase = 2 * math.pi * torch.rand((), generator=rng, device="cpu")
+    return noise * (
+        1 + 0.5 * torch.sin(8 * math.pi * torch.arange(length, device="cpu") / sample_rate + phase)
+    )
 
 
 def _talker(spoken: list[Tensor], length: int, rng: torch.Generator) -> Tensor:
-    talk = spoken[int(torch.randint(len(spoken), (), generator=rng))].float()
-    start = int(torch.randint(len(talk), (), generator=rng))
+    talk = spoken[int(torch.randint(len(spoken), (), generator=rng, device="cpu"))].float()
+    start = int(torch.randint(len(talk), (), generator=rng, device="cpu"))
     talk = torch.roll(talk / talk.square().mean().sqrt(), -start)
     return talk.repeat(math.ceil(length / len(talk)))[:length]
 

@@ -91,7 +91,7 @@ class Telephone(Step):
         )
         line = audio.mu_law_decoding(audio.mu_law_encoding(line.clamp(-1, 1), 256), 256)
         frame = round(_FRAME_SECONDS * _LINE_RATE)
-        kept = torch.rand(math.ceil(len(line) / frame), generator=rng) >= self.loss
+        kept = torch.rand(math.ceil(len(line) / frame), generator=rng, device="cpu") >= self.loss
         line = line * kept.repeat_interleave(frame)[: len(line)]
         return _resample(line, _LINE_RATE, self.sample_rate)[: len(waveform)]
 
