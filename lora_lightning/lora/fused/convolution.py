@@ -55,7 +55,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
     return out
 
 
-def _gradients(
+def gradients_of(
     g: Tensor, x: Tensor, weight: Tensor, how: How, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the weight, by torch."""
@@ -90,11 +90,11 @@ class _Convolution(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         small = ops.is_small(weight, len(A))
         used = low.added_to(weight.flatten(1)).view_as(weight)
-        grad_x, whole = _gradients(g, x, used, how, needs[0], small)
+        grad_x, whole = gradients_of(g, x, used, how, needs[0], small)
         if whole is not None:
             grad_A, grad_B = B.T @ whole.flatten(1), whole.flatten(1) @ A.T
         else:
-            grad_A, grad_B = _thin(g, x, A.view(-1, *weight.shape[1:]), B, how)
+            grad_A, grad_B = thin(g, x, A.view(-1, *weight.shape[1:]), B, how)
         grad_bias = g.transpose(0, 1).flatten(1).sum(1) if needs[2] else None
         scaled = [
             grad * low.scaling if need else None
@@ -103,11 +103,11 @@ class _Convolution(torch.autograd.Function):
         return grad_x, None, grad_bias, *scaled, None, None
 
 
-def _thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
+def thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """The gradients of A and B without G, not scaled yet."""
     h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
     back = (B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
-    grad_A = _gradients(back, x, kernel, how, False, True)[1]
+    grad_A = gradients_of(back, x, kernel, how, False, True)[1]
     assert grad_A is not None
     return grad_A.flatten(1), grad_B
