@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.fused import convolution
+from lora_lightning.lora.fused import compiled, convolution
 from lora_lightning.lora.fused import linear as ops
 from lora_lightning.lora.fused.plan import LowRank
 
@@ -25,6 +25,8 @@ def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
     """Forward of `nn.Linear`."""
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
+    if low is not None and compiled.applies(x_BxI, weight, low):
+        return compiled.linear(x_BxI, weight, self.bias, low)
     if low is not None and ops.applies(x_BxI, weight, low):
         return ops.linear(x_BxI, weight, _bias(self), low)
     out_BxO: Tensor = F.linear(x_BxI, weight, self.bias)
@@ -39,8 +41,10 @@ def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     """Forward of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
     weight, factors = self._parameters["weight"], self.factors("weight")
     low = _low_rank(factors)
-    if low is not None and convolution.applies(x_BIx, weight, low) and x_BIx.dim() == weight.dim():
-        return _fused_conv(self, x_BIx, weight, low)
+    if low is not None and x_BIx.dim() == weight.dim():
+        for module in (compiled, convolution):
+            if module.applies(x_BIx, weight, low):
+                return _fused_conv(module, self, x_BIx, weight, low)
     out_BOx: Tensor = self._conv_forward(x_BIx, weight, self.bias)
     if factors is None:
         return out_BOx
@@ -57,7 +61,7 @@ def conv_forward(self: Any, x_BIx: Tensor) -> Tensor:
     return _add(self, factors, out_BOx, low_BOx, (-1, *ones))
 
 
-def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
+def _fused_conv(module: Any, self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
     """The fused convolution, after padding in another mode than zeros or "same"."""
     padding = self.padding
     if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -66,7 +70,8 @@ def _fused_conv(self: Any, x: Tensor, weight: Tensor, low: LowRank) -> Tensor:
         x = F.pad(x, around, mode) if any(around) else x
         padding = (0,) * len(self.kernel_size)
     how = self.stride, padding, self.dilation
-    return convolution.convolution(x, weight, _bias(self), low, how)
+    out: Tensor = module.convolution(x, weight, _bias(self), low, how)
+    return out
 
 
 def _low_rank(factors: Factors | None) -> LowRank | None:

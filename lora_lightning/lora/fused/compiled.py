@@ -1,0 +1,206 @@
+r"""Adapted layers within `torch.compile`: the formulas of `fused.linear` in operations it can trace.
+
+.. math:: W' = \mathrm{cast}(W + s\,BA), \quad y = x W'^T + b, \quad \nabla x = g W', \quad
+          \nabla A = s\,(g B)^T x, \quad \nabla B = s\,g^T (x A^T)
+
+- Under autocast the frozen layer casts W in every step; here s·BA is added in the same kernel, so
+  that the output and ∇x cost what they cost the frozen layer. W' is rounded once, as a weight that
+  trains is.
+- The gradients of the factors are one operator (`fused.kernels`), or the library's gradient of the
+  whole weight where that is as fast.
+- A compiler keeps what a product of the backward pass reads, and recomputes what only elementwise
+  operations read. Behind a copy of it, which the compiler removes later, x is recomputed where the
+  graph keeps what it is made of.
+
+Legend of shapes: N rows, I in, O out, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.lora.fused import kernels
+from lora_lightning.lora.fused.convolution import How, gradients_of, thin
+from lora_lightning.lora.fused.plan import LowRank, lowered, switches
+from lora_lightning.lora.fused.thin_matmul import exact
+
+# Up to this rank a GPU computes W + s·BA as an elementwise function, in one kernel with the cast.
+_ELEMENTWISE = 16
+# The gradient of the whole weight takes as long as reading x and g once where I · O is at most so
+# many times I + O: a GPU multiplies some hundreds of numbers in the time that it reads one.
+_WHOLE = {"cpu": 40, "cuda": 160}
+
+
+def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
+    """Whether this module computes the layer: within `torch.compile`, where its formulas hold."""
+    # By the flag: Dynamo of torch 2.11 takes `is_exporting()` for true in any graph.
+    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
+        return False
+    if not switches.enabled or weight.requires_grad or low.start_A is not None or low.dropout:
+        return False
+    if x.is_nested or _transformed():
+        return False
+    wanted = lowered(x)
+    if wanted is not None:
+        return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
+    return x.dtype == weight.dtype and exact(weight) and not _few(x, weight)
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, which the formulas lack."""
+    forward: int = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.maybe_current_level() is not None or forward >= 0
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler: Dynamo calls
+# the function while it traces.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    """Whether W + s·BA, which nobody else needs, takes longer than the thin products."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    into, out = weight[0].numel(), len(weight)
+    rows = x.numel() // weight.shape[1]
+    # Not by comparing sizes, on which a compiled graph of any batch would be specialised.
+    return statically_known_true(rows * (into + out) < 5 * into * out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank) -> Tensor:
+    """x (…, I) → (…, O) by W + s·BA and b; only where `applies` says so."""
+    return _layer(x, weight, bias, low, None)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How) -> Tensor:
+    """x (N, I, …) → (N, O, …) without groups; only where `applies` says so."""
+    return _layer(x, weight, bias, low, how)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, how: How | None) -> Tensor:
+    dtype = lowered(x) or x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    out: Tensor = _Layer.apply(
+        x.to(dtype), weight, bias, low.lora_A, low.lora_B, low.scaling, how,
+        switches.recompute,
+    )  # fmt: skip
+    return out
+
+
+def effective(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W + s·BA, rounded once to `dtype`; exactly W while B is zero."""
+    matrix = weight.flatten(1)
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.device.type == "cpu" or len(A) > _ELEMENTWISE:
+            out = torch.addmm(matrix, B, A, alpha=scaling)
+        else:
+            out = added(matrix, A, B, scaling)
+        return out.to(dtype).view_as(weight)
+
+
+def added(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """W + s·BA without a matrix product, which a compiler makes one kernel."""
+    return torch.add(matrix, (B[:, :, None] * A).sum(1), alpha=scaling)
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, how: How | None) -> Tensor:
+    if how is None:
+        return F.linear(x, weight, bias)
+    functions: Any = (F.conv1d, F.conv2d, F.conv3d)
+    out: Tensor = functions[weight.dim() - 3](x, weight, bias, *how)
+    return out
+
+
+class _Layer(torch.autograd.Function):
+    """The formulas of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        how: How | None,
+        recompute: bool,
+    ) -> Tensor:
+        used = effective(weight, A, B, scaling, x.dtype)
+        ctx.how, ctx.scaling, ctx.recompute = how, scaling, recompute
+        ctx.frozen_A = how is None and not ctx.needs_input_grad[3]
+        # Of a wider W' the backward pass makes another one: the frozen layer keeps no copy of W.
+        ctx.keeps_used = weight.dtype != x.dtype
+        kept = F.linear(x, A.to(x.dtype)) if ctx.frozen_A else x
+        ctx.save_for_backward(kept, used if ctx.keeps_used else weight, A, B)
+        return _base(x, used, bias, how)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, used, A, B = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        with torch.autocast(g.device.type, enabled=False):
+            if not ctx.keeps_used:
+                used = effective(used, A.clone(), B, ctx.scaling, g.dtype)
+            if ctx.how is not None:
+                grad_x, *factors = _of_convolution(g, x, used, A, B, ctx.how, needs_x)
+            else:
+                grad_x = g @ used if needs_x else None
+                x = x.clone() if ctx.recompute else x
+                factors = _of_linear(g, x, A, B, ctx.frozen_A, needs_A or needs_B)
+            channel = -1 if ctx.how is None else 1
+            grad_bias = g.sum([d for d in range(g.dim()) if d != channel % g.dim()])
+            grads = [None if t is None else ctx.scaling * t for t in factors]
+        return (
+            grad_x,
+            None,
+            grad_bias if needs_bias else None,
+            grads[0] if needs_A else None,
+            grads[1] if needs_B else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _of_linear(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, frozen_A: bool, wanted: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and B, not scaled yet."""
+    if not wanted:
+        return None, None
+    g_NxO, x_NxI = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    if frozen_A:  # x is h
+        return None, (g_NxO.T @ x_NxI).to(B.dtype)
+    if _whole(A, B):
+        return _projected(g_NxO.T @ x_NxI, A, B)
+    found: tuple[Tensor, Tensor] = kernels.thin_gradients(g_NxO, x_NxI, A, B)
+    return found
+
+
+def _of_convolution(
+    g: Tensor, x: Tensor, used: Tensor, A: Tensor, B: Tensor, how: How, needs_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x, A and B, the last two not scaled yet."""
+    whole = _whole(A, B)
+    grad_x, grad_W = gradients_of(g, x, used, how, needs_x, whole)
+    if grad_W is not None:
+        return grad_x, *_projected(grad_W.flatten(1), A, B)
+    low_A = A.to(x.dtype).view(-1, *used.shape[1:])
+    grad_A, grad_B = thin(g, x, low_A, B.to(x.dtype), how)
+    return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype)
+
+
+def _projected(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    grad_W = grad_W.to(A.dtype)
+    return B.T @ grad_W, grad_W @ A.T
+
+
+def _whole(A: Tensor, B: Tensor) -> bool:
+    """Whether the gradient of the whole weight takes no longer than the thin products."""
+    out, into = len(B), A.shape[1]
+    return out * into <= _WHOLE.get(A.device.type, 40) * (out + into)
