@@ -9,9 +9,9 @@ so do those of each room. They load on first use: importing the package costs ne
 
 from __future__ import annotations
 
-import lazy_loader
+from lora_lightning.registry import face
 
-_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = face(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
@@ -19,6 +19,4 @@ def __getattr__(name: str) -> object:
         import importlib.metadata
 
         return importlib.metadata.version("lora-lightning")
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _load(name)
