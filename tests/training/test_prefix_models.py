@@ -272,6 +272,26 @@ def test_a_layer_that_is_trained_from_now_on_and_a_gradient_of_the_input(vit):
         assert vit.blocks[1].norm1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.3", "norm"])
+def test_after_ctrl_c_modules_have_their_own_forward_again(vit, path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (x,) = pictures()
+    with PrefixCache(20).attach(vit) as cache:
+        if path != "blocks.0":  # which is served, and not called, from the second forward on
+            vit(x)
+        vit.get_submodule(path).forward = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            vit(x)
+        del vit.get_submodule(path).forward
+        assert [m for m in vit.modules() if "forward" in m.__dict__] == [vit]
+        vit(x)
+        assert not computed(vit, x)
+        assert cache.items_ == 3
+    assert "forward" not in vit.__dict__
+
+
 def test_attaching_twice_and_compiled_models(vit):
     cache = PrefixCache(1).attach(vit)
     for another in (cache, PrefixCache(1)):
