@@ -16,7 +16,7 @@ _load, __dir__, __all__ = face(__name__, __file__)
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        import importlib.metadata
+        from lora_lightning.report.versions import installed
 
-        return importlib.metadata.version("lora-lightning")
+        return installed()
     return _load(name)

@@ -67,11 +67,15 @@ class Registry(Generic[T]):
         self._known: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Added], Added]:
-        """Decorator that adds a thing by this name; raises ConfigError where that is taken."""
+        """Decorator that adds a thing by this name; raises ConfigError where that is taken.
+
+        The same function or class once more, as from a notebook's cell, takes its own place.
+        """
 
         def add(thing: Added) -> Added:
-            if self._known.setdefault(name, thing) is not thing:
+            if _origin(self._known.setdefault(name, thing)) != _origin(thing):
                 raise ConfigError(f"there is another {self.kind} called {name!r}")
+            self._known[name] = thing
             return thing
 
         return add
@@ -113,3 +117,13 @@ class Registry(Generic[T]):
                 plugin.load()
             except Exception as error:  # whatever another package's code may raise
                 warnings.warn(f"plugin {plugin.name!r} cannot be used: {error!r}", stacklevel=2)
+
+
+def _origin(thing: Any) -> Any:
+    """Where a function, a class or what holds them was written; other things are themselves."""
+    if hasattr(type(thing), "__dataclass_fields__"):
+        return type(thing), _origin(tuple(vars(thing).values()))
+    if isinstance(thing, tuple):
+        return [_origin(part) for part in thing]
+    name = getattr(thing, "__qualname__", "<locals>")
+    return thing if "<locals>" in name else (thing.__module__, name)

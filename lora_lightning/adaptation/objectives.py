@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.neighbours import nearest
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
+from lora_lightning.model.shrinkage import squared_change
 from lora_lightning.model.view import View
 from lora_lightning.registry import Registry
 
@@ -232,11 +233,7 @@ def source_divergence(logits: Tensor, source: Tensor) -> Tensor:
 
 
 def pull_to_source(model: nn.Module) -> Tensor:
-    r"""How far the adapter moves the weights, :math:`\sum_l \|s_l B_l A_l\|_F^2`.
-
-    As :math:`tr(B^T B\,A A^T)`, r × r: no full-size product. 0 while B is 0, where its gradient is
-    0 too. L2-SP of Li et al. 2018, "Explicit inductive bias for transfer learning with
-    convolutional networks", arXiv:1802.01483, which draws weights to where they began.
+    """How far the adapter moves the weights, see `lora_lightning.model.shrinkage.squared_change`.
 
     Args:
         model: With an adapter on, not merged.
@@ -244,16 +241,11 @@ def pull_to_source(model: nn.Module) -> Tensor:
     Raises:
         ConfigError: the model has no live factors.
     """
-    norms = [
-        factors.spec.scaling**2 * ((B.T @ B) * (A @ A.T)).sum()
-        for layer in View(model).adapted.values()
-        if layer.lora_active is not None
-        for factors in layer.lora[layer.lora_active].values()
-        for B, A in [factors.low_rank()]
-    ]
-    if not norms:
+    layers = View(model).adapted.values()
+    factors = [f for m in layers for f in m.factors_of(m.lora_active).values()]
+    if not factors:
         raise ConfigError("the model has no live adapter to pull to the source: inject one first")
-    return torch.stack(norms).sum()
+    return squared_change(factors)
 
 
 class Objective:

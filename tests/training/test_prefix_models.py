@@ -119,7 +119,8 @@ PYRAMID = small_timm("test_resnet", features_only=True)
     ("model", "x", "target", "message"),
     [
         (lambda: Net(Function(lambda m, x: x - x.mean(0))), X, "c", "depends on the other items"),
-        (lambda: Net(Function(lambda m, x: x + torch.randn(8))), X, "c", "for an item is random"),
+        (lambda: Net(Function(lambda m, x: x + torch.randn(8))), X, "c",
+         r"for an item is random, is another in eval mode \(PrefixCache\(eval_prefix=True\)"),
         (lambda: Net(Function(lambda m, x: x * (torch.rand(1) > -1))), X, "c", "draw random numb"),
         (PYRAMID, pictures()[0], "re:layer4.*conv2", "feature pyramids"),
         (lambda: Net(Function(lambda m, x: x), torch.Tensor.sub_), X, "c", "writes into its in"),
