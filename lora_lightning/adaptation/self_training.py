@@ -128,12 +128,15 @@ class SelfTraining(Course, Callback):
         """Start the teacher, now that the factors are initialised."""
         self.check_loader(trainer)
         state, self._resumed = self._resumed, None
+        self.position.most = trainer.num_training_batches
         if self.teacher_decay is not None:
             self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
             if state is not None and state["teacher"] is not None:
                 self._teacher.load_state_dict(state["teacher"])
         if state is not None:
             begin_next_epoch(trainer)
+            every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+            self.position.iterators = 2 if every and trainer.current_epoch % every == 0 else 1
             if self.position.at_last_batch:
                 # Lightning is in the next epoch, without having called on_train_epoch_end.
                 with self.position.resuming():
