@@ -1,5 +1,4 @@
 from .closed_form import coral as coral
-from .closed_form import lame as lame
 from .closed_form import nearest_centroid as nearest_centroid
 from .closed_form import nmf_subspace as nmf_subspace
 from .closed_form import recentred as recentred
@@ -7,17 +6,18 @@ from .closed_form import regressed as regressed
 from .closed_form import subspace_alignment as subspace_alignment
 from .guard import Limits as Limits
 from .guard import Verdict as Verdict
+from .label_propagation import lame as lame
 from .label_propagation import propagate as propagate
+from .loss import consistency as consistency
+from .loss import pseudo_cross_entropy as pseudo_cross_entropy
+from .loss import source_divergence as source_divergence
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import Objective as Objective
 from .objectives import RunningMarginal as RunningMarginal
-from .objectives import consistency as consistency
 from .objectives import entropy as entropy
 from .objectives import information_maximisation as information_maximisation
 from .objectives import minimum_class_confusion as minimum_class_confusion
 from .objectives import neighbour_consistency as neighbour_consistency
-from .objectives import pseudo_cross_entropy as pseudo_cross_entropy
-from .objectives import source_divergence as source_divergence
 from .pseudo_label_callback import PseudoLabelCallback as PseudoLabelCallback
 from .pseudo_labels import PseudoLabels as PseudoLabels
 from .pseudo_labels import centroid as centroid

@@ -1,4 +1,7 @@
-"""Label propagation over the graph of nearest neighbours."""
+"""Predictions that agree over the graph of nearest neighbours: label propagation, LAME.
+
+Legend of shapes: N items, K classes, D features, k neighbours.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_lightning.adaptation.neighbours import check_features, check_probabilities, nearest
-from lora_lightning.adaptation.pseudo_labels import ALONE, PseudoLabels
+from lora_lightning.adaptation.neighbours import (
+    check_count,
+    check_features,
+    check_probabilities,
+    nearest,
+)
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels, alone
 from lora_lightning.errors import ConfigError
 
 SHARPNESS = 3  # of the similarities, γ in the paper
-TOLERANCE = 1e-6  # of the conjugate gradients
+TOLERANCE = 1e-6  # of the conjugate gradients, and of the change at which LAME stops
 
 
 @torch.no_grad()
@@ -48,7 +56,7 @@ def propagate(
     p = check_probabilities(probabilities)
     near, alike = nearest(check_features(features, len(p)), neighbours)
     if len(p) == 1:
-        return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), [ALONE])
+        return alone(p)
     rows = np.repeat(np.arange(len(p)), near.shape[1])
     strength = alike.clamp_min(0).double().cpu().numpy().ravel() ** SHARPNESS
     graph = coo_array((strength, (rows, near.cpu().numpy().ravel())), shape=(len(p),) * 2).tocsr()
@@ -65,3 +73,41 @@ def propagate(
     weights = (1 - evenness).clamp(0, 1)
     reasons = ["" if w > 0 else "all classes are alike" for w in weights.tolist()]
     return PseudoLabels(z.argmax(dim=1), weights, reasons)
+
+
+@torch.no_grad()
+def lame(
+    features: Tensor, probabilities: Tensor, neighbours: int = 5, iterations: int = 100
+) -> Tensor:
+    r"""LAME: probabilities near the model's that agree among neighbours.
+
+    The fixed point of
+    :math:`z_{ik} \propto p_{ik} \exp\big(\sum_j w_{ij} z_{jk}\big)`, begun at p, with
+    :math:`w_{ij} = 1` if j is among the k nearest of i, else 0. It minimises
+    :math:`\sum_i KL(z_i \| p_i) - \sum_{ij} w_{ij} z_i^T z_j` step by step. Boudiaf et al. 2022,
+    "Parameter-free online test-time adaptation", arXiv:2201.05718.
+
+    Args:
+        features: (N, D), compared by cosine.
+        probabilities: (N, K), rows that sum to one.
+        neighbours: k, at most N − 1 are used.
+        iterations: Steps at most; it ends when no probability changes by more than 1e-6.
+
+    Returns:
+        (N, K), rows that sum to one. N = 1 keeps its prediction.
+
+    Raises:
+        ConfigError: `neighbours` or `iterations` is no whole number, or below 1.
+        DataError: features or probabilities are none, or not of the same items.
+    """
+    check_count(iterations, "iterations")
+    p = check_probabilities(probabilities)
+    near = nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
+    log_p = p.clamp_min(1e-10).log()
+    z = log_p.softmax(dim=1)
+    for _ in range(iterations):
+        before = z
+        z = (log_p + z[near].sum(dim=1)).softmax(dim=1)
+        if float((z - before).abs().max()) < TOLERANCE:
+            break
+    return z

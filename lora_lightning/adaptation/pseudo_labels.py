@@ -22,7 +22,6 @@ from lora_lightning.adaptation.neighbours import (
 from lora_lightning.errors import ConfigError, DataError
 
 FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
-ALONE = "no neighbour to ask"
 
 
 @dataclass
@@ -146,8 +145,8 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
     for label in sorted(set(labels.tolist())):
         items = (labels == label).nonzero().squeeze(1)
         # Less a small tolerance: 0.1 · 30 is a bit more than 3 in floating point.
-        part = math.ceil(per_class * len(items) - 1e-9) if isinstance(per_class, float) else 0
-        count = part if isinstance(per_class, float) else per_class
+        part = isinstance(per_class, float)
+        count = math.ceil(per_class * len(items) - 1e-9) if part else int(per_class)
         ranked = items[confidence[items].argsort(descending=True, stable=True)]
         kept[ranked[:count]] = True
         for item in ranked[count:].tolist():
@@ -209,7 +208,7 @@ def vote(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> Pseudo
     """
     p, near = _near(features, probabilities, neighbours)
     if len(p) == 1:
-        return _alone(p)
+        return alone(p)
     weights, labels = p[near].mean(dim=1).max(dim=1)
     return PseudoLabels(labels, weights.clamp(0, 1), [""] * len(p))
 
@@ -234,7 +233,7 @@ def reciprocal(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> 
     """
     p, near = _near(features, probabilities, neighbours)
     if len(p) == 1:
-        return _alone(p)
+        return alone(p)
     own = torch.arange(len(p), device=near.device)
     mutual = (near[near] == own[:, None, None]).any(dim=2)
     affinity = torch.where(mutual, 1.0, FAR).to(p.dtype)
@@ -257,5 +256,6 @@ def _near(features: Tensor, probabilities: Tensor, neighbours: int) -> tuple[Ten
     return p, nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
 
 
-def _alone(p: Tensor) -> PseudoLabels:
-    return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), [ALONE] * len(p))
+def alone(p: Tensor) -> PseudoLabels:
+    """The label of a single item (1, K), which has no neighbour."""
+    return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), ["no neighbour to ask"])

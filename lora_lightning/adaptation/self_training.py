@@ -17,30 +17,18 @@ from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
 
 
+def _read(name: str, what: str) -> Any:
+    return property(lambda self: getattr(self.rounds_, name), doc=what)
+
+
 class Course:
     """Attributes of a training in rounds, read from `rounds_`."""
 
     rounds_: Any
-
-    @property
-    def history_(self) -> list[Round]:
-        """The rounds, the source first."""
-        return self.rounds_.history_  # type: ignore[no-any-return]
-
-    @property
-    def accepted_(self) -> int:
-        """Index of the round whose state is kept; 0: the source."""
-        return self.rounds_.accepted_  # type: ignore[no-any-return]
-
-    @property
-    def changed_in_(self) -> Any:
-        """The accepted round in which each item got the label it has."""
-        return self.rounds_.changed_in_
-
-    @property
-    def termination_condition_(self) -> str:
-        """Why it ended; "" before."""
-        return self.rounds_.termination_condition_  # type: ignore[no-any-return]
+    history_: Any = _read("history_", "The rounds, the source first.")
+    accepted_: Any = _read("accepted_", "Index of the round whose state is kept; 0: the source.")
+    changed_in_: Any = _read("changed_in_", "The accepted round in which each item got its label.")
+    termination_condition_: Any = _read("termination_condition_", 'Why it ended; "" before.')
 
 
 class SelfTraining(Course, Callback):

@@ -84,13 +84,9 @@ class LoRACallback(Callback):
         if batch_norm not in POLICIES:
             raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
         self.config = LoRAConfig.make(config, **config_kwargs)
-        self.backbone = backbone
-        self.name = name
-        self.data = data
-        self.forward, self.loss = forward, loss
-        self.verify = verify
-        self.log_spectrum = log_spectrum
-        self.output_dir = output_dir
+        self.backbone, self.name, self.output_dir = backbone, name, output_dir
+        self.data, self.forward, self.loss = data, forward, loss
+        self.verify, self.log_spectrum = verify, log_spectrum
         self.report_: InjectionReport | None = None
         self.adapter_path_: Path | None = None
         self._batch_norm = BatchNormKeeper(batch_norm)

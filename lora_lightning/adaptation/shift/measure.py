@@ -101,9 +101,8 @@ def shift(
             )
         source.check(model)
         found, predictions = features_of(model, target, batch_size, run)
-        second = None
-        if source.agreement is not None:
-            second = second_opinion(model, target, run)
+        known = source.agreement is not None
+        second = second_opinion(model, target, run) if known else None
     adapted = None
     if has_adapter:
         adapted = features_of(model, target, batch_size, run)[1].probabilities
