@@ -8,6 +8,8 @@ from .guard import Limits as Limits
 from .guard import Verdict as Verdict
 from .label_propagation import lame as lame
 from .label_propagation import propagate as propagate
+from .label_propagation import reciprocal as reciprocal
+from .label_propagation import vote as vote
 from .loss import consistency as consistency
 from .loss import pseudo_cross_entropy as pseudo_cross_entropy
 from .loss import source_divergence as source_divergence
@@ -22,9 +24,7 @@ from .pseudo_label_callback import PseudoLabelCallback as PseudoLabelCallback
 from .pseudo_labels import PseudoLabels as PseudoLabels
 from .pseudo_labels import centroid as centroid
 from .pseudo_labels import class_balanced as class_balanced
-from .pseudo_labels import reciprocal as reciprocal
 from .pseudo_labels import threshold as threshold
-from .pseudo_labels import vote as vote
 from .rounds import Round as Round
 from .rounds import Rounds as Rounds
 from .selection import Candidate as Candidate

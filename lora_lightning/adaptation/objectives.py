@@ -98,9 +98,8 @@ def information_maximisation(
     loss = entropy(logits)
     if not diversity:
         return loss
-    mean = check_logits(logits).softmax(dim=1).mean(dim=0)
-    if marginal is not None:
-        mean = marginal.update(mean)
+    own = check_logits(logits).softmax(dim=1).mean(dim=0)
+    mean = own if marginal is None else marginal.update(own)
     wanted = torch.full_like(mean, 1 / len(mean)) if prior is None else _prior(prior, mean)
     # The floor keeps the gradient finite where a class is never predicted.
     return loss + diversity * (mean * (mean.clamp_min(1e-8) / wanted).log()).sum()

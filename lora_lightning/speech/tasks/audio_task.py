@@ -23,6 +23,7 @@ class AudioTask(Optimised):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's; not applied to biases, norms and other vectors.
         schedule: Of the learning rate.
+        label_smoothing: For a loss that is a cross-entropy, in [0, 1).
 
     Raises:
         ConfigError: a value is out of range.
@@ -38,8 +39,9 @@ class AudioTask(Optimised):
         learning_rate: float,
         weight_decay: float,
         schedule: str,
+        label_smoothing: float = 0.0,
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
+        super().__init__(learning_rate, weight_decay, schedule, label_smoothing)
         self.model = model
         stages = ("val", "test")
         self.metrics = nn.ModuleDict(

@@ -118,11 +118,9 @@ class AudioClassification(_UtteranceTask):
     ):
         if len(set(classes)) < 2 or len(set(classes)) < len(classes):
             raise ConfigError(f"classes must be two or more different names, got {list(classes)}")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(len(classes), average="micro")}
-        super().__init__(model, metrics, learning_rate, weight_decay, schedule)
-        self.classes, self.label_smoothing = list(classes), label_smoothing
+        super().__init__(model, metrics, learning_rate, weight_decay, schedule, label_smoothing)
+        self.classes = list(classes)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waveforms (B, T), samples (B,) → logits (B, C)."""
