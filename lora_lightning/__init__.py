@@ -9,16 +9,14 @@ so do those of each room. They load on first use: importing the package costs ne
 
 from __future__ import annotations
 
-import lazy_loader
+from lora_lightning.registry import face
 
-_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = face(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        import importlib.metadata
+        from lora_lightning.report.versions import installed
 
-        return importlib.metadata.version("lora-lightning")
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return installed()
     return _load(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError, LoRALightningError
+from lora_lightning.report.versions import installed
 from lora_lightning.speech import cli as speech
 from lora_lightning.vision import cli as vision
 
@@ -72,10 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    from importlib.metadata import version
-
-    ours = f"lora-lightning {version('lora-lightning')}"
-    parser.add_argument("--version", action="version", version=ours)
+    parser.add_argument("--version", action="version", version=f"lora-lightning {installed()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)

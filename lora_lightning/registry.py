@@ -1,4 +1,4 @@
-"""`Registry`: tables of things by name, to which users and other packages can add.
+"""`Registry`: tables of things by name, to which users and other packages can add; `face`.
 
     RULES: Registry[Rule] = Registry("rank rule")
 
@@ -11,7 +11,8 @@ Another package adds to them from a module that it names as an entry point of th
 
 from __future__ import annotations
 
-import difflib
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -22,8 +23,30 @@ T = TypeVar("T")
 Added = TypeVar("Added")
 
 
+def face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], Any]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose names are imported on first use.
+
+    They stand in the `__init__.pyi` beside `file`, each as ``from .home import name as name``. None
+    may be that of a file beside it, which would take its place once somebody imports the file.
+    """
+    with open(f"{file}i", encoding="utf-8") as stub:
+        told = [line.split() for line in stub if line.startswith("from ")]
+    homes = {name: home for _, home, _, name, *_ in told}
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        thing = getattr(importlib.import_module(homes[name], package), name)
+        setattr(sys.modules[package], name, thing)
+        return thing
+
+    return get, lambda: sorted(homes), sorted(homes)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest ones that do."""
+    import difflib
+
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
@@ -44,11 +67,15 @@ class Registry(Generic[T]):
         self._known: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Added], Added]:
-        """Decorator that adds a thing by this name; raises ConfigError where that is taken."""
+        """Decorator that adds a thing by this name; raises ConfigError where that is taken.
+
+        The same function or class once more, as from a notebook's cell, takes its own place.
+        """
 
         def add(thing: Added) -> Added:
-            if self._known.setdefault(name, thing) is not thing:
+            if _origin(self._known.setdefault(name, thing)) != _origin(thing):
                 raise ConfigError(f"there is another {self.kind} called {name!r}")
+            self._known[name] = thing
             return thing
 
         return add
@@ -90,3 +117,13 @@ class Registry(Generic[T]):
                 plugin.load()
             except Exception as error:  # whatever another package's code may raise
                 warnings.warn(f"plugin {plugin.name!r} cannot be used: {error!r}", stacklevel=2)
+
+
+def _origin(thing: Any) -> Any:
+    """Where a function, a class or what holds them was written; other things are themselves."""
+    if hasattr(type(thing), "__dataclass_fields__"):
+        return type(thing), _origin(tuple(vars(thing).values()))
+    if isinstance(thing, tuple):
+        return [_origin(part) for part in thing]
+    name = getattr(thing, "__qualname__", "<locals>")
+    return thing if "<locals>" in name else (thing.__module__, name)

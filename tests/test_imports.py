@@ -94,6 +94,8 @@ def test_each_name_is_told_once_and_typed(stub):
         for alias in line.names
     ]
     assert sorted(told) == [(name, name) for name in face.__all__]
+    beside = {path.stem for path in stub.parent.iterdir()}
+    assert not beside & set(face.__all__), "a file takes the place of a name, once imported"
 
 
 def test_the_public_names_are_these_and_the_version():

@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.initialisation import METHODS, initialisation
 from lora_lightning.model.state import named_factors
 from lora_lightning.registry import Registry
 from lora_lightning.vision.methods import METHODS as ROWS
@@ -64,6 +64,27 @@ def test_a_name_is_taken_once(colours):
     with pytest.raises(ConfigError, match="there is another colour called 'red'"):
         colours.register("red")(7)
     assert colours["red"] == 0
+
+
+def test_a_notebook_cell_may_run_again():
+    cell = """
+@Registry.register(rules, "double")
+def double(x): return {factor} * x
+@initialisation("mine")
+def mine(setting): return setting.matrix
+"""
+    rules: Registry = Registry("rule")
+    known = {"__name__": "__main__", "rules": rules, "Registry": Registry}
+    known["initialisation"] = initialisation
+    try:
+        for factor in (2, 3):
+            exec(cell.format(factor=factor), known)
+        assert rules["double"](1) == 3
+        assert METHODS["mine"].start is known["mine"]
+        with pytest.raises(ConfigError, match="another rule"):
+            rules.register("double")(lambda x: x)
+    finally:
+        METHODS._known.pop("mine", None)
 
 
 def test_a_decorator_leaves_its_function_as_it_is():

@@ -5,7 +5,8 @@ shapes: N labelled source items, M target items, D features, K classes, V values
 a subspace.
 
 `nearest_centroid`, `subspace_alignment`, `nmf_subspace` and `coral` give the nearest class mean.
-`regressed` gives values, after any of the alignments `ALIGNMENTS`.
+`regressed` gives values, after any of the alignments `ALIGNMENTS`; `recentred` corrects the head's
+predictions.
 
 Each method standardises each domain by its own means and deviations first, so that a mere shift
 and scale of every feature is gone before it begins.
@@ -22,12 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.neighbours import (
-    check_count,
-    check_features,
-    check_probabilities,
-    nearest,
-)
+from lora_lightning.adaptation.neighbours import check_features
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.registry import Registry
 
@@ -146,10 +142,12 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
     return torch.from_numpy(model.predict(t)).float().reshape(len(t), -1)
 
 
+@ALIGNMENTS.register("none")
 def _standardised_each(source: Tensor, target: Tensor) -> Pair:
     return _standardised(source), _standardised(target)
 
 
+@ALIGNMENTS.register("subspace")
 def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     from sklearn.decomposition import PCA
 
@@ -159,6 +157,7 @@ def _subspaces(source: Tensor, target: Tensor, energy: float = ENERGY) -> Pair:
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
+@ALIGNMENTS.register("nmf")
 def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int = 0) -> Pair:
     from lora_lightning.linalg.nonnegative import nmf, semi_nmf
 
@@ -175,18 +174,10 @@ def _nmf_subspaces(source: Tensor, target: Tensor, parts: int = PARTS, seed: int
     return s @ of_source @ (of_source.T @ of_target), t @ of_target
 
 
+@ALIGNMENTS.register("coral")
 def _coloured(source: Tensor, target: Tensor) -> Pair:
     s, t = _standardised_each(source, target)
     return s @ _power(s, -0.5) @ _power(t, 0.5), t
-
-
-for name, alignment in {
-    "none": _standardised_each,
-    "subspace": _subspaces,
-    "nmf": _nmf_subspaces,
-    "coral": _coloured,
-}.items():
-    ALIGNMENTS.register(name)(alignment)
 
 
 def _power(x: Matrix, exponent: float) -> Matrix:
@@ -224,53 +215,6 @@ def _standardised(x: Tensor) -> Matrix:
     from sklearn.preprocessing import StandardScaler
 
     return np.asarray(StandardScaler().fit_transform(x.double().numpy()))
-
-
-# Corrections of predictions without training: LAME and feature re-centring.
-#
-# Baselines that every adapter has to beat. Legend of shapes: N items, K classes,
-# D features, k neighbours.
-
-
-TOLERANCE = 1e-6  # change of LAME's probabilities at which it stops
-
-
-@torch.no_grad()
-def lame(
-    features: Tensor, probabilities: Tensor, neighbours: int = 5, iterations: int = 100
-) -> Tensor:
-    r"""LAME: probabilities near the model's that agree among neighbours.
-
-    The fixed point of
-    :math:`z_{ik} \propto p_{ik} \exp\big(\sum_j w_{ij} z_{jk}\big)`, begun at p, with
-    :math:`w_{ij} = 1` if j is among the k nearest of i, else 0. It minimises
-    :math:`\sum_i KL(z_i \| p_i) - \sum_{ij} w_{ij} z_i^T z_j` step by step. Boudiaf et al. 2022,
-    "Parameter-free online test-time adaptation", arXiv:2201.05718.
-
-    Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
-        iterations: Steps at most; it ends when no probability changes by more than 1e-6.
-
-    Returns:
-        (N, K), rows that sum to one. N = 1 keeps its prediction.
-
-    Raises:
-        ConfigError: `neighbours` or `iterations` is no whole number, or below 1.
-        DataError: features or probabilities are none, or not of the same items.
-    """
-    check_count(iterations, "iterations")
-    p = check_probabilities(probabilities)
-    near = nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
-    log_p = p.clamp_min(1e-10).log()
-    z = log_p.softmax(dim=1)
-    for _ in range(iterations):
-        before = z
-        z = (log_p + z[near].sum(dim=1)).softmax(dim=1)
-        if float((z - before).abs().max()) < TOLERANCE:
-            break
-    return z
 
 
 @torch.no_grad()

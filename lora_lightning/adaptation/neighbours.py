@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, and checks of features and probabilities.
+"""Nearest neighbours by cosine similarity, and checks of features, probabilities, logits.
 
 Legend of shapes: N items, K classes, D features, k neighbours.
 """
@@ -101,6 +101,19 @@ def check_probabilities(probabilities: Tensor, name: str = "probabilities") -> T
             "take the softmax of logits first"
         )
     return found.clamp(0.0, 1.0)
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """(B, K) in float32 or float64.
+
+    Raises:
+        ConfigError: they are not (B, K), none, or of a single class.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
+        raise ConfigError(
+            f"expected logits (items, classes) of two classes or more, got {tuple(logits.shape)}"
+        )
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _check_rows(values: Tensor, name: str, columns: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses without labels, or with pseudo-labels: tensors in, a differentiable scalar out.
+"""Objectives, losses without labels: tensors in, a differentiable scalar out.
 
 Legend of shapes: B items, K classes. All compute in float32, also under autocast. The caller checks
 that the logits are finite: a check here would synchronise with the GPU in each step.
@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.neighbours import check_logits, nearest
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.view import View
 from lora_lightning.registry import Registry
 
 OBJECTIVES: Registry[Callable[..., Any]] = Registry("objective")
@@ -35,7 +34,7 @@ def entropy(logits: Tensor) -> Tensor:
     Raises:
         ConfigError: they are of another shape.
     """
-    log_p = _checked(logits).log_softmax(dim=1)
+    log_p = check_logits(logits).log_softmax(dim=1)
     return -(log_p.exp() * log_p).sum(dim=1).mean()
 
 
@@ -99,9 +98,8 @@ def information_maximisation(
     loss = entropy(logits)
     if not diversity:
         return loss
-    mean = _checked(logits).softmax(dim=1).mean(dim=0)
-    if marginal is not None:
-        mean = marginal.update(mean)
+    own = check_logits(logits).softmax(dim=1).mean(dim=0)
+    mean = own if marginal is None else marginal.update(own)
     wanted = torch.full_like(mean, 1 / len(mean)) if prior is None else _prior(prior, mean)
     # The floor keeps the gradient finite where a class is never predicted.
     return loss + diversity * (mean * (mean.clamp_min(1e-8) / wanted).log()).sum()
@@ -123,65 +121,13 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
     """
     if not temperature > 0:
         raise ConfigError(f"temperature must be above 0, got {temperature}")
-    log_y = (_checked(logits) / temperature).log_softmax(dim=1)
+    log_y = (check_logits(logits) / temperature).log_softmax(dim=1)
     y = log_y.exp()
     weights = 1 + (y * log_y).sum(dim=1).exp()
     weights = len(y) * weights / weights.sum()
     confusion = (y * weights[:, None]).T @ y
     confusion = confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1e-12)
     return (confusion.sum() - confusion.trace()) / len(confusion)
-
-
-def pseudo_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
-) -> Tensor:
-    """Weighted mean of the cross-entropy to pseudo-labels; 0, with a gradient, where none counts.
-
-    Lee 2013, "Pseudo-label: the simple and efficient semi-supervised learning method".
-
-    Args:
-        logits: (B, K).
-        labels: (B,) int64; −1 is left out.
-        weights: (B,), 0 or more; None: all 1.
-        smoothing: Part of the label spread over all classes, in [0, 1).
-
-    Raises:
-        ConfigError: shapes that do not fit, or a smoothing out of range.
-    """
-    if labels.shape != (len(logits),) or (weights is not None and weights.shape != labels.shape):
-        raise ConfigError(f"expected one label (and weight) for each of {len(logits)} items")
-    if not 0 <= smoothing < 1:
-        raise ConfigError(f"smoothing must lie in [0, 1), got {smoothing}")
-    each = torch.nn.functional.cross_entropy(
-        _checked(logits), labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
-    )
-    counted = (labels >= 0).to(each) if weights is None else weights.to(each) * (labels >= 0)
-    return (each * counted).sum() / counted.sum().clamp_min(1e-12)
-
-
-def consistency(weak: Tensor, strong: Tensor, least: float = 0.0) -> Tensor:
-    """Cross-entropy of a strongly augmented view to the prediction of the weakly augmented one.
-
-    Only items whose weak view has a confidence of `least` or more count; 0 where none does. Sohn
-    et al. 2020, "FixMatch", arXiv:2001.07685.
-
-    Args:
-        weak: (B, K) logits, not trained through.
-        strong: (B, K) logits.
-        least: In [0, 1].
-
-    Raises:
-        ConfigError: shapes that do not fit, or `least` out of range.
-    """
-    if weak.shape != strong.shape or not 0 <= least <= 1:
-        raise ConfigError(
-            f"expected two views of the same items and least in [0, 1], got {tuple(weak.shape)}, "
-            f"{tuple(strong.shape)} and {least}"
-        )
-    said = _checked(weak).detach().softmax(dim=1)
-    counted = (said.amax(dim=1) >= least).to(said)
-    each = -(said * _checked(strong).log_softmax(dim=1)).sum(dim=1)
-    return (each * counted).sum() / counted.sum().clamp_min(1)
 
 
 def neighbour_consistency(logits: Tensor, near: Tensor, affinities: Tensor | None = None) -> Tensor:
@@ -199,7 +145,7 @@ def neighbour_consistency(logits: Tensor, near: Tensor, affinities: Tensor | Non
     Raises:
         ConfigError: shapes that do not fit.
     """
-    p = _checked(logits).softmax(dim=1)
+    p = check_logits(logits).softmax(dim=1)
     if near.ndim != 3 or near.shape[::2] != p.shape or not near.shape[1]:
         raise ConfigError(
             f"expected the neighbours' probabilities ({len(p)}, k, {p.shape[1]}), got "
@@ -209,51 +155,6 @@ def neighbour_consistency(logits: Tensor, near: Tensor, affinities: Tensor | Non
         raise ConfigError(f"expected affinities {tuple(near.shape[:2])}, got {affinities.shape}")
     alike = (p[:, None] * near.detach().to(p)).sum(dim=2)
     return -(alike if affinities is None else alike * affinities.to(p)).sum(dim=1).mean()
-
-
-def source_divergence(logits: Tensor, source: Tensor) -> Tensor:
-    r"""How far the predictions leave the source's, :math:`\frac1B\sum_i KL(p^s_i \| p_i)`, in nats.
-
-    Li & Hoiem 2016, "Learning without forgetting", arXiv:1606.09282.
-
-    Args:
-        logits: (B, K).
-        source: (B, K) probabilities by the source model.
-
-    Raises:
-        ConfigError: shapes that do not fit.
-    """
-    if source.shape != logits.shape:
-        raise ConfigError(f"expected the source's {tuple(logits.shape)}, got {tuple(source.shape)}")
-    log_p = _checked(logits).log_softmax(dim=1)
-    before = source.detach().to(log_p)
-    found: Tensor = (torch.special.xlogy(before, before) - before * log_p).sum(dim=1).mean()
-    return found
-
-
-def pull_to_source(model: nn.Module) -> Tensor:
-    r"""How far the adapter moves the weights, :math:`\sum_l \|s_l B_l A_l\|_F^2`.
-
-    As :math:`tr(B^T B\,A A^T)`, r × r: no full-size product. 0 while B is 0, where its gradient is
-    0 too. L2-SP of Li et al. 2018, "Explicit inductive bias for transfer learning with
-    convolutional networks", arXiv:1802.01483, which draws weights to where they began.
-
-    Args:
-        model: With an adapter on, not merged.
-
-    Raises:
-        ConfigError: the model has no live factors.
-    """
-    norms = [
-        factors.spec.scaling**2 * ((B.T @ B) * (A @ A.T)).sum()
-        for layer in View(model).adapted.values()
-        if layer.lora_active is not None
-        for factors in layer.lora[layer.lora_active].values()
-        for B, A in [factors.low_rank()]
-    ]
-    if not norms:
-        raise ConfigError("the model has no live adapter to pull to the source: inject one first")
-    return torch.stack(norms).sum()
 
 
 class Objective:
@@ -338,14 +239,6 @@ class NeighbourConsistency(InformationMaximisation):
 
 OBJECTIVES.register("minimum-class-confusion")(minimum_class_confusion)
 OBJECTIVES.register("entropy")(entropy)
-
-
-def _checked(logits: Tensor) -> Tensor:
-    if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
-        raise ConfigError(
-            f"expected logits (items, classes) of two classes or more, got {tuple(logits.shape)}"
-        )
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _prior(prior: Tensor, mean: Tensor) -> Tensor:

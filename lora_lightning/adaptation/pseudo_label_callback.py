@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.adaptation import pseudo_labels as labelling
 from lora_lightning.adaptation.guard import Limits
-from lora_lightning.adaptation.label_propagation import propagate
+from lora_lightning.adaptation.label_propagation import propagate, reciprocal, vote
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
 from lora_lightning.adaptation.self_training import PredictionSelfTraining
@@ -76,8 +76,8 @@ for name, labeller in {
     "threshold": lambda features, p: labelling.threshold(p),
     "class-balanced": lambda features, p: labelling.class_balanced(p, 0.5),
     "centroid": labelling.centroid,
-    "vote": labelling.vote,
-    "reciprocal": labelling.reciprocal,
+    "vote": vote,
+    "reciprocal": reciprocal,
     "propagation": propagate,
 }.items():
     LABELLERS.register(name)(labeller)

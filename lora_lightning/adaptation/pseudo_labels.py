@@ -1,7 +1,7 @@
 """Pseudo-labels of unlabelled items: labels, weights, and reasons for leaving items out.
 
-Legend of shapes: N items, K classes, D features, k neighbours. All functions take detached
-tensors of any device, give results on that device, and are deterministic.
+Legend of shapes: N items, K classes, D features. All functions take detached tensors of any
+device, give results on that device, and are deterministic.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from lora_lightning.adaptation.neighbours import (
     check_count,
     check_features,
     check_probabilities,
-    nearest,
     unit_rows,
 )
 from lora_lightning.errors import ConfigError, DataError
-
-FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
-ALONE = "no neighbour to ask"
 
 
 @dataclass
@@ -146,8 +142,8 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
     for label in sorted(set(labels.tolist())):
         items = (labels == label).nonzero().squeeze(1)
         # Less a small tolerance: 0.1 · 30 is a bit more than 3 in floating point.
-        part = math.ceil(per_class * len(items) - 1e-9) if isinstance(per_class, float) else 0
-        count = part if isinstance(per_class, float) else per_class
+        part = isinstance(per_class, float)
+        count = math.ceil(per_class * len(items) - 1e-9) if part else int(per_class)
         ranked = items[confidence[items].argsort(descending=True, stable=True)]
         kept[ranked[:count]] = True
         for item in ranked[count:].tolist():
@@ -188,74 +184,3 @@ def centroid(features: Tensor, probabilities: Tensor, rounds: int = 1) -> Pseudo
         labels = similarity.masked_fill(~predicted, -torch.inf).argmax(dim=1)
         shares = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
     return PseudoLabels(labels, torch.ones_like(p[:, 0]), [""] * len(p))
-
-
-def vote(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> PseudoLabels:
-    r"""The class with the highest mean probability of the nearest items; that is the weight.
-
-    .. math:: q_i = \frac1k \sum_{j \in N_k(i)} p_j, \qquad \hat y_i = \arg\max_k q_{ik}
-
-    The item itself is not counted. N = 1 is left out with its own prediction. AdaContrast's
-    refinement, Chen et al. 2022, arXiv:2204.10377.
-
-    Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
-
-    Raises:
-        ConfigError: `neighbours` is no whole number, or below 1.
-        DataError: features or probabilities are none, or not of the same items.
-    """
-    p, near = _near(features, probabilities, neighbours)
-    if len(p) == 1:
-        return _alone(p)
-    weights, labels = p[near].mean(dim=1).max(dim=1)
-    return PseudoLabels(labels, weights.clamp(0, 1), [""] * len(p))
-
-
-def reciprocal(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> PseudoLabels:
-    r"""Accept the items whose own prediction is that of their neighbours, the mutual ones first.
-
-    .. math:: q_i = \frac{\sum_{j \in N_k(i)} a_{ij} p_j}{\sum_{j \in N_k(i)} a_{ij}}, \qquad
-              a_{ij} = 1 \text{ if } i \in N_k(j), \text{ else } 0.1
-
-    The label is the vote's, :math:`\hat y_i = \arg\max_k q_{ik}`, the weight :math:`\max_k q_{ik}`.
-    N = 1 is left out with its own prediction. After NRC, Yang et al. 2021, arXiv:2110.04202.
-
-    Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
-
-    Raises:
-        ConfigError: `neighbours` is no whole number, or below 1.
-        DataError: features or probabilities are none, or not of the same items.
-    """
-    p, near = _near(features, probabilities, neighbours)
-    if len(p) == 1:
-        return _alone(p)
-    own = torch.arange(len(p), device=near.device)
-    mutual = (near[near] == own[:, None, None]).any(dim=2)
-    affinity = torch.where(mutual, 1.0, FAR).to(p.dtype)
-    votes = (affinity[:, :, None] * p[near]).sum(dim=1) / affinity.sum(dim=1, keepdim=True)
-    share, labels = votes.max(dim=1)
-    mine = p.argmax(dim=1)
-    kept = labels == mine
-    same = (mine[near] == mine[:, None]).sum(dim=1)
-    reasons = [
-        "" if ok else f"{agree} of {near.shape[1]} neighbours agree, their vote is class {label}"
-        for ok, agree, label in zip(kept.tolist(), same.tolist(), labels.tolist(), strict=True)
-    ]
-    return PseudoLabels(labels, share.clamp(0, 1) * kept, reasons)
-
-
-def _near(features: Tensor, probabilities: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Probabilities, and the indices (N, k) of each item's nearest."""
-    check_count(neighbours, "neighbours")
-    p = check_probabilities(probabilities)
-    return p, nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
-
-
-def _alone(p: Tensor) -> PseudoLabels:
-    return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), [ALONE] * len(p))

@@ -19,13 +19,13 @@ class Position:
 
     Args:
         *sources: Random states that the loader depends on beside torch's own.
-        iterators: Iterators that Lightning makes for each epoch but the first, two where it makes
-            the loader again in each. Every one of them draws a seed for its workers.
     """
 
-    def __init__(self, *sources: Source, iterators: int = 1):
+    def __init__(self, *sources: Source):
         self.sources = [(torch.get_rng_state, torch.set_rng_state), (_cuda, _set_cuda), *sources]
-        self.iterators, self.epoch_ended = iterators, False
+        # Those that Lightning makes for the next epoch; each draws a seed for its workers.
+        self.iterators, self.epoch_ended = 1, False
+        self.most: float = float("inf")  # batches of an epoch, where they are limited
         self.taken = self.batches = 0
         self.made = self.begun = self.random()  # when the iterator was made, and first asked
         self.resumed: dict[str, Any] | None = None
@@ -41,7 +41,7 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
-        last = self.taken >= self.batches and not self.epoch_ended
+        last = self.taken >= min(self.batches, self.most) and not self.epoch_ended
         finished = self.epoch_ended or last
         states = {"made": self.made, "begun": self.begun, "now": self.random()}
         return {"finished": finished, "last": last, "taken": self.taken, **states}
@@ -72,6 +72,8 @@ class ResumableLoader(DataLoader[Any]):
         **settings: Of the DataLoader.
     """
 
+    at_once = True  # an iterator draws a seed when it is made, as a DataLoader's own
+
     def __init__(self, *, position: Position | None = None, **settings: Any):
         super().__init__(**settings)
         self.position = position or Position()
@@ -79,7 +81,6 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if self.position.resumed is None:
             self.position.made = self.position.random()
-        # At once, as a DataLoader's own: it draws a seed for its workers.
         return self._follow(super().__iter__())
 
     def _follow(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -98,7 +99,7 @@ class ResumableLoader(DataLoader[Any]):
         place = self.position
         place.set_random(state["now"])
         if state["finished"]:
-            for _ in range(place.iterators):
+            for _ in range(place.iterators if self.at_once else 1):
                 place.made, batches = place.random(), super().__iter__()
             place.taken, place.begun = 0, place.random()
             return batches
@@ -115,8 +116,9 @@ class ResumableLoader(DataLoader[Any]):
         return self.position.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Likewise."""
-        self.position.load_state_dict(state_dict)
+        """Likewise; what `SelfTraining` has loaded stays: a look at a round's end changes it."""
+        if self.position.resumed is None:
+            self.position.load_state_dict(state_dict)
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

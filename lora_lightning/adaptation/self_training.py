@@ -17,30 +17,18 @@ from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
 
 
+def _read(name: str, what: str) -> Any:
+    return property(lambda self: getattr(self.rounds_, name), doc=what)
+
+
 class Course:
     """Attributes of a training in rounds, read from `rounds_`."""
 
     rounds_: Any
-
-    @property
-    def history_(self) -> list[Round]:
-        """The rounds, the source first."""
-        return self.rounds_.history_  # type: ignore[no-any-return]
-
-    @property
-    def accepted_(self) -> int:
-        """Index of the round whose state is kept; 0: the source."""
-        return self.rounds_.accepted_  # type: ignore[no-any-return]
-
-    @property
-    def changed_in_(self) -> Any:
-        """The accepted round in which each item got the label it has."""
-        return self.rounds_.changed_in_
-
-    @property
-    def termination_condition_(self) -> str:
-        """Why it ended; "" before."""
-        return self.rounds_.termination_condition_  # type: ignore[no-any-return]
+    history_: Any = _read("history_", "The rounds, the source first.")
+    accepted_: Any = _read("accepted_", "Index of the round whose state is kept; 0: the source.")
+    changed_in_: Any = _read("changed_in_", "The accepted round in which each item got its label.")
+    termination_condition_: Any = _read("termination_condition_", 'Why it ended; "" before.')
 
 
 class SelfTraining(Course, Callback):
@@ -128,12 +116,15 @@ class SelfTraining(Course, Callback):
         """Start the teacher, now that the factors are initialised."""
         self.check_loader(trainer)
         state, self._resumed = self._resumed, None
+        self.position.most = trainer.num_training_batches
         if self.teacher_decay is not None:
             self._teacher = Teacher(self.network(pl_module), self.teacher_decay)
             if state is not None and state["teacher"] is not None:
                 self._teacher.load_state_dict(state["teacher"])
         if state is not None:
             begin_next_epoch(trainer)
+            every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+            self.position.iterators = 2 if every and trainer.current_epoch % every == 0 else 1
             if self.position.at_last_batch:
                 # Lightning is in the next epoch, without having called on_train_epoch_end.
                 with self.position.resuming():

@@ -1,5 +1,5 @@
 """`AdapterBank`: mixed batches, in which each item has its own adapter."""
 
-import lazy_loader
+from lora_lightning.registry import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = face(__name__, __file__)

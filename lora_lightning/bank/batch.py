@@ -201,7 +201,7 @@ def check_free(model: nn.Module) -> bool:
         if module.training:
             raise AdapterError(f"{where} is in training mode, a bank is for eval: model.eval()")
         if ATTRIBUTE in module.__dict__:
-            raise AdapterError("a bank is in force on this model already: leave its block first")
+            raise AdapterError("the model is in a bank's `with` block already: leave that first")
         if is_merged(module):
             raise AdapterError(f"{where} is merged: unmerge(model) before using a bank")
         state = states.state_of(module)

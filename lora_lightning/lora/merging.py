@@ -137,7 +137,7 @@ def _located(module: nn.Module, key: str) -> Any:
             f"{key} of a merged {type(module).__name__} is gone since merge(): its weight norm was "
             "removed (torch.jit.script does that to wav2vec2, even to the original when a copy is "
             "scripted), so that the source's weights have no place to come back to: load the "
-            "source model anew"
+            "source model again"
         ) from error
 
 

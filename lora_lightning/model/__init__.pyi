@@ -5,7 +5,7 @@ from .compression import compress as compress
 from .injection import inject as inject
 from .injection_report import InjectionReport as InjectionReport
 from .injection_report import Row as Row
-from .parameter_groups import parameter_groups as parameter_groups
+from .param_groups import parameter_groups as parameter_groups
 from .shrinkage import pull_to_source as pull_to_source
 from .shrinkage import shrink as shrink
 from .switching import adapters as adapters

@@ -4,7 +4,8 @@
 - A *mapping* holds keyword arguments: of its keys those that the model's ``forward`` names, all of
   them where it takes ``**kwargs``.
 - A *tuple or list* holds positional arguments: as many of its first entries as ``forward``
-  requires, one at least, and all where it takes ``*args``. Of Lightning's (inputs, targets) a
+  requires, one at least, and all where it takes ``*args`` (a LightningModule's: as many as the
+  network that is adapted in it). Of Lightning's (inputs, targets) a
   classifier so gets the inputs. One that begins with a mapping counts as that mapping.
 
 Tensors are moved to the model's device. For calls that this rule gets wrong (an argument with a
@@ -30,13 +31,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any, network: nn.Module | None = None) -> Any:
     """Run a model on a batch; its output.
+
+    Args:
+        model: What is called.
+        batch: A batch.
+        network: The part of it to which a ``forward(*args)`` of the model hands its arguments on;
+            then those that this part takes are given.
 
     Raises:
         DataError: the batch is of a type that the rule above does not cover.
     """
-    args, kwargs = call_of(model, batch)
+    if network is None or not _takes_all(_parameters(_unwrapped(model).forward)):
+        network = model
+    args, kwargs = call_of(network, batch)
     return model(*args, **kwargs)
 
 
@@ -59,8 +68,8 @@ def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Cal
     elif isinstance(batch, Mapping):
         found = ((), _named(batch, parameters))
     elif isinstance(batch, (tuple, list)) and batch:
-        takes_all = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        found = (tuple(batch if takes_all else batch[: max(1, _required(parameters))]), {})
+        taken = len(batch) if _takes_all(parameters) else max(1, _required(parameters))
+        found = (tuple(batch[:taken]), {})
     else:
         raise DataError(
             f"a batch must be a tensor, a tuple that begins with one or a mapping; got "
@@ -95,6 +104,10 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     except (TypeError, ValueError):  # TorchScript's have none
         kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD
         return [inspect.Parameter("input", kind) for kind in kinds]
+
+
+def _takes_all(parameters: list[inspect.Parameter]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
 def _required(parameters: list[inspect.Parameter]) -> int:

@@ -24,8 +24,6 @@ from lora_lightning.lora.xs import check_weights
 from lora_lightning.model import eval_caches, state_dict, switching
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import Forward
-from lora_lightning.model.data_driven.initialise import start_from_data
-from lora_lightning.model.data_driven.rank_choice import choose_ranks
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import all_extras, chosen, snapshot
@@ -87,6 +85,9 @@ def inject(
     new = before is None or name not in before.configs
     report = place(model, config, name, freeze)
     if new and data is not None:
+        from lora_lightning.model.data_driven.initialise import start_from_data
+        from lora_lightning.model.data_driven.rank_choice import choose_ranks
+
         try:
             if config.rank == "auto":
                 report = choose_ranks(model, data, name, forward=forward)

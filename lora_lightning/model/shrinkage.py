@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -120,6 +120,17 @@ def undone(model: nn.Module) -> Iterator[nn.Module]:
         restore(model, values)
 
 
+def squared_change(factors: Iterable[Factors]) -> Tensor:
+    r"""How far factors move the weights, :math:`\sum_l \lVert \Delta W_l \rVert_F^2`: L2-SP.
+
+    As :math:`s^2\,tr(B^T B\,A A^T)`, r × r: ΔW is never made. 0 while ΔW is, where its gradient is
+    0 too. Li, Grandvalet & Davoine 2018, "Explicit inductive bias for transfer learning with
+    convolutional networks", arXiv:1802.01483.
+    """
+    each = [(f.spec.scaling, *f.low_rank()) for f in factors]
+    return torch.stack([s**2 * ((B.T @ B) * (A @ A.T)).sum() for s, B, A in each]).sum()
+
+
 @torch.no_grad()
 def pull_to_source(model: nn.Module, strength: float) -> None:
     r"""Add the gradient of L2-SP to the gradients of the active adapter.
@@ -128,10 +139,8 @@ def pull_to_source(model: nn.Module, strength: float) -> None:
         + \sum \lVert w - w_s \rVert^2 \Big)
 
     with w and :math:`w_s` as in `shrink`, without buffers: weights decay not to zero, as by weight
-    decay, but to the source model's. Li, Grandvalet & Davoine 2018, "Explicit inductive bias
-    for transfer learning with convolutional networks", arXiv:1802.01483. ΔW is never made:
-    :math:`\partial \lVert \Delta W \rVert^2 / \partial B = 2 s^2 \hat B \hat A A^T` with r × r
-    products alone. Parameters without a gradient are left without.
+    decay, but to the source model's (see `squared_change`). Parameters without a gradient are left
+    without.
 
     Args:
         model: With an active adapter, after the backward pass.
@@ -139,8 +148,11 @@ def pull_to_source(model: nn.Module, strength: float) -> None:
     """
     view, state, name = _unmerged_holder(model, "to pull")
     for path, factors in states.named_factors(view, name).items():
-        for parameter, gradient in factors.frobenius_gradients():
-            _add(parameter, strength * gradient)
+        if moving := [p for p in factors.matrices() if p.grad is not None]:
+            with torch.enable_grad():
+                half = squared_change([factors]) / 2
+            for parameter, gradient in zip(moving, torch.autograd.grad(half, moving), strict=True):
+                _add(parameter, strength * gradient)
         if factors.magnitude is not None:
             away = factors.magnitude - _source_magnitude(view, path, factors)
             _add(factors.magnitude, strength * away)

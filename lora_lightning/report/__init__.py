@@ -1,5 +1,5 @@
 """Reports of runs: tables, files, plots and an HTML page. Independent of models."""
 
-import lazy_loader
+from lora_lightning.registry import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = face(__name__, __file__)

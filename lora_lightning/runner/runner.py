@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.report.results import Run
+from lora_lightning.report.versions import hardware, versions
 from lora_lightning.report.write import write_report
 from lora_lightning.runner.checks import check_plan
 from lora_lightning.runner.experiment import Experiment
@@ -15,7 +16,6 @@ from lora_lightning.runner.progress import Stages, interruptible, quiet_lightnin
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.sweep import at_rank, method_of, rank_of
 from lora_lightning.runner.trainer import make_trainer, threads
-from lora_lightning.runner.versions import hardware, versions
 from lora_lightning.training.lora_callback import LoRACallback
 
 

@@ -1,5 +1,5 @@
 """Speech: data, tasks, methods and settings of the recipes."""
 
-import lazy_loader
+from lora_lightning.registry import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -102,7 +102,6 @@ class ParallelData(LightningDataModule):
         self.position = Position(
             (order.get_state, order.set_state),
             (lambda: noise.state, lambda state: setattr(noise, "state", state)),
-            iterators=2,  # `PseudoTranslationCallback` has it made again in each epoch
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

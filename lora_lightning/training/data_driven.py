@@ -45,7 +45,7 @@ def start_in_trainer(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, forward or _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module, backbone)),
             loss=_within(plugin, loss),
             progress=_shows_progress(trainer),
         )
@@ -76,7 +76,7 @@ def choose_in_trainer(
             backbone,
             _Moved(batches, trainer, plugin),
             name,
-            forward=_within(plugin, forward or _forward_of(pl_module)),
+            forward=_within(plugin, forward or _forward_of(pl_module, backbone)),
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw other batches: rank 0's choice for all
@@ -106,9 +106,10 @@ def _within(plugin: Precision, step: Forward) -> Forward:
     return run
 
 
-def _forward_of(pl_module: LightningModule) -> Forward:
-    step = pl_module.predict_step if is_overridden("predict_step", pl_module) else None
-    return lambda _, batch: step(batch, 0) if step else call(pl_module, batch)
+def _forward_of(pl_module: LightningModule, backbone: nn.Module) -> Forward:
+    if is_overridden("predict_step", pl_module):
+        return lambda _, batch: pl_module.predict_step(batch, 0)
+    return lambda _, batch: call(pl_module, batch, backbone)
 
 
 def _shows_progress(trainer: Trainer) -> bool:

@@ -17,7 +17,6 @@ from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.switching import set_active
 from lora_lightning.model.view import View
 from lora_lightning.training import checks
-from lora_lightning.training.data_driven import choose_in_trainer
 
 
 def inject_in_trainer(
@@ -47,6 +46,8 @@ def inject_in_trainer(
     # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
     unranked = name in state_in(network).unranked
     if unranked and trainer.training and checks.is_new(trainer):
+        from lora_lightning.training.data_driven import choose_in_trainer
+
         return choose_in_trainer(trainer, pl_module, network, name, data, forward)
     return report
 

@@ -19,8 +19,6 @@ from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
 from lora_lightning.training import checkpoint_hooks, checks, injection
-from lora_lightning.training.data_driven import start_in_trainer
-from lora_lightning.training.first_batch import FirstBatch
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
@@ -84,18 +82,14 @@ class LoRACallback(Callback):
         if batch_norm not in POLICIES:
             raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
         self.config = LoRAConfig.make(config, **config_kwargs)
-        self.backbone = backbone
-        self.name = name
-        self.data = data
-        self.forward, self.loss = forward, loss
-        self.verify = verify
-        self.log_spectrum = log_spectrum
-        self.output_dir = output_dir
+        self.backbone, self.name, self.output_dir = backbone, name, output_dir
+        self.data, self.forward, self.loss = data, forward, loss
+        self.verify, self.log_spectrum = verify, log_spectrum
         self.report_: InjectionReport | None = None
         self.adapter_path_: Path | None = None
         self._batch_norm = BatchNormKeeper(batch_norm)
         self._ranks = RankSchedule(self.config.prune_to)
-        self._first_batch: FirstBatch | None = None
+        self._first_batch: Any = None  # a `FirstBatch`, until the first batch is over
         self._folder = Path()
 
     @property
@@ -129,6 +123,8 @@ class LoRACallback(Callback):
         checks.check_unused_parameters(trainer, backbone)
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
+            from lora_lightning.training.first_batch import FirstBatch
+
             self._first_batch = FirstBatch(backbone)
         self.report_ = report = injection.state_in(backbone).reports[self.name]
         counts = ("trainable_parameters", "factor_parameters")
@@ -138,6 +134,8 @@ class LoRACallback(Callback):
         """Initialise from the target's batches, where `init` needs them, unless done before."""
         backbone = checks.find_backbone(pl_module, self.backbone)
         if checks.is_new(trainer) and self.name in injection.state_in(backbone).unstarted:
+            from lora_lightning.training.data_driven import start_in_trainer
+
             start_in_trainer(
                 trainer, pl_module, backbone, self.name, self.data, self.forward, self.loss
             )

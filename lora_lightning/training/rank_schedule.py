@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from lora_lightning.errors import ConfigError
 from lora_lightning.model import state as states
 from lora_lightning.model.compression import compress, update_report
-from lora_lightning.model.data_driven.prune import Pruner, rescale
 from lora_lightning.training.injection import state_in
 from lora_lightning.training.steps import gradient_scale
+
+if TYPE_CHECKING:
+    from lora_lightning.model.data_driven.prune import Pruner
 
 BEGIN, END = 0.1, 0.7  # parts of all steps between which ranks fall
 
@@ -44,6 +46,8 @@ class RankSchedule:
         """
         if self.to is None:
             return
+        from lora_lightning.model.data_driven.prune import Pruner
+
         steps = trainer.estimated_stepping_batches
         if not 0 <= steps < math.inf:  # -1: batches without end, and no max_steps
             raise ConfigError(
@@ -105,6 +109,8 @@ class RankSchedule:
                 f"{END:.0%} of the steps that the trainer announces: let it take them, or give it "
                 "no more than it will take (max_epochs, max_steps)"
             )
+        from lora_lightning.model.data_driven.prune import rescale
+
         state = state_in(backbone)
         # A checkpoint holds ranks and no scalings: loading computes the scaling from the rank.
         scale = state.configs[name].scale

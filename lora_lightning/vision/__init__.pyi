@@ -5,6 +5,6 @@ from .data.pose_domains import Pose as Pose
 from .data.pose_domains import PoseDomains as PoseDomains
 from .data.pose_domains import read_poses as read_poses
 from .data.pose_domains import write_poses as write_poses
+from .pose_guard import PoseLimits as PoseLimits
 from .pose_regressor import PoseRegressor as PoseRegressor
-from .pose_self_training import PoseLimits as PoseLimits
 from .pose_self_training import TransductivePose as TransductivePose

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import closed_form
-from lora_lightning.adaptation.closed_form import lame, recentred
+from lora_lightning.adaptation.closed_form import recentred
+from lora_lightning.adaptation.label_propagation import lame
 from lora_lightning.adaptation.target import Target, predicted
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.introspection import classifier_modules

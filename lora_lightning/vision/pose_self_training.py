@@ -10,7 +10,6 @@ never seen a rear makes the same mistake twice, which no such method can detect.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,123 +24,8 @@ from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.probing import evaluating
-from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
-
-# Predictions of images and of their mirror images, and the guard's check of both.
-
-
-BINS = 24  # of the histogram of angles, 15 degrees each
-
-
-@dataclass(frozen=True)
-class PoseLimits:
-    """Thresholds of the alarms; each compares a round with the source model on the same images.
-
-    Args:
-        spread: Least part of the source's entropy of the predictions' histogram: below, the
-            predictions collapse.
-        moved: Largest mean change of the predictions from the source's, in degrees.
-    """
-
-    spread: float = 0.75
-    moved: float = 40.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.spread <= 1:
-            raise ConfigError(f"spread must lie in [0, 1], got {self.spread}")
-        if not 0 <= self.moved <= 180:
-            raise ConfigError(f"moved must lie in [0, 180] degrees, got {self.moved}")
-
-
-@dataclass(frozen=True)
-class Twice:
-    """Predictions of images, (N, 2), and of their mirror images, mirrored back."""
-
-    plain: Tensor
-    mirror: Tensor
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    @property
-    def mean(self) -> Tensor:
-        """(N, 2)."""
-        return (self.plain + self.mirror) / 2
-
-    @property
-    def apart(self) -> Tensor:
-        """The difference of both predictions in degrees, (N,)."""
-        return circular_error(angle(self.plain), angle(self.mirror))
-
-    @property
-    def concordance(self) -> float:
-        r"""The concordance correlation of both predictions, 1 at most.
-
-        :math:`2\sum_i (p_i - \bar p)\cdot(m_i - \bar m) \,/\, (\sum_i \|p_i - \bar p\|^2 +
-        \sum_i \|m_i - \bar m\|^2 + N \|\bar p - \bar m\|^2)` of the unit vectors p and m of both.
-        Degrees alone would favour a network that always predicts nearly 0. Lin 1989, "A
-        concordance correlation coefficient to evaluate reproducibility".
-        """
-        p, m = (direction(angle(v)).double() for v in (self.plain, self.mirror))
-        apart = len(p) * (p.mean(0) - m.mean(0)).square().sum()
-        p, m = p - p.mean(0), m - m.mean(0)
-        total = p.square().sum() + m.square().sum() + apart
-        return float(2 * (p * m).sum() / total.clamp_min(1e-12))
-
-    @property
-    def spread(self) -> float:
-        """The entropy in nats of the predictions' histogram, with bins of 15 degrees."""
-        found = torch.histc(angle(self.plain).float(), BINS, -180, 180)
-        return float(torch.special.entr(found / found.sum()).sum())
-
-    def of(self, indices: Tensor) -> Twice:
-        """The subset of these images."""
-        return Twice(self.plain[indices], self.mirror[indices])
-
-
-@torch.no_grad()
-def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.device) -> Twice:
-    """Predictions of each image and of its mirror image, in eval mode."""
-    plain, mirror = [], []
-    with evaluating(model):
-        for x, _ in target.loader(batch_size, shuffle=False):
-            plain.append(model(x.to(device)).float().cpu())
-            mirror.append(mirrored(model(x.to(device).flip(-1)).float().cpu()))
-    return Twice(torch.cat(plain), torch.cat(mirror))
-
-
-def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
-    """The verdict on a round: both predictions must agree better than ever, without collapse.
-
-    Args:
-        source: By the source model.
-        best: By the best state so far.
-        now: By the round, of the same images.
-        limits: Thresholds of the alarms.
-    """
-    if not bool(torch.isfinite(now.plain).all() and torch.isfinite(now.mirror).all()):
-        return Verdict({}, ["the answers are NaN: the learning rate is too high"])
-    moved = circular_error(angle(now.plain), angle(source.plain))
-    scores = {
-        "agreement": float(torch.deg2rad(moved).cos().mean()),
-        "mirror": now.concordance,
-        "spread": min(now.spread / max(source.spread, 1e-6), 1.0),
-    }
-    alarms = []
-    if now is not source and now.concordance <= best.concordance:
-        alarms.append(
-            f"the answers to mirror images agree no better: concordance {now.concordance:.3f}, "
-            f"before {best.concordance:.3f}"
-        )
-    if scores["spread"] < limits.spread:
-        alarms.append(
-            f"the answers collapse: their spread is {scores['spread']:.0%} of the source's"
-        )
-    if float(moved.mean()) > limits.moved:
-        alarms.append(f"the answers have moved by {float(moved.mean()):.1f} degrees")
-    return Verdict(scores, alarms)
-
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
+from lora_lightning.vision.pose_regressor import mirrored
 
 JUDGED = 4  # every fourth image is not trained on, but used by the guard
 
@@ -195,7 +79,7 @@ class TransductivePose(Course, TaskInRounds):
         training: Any = None,
         tolerance: float = 60.0,
         batch_norm: str = "auto",
-        limits: PoseLimits = PoseLimits(),
+        limits: PoseLimits = PoseLimits(),  # noqa: B008 - frozen
         batch_size: int = 32,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,

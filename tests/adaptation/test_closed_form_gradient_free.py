@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.adaptation.closed_form import lame, recentred
-from lora_lightning.adaptation.label_propagation import propagate
+from lora_lightning.adaptation.closed_form import recentred
+from lora_lightning.adaptation.label_propagation import lame, propagate
 from lora_lightning.errors import ConfigError, DataError
 
 # Two items that lie together, one of them wrong, and one alone.

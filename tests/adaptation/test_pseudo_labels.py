@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_lightning.adaptation import pseudo_labels as pl
+from lora_lightning.adaptation.label_propagation import reciprocal, vote
 from lora_lightning.errors import ConfigError, DataError
 
 # Two groups by direction; the third item of the first is predicted wrongly.
@@ -30,18 +31,18 @@ def test_each_class_gets_its_surest(per_class):
     assert all(found.reasons[i] for i in (1, 2, 4, 5))
 
 
-@pytest.mark.parametrize("method", [pl.centroid, lambda f, p: pl.vote(f, p, 2)])
+@pytest.mark.parametrize("method", [pl.centroid, lambda f, p: vote(f, p, 2)])
 def test_neighbours_mend_the_wrong_one(method):
     assert method(FEATURES, P).labels.tolist() == TRUTH
 
 
 def test_who_contradicts_the_neighbours_is_left_out():
-    found = pl.reciprocal(FEATURES, P, 2)
+    found = reciprocal(FEATURES, P, 2)
     assert found.accepted.tolist() == [True, True, False, True, True, True]
     assert found.reasons[2] == "0 of 2 neighbours agree, their vote is class 0"
 
 
-METHODS = [pl.centroid, pl.vote, pl.reciprocal]
+METHODS = [pl.centroid, vote, reciprocal]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,8 +69,8 @@ def test_classes_that_nobody_predicts_attract_nobody():
         (lambda: pl.threshold(P, 2), ConfigError, "least must lie"),
         (lambda: pl.threshold(P * 2), DataError, "softmax"),
         (lambda: pl.centroid(FEATURES * math.nan, P), DataError, "NaN or infinity in 6 of 6"),
-        (lambda: pl.vote(FEATURES[:2], P), DataError, "items"),
-        (lambda: pl.vote(FEATURES, P, 0), ConfigError, "neighbours"),
+        (lambda: vote(FEATURES[:2], P), DataError, "items"),
+        (lambda: vote(FEATURES, P, 0), ConfigError, "neighbours"),
         (lambda: pl.class_balanced(P, 1.5), ConfigError, "per_class"),
         (lambda: pl.threshold(P).histogram(1), ConfigError, "class 1"),
     ],

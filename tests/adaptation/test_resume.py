@@ -73,6 +73,18 @@ def neighbours(tmp_path):
     return task(tmp_path, objective="neighbour-consistency", source_weight=0.1)
 
 
+def reloaded(tmp_path):
+    return task(tmp_path)
+
+
+def reloaded_at_times(tmp_path):
+    return task(tmp_path)
+
+
+def limited(tmp_path):
+    return task(tmp_path)
+
+
 def pose(tmp_path):
     torch.manual_seed(0)
     halves = torch.rand(43, 2) + 0.2
@@ -138,6 +150,13 @@ MIDDLE = [task, neighbours, pose, labels, *TEXTS]  # in mid-epoch all are equal,
 END = [*MIDDLE, labels_by_steps]
 
 
+OPTIONS = {
+    reloaded: {"reload_dataloaders_every_n_epochs": 1},
+    reloaded_at_times: {"reload_dataloaders_every_n_epochs": 2},
+    limited: {"limit_train_batches": 2, "max_epochs": 6},
+}
+
+
 class Saves(Checkpoint):
     """Saves in mid-epoch and at an epoch's end, after all other callbacks, as ModelCheckpoint."""
 
@@ -168,7 +187,7 @@ def fit(tmp_path, kind, seed, ckpt_path=None):
     ]
     steps = {"max_steps": STEPS, "max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
     torch.manual_seed(seed)
-    length = steps if kind in TEXTS else {"max_epochs": ROUNDS}
+    length = steps if kind in TEXTS else {"max_epochs": ROUNDS, **OPTIONS.get(kind, {})}
     saving = {"enable_checkpointing": ckpt_path is None}
     run = trainer(tmp_path, *callbacks, **length, **saving)
     run.fit(module, data, ckpt_path=ckpt_path)
@@ -193,6 +212,7 @@ def through(tmp_path_factory):
         *((k, "middle.ckpt") for k in MIDDLE),
         *((k, "last.ckpt") for k in MIDDLE),
         *((k, "end.ckpt") for k in END),
+        *((k, f"{at}.ckpt") for k in OPTIONS for at in ("last", "end")),
     ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):

@@ -22,7 +22,7 @@ def test_errors_of_batches(tmp_path):
         base(torch.randn(3, 6))
     with pytest.raises(AdapterError, match="2 names for a batch of 3"), bank[["a", "a"]]:
         base(torch.randn(3, 6))
-    with pytest.raises(AdapterError, match="in force"), bank["a"], bank["b"]:
+    with pytest.raises(AdapterError, match="block already: leave"), bank["a"], bank["b"]:
         pass
     with pytest.raises(AdapterError, match="two items"):
         bank.probe(torch.randn(1, 6))

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import lora_lightning
 from lora_lightning import (
     disabled,
     inject,
@@ -28,6 +29,7 @@ from lora_lightning import (
     save_adapter,
     set_active,
 )
+from lora_lightning.cli import main
 from lora_lightning.errors import (
     AdapterExistsError,
     AdapterFileError,
@@ -57,13 +59,17 @@ def trained(base, tmp_path):
     return model, path, model(X).detach()
 
 
-def test_a_checkout_that_is_not_installed_saves(trained, tmp_path, monkeypatch):
+def test_a_checkout_that_is_not_installed_saves(trained, tmp_path, monkeypatch, capsys):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("lora_lightning.model.adapter_file.format.version", missing)
+    monkeypatch.setattr("lora_lightning.report.versions.version", missing)
     path = save_adapter(trained[0], tmp_path / "a.safetensors")
     assert read_header(path)["versions"]["lora_lightning"] == "unknown"
+    assert lora_lightning.__version__ == "unknown"
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == "lora-lightning unknown\n"
 
 
 def untouched(model: nn.Module, base: nn.Module) -> bool:

@@ -163,6 +163,15 @@ def test_the_callback_passes_forward_on(tmp_path):
     assert set(seen) == {dict}
 
 
+def test_a_module_that_hands_its_arguments_on_is_given_what_the_network_takes(tmp_path):
+    class HandsOn(Module):
+        def forward(self, *args):
+            assert len(args) == 1, "the labels are none of the network's arguments"
+            return self.model(*args)
+
+    trainer(tmp_path, LoRACallback(rank=2, init="eva")).fit(HandsOn(tiny_vit()), loader())
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning")
 def test_a_wrapped_model_is_called_as_the_model_within():
     scripted = torch.jit.trace(nn.Linear(6, 5), X)

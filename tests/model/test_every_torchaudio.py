@@ -421,7 +421,7 @@ def test_weight_norm_that_scripting_removed_is_missed_in_words():
     model, _ = adapted("Wav2Vec2", target_modules="all")
     merge(model)
     torch.jit.script(model)
-    with pytest.raises(AdapterError, match="load the source model anew"):
+    with pytest.raises(AdapterError, match="load the source model again"):
         unmerge(model)
 
 

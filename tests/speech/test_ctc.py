@@ -207,6 +207,15 @@ def test_rates_are_errors_over_words_of_the_whole_epoch(recordings, monkeypatch,
     assert found["test_cer"] == pytest.approx(characters / (2 * len("three") + 2 * len("one two")))
 
 
+def test_validation_before_a_fit(recordings, tmp_path):
+    task = CTCRecognition(conformer())
+    data = SpeechData(train=recordings, validation=recordings, batch_seconds=10)
+    trainer(tmp_path).validate(task, data, verbose=False)
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=2)
+    run.fit(task, data)
+    assert 0 < run.logged_metrics["val_cer"] <= 1
+
+
 @MODELS
 def test_an_adapter_learns_through_the_trainer(make, recordings, tmp_path):
     model = make()

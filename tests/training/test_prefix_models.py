@@ -119,7 +119,8 @@ PYRAMID = small_timm("test_resnet", features_only=True)
     ("model", "x", "target", "message"),
     [
         (lambda: Net(Function(lambda m, x: x - x.mean(0))), X, "c", "depends on the other items"),
-        (lambda: Net(Function(lambda m, x: x + torch.randn(8))), X, "c", "for an item is random"),
+        (lambda: Net(Function(lambda m, x: x + torch.randn(8))), X, "c",
+         r"for an item is random, is another in eval mode \(PrefixCache\(eval_prefix=True\)"),
         (lambda: Net(Function(lambda m, x: x * (torch.rand(1) > -1))), X, "c", "draw random numb"),
         (PYRAMID, pictures()[0], "re:layer4.*conv2", "feature pyramids"),
         (lambda: Net(Function(lambda m, x: x), torch.Tensor.sub_), X, "c", "writes into its in"),
@@ -288,6 +289,26 @@ def test_a_layer_that_is_trained_from_now_on_and_a_gradient_of_the_input(vit):
         vit(x).sum().backward()
         assert cache.boundary_ == "blocks.1"
         assert vit.blocks[1].norm1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.3", "norm"])
+def test_after_ctrl_c_modules_have_their_own_forward_again(vit, path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (x,) = pictures()
+    with PrefixCache(20).attach(vit) as cache:
+        if path != "blocks.0":  # which is served, and not called, from the second forward on
+            vit(x)
+        vit.get_submodule(path).forward = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            vit(x)
+        del vit.get_submodule(path).forward
+        assert [m for m in vit.modules() if "forward" in m.__dict__] == [vit]
+        vit(x)
+        assert not computed(vit, x)
+        assert cache.items_ == 3
+    assert "forward" not in vit.__dict__
 
 
 def test_attaching_twice_and_compiled_models(vit):

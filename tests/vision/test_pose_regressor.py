@@ -35,6 +35,7 @@ from lora_lightning.vision.data.synthetic.meshes import FRONTS, make_mesh
 from lora_lightning.vision.data.synthetic.rendered import render_domains
 from lora_lightning.vision.data.synthetic.scene import Renderer
 from lora_lightning.vision.data.synthetic.worlds import WORLDS
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge
 from lora_lightning.vision.pose_recipe import METHODS
 from lora_lightning.vision.pose_regressor import (
     PoseRegressor,
@@ -43,7 +44,7 @@ from lora_lightning.vision.pose_regressor import (
     direction,
     mirrored,
 )
-from lora_lightning.vision.pose_self_training import PoseLimits, TransductivePose, Twice, judge
+from lora_lightning.vision.pose_self_training import TransductivePose
 from tests.helpers.miniature import TINY, photos
 from tests.helpers.report_runs import FULL, LORA, SOURCE, make_run, row
 from tests.helpers.training import trainer

@@ -102,9 +102,7 @@ def shift(
             )
         source.check(model)
         found, predictions = features_of(model, target, batch_size, run)
-        second = None
-        if source.agreement is not None:
-            second = second_opinion(model, target, run)
+        second = None if source.agreement is None else second_opinion(model, target, run)
     adapted = None
     if has_adapter:
         adapted = features_of(model, target, batch_size, run)[1].probabilities
@@ -148,7 +146,7 @@ def compare(
         name: bootstrap(frechet_distance, *pair, repeats=_LAYER_REPEATS, seed=seed).value
         for name, pair in pairs.items()
     }
-    expect = partial(expected_accuracy, source, second=second)
+    expect: Any = partial(expected_accuracy, source, second=second)
     expected = expect(probabilities)
     drop = expected_drop(source, probabilities, second)
     frechet = interval(frechet_distance, s, t)
@@ -165,7 +163,7 @@ def compare(
         blocks,
         (len(s), len(t)),
         None if adapted is None else score.agreement(probabilities, adapted),
-        None if adapted is None else _mean(expected, expect(adapted)),
+        None if adapted is None or expected is None else (expected + expect(adapted)) / 2,
         CONFIDENCE if second is None else STEADINESS,
     )
 
@@ -235,10 +233,6 @@ def expected_drop(
     if second is not None and source.agreement is not None:
         return source.agreement - second.agreement(probabilities)
     return float(source.confidence.mean() - probabilities.amax(dim=1).mean())
-
-
-def _mean(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else (before + after) / 2
 
 
 def _few(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import math
 import mmap
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.report.files import atomic_write
+from lora_lightning.report.versions import installed
 
 FORMAT_VERSION = 1
 _KEY = "lora_lightning"
@@ -119,12 +119,8 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries, for a file's header or a run."""
-    try:
-        own = version("lora-lightning")
-    except PackageNotFoundError:  # a checkout that was never installed
-        own = "unknown"
     python, of_torch = platform.python_version(), str(torch.__version__)
-    return {"lora_lightning": own, "python": python, "torch": of_torch}
+    return {"lora_lightning": installed(), "python": python, "torch": of_torch}
 
 
 def _by_safetensors(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:

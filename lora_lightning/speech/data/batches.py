@@ -99,6 +99,8 @@ class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
 class BatchLoader(ResumableLoader):
     """Reports what could not be read, in the process that trains, and steps over empty batches."""
 
+    at_once = False  # but when it is asked for a batch
+
     def __iter__(self) -> Iterator[AudioBatch]:  # type: ignore[override]
         dataset: Any = self.dataset
         for batch, lost in super().__iter__():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.audio_task import AudioTask
 from lora_lightning.speech.tasks.labels import Labels
-from lora_lightning.training.optimised_module import Optimised
 
 
 class Transcription(NamedTuple):
@@ -21,7 +22,7 @@ class Transcription(NamedTuple):
     text: str
 
 
-class Recognition(Optimised):
+class Recognition(AudioTask):
     """A recogniser in ``self.model``; subclasses implement `loss` and `transcribe`.
 
     Args:
@@ -43,25 +44,15 @@ class Recognition(Optimised):
         weight_decay: float,
         schedule: str,
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
         labels = labels or getattr(model, "labels", None)
         if labels is None:
             raise ConfigError(
                 f"{type(model).__name__} has no labels of its own: give labels=Labels(symbols), "
                 "with the symbol of each class"
             )
-        self.model, self.labels = model, labels
-        self.rates = nn.ModuleDict(
-            {
-                f"{stage}_{name}": metric()
-                for stage in ("val", "test")
-                for name, metric in (("wer", WordErrorRate), ("cer", CharErrorRate))
-            }
-        )
-
-    def loss(self, batch: AudioBatch) -> Tensor:
-        """The loss of a batch."""
-        raise NotImplementedError
+        metrics: dict[str, Metric] = {"wer": WordErrorRate(), "cer": CharErrorRate()}
+        super().__init__(model, metrics, learning_rate, weight_decay, schedule)
+        self.labels = labels
 
     def transcribe(self, batch: AudioBatch) -> list[str]:
         """The predicted text of each recording."""
@@ -78,29 +69,12 @@ class Recognition(Optimised):
                 raise DataError(f"{item.path} has no text to learn from (text={item.text!r})")
         return [torch.tensor(self.labels.encode(text), device="cpu") for text in batch.texts]
 
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
-        loss = self.loss(batch)
-        self.log("train_loss", loss, batch_size=len(batch))
-        return loss
-
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to ``val_wer`` and ``val_cer``."""
-        self._measure(batch, "val")
-
-    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to ``test_wer`` and ``test_cer``."""
-        self._measure(batch, "test")
+    def compared(self, batch: AudioBatch) -> tuple[list[str], list[str]]:
+        """Transcripts, and what was said."""
+        references = [self.labels.normalise(text) for text in batch.texts]
+        return self.transcribe(batch), references
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> list[Transcription]:
         """The path and the predicted text of each recording."""
         paths = [str(item.path) for item in batch.items]
         return list(map(Transcription, paths, self.transcribe(batch)))
-
-    def _measure(self, batch: AudioBatch, stage: str) -> None:
-        references = [self.labels.normalise(text) for text in batch.texts]
-        predicted = self.transcribe(batch)
-        for name in (f"{stage}_wer", f"{stage}_cer"):
-            rate: Any = self.rates[name]
-            rate.update(predicted, references)
-            self.log(name, rate, on_epoch=True, on_step=False, batch_size=len(batch))

@@ -12,14 +12,14 @@ from torchaudio.models import Tacotron2
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.probing import evaluating
 from lora_lightning.speech.data.utterances import AudioBatch
+from lora_lightning.speech.tasks.audio_task import AudioTask
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.recognisers import frame_mask
-from lora_lightning.training.optimised_module import Optimised
 
 FLOOR = 1e-5  # of a mel magnitude
 
 
-class Tacotron2Synthesis(Optimised):
+class Tacotron2Synthesis(AudioTask):
     """Speech synthesis; the network is ``self.model``. A new voice is a new adapter.
 
     The loss is the mean squared error of the mel spectrogram, before and after the postnet, over
@@ -58,7 +58,7 @@ class Tacotron2Synthesis(Optimised):
         weight_decay: float = 1e-6,
         schedule: str = "one-cycle",
     ):
-        super().__init__(learning_rate, weight_decay, schedule)
+        super().__init__(model, {}, learning_rate, weight_decay, schedule)
         if model.mask_padding:
             raise ConfigError(
                 "the model has mask_padding=True, which masks in place what the gradient needs; "
@@ -67,7 +67,7 @@ class Tacotron2Synthesis(Optimised):
         symbols = model.embedding.num_embeddings
         if len(labels) > symbols:
             raise ConfigError(f"labels has {len(labels)} symbols, the model {symbols}")
-        self.model, self.labels, self.sample_rate = model, labels, sample_rate
+        self.labels, self.sample_rate = labels, sample_rate
         self.top = min(8000.0, sample_rate / 2)
         self.n_fft, self.hop = n_fft, hop_length
         self.mel = torchaudio.transforms.MelSpectrogram(
@@ -111,12 +111,6 @@ class Tacotron2Synthesis(Optimised):
         counts = torch.tensor([len(one) for one in found], device=self.device)
         rows = [torch.tensor(one, device="cpu") for one in found]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device), counts
-
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
-        loss = self.loss(batch)
-        self.log("train_loss", loss, batch_size=len(batch))
-        return loss
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
         """Logs ``val_loss``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.registry import unknown
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
+from lora_lightning.speech.tasks.audio_task import AudioTask
 from lora_lightning.speech.tasks.recognisers import frame_mask
-from lora_lightning.training.optimised_module import Optimised
 
 
 class Pooled(nn.Module):
@@ -55,35 +54,13 @@ class Pooled(nn.Module):
         return self.head(mean)  # type: ignore[no-any-return]
 
 
-class _UtteranceTask(Optimised):
-    """Base class of both tasks: steps, and metrics over the whole epoch."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        metrics: dict[str, Metric],
-        learning_rate: float,
-        weight_decay: float,
-        schedule: str,
-    ):
-        super().__init__(learning_rate, weight_decay, schedule)
-        self.model = model
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{name}": m.clone()
-                for stage in ("val", "test")
-                for name, m in metrics.items()
-            }
-        )
+class _UtteranceTask(AudioTask):
+    """Base class of both tasks."""
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waveforms (B, T), samples (B,) → the model's output (B, outputs)."""
         found: Tensor = self.model(waveforms, lengths)
         return found
-
-    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """The loss of an output (B, outputs)."""
-        raise NotImplementedError
 
     def answer(self, output: Tensor) -> Tensor:
         """The predictions, which the metrics compare with the targets."""
@@ -93,29 +70,22 @@ class _UtteranceTask(Optimised):
         """The targets (B,) of recordings."""
         raise NotImplementedError
 
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """The loss of an output (B, outputs)."""
+        raise NotImplementedError
+
+    def batch_loss(self, batch: AudioBatch) -> Tensor:
         """The loss of a batch."""
+        return self.loss(*self._with_targets(batch))
+
+    def compared(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
+        """Predictions and targets."""
+        output, targets = self._with_targets(batch)
+        return self.answer(output), targets
+
+    def _with_targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
         output = self(batch.waveforms, batch.lengths)
-        loss = self.loss(output, self.targets(batch.items).to(output.device))
-        self.log("train_loss", loss, batch_size=len(batch))
-        return loss
-
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to the metrics ``val_…``."""
-        self._measure(batch, "val")
-
-    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        """Adds a batch to the metrics ``test_…``."""
-        self._measure(batch, "test")
-
-    def _measure(self, batch: AudioBatch, stage: str) -> None:
-        output = self(batch.waveforms, batch.lengths)
-        answer, targets = self.answer(output), self.targets(batch.items).to(output.device)
-        for name, metric in self.metrics.items():
-            if name.startswith(f"{stage}_"):
-                metric.update(answer, targets)  # type: ignore[operator]
-                entry: Any = metric
-                self.log(name, entry, on_epoch=True, on_step=False, batch_size=len(batch))
+        return output, self.targets(batch.items).to(output.device)
 
 
 class AudioClassification(_UtteranceTask):
@@ -148,11 +118,9 @@ class AudioClassification(_UtteranceTask):
     ):
         if len(set(classes)) < 2 or len(set(classes)) < len(classes):
             raise ConfigError(f"classes must be two or more different names, got {list(classes)}")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(len(classes), average="micro")}
-        super().__init__(model, metrics, learning_rate, weight_decay, schedule)
-        self.classes, self.label_smoothing = list(classes), label_smoothing
+        super().__init__(model, metrics, learning_rate, weight_decay, schedule, label_smoothing)
+        self.classes = list(classes)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waveforms (B, T), samples (B,) → logits (B, C)."""

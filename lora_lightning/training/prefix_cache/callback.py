@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,18 @@ class PrefixCache(Callback):
             raise ConfigError("a compiled model calls no modules: attach before torch.compile")
         self._reset()
         self._store, self._root = Store(round(self.budget_mb * 1e6), self.folder), model
-        self._handles = [
-            model.register_forward_hook(self._after, always_call=True),
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-        ]
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._own = model.__dict__.get("forward")  # a hook would not hear of Ctrl-C
+        model.__dict__["forward"] = partial(self._forward, model, self._own)
         return self
 
     def detach(self) -> None:
         """Leave the model as it was, and give memory or file back; nothing where not attached."""
         if self._root is not None:
             self._running.close()
-            for handle in self._handles:
-                handle.remove()
+            self._hook.remove()
+            del self._root.__dict__["forward"]
+            self._root.__dict__.update({} if self._own is None else {"forward": self._own})
             self._root = self._cut = self._store = None
 
     def __enter__(self) -> PrefixCache:
@@ -132,23 +133,28 @@ class PrefixCache(Callback):
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if root is not self._root:
             return
-        self._running.close()  # of a forward that was interrupted
+        self._running.close()  # of one that was interrupted right here
         self._run = None
-        if next(reversed(root._forward_pre_hooks)) != self._handles[-1].id:  # may change the input
+        if next(reversed(root._forward_pre_hooks)) != self._hook.id:  # may change the input
             return
         inputs, traced = Inputs(args, kwargs), torch._C._get_tracing_state()
         if not torch.compiler.is_compiling() and not traced and (cut := self._ready(root, inputs)):
             self._run = self._plan(cut, inputs)
             self._running.enter_context(cut.running(self._run[0]))
 
-    def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if root is self._root:
-            self._running.close()
-            if self._run and self._cut and output is not None:  # else an error is on its way
-                run, key = self._run
-                known = self._layouts.setdefault(key, run.layout)
-                if not run.entered or shapes(known) != shapes(run.layout):
-                    raise self._cut.astray()
+    def _forward(self, root: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; however it ends, its modules have their own again."""
+        forward = own or type(root).forward.__get__(root)
+        if root is not self._root or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        with self._running:
+            output = forward(*args, **kwargs)
+        if self._run and self._cut:
+            (run, key), self._run = self._run, None
+            known = self._layouts.setdefault(key, run.layout)
+            if not run.entered or shapes(known) != shapes(run.layout):
+                raise self._cut.astray()
+        return output
 
     def _plan(self, cut: Cut, inputs: Inputs) -> tuple[Run, Any]:
         """Served where all items are stored, and a batch like this was seen; else noted."""

@@ -112,9 +112,11 @@ def _problem(cut: Cut, inputs: Inputs) -> str:
     again = Trial(cut, batch, seed=1, stop=True)
     steady = all(map(torch.equal, floats(plain.given), floats(again.given)))
     if not steady or not shared or not all(map(same, records, also[1:])):
+        cure = "" if cut.eval_prefix else " (PrefixCache(eval_prefix=True) computes it there)"
         return (
-            f"what {cut.path} is given for an item is random, is another in eval mode, or depends "
-            "on the other items (batch statistics, or a batch dimension that is not the first)"
+            f"what {cut.path} is given for an item is random, is another in eval mode{cure}, or "
+            "depends on the other items (batch statistics, or a batch dimension that is not the "
+            "first)"
         )
     served = Trial(cut, batch, records=records, layout=plain.run.layout)
     if not all(map(torch.equal, plain.drawn, served.drawn)):

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.report.versions import versions
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
-from lora_lightning.runner.versions import versions
 from lora_lightning.speech.data.synthetic.espeak import Voice, speak_all
 from lora_lightning.speech.data.synthetic.phrases import phrases
 

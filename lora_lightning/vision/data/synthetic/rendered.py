@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.report.versions import versions
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
-from lora_lightning.runner.versions import versions
 from lora_lightning.vision.data.pose_domains import LABELS, Pose, write_poses
 from lora_lightning.vision.data.synthetic.meshes import CLASSES, FRONTS
 from lora_lightning.vision.data.synthetic.scene import Renderer

@@ -1,4 +1,4 @@
-"""Versions of libraries and hardware, for reports and generated sets."""
+"""Versions of libraries and hardware, for reports, files and the command."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 def versions(*packages: str) -> dict[str, str]:
     """Name → version of this package, of Python, and of those named."""
-    found = {"lora-lightning": _version("lora-lightning"), "python": platform.python_version()}
-    return found | {name: _version(name) for name in packages}
+    found = {"lora-lightning": installed(), "python": platform.python_version()}
+    return found | {name: installed(name) for name in packages}
 
 
-def _version(name: str) -> str:
+def installed(name: str = "lora-lightning") -> str:
+    """The version of an installed package; "unknown" where it is none."""
     try:
         return version(name)
     except PackageNotFoundError:  # a checkout that was never installed
