@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from lora_lightning.errors import (
     BaseMismatchError,
     ConfigError,
 )
+from tests.helpers.files import rewrite
 from tests.helpers.training import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -172,16 +172,6 @@ def test_other_number_of_classes(trained, base):
 
 def test_half_precision_base_still_counts_as_the_same(trained, base):
     load_adapter(copy.deepcopy(base).bfloat16(), trained[1])
-
-
-def rewrite(path, change):
-    """The same file with its tensors and header changed by `change(tensors, header)`."""
-    with safe_open(str(path), framework="pt") as file:
-        names = list(file.keys())
-        tensors = {k: file.get_tensor(k) for k in names}
-        header = json.loads(file.metadata()["lora_lightning"])
-    change(tensors, header)
-    save_file(tensors, str(path), metadata={"lora_lightning": json.dumps(header)})
 
 
 DAMAGE = {
