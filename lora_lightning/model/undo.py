@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_lightning.model.state import states_in
 from lora_lightning.model.view import View
 
-# Tables of a module that change with its adapters.
-_TABLES = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks",
-           "_load_state_dict_post_hooks")  # fmt: skip
+# Tables of a module that change with its adapters; those of the model's own hooks.
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _Tables = list[tuple[Any, Any]]  # (container, a copy of what was in it)
 
 
@@ -49,7 +50,8 @@ class _Before:
         self.tensors = [(t, t.data, t.requires_grad) for t in view.tensors.values()]
         self.written: list[tuple[Any, Any, Any]] = []  # (factor, a copy of its values, gradient)
         for _, module in view.modules:
-            self._keep(module.__dict__, *(module.__dict__[key] for key in _TABLES))
+            self._keep_module(module)
+        self._keep(*(view.model.__dict__[key] for key in _HOOKS))
         for _, state in states_in(view):
             fields = vars(state)
             self._keep(fields, *(v for v in fields.values() if isinstance(v, (dict, list, set))))
@@ -59,18 +61,24 @@ class _Before:
             self._keep_factors(layer, name)
 
     def _keep(self, *containers: Any) -> None:
-        self.tables += [(each, each.copy()) for each in containers if each]
+        for each in containers:
+            self.tables.append((each, each.copy()))
+
+    def _keep_module(self, module: nn.Module) -> None:
+        fields = module.__dict__
+        self._keep(fields, *[fields[key] for key in _TABLES])
 
     def _keep_factors(self, layer: Any, name: str | None) -> None:
         per_adapter, active = layer.lora._modules, layer.lora_active
-        for factors in layer.factors_of(active).values():
-            self.tensors += [(t, t.data, t.requires_grad) for t in factors.tensors().values()]
+        for of in {active, name}:
+            for factors in layer.factors_of(of).values():
+                self.tensors += [(t, t.data, t.requires_grad) for t in factors.tensors().values()]
         if name is None or name not in per_adapter:  # thousands of others are not copied
             self.added += [(per_adapter, name)] if name is not None else []
             return
         self._keep(per_adapter)
         for module in per_adapter[name].modules():
-            self._keep(module.__dict__, *(module.__dict__[key] for key in _TABLES))
+            self._keep_module(module)
         for factors in layer.factors_of(name).values():
             own = factors.tensors().values()
             self.written += [(t, t.detach().clone(), t.grad) for t in own]
@@ -84,12 +92,12 @@ class _Before:
             object.__setattr__(module, "__class__", cls)
         for container, copy in self.tables:
             _put_back(container, copy)
-        for tensor, values, gradient in self.written:
-            tensor.data.copy_(values)
-            tensor.grad = gradient
         for tensor, data, requires_grad in self.tensors:
             tensor.data = data
             tensor.requires_grad_(requires_grad)
+        for tensor, values, gradient in self.written:
+            tensor.data.copy_(values)
+            tensor.grad = gradient
 
 
 def _put_back(container: Any, copy: Any) -> None:

@@ -62,9 +62,9 @@ def load_adapter(
         raise AdapterExistsError(
             f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
         )
-    config, bases, base = checked(view, header, tensors, check, Path(path), {})
-    _check_trainable(view, state, header, config, Path(path))
     with all_or_nothing(view, name):
+        config, bases, base = checked(view, header, tensors, check, Path(path), {})
+        _check_trainable(view, state, header, config, Path(path))
         if name in state.configs:
             _make_way(view, state, name, header)
             state = state_of(model) or ModelState()

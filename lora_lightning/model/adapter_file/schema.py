@@ -10,6 +10,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,19 +85,20 @@ class Record:
     optional: Mapping[str, Kind] = field(default_factory=dict)
     others: Kind | None = None
 
-    def _pairs(self, value: dict[Any, Any]) -> Iterator[tuple[str, Kind]]:
-        for key in value:
-            kind = self.required.get(key) or self.optional.get(key) or self.others
-            if kind is not None:
-                yield key, kind
-
     def fits(self, value: Any) -> bool:
         """See `Kind`."""
-        return (
-            isinstance(value, dict)
-            and self.required.keys() <= value.keys()
-            and all(kind.fits(value[key]) for key, kind in self._pairs(value))
-        )
+        if not isinstance(value, dict) or not self.required.keys() <= value.keys():
+            return False
+        kinds, others = self._kinds, self.others
+        for key, each in value.items():
+            kind = kinds.get(key, others)
+            if kind is not None and not kind.fits(each):
+                return False
+        return True
+
+    @cached_property
+    def _kinds(self) -> Mapping[str, Kind]:
+        return {**self.required, **self.optional}
 
     def wrong(self, value: Any, place: str) -> Iterator[str]:
         """See `Kind`."""
@@ -106,8 +108,9 @@ class Record:
         prefix = f"{place}." if place else ""
         for key in self.required.keys() - value.keys():
             yield f"{prefix}{key} (missing)"
-        for key, kind in self._pairs(value):
-            yield from kind.wrong(value[key], f"{prefix}{reprlib.repr(key)[1:-1]}")
+        for key, each in value.items():
+            if (kind := self._kinds.get(key, self.others)) is not None:
+                yield from kind.wrong(each, f"{prefix}{reprlib.repr(key)[1:-1]}")
 
 
 def text(most: int = 1000, least: int = 1) -> Leaf:
@@ -139,7 +142,7 @@ def one_of(*values: Any) -> Leaf:
     )
 
 
-FLAG = one_of(True, False)
+FLAG = Leaf("true or false", lambda v: v is True or v is False)
 
 
 def check(schema: Kind, value: Any, what: str, path: Path) -> None:
