@@ -91,4 +91,4 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     parts = [t.detach().flatten().float() for t in floats.values()]
     if len({t.device for t in parts}) == 1 and bool(torch.cat(parts).sum().isfinite()):
         return []
-    return [key for key, t in floats.items() if not bool(t.detach().isfinite().all())]
+    return [key for key, t in floats.items() if not bool(t.detach().double().isfinite().all())]

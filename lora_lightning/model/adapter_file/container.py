@@ -58,9 +58,7 @@ def _bytes(path: Path) -> bytearray:
             del data[file.readinto(data) :]  # cut short by another process
             return data
     except FileNotFoundError as error:
-        raise AdapterFileError(
-            f"{path} does not exist; expected an adapter file (.safetensors)"
-        ) from error
+        raise AdapterFileError(f"{path} does not exist; expected a .safetensors file") from error
     except (OSError, MemoryError) as error:
         why = getattr(error, "strerror", None) or "it is larger than the memory"
         raise AdapterFileError(f"{path} cannot be read: {why}") from error
@@ -72,7 +70,7 @@ def _check_regular(path: Path, mode: int) -> None:
         return
     kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
     what = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
-    raise AdapterFileError(f"{path} is a {what}; expected an adapter file (.safetensors)")
+    raise AdapterFileError(f"{path} is a {what}; expected a .safetensors file")
 
 
 def _check_start(path: Path, start: bytes) -> None:

@@ -115,9 +115,9 @@ class Record:
 
 def text(most: int = 1000, least: int = 1) -> Leaf:
     """Printable texts: no control characters, nothing that a terminal would obey."""
-    expected = f"a printable text of {least} to {most} characters"
     return Leaf(
-        expected, lambda v: isinstance(v, str) and least <= len(v) <= most and v.isprintable()
+        f"a printable text of {least} to {most} characters",
+        lambda v: isinstance(v, str) and least <= len(v) <= most and v.isprintable(),
     )
 
 
