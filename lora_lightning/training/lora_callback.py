@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import effective_rank, spectrum
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
@@ -21,6 +22,7 @@ from lora_lightning.model.state import named_factors
 from lora_lightning.training import checkpoint_hooks, checks, injection
 from lora_lightning.training.data_driven import start_in_trainer
 from lora_lightning.training.first_batch import FirstBatch
+from lora_lightning.training.last_finite import LastFinite
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
@@ -60,6 +62,9 @@ class LoRACallback(Callback):
         report_: what was adapted; set in `setup`.
         adapter_path_: the file written at the end of the fit.
 
+    A fit that diverges (NaN or infinity in the adapter) is stopped with a warning, and the
+    adapter's last finite values are kept.
+
     Raises:
         ConfigError: a bad value, or a combination of callbacks that cannot work.
         TargetError: the backbone or a target does not exist.
@@ -83,6 +88,7 @@ class LoRACallback(Callback):
     ) -> None:
         if batch_norm not in POLICIES:
             raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
+        check_adapter_name(name)
         self.config = LoRAConfig.make(config, **config_kwargs)
         self.backbone = backbone
         self.name = name
@@ -96,6 +102,7 @@ class LoRACallback(Callback):
         self._batch_norm = BatchNormKeeper(batch_norm)
         self._ranks = RankSchedule(self.config.prune_to)
         self._first_batch: FirstBatch | None = None
+        self._finite = LastFinite()
         self._folder = Path()
 
     @property
@@ -142,6 +149,7 @@ class LoRACallback(Callback):
                 trainer, pl_module, backbone, self.name, self.data, self.forward, self.loss
             )
         self._ranks.start(trainer, backbone, self.name)
+        self._finite.start(trainer, backbone)
 
     # ---- while training --------------------------------------------------------------------
 
@@ -178,12 +186,15 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune ranks, where the schedule is due."""
+        """Stop a fit that has diverged; prune ranks, where the schedule is due."""
+        if self._finite.after_batch(trainer, look=self.config.prune_to is not None):
+            return
         if metrics := self._ranks.after_batch(trainer):
             self._log(trainer, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
+        self._finite.after_batch(trainer, look=True)
         if trainer.num_training_batches:
             self._verify_first()  # raises where no backward pass reached an adapter
         if not self.log_spectrum or not trainer.loggers:

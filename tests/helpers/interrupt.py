@@ -56,7 +56,11 @@ def everything(model: nn.Module) -> list[Any]:
         found += [(id(state), state.active, list(state.configs), list(state.reports))]
         found += [sorted(state.parked), sorted(state.source), repr(state.kinds), len(fields)]
     values = {**model.state_dict(), **dict(model.named_buffers())}
-    return found + [(k, t.dtype, t.flatten().tolist()) for k, t in values.items()]
+    return found + [(k, t.dtype, t.shape, hash(_bytes(t))) for k, t in values.items()]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ class Store:
         self.budget, self.used, self.obstacle = budget, 0, ""
         self._records: dict[bytes, list[Any]] = {}  # of views, or of places in the file
         self._file = None if folder is None else _unnamed(folder, budget)
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
         with torch.inference_mode(False):
             self._block = torch.empty(0 if folder else budget, dtype=torch.uint8)
 
@@ -143,6 +146,8 @@ class Store:
 
     def _read(self, at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         assert self._file is not None
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
         data = bytearray(shape.numel() * dtype.itemsize)
         view = memoryview(data)
         self._file.seek(at)
@@ -150,7 +155,11 @@ class Store:
             if not (count := self._file.readinto(view)):
                 raise OSError("the file ends too early")
             view = view[count:]
-        return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(shape)
+            if data
+            else torch.empty(shape, dtype=dtype)
+        )
 
     def clear(self) -> None:
         """Forget all items, and keep the room."""
