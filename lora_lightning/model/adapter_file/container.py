@@ -57,7 +57,9 @@ def _bytes(path: Path) -> bytearray:
             data = bytearray(os.fstat(file.fileno()).st_size)
             del data[file.readinto(data) :]  # cut short by another process
             return data
-    except FileNotFoundError as error:
+    except AdapterFileError:
+        raise
+    except (FileNotFoundError, ValueError) as error:  # a name that no file can have
         raise AdapterFileError(f"{path} does not exist; expected a .safetensors file") from error
     except (OSError, MemoryError) as error:
         why = getattr(error, "strerror", None) or "it is larger than the memory"
