@@ -252,6 +252,11 @@ DAMAGE = {
                 for value in values
             ),
             *(
+                (f"config.{key}", value, lambda t, h, k=key, v=value: h["config"].update({k: v}))
+                for key in ("target_modules", "new")
+                for value in (["\ud800"], ["\x1b[31m"], math.nan, [[[[[]]]]], {"a": "\x00"})
+            ),
+            *(
                 (f"base.{key}", value, lambda t, h, k=key, v=value: h["base"].update({k: v}))
                 for key in ("structure", "weights")
                 for value in ({}, ["a"], 1, None)
