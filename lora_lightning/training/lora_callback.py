@@ -230,6 +230,7 @@ class LoRACallback(Callback):
 
     def _clean(self, pl_module: LightningModule) -> None:
         injection.put_back(pl_module)
+        self._finite = LastFinite()
         if self._first_batch is not None:  # the fit ended before its first backward pass
             self._first_batch.close()
             self._first_batch = None
