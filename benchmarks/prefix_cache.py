@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, default=1024, help="megabytes")
-    parser.add_argument("--folder", default=None, help="store in a mapped file there")
+    parser.add_argument("--folder", default=None, help="store in a file there")
     parser.add_argument("--look", action="store_true", help="an eval pass after each epoch")
     parser.add_argument("--out", action="store_true", help="write a dated CSV to results/")
     given = parser.parse_args()

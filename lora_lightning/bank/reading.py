@@ -34,7 +34,6 @@ def parts_of(
         BaseMismatchError: it was made for another base.
     """
     header, tensors = read(path)
-    _check_finite(tensors, path)
     model = view.model
     _, bases, _ = checked(view, header, tensors, check, path, known)
     own = _owned(view, header, tensors, path)
@@ -108,16 +107,6 @@ def _in_place(model: nn.Module, own: Mapping[str, Tensor], computed: set[str]) -
 def _recompute(model: nn.Module, computed: set[str]) -> None:
     for key in computed:
         parametrizations.recompute(*located(model, key))
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    floats = {key: t.flatten() for key, t in tensors.items() if t.is_floating_point()}
-    # A sum has every NaN and infinity in it; asking each tensor takes longer than reading it.
-    if not floats or torch.cat([*floats.values()]).sum().isfinite():
-        return
-    for key, tensor in floats.items():
-        if not tensor.isfinite().all():
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinity; train it again")
 
 
 def _folded(

@@ -15,6 +15,7 @@ from lora_lightning.lora.values import check_choice, is_real, is_whole, keyed, p
 from lora_lightning.registry import unknown
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
+LARGEST_ALPHA = 1e6
 NOMINAL_RANK = 8  # at which rank="auto" has the scaling that a fixed rank has
 
 
@@ -42,7 +43,7 @@ class LoRAConfig:
         prune_to: Mean rank to which `LoRACallback` lowers the ranks while it trains, dropping
             the directions that matter least, of all layers together (after Zhang et al. 2023,
             "AdaLoRA", arXiv:2303.10512; see `data_driven.prune`). ``None``: none is dropped.
-        alpha: Numerator of the scaling. Above 0.
+        alpha: Numerator of the scaling. Above 0, at most 1e6.
         scaling: ``"alpha/r"``, or ``"alpha/sqrt(r)"`` (rank-stabilised, Kalajdzievski 2023,
             arXiv:2312.03732), which keeps the step size when the rank grows.
         dropout: Probability of dropping an input of A while training, in [0, 1). Where the
@@ -106,8 +107,10 @@ class LoRAConfig:
         self.trainable = patterns("trainable", self.trainable)
         alphas = {"alpha": self.alpha, **keyed("alpha_pattern", self.alpha_pattern)}
         for key, alpha in alphas.items():
-            if not is_real(alpha) or not 0 < alpha < math.inf:
-                raise ConfigError(f"{key} must be a number above 0, got {alpha!r}")
+            if not is_real(alpha) or not 0 < alpha <= LARGEST_ALPHA:
+                raise ConfigError(
+                    f"{key} must be a number above 0, got {alpha!r}; at most {LARGEST_ALPHA:g}"
+                )
         if not is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"dropout must lie in [0, 1), got {self.dropout!r}; 0 switches it off"

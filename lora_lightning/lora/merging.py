@@ -6,6 +6,7 @@ tied weight is not changed, an optimizer's reference stays valid, and unmerging 
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -141,6 +142,13 @@ def _located(module: nn.Module, key: str) -> Any:
         ) from error
 
 
+def overflows(module: nn.Module) -> bool:
+    """Whether merging has put NaN or infinity where the raw weights hold none."""
+    merged: Merged = module.__dict__[_ATTRIBUTE]
+    bad = [key for key, (_, total) in merged.sums.items() if not math.isfinite(total)]
+    return any(math.isfinite(_sum(merged.raw[key])) for key in bad)
+
+
 def is_merged(module: nn.Module) -> bool:
     """Whether this layer holds merged weights."""
     return _ATTRIBUTE in module.__dict__
@@ -155,5 +163,7 @@ def _sum(parameter: nn.Parameter) -> Tensor:
 
 def _close(one: Tensor, other: Tensor) -> bool:
     a, b = float(one), float(other)
-    # Other devices sum in another order.
+    # Other devices sum in another order. NaN is not even equal to itself.
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return repr(a) == repr(b)
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))

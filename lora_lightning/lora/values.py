@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lora_lightning.errors import ConfigError
+
+LONGEST_NAME = 150  # of an adapter: file names hold 255 bytes, and a step is added
+# What Windows takes for a device, whatever the ending.
+_DEVICES = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 
 
 def plain(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -56,3 +64,31 @@ def is_whole(value: Any) -> bool:
 def is_real(value: Any) -> bool:
     """Whether this is a number; True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_adapter_name(name: Any) -> None:
+    """Raise ConfigError for a name under which no module, or no file, can be kept."""
+    fits = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
+    # Of an instance: "training" is no attribute of the class.
+    if not fits or hasattr(nn.ModuleDict(), name) or _DEVICES.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of an "
+            "attribute of torch modules or of a device (con, nul, …)"
+        )
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"{name[:20]!r} … cannot name an adapter: it has {len(name)} characters, and at most "
+            f"{LONGEST_NAME} fit into the name of a file"
+        )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    floats = {k: t for k, t in tensors.items() if t.is_floating_point() and not t.is_meta}
+    if not floats:
+        return []
+    # A sum has every NaN and infinity in it; asking each tensor takes longer.
+    parts = [t.detach().flatten().float() for t in floats.values()]
+    if len({t.device for t in parts}) == 1 and bool(torch.cat(parts).sum().isfinite()):
+        return []
+    return [key for key, t in floats.items() if not bool(t.detach().double().isfinite().all())]

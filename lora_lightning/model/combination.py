@@ -19,6 +19,7 @@ from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import check_parked, extras, owned_names, snapshot
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.switching import switch
+from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
@@ -37,18 +38,19 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
     state = _check(view, weights, name)
     stacks = _stacks(view, weights)
     values = _extras(view, state, weights)
-    rows = []
-    for path, parts in stacks.items():
-        owner, _, tensor = path.rpartition(".")
-        rows.append(_place(model.get_submodule(owner), name, tensor, parts, owner))
     first = next(iter(weights))
     config = LoRAConfig.make(state.configs[first], xs=False)  # a stack is a plain product
     config.trainable = sorted({p for n in weights for p in state.configs[n].trainable})
-    total = state.reports[first].total_parameters
-    report = InjectionReport(name, tuple(rows), {n: v.numel() for n, v in values.items()}, total)
-    register(view, state, config, report, state.frozen)
-    state.parked[name] = values
-    switch(view, state, name)
+    total, whole = state.reports[first].total_parameters, {n: v.numel() for n, v in values.items()}
+    with all_or_nothing(view, name):
+        rows = []
+        for path, parts in stacks.items():
+            owner, _, tensor = path.rpartition(".")
+            rows.append(_place(model.get_submodule(owner), name, tensor, parts, owner))
+        report = InjectionReport(name, tuple(rows), whole, total)
+        register(view, state, config, report, state.frozen)
+        state.parked[name] = values
+        switch(view, state, name)
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
+from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.lora.xs import check_weights
 from lora_lightning.model import eval_caches, state_dict, switching
 from lora_lightning.model import state as states
@@ -30,6 +30,7 @@ from lora_lightning.model.owned_tensors import all_extras, chosen, snapshot
 from lora_lightning.model.patterns import Target
 from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.targets import select
+from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
@@ -120,25 +121,22 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     adapted = {t.path for t in targets}
     whole = [n for n in chosen(view, state, config.trainable) if n not in adapted]
     report = report_of(view, name, _rows(targets, specs), whole)
-    _put(name, targets, specs)
-    register(view, state, config, report, freeze)
-    if config.rank == "auto":
-        state.unranked.add(name)
-    if METHODS[config.init].needs != "nothing":
-        state.unstarted.add(name)
-    switching.activate(view, state, name)
-    if freeze:
-        switching.freeze(view, state)
+    with all_or_nothing(view, name):
+        _put(name, targets, specs)
+        register(view, state, config, report, freeze)
+        if config.rank == "auto":
+            state.unranked.add(name)
+        if METHODS[config.init].needs != "nothing":
+            state.unstarted.add(name)
+        switching.activate(view, state, name)
+        if freeze:
+            switching.freeze(view, state)
     return report
 
 
 def check_free(view: View, name: str) -> ModelState:
     """The state to register an adapter of this name in; raises where that is impossible."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', and no name of a "
-            "method of torch modules"
-        )
+    check_adapter_name(name)
     state = state_of(view.model)
     states.check_home(view, f"putting adapter {name!r} on the model")
     if state is None:

@@ -146,11 +146,11 @@ def source_values(view: View, state: ModelState) -> Iterator[None]:
     snapshot(view, state)
     owned = owned_names(view, state, state.active)
     kept = {n: live[n].data for n in owned if n in state.source}
-    for name in kept:
-        value = like(state.source[name][1], live[name])
-        # A forward in training mode updates statistics in place: not the stored ones.
-        live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
     try:
+        for name in kept:
+            value = like(state.source[name][1], live[name])
+            # A forward in training mode updates statistics in place: not the stored ones.
+            live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
         yield
     finally:
         for name, value in kept.items():

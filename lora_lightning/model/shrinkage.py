@@ -86,18 +86,19 @@ def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, 
 
 def adapter_values(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the active adapter's own tensors: factors, tensors trained in full, buffers."""
-    return {key: tensor.detach().clone() for key, tensor in _own_tensors(model).items()}
+    return {key: tensor.detach().clone() for key, tensor in own_tensors(model).items()}
 
 
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy `adapter_values` back into the model."""
-    own = _own_tensors(model)
+    own = own_tensors(model)
     for key, value in values.items():
         own[key].copy_(value)
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The active adapter's own live tensors, by name; see `adapter_values`."""
     view, state, name = _unmerged_holder(model, "to copy")
     factors = states.named_factors(view, name).items()
     own = {f"{path}.{key}": t for path, f in factors for key, t in f.tensors().items()}

@@ -9,12 +9,13 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.adapted_module import release
-from lora_lightning.lora.merging import check_unchanged, merge_layer, unmerge_layer
+from lora_lightning.lora.merging import check_unchanged, merge_layer, overflows, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import state_dict
 from lora_lightning.model.eval_caches import forget_computed, pack_again
 from lora_lightning.model.owned_tensors import exchange, extras, source_values
 from lora_lightning.model.state import ModelState
+from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 _DISABLED = "disabled(model)"
@@ -117,14 +118,26 @@ def merge(model: nn.Module) -> None:
 
     Raises:
         AdapterNotFoundError: there is no adapter, or none is active.
+        AdapterError: a merged weight would hold NaN or infinity, which the base's own does not.
+
+    Whatever is raised, the model is as it was.
     """
     view = View(model)
     holders = states.roots(view)
     if all(state.active is None for _, state in holders):
         raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
     states.check_home(view, "merge")
-    for layer in view.adapted.values():
-        merge_layer(layer)
+    with all_or_nothing(view):
+        adapted = view.adapted.items()
+        for _, layer in adapted:
+            merge_layer(layer)
+        if bad := [path for path, layer in adapted if overflows(layer)]:
+            raise AdapterError(
+                f"the merged weights of {len(bad)} layers ({bad[0]} …) would hold NaN or infinity: "
+                "the adapter's factors do, as after a training that diverged, or W + s·BA is "
+                "larger than the base's precision can hold (float16: 65,504). Train again, or "
+                "merge in float32 or bfloat16"
+            )
     for _, state in holders:
         forget_computed(state.cachers)
 

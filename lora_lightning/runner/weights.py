@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import AdapterFileError, ConfigError
+from lora_lightning.lora.values import not_finite
+from lora_lightning.model.adapter_file.container import contents
+from lora_lightning.model.adapter_file.format import checksum, parsed, verify
+from lora_lightning.model.adapter_file.schema import Kind, check, one_of
 from lora_lightning.report.files import atomic_write
 
+Made = TypeVar("Made", bound=nn.Module)
 FORMAT = 1  # of the files of `save_built`
 
 
@@ -27,17 +32,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"model.checkpoint: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return contents(path)[1]
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except AdapterFileError as error:
+        raise ConfigError(f"model.checkpoint: {error}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(
             f"model.checkpoint: {path} is damaged, or holds more than tensors; expected a state "
             "dict as torch.save(model.state_dict(), path) or safetensors write it"
         ) from error
-    except Exception as error:  # safetensors' own error has no public base class
-        raise ConfigError(f"model.checkpoint: {path} is no safetensors file: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -71,27 +74,71 @@ def save_built(path: Path | str, kind: str, weights: dict[str, Tensor], **built:
     """
     from safetensors.torch import save
 
-    header = {kind: json.dumps({"format": FORMAT, **built})}
-    atomic_write(Path(path), save(weights, metadata=header))
+    header = {"format": FORMAT, **built}
+    header["checksum"] = checksum(header, weights)
+    atomic_write(Path(path), save(weights, metadata={kind: json.dumps(header)}))
 
 
-def load_built(path: Path, kind: str) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+def load_built(path: Path, kind: str, schema: Kind) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The model's hyperparameters, and its weights, from a file of `save_built`.
+
+    `schema` is that of the hyperparameters.
 
     Raises:
         ConfigError: it is damaged, or holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            built = json.loads((file.metadata() or {}).get(kind, "null"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged, or no safetensors file ({error})") from error
-    if not isinstance(built, dict) or built.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} was not written by save_{kind} of this version; it must say how the model "
-            "is built, not only its weights"
-        )
+        metadata, weights = contents(path)
+        built = parsed(metadata, kind, path) or {}
+        if not one_of(FORMAT).fits(built.get("format")):
+            raise ConfigError(
+                f"{path} was not written by save_{kind} of this version; it must say how the "
+                "model is built, not only its weights"
+            )
+        check(schema, built, "the header", path)
+        verify(built, weights, path)
+    except AdapterFileError as error:
+        raise ConfigError(str(error)) from error
+    if bad := not_finite(weights):
+        raise ConfigError(f"{path}: {bad[0]} holds NaN or infinity; train the model again")
     return built, weights
+
+
+def build(
+    path: Path,
+    make: Callable[[], Made],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: dict[str, Tensor],
+) -> Made:
+    """A model in eval mode with the weights of a file.
+
+    Args:
+        path: Of the file, for messages.
+        make: Builds the model.
+        shapes: Of some weights that its hyperparameters ask for, to be compared first: a few
+            bytes could ask for any amount of memory.
+        weights: A whole state dict.
+
+    Raises:
+        ConfigError: hyperparameters and weights are not those of one model.
+    """
+    for key, shape in shapes.items():
+        found = tuple(weights[key].shape) if key in weights else "missing"
+        if found != shape:
+            raise ConfigError(
+                f"{path}: {key} is {found}, and its settings ask for {shape}; write it again"
+            )
+    try:
+        model = make()
+        own = model.state_dict()
+        odd = [k for k, w in weights.items() if k in own and _kind(w) != _kind(own[k])]
+        if odd:
+            raise ConfigError(f"{odd[0]} holds numbers of type {weights[odd[0]].dtype}")
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path} holds no model that can be built: {error}") from error
+    return model.eval()
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()

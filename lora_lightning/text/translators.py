@@ -12,8 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.runner.weights import load_built, save_built, weights_of
+from lora_lightning.model.adapter_file.schema import Leaf, Record, real, text, whole
+from lora_lightning.runner.weights import build, load_built, save_built, weights_of
 from lora_lightning.text.subwords import PAD, Subwords
+
+_SCHEMA = Record(
+    {
+        "settings": Record(
+            {
+                "dim": whole(2, 8192), "num_layers": whole(1, 200), "num_heads": whole(1, 256),
+                "ffn_dim": whole(1, 65_536), "dropout": real(0, 1),
+            },
+            others=Leaf("no such setting", lambda value: False),
+        ),
+        "subwords": text(10_000_000),
+    }
+)  # fmt: skip
 
 
 class Translator(nn.Module):
@@ -127,7 +141,15 @@ def load_translator(path: Path | str) -> Translator:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no translator's file {path}")
-    built, weights = load_built(path, "translator")
-    model = Translator(Subwords.loads(built["subwords"]), **built["settings"])
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
+    built, weights = load_built(path, "translator", _SCHEMA)
+    settings = built["settings"]
+    dim, last = settings["dim"], settings["num_layers"] - 1
+    try:
+        subwords = Subwords.loads(built["subwords"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: the header garbles subwords ({error})") from error
+    shapes = {
+        "embedding.weight": (len(subwords), dim),
+        f"transformer.decoder.layers.{last}.linear1.weight": (settings["ffn_dim"], dim),
+    }
+    return build(path, lambda: Translator(subwords, **settings), shapes, weights)

@@ -80,7 +80,7 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
                 f"two LoRACallbacks for backbone={other.backbone!r}: one adapter is active at a "
                 "time, so the other would never be trained. Use one callback, or several runs"
             )
-        if twin and other.name == getattr(own, "name", None):
+        if twin and other.name.lower() == getattr(own, "name", "").lower():
             raise ConfigError(
                 f"two LoRACallbacks with name={other.name!r} would write the same adapter file: "
                 "give each a name of its own"

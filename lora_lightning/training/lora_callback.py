@@ -13,12 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import effective_rank, spectrum
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
 from lora_lightning.training import checkpoint_hooks, checks, injection
+from lora_lightning.training.last_finite import LastFinite
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
@@ -32,7 +34,8 @@ class LoRACallback(Callback):
     what ``trainable`` names left trainable; so the optimizer that Lightning makes afterwards
     sees them. The first batch verifies that every adapter is alive. Checkpoints hold factors,
     what is trained, and buffers, but no frozen base weight; they load strictly into a fresh
-    module of the same base. An adapter file is written with each checkpoint and at the end.
+    module of the same base. An adapter file is written with each checkpoint and at the end. A fit
+    that diverges (NaN in the adapter) is stopped, and the last finite values are kept.
 
     Args:
         config: A `LoRAConfig` or a mapping of its fields; its fields can be given as keyword
@@ -81,6 +84,7 @@ class LoRACallback(Callback):
     ) -> None:
         if batch_norm not in POLICIES:
             raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
+        check_adapter_name(name)
         self.config = LoRAConfig.make(config, **config_kwargs)
         self.backbone, self.name, self.output_dir = backbone, name, output_dir
         self.data, self.forward, self.loss = data, forward, loss
@@ -90,6 +94,7 @@ class LoRACallback(Callback):
         self._batch_norm = BatchNormKeeper(batch_norm)
         self._ranks = RankSchedule(self.config.prune_to)
         self._first_batch: Any = None  # a `FirstBatch`, until the first batch is over
+        self._finite = LastFinite()
         self._folder = Path()
 
     @property
@@ -140,6 +145,7 @@ class LoRACallback(Callback):
                 trainer, pl_module, backbone, self.name, self.data, self.forward, self.loss
             )
         self._ranks.start(trainer, backbone, self.name)
+        self._finite.start(trainer, backbone)
 
     # ---- while training --------------------------------------------------------------------
 
@@ -176,12 +182,15 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune ranks, where the schedule is due."""
+        """Stop a fit that has diverged; prune ranks, where the schedule is due."""
+        if self._finite.after_batch(trainer, look=self.config.prune_to is not None):
+            return
         if metrics := self._ranks.after_batch(trainer):
             self._log(trainer, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectrum of each delta."""
+        self._finite.after_batch(trainer, look=True)
         if trainer.num_training_batches:
             self._verify_first(trainer)  # raises where no backward pass reached an adapter
         if not self.log_spectrum or not trainer.loggers:
@@ -219,6 +228,7 @@ class LoRACallback(Callback):
 
     def _clean(self, pl_module: LightningModule) -> None:
         injection.put_back(pl_module)
+        self._finite = LastFinite()
         if self._first_batch is not None:  # the fit ended before its first backward pass
             self._first_batch.close()
             self._first_batch = None

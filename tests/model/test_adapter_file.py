@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
+import importlib
+import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import timm
@@ -36,7 +41,11 @@ from lora_lightning.errors import (
     AdapterNotFoundError,
     BaseMismatchError,
     ConfigError,
+    TargetError,
 )
+from lora_lightning.model.adapter_file.format import read, write
+from tests.helpers.files import rewrite
+from tests.helpers.interrupt import everything, same
 from tests.helpers.training import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -180,16 +189,6 @@ def test_half_precision_base_still_counts_as_the_same(trained, base):
     load_adapter(copy.deepcopy(base).bfloat16(), trained[1])
 
 
-def rewrite(path, change):
-    """The same file with its tensors and header changed by `change(tensors, header)`."""
-    with safe_open(str(path), framework="pt") as file:
-        names = list(file.keys())
-        tensors = {k: file.get_tensor(k) for k in names}
-        header = json.loads(file.metadata()["lora_lightning"])
-    change(tensors, header)
-    save_file(tensors, str(path), metadata={"lora_lightning": json.dumps(header)})
-
-
 DAMAGE = {
     "missing tensor": (lambda t, h: t.pop("blocks.0.attn.qkv.weight.lora_A"), "missing tensors"),
     "extra tensor": (lambda t, h: t.update(more=torch.ones(1)), r"unexpected tensors \['more'\]"),
@@ -203,6 +202,74 @@ DAMAGE = {
     "unknown extra": (lambda t, h: h["extras"].append("nose"), "BaseMismatch|no place"),
     "bad config": (lambda t, h: h["config"].update(rank=-1), "rank must be"),
     "unknown config key": (lambda t, h: h["config"].update(rnk=1), "unknown key 'rnk'"),
+    "NaN": (
+        lambda t, h: t["blocks.0.attn.qkv.weight.lora_B"].fill_(math.nan),
+        r"qkv\.weight\.lora_B holds NaN or infinity, as 1 of its",
+    ),
+    "infinite head": (lambda t, h: t["head.bias"].fill_(math.inf), r"head\.bias holds NaN"),
+    "float8": (
+        lambda t, h: t.update({"head.bias": t["head.bias"].to(torch.float8_e4m3fn)}),
+        r"numbers of type torch\.float8_e4m3fn, and here torch\.float32",
+    ),
+    "whole numbers": (lambda t, h: t.update({"head.bias": t["head.bias"].int()}), "torch.int32"),
+    "20,000 targets": (lambda t, h: h.update(targets=h["targets"][:1] * 20_000), "targets twice"),
+    "200,000 targets": (lambda t, h: h.update(targets=[1] * 200_000), r"at most 20000, got a list"),
+    "extras twice": (lambda t, h: h.update(extras=h["extras"] * 2), "tensors twice"),
+    "a parameter among buffers": (
+        lambda t, h: (h["extras"].remove("head.bias"), h["buffers"].append("head.bias")),
+        "BaseMismatch|has no place|other parameters",
+    ),
+    "more in full than is trainable": (
+        lambda t, h: h["config"].update(trainable=["head.weight"]),
+        r"the difference: \['head\.bias'\]",
+    ),
+    "no object": (lambda t, h: h.update(config=[]), r"config \(expected a mapping, got a list"),
+    **{
+        f"{key}={value!r:.20}": (change, rf"garbles {re.escape(key)} \(expected")
+        for key, value, change in [
+            *(
+                (
+                    f"targets[0].{key}",
+                    value,
+                    lambda t, h, k=key, v=value: h["targets"][0].update({k: v}),
+                )
+                for key, values in {
+                    "scaling": (math.nan, math.inf, "2", [2.0], None, 1e20, -1.0, 0, True),
+                    "alpha": (0.0, 1e20, {}),
+                    "rank": (0, 2.0, True, 2**40, "2"),
+                    "dropout": (1.0, -0.1, math.nan),
+                    "dora": (1, "true"),
+                    "xs": (0, None),
+                    "basis": ("x", math.nan),
+                    "module": (3, "a\x1b[31m", "m" * 2000, "\ud800"),
+                    "shape": ([[3]] * 9, "3x3"),
+                    "matrix": ([3], [3, 3, 3]),
+                    "kind": (None, "a\nb"),
+                }.items()
+                for value in values
+            ),
+            *(
+                (key, value, lambda t, h, k=key, v=value: h.update({k: v}))
+                for key, values in {
+                    "name": ("", "x" * 1001, 7, "\x00"),
+                    "versions": ([], None),
+                    "extras": ({}, "head.bias"),
+                    "format_version": (True, 1.0, 0, "1"),
+                }.items()
+                for value in values
+            ),
+            *(
+                (f"config.{key}", value, lambda t, h, k=key, v=value: h["config"].update({k: v}))
+                for key in ("target_modules", "new")
+                for value in (["\ud800"], ["\x1b[31m"], math.nan, [[[[[]]]]], {"a": "\x00"})
+            ),
+            *(
+                (f"base.{key}", value, lambda t, h, k=key, v=value: h["base"].update({k: v}))
+                for key in ("structure", "weights")
+                for value in ({}, ["a"], 1, None)
+            ),
+        ]
+    },
 }
 
 
@@ -214,6 +281,100 @@ def test_damaged_contents_leave_the_model_alone(trained, base, damage):
     with pytest.raises((AdapterFileError, ConfigError), match=message):
         load_adapter(model, trained[1])
     assert untouched(model, base)
+
+
+@pytest.mark.parametrize("trainable", [["nothing"], ["re:("], ["type:Nothing"], ["re:"]])
+def test_what_a_file_cannot_train_leaves_the_model_alone(trained, base, trainable):
+    rewrite(trained[1], lambda t, h: h["config"].update(trainable=trainable))
+    model = copy.deepcopy(base)
+    load_adapter(model, save_adapter(trained[0], trained[1].with_name("b")), name="b")
+    before = everything(model)
+    with pytest.raises((AdapterFileError, TargetError, ConfigError)):
+        load_adapter(model, trained[1])
+    assert same(everything(model), before)
+
+
+def test_no_flipped_bit_is_accepted(trained, base):
+    """Wherever it is: in names, sizes, settings, numbers. A few of them change nothing."""
+    data, output = trained[1].read_bytes(), trained[2]
+    begin = 8 + int.from_bytes(data[:8], "little")
+    draw = torch.Generator().manual_seed(0)
+    places = [*range(begin, len(data), len(data) // 40), *range(0, begin, begin // 80)]
+    for place in places:
+        bit = 1 << int(torch.randint(8, (), generator=draw))
+        flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+        trained[1].write_bytes(flipped)
+        model = copy.deepcopy(base)
+        try:
+            load_adapter(model, trained[1], "x")
+        except AdapterFileError:
+            continue
+        assert place < begin
+        assert torch.equal(model(X), output), place
+
+
+def test_files_of_before_the_checksum_load(trained, base):
+    rewrite(trained[1], lambda t, h: h.pop("checksum"))
+    load_adapter(base, trained[1])
+    assert torch.equal(base(X), trained[2])
+
+
+def test_a_header_is_covered_by_the_checksum(trained, base):
+    rewrite(trained[1], lambda t, h: h["targets"][0].update(scaling=3.0), sign=False)
+    with pytest.raises(AdapterFileError, match="its checksum is not that of its contents"):
+        load_adapter(base, trained[1])
+    with pytest.raises(AdapterFileError, match="its checksum is not that of its contents"):
+        read_header(trained[1])
+
+
+HUGE = {
+    "a long header": lambda size: size.to_bytes(8, "little") + b"{" + b" " * 9,
+    "a long header, all of it": lambda size: size.to_bytes(8, "little") + b"{" + b"[" * size,
+    "nested": lambda size: (10**6).to_bytes(8, "little") + b'{"a":' + b"[" * 10**6,
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_limits_come_before_parsing(tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(HUGE[kind](90_000_000))
+    tracemalloc.start()
+    with pytest.raises(AdapterFileError, match="damaged or no safetensors"):
+        read_header(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20e6
+
+
+def test_a_header_too_long_to_be_read_is_not_written(tmp_path):
+    with pytest.raises(AdapterFileError, match=r"a was not written: .* longer than 16,000,000"):
+        write(tmp_path / "a", {"a": torch.zeros(1)}, {"note": "x" * 16_000_000})
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path, base):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as open_socket:
+        open_socket.bind(str(tmp_path / "s"))
+    for path, what in (
+        (tmp_path / "pipe", "is a pipe"),
+        (tmp_path / "s", "is a socket"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path, "is a folder"),
+        (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+        (tmp_path / "a\0b", "does not exist"),
+    ):
+        for call in (read_header, lambda path: load_adapter(base, path)):
+            with pytest.raises(AdapterFileError, match=what):
+                call(path)
+
+
+def test_a_file_cut_short_after_it_was_read_ends_no_process(trained):
+    """As `cp` does that renews it in place: what is mapped would raise SIGBUS."""
+    tensors = read(trained[1])[1]
+    sums = [float(t.double().sum()) for t in tensors.values()]
+    os.truncate(trained[1], 0)
+    assert [float(t.double().sum()) for t in tensors.values()] == sums
 
 
 def test_another_adapters_head_is_no_part_of_the_base(base, tmp_path):
@@ -326,3 +487,16 @@ def test_a_failing_write_leaves_no_litter(tmp_path, trained, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_adapter(trained[0], trained[1])
     assert sorted(trained[1].parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "recognisers"), [(12, 4), pytest.param(600, 60, marks=pytest.mark.slow)]
+)
+def test_mutated_files_through_all_that_reads_them(files, recognisers, tmp_path, monkeypatch):
+    """`benchmarks/fuzz.py`, on fewer files: see there for what is counted."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz").run(files, recognisers, 7, tmp_path)
+    assert not fuzz.faults, fuzz.faults[:9]
+    assert fuzz.counts["calls"] > 3 * files
+    assert fuzz.slowest[0] < 5, fuzz.slowest
+    assert fuzz.memory < 1000

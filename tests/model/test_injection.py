@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from lora_lightning import (
+    LoRACallback,
     adapters,
     combine,
     disabled,
     inject,
+    load_adapter,
     merge,
     read_header,
     remove,
@@ -145,10 +147,32 @@ def test_injecting_twice():
         inject(model, rank=3, seed=1)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a b", "train", "pop"])
+# Attributes of modules (of an instance as well), devices of a file system, what fits no file name.
+BAD_NAMES = ["", "a.b", "a b", "a/b", "a\n", "é", 3, "train", "pop", "training", "_modules",
+             "T_destination", "con", "NUL", "lpt1", "x" * 151]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_cannot_be(name):
-    with pytest.raises(ConfigError, match="cannot name an adapter"):
-        inject(tiny_vit(), name=name)
+    model = nn.Sequential(nn.Linear(3, 3))
+    inject(model, rank=1, target_modules="all", trainable=[])
+    for call in (
+        lambda: inject(model, rank=1, target_modules="all", name=name),
+        lambda: combine(model, {"default": 1.0}, name),
+        lambda: LoRACallback(name=name),
+    ):
+        with pytest.raises(ConfigError, match="cannot name an adapter"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["conv", "lpt", "com10", "-x", "_", "0", "x" * 150])
+def test_names_that_can_be(name, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3))
+    base = copy.deepcopy(model)
+    inject(model, rank=1, target_modules="all", trainable=[], name=name)
+    model.eval()
+    path = save_adapter(model, tmp_path / f"{name}-epoch=99999-step=99999999.safetensors")
+    assert load_adapter(base, path).name == name
 
 
 def test_injecting_around_an_injected_module():

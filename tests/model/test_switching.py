@@ -26,6 +26,7 @@ from lora_lightning import (
 )
 from lora_lightning.errors import AdapterError, AdapterFileError
 from lora_lightning.model.probing import difference
+from tests.helpers.interrupt import ERRORS, everything, lines_of, same
 from tests.helpers.training import tiny_vit
 
 
@@ -216,3 +217,78 @@ def test_shortcuts_of_eval_under_a_bank(tmp_path):
             found = model(x, src_key_padding_mask=mask)
         assert difference([found[~mask]], [expected[0][~mask]]) < 1e-5
         assert model.use_nested_tensor
+
+
+def spoil(values):
+    """Of one factor."""
+
+    def put(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.blocks[1].mlp.fc2.lora["two"]["weight"].lora_B[3, 1] = values
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float32, math.nan),
+        (torch.float32, -math.inf),
+        (torch.float16, 6e4),  # times A and the scaling is more than float16 holds
+        (torch.bfloat16, math.nan),
+    ],
+)
+def test_a_merge_that_is_not_finite_is_refused_and_undone(dtype, value, tmp_path):
+    model = two_adapters().to(dtype)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.lora["two"]["weight"].lora_A[1] = 3
+    spoil(value)(model)
+    before = everything(model)
+    with pytest.raises(
+        AdapterError, match=r"1 layers \(blocks.1.mlp.fc2 …\) would hold NaN or inf"
+    ):
+        merge(model)
+    assert same(everything(model), before)
+    if not math.isfinite(value):
+        with pytest.raises(AdapterError, match="'two' holds NaN or infinity"):
+            save_adapter(model, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+
+def test_nan_in_the_source_merges_and_unmerges():
+    """It is not the adapter's."""
+    model = two_adapters()
+    with torch.no_grad(), disabled(model):
+        model.blocks[0].attn.qkv.weight[0, 0] = math.nan
+    before = copy.deepcopy(model.state_dict())
+    merge(model)
+    assert model.blocks[0].attn.qkv.weight.isnan().any()
+    unmerge(model)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("call", ["merge", "inject", "beside", "overwrite", "new"])
+def test_whatever_interrupts_a_change_leaves_the_model_as_it_was(call, tmp_path):
+    """At lines all over the call; `everything` is compared, and the call then works."""
+    model = two_adapters()
+    path = save_adapter(model, tmp_path / "two")
+    work: Callable[[nn.Module], object] = {
+        "merge": merge,
+        "inject": lambda model: inject(model, name="three", rank=1),
+        "beside": lambda model: load_adapter(model, path, "three"),
+        "overwrite": lambda model: load_adapter(model, path, "one", overwrite=True),
+        "new": lambda model: load_adapter(model, path),
+    }[call]
+    if call == "new":
+        remove(model)
+    x = torch.randn(1, 3, 32, 32)
+    before, output = everything(model), model(x)
+    twin = copy.deepcopy(model)
+    lines = lines_of(lambda: work(twin))
+    for part, error in zip((0.2, 0.4, 0.5, 0.6, 0.75, 0.85), 2 * ERRORS, strict=True):
+        with pytest.raises(type(error)):
+            lines_of(lambda: work(model), int(part * lines), error)
+        assert same(everything(model), before), part
+        assert torch.equal(model(x), output)
+    work(model)

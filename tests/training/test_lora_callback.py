@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,14 @@ from lora_lightning.errors import (
     VerificationError,
 )
 from lora_lightning.lora.factors import Factors
+from lora_lightning.model.shrinkage import adapter_values
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import (
     Late,
     Module,
     alike,
     fitted,
+    fresh,
     loader,
     lora,
     same,
@@ -410,3 +413,41 @@ def test_config_object_and_bad_values():
         LoRACallback(rnk=3)
     with pytest.raises(ConfigError, match="batch_norm must be one of"):
         LoRACallback(batch_norm="train")
+
+
+class Diverges(Module):
+    """Its loss is infinite in one step, in one gradient or as a whole."""
+
+    def __init__(self, model, at: int, value: float):
+        super().__init__(model)
+        self.at, self.value = at, value
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.value if self.global_step == self.at else loss
+
+
+@pytest.mark.parametrize(("value", "prune_to"), [(math.nan, None), (math.inf, 1)])
+def test_a_fit_that_diverges_stops_and_keeps_its_last_finite_values(tmp_path, value, prune_to):
+    settings = {"max_epochs": 8, "limit_train_batches": 2}
+    plain, bad = alike(2)
+    bad = Diverges(bad.model, 10, value)
+    fitted(tmp_path, plain, lora(prune_to=prune_to), max_steps=10, **settings)
+    callback = lora(prune_to=prune_to, output_dir=tmp_path)
+    with pytest.warns(UserWarning, match="NaN or infinity after step 11: the fit has diverged"):
+        run = fitted(tmp_path, bad, callback, **settings)
+    assert run.global_step <= 12
+    assert all(tensor.isfinite().all() for tensor in adapter_values(bad.model).values())
+    moments = [value for state in run.optimizers[0].state.values() for value in state.values()]
+    assert all(moment.isfinite().all() for moment in moments)
+    assert read_header(callback.adapter_path_)["name"] == "default"  # it was written
+    if prune_to is None:
+        expected = adapter_values(plain.model)
+        for key, tensor in adapter_values(bad.model).items():
+            assert torch.equal(tensor, expected[key]), key
+
+
+def test_names_that_differ_in_case_alone_would_share_a_file(tmp_path):
+    pair = [lora(name=name, backbone=path) for name, path in (("a", "model"), ("A", "model.norm"))]
+    with pytest.raises(ConfigError, match="would write the same adapter file"):
+        fitted(tmp_path, fresh(), *pair)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import resource
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_lightning import LoRACallback, PrefixCache, TransductiveTask
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.prefix_cache.store import Store
 from tests.helpers.training import Module, trainer
 
 ITEMS, BATCH = 12, 4
@@ -110,6 +113,45 @@ def test_a_network_with_batchnorm_and_a_validation(tmp_path):
     assert (plain.losses, plain.val_losses) == (cached.losses, cached.val_losses)
     assert (cache.items_, cache.hit_rate_) == (ITEMS, 1)  # the validation's items are among them
     assert cache.boundary_.startswith("layer4")
+
+
+@contextmanager
+def disk_of(size: int):
+    """No file can grow beyond `size` bytes: writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_ends_the_storing_not_the_process(tmp_path):
+    plain = fit(tmp_path)
+    cache = PrefixCache(10, tmp_path / "features")
+    with disk_of(50_000), pytest.warns(UserWarning, match="PrefixCache stores no more: File too"):
+        cached = fit(tmp_path, cache)
+    assert plain.losses == cached.losses
+    assert 0 < cache.items_ < ITEMS
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_each_precision_comes_back_as_it_was_stored(tmp_path, folder):
+    store = Store(10_000, tmp_path if folder else None)
+    parts = [
+        torch.randn(3, 2),
+        torch.randn(5).bfloat16(),
+        torch.tensor([True, False]),
+        torch.tensor(3),
+        torch.randn(4, 3).T,
+        torch.empty(0, 7),
+    ]
+    store.put(b"a", parts)
+    store.put(b"b", [torch.ones(100_000)])  # no room
+    assert (len(store), b"a" in store, store.get(b"b")) == (1, True, None)
+    for stored, part in zip(store.get(b"a"), parts, strict=True):
+        assert torch.equal(stored, part)
+        assert stored.dtype == part.dtype
 
 
 def test_without_labels(tmp_path):

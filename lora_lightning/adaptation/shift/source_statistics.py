@@ -22,6 +22,10 @@ from lora_lightning.adaptation.shift.features import features_of
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
 from lora_lightning.linalg.decompose import truncated_svd
 from lora_lightning.linalg.torch_settings import shuffled
+from lora_lightning.lora.values import not_finite
+from lora_lightning.model.adapter_file.container import contents
+from lora_lightning.model.adapter_file.format import checksum, parsed, verify
+from lora_lightning.model.adapter_file.schema import Leaf, Listed, Record, check, real, text
 from lora_lightning.model.calling import on_inputs
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.report.files import atomic_write
@@ -30,6 +34,15 @@ DIRECTIONS = 32
 SAMPLE = 500  # items of the source that are kept
 FEWEST = 8
 _FORMAT = "lora_lightning.adaptation.shift.source_statistics"
+_SHARE = Leaf("a share or nothing", lambda v: v is None or real(0, 1).fits(v))
+_SCHEMA = Record(
+    {
+        "model": Record({"architecture": text(), "structure": text()}, others=text()),
+        "accuracy": _SHARE,
+        "agreement": _SHARE,
+        "layers": Listed(text(), 20_000),
+    }
+)
 _HINT = (
     "Load the source model that they lie beside, or compute them again with "
     "SourceStatistics.of(model, data, labels)"
@@ -162,6 +175,7 @@ class SourceStatistics:
         header: dict[str, Any] = {"format": _FORMAT, "model": self.model}
         header |= {"accuracy": self.accuracy, "agreement": self.agreement}
         header["layers"] = list(self.layers)  # by depth
+        header["checksum"] = checksum(header, tensors)
         return atomic_write(Path(path), save(tensors, {"statistics": json.dumps(header)}))
 
     @classmethod
@@ -172,24 +186,41 @@ class SourceStatistics:
             DataNotFoundError: there is no such file.
             AdapterFileError: it is another kind of file.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
+        path = Path(path)
+        if not path.is_file():
             raise DataNotFoundError(
                 f"there is no file {path}: SourceStatistics.of(model, data, labels).save(path) "
                 "writes one, and so does a recipe"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("statistics", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise AdapterFileError(f"{path} holds no statistics of a source")
-                names = [f.name for f in fields(LayerStatistics)]
-                layers = {
-                    layer: LayerStatistics(*(file.get_tensor(f"{layer}/{n}") for n in names))
-                    for layer in header["layers"]
-                }
-                confidence = file.get_tensor("confidence")
-        except SafetensorError as error:
+            metadata, tensors = contents(path)
+        except AdapterFileError as error:
             raise AdapterFileError(f"{path} is damaged, or no safetensors file: {error}") from error
+        header = parsed(metadata, "statistics", path) or {}
+        if header.get("format") != _FORMAT:
+            raise AdapterFileError(f"{path} holds no statistics of a source")
+        check(_SCHEMA, header, "the header", path)
+        verify(header, tensors, path)
+        confidence, layers = _whole(header["layers"], tensors, path)
         return cls(layers, confidence, header["accuracy"], header["agreement"], header["model"])
+
+
+def _whole(
+    names: list[str], tensors: dict[str, Tensor], path: Path
+) -> tuple[Tensor, dict[str, LayerStatistics]]:
+    """Confidence, and the statistics of each layer, whose sizes fit each other."""
+    parts = [f.name for f in fields(LayerStatistics)]
+    wanted = {"confidence", *(f"{layer}/{part}" for layer in names for part in parts)}
+    if wanted != tensors.keys() or not_finite(tensors):
+        raise AdapterFileError(f"{path} is not whole, or holds NaN or infinity; write it again")
+    layers = {n: LayerStatistics(*(tensors[f"{n}/{part}"] for part in parts)) for n in names}
+    for name, layer in layers.items():
+        wide = layer.mean.numel(), layer.basis.shape[-1:].numel()
+        shapes = [tuple(t.shape) for t in vars(layer).values()]
+        directions, items = layer.basis.shape[:1].numel(), layer.sample.shape[:1].numel()
+        right = [wide[:1], (directions, wide[1]), (), (items, directions + 1)]
+        if shapes != right or wide[0] != wide[1]:
+            raise AdapterFileError(
+                f"{path}: the sizes of {name}'s statistics do not fit each other"
+            )
+    return tensors["confidence"], layers

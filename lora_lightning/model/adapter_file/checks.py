@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterFileError, BaseMismatchError, ConfigError
@@ -14,11 +15,14 @@ from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import matrix_shape
+from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import Basis, basis_of
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import source_values
 from lora_lightning.model.state import state_of
 from lora_lightning.model.view import View
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checked(
@@ -39,8 +43,9 @@ def checked(
     """
     config = _config(header, path)
     base = check_base(view, header, check, path)
-    _check_targets(view.model, header, path)
+    _check_targets(view, header, path)
     _check_tensors(view.tensors, header, tensors, path)
+    _check_values(view, header, tensors, path)
     return config, _bases(view.model, header, check, path, known), base
 
 
@@ -88,10 +93,13 @@ def _check_tensors(
 ) -> None:
     """Require exactly the tensors that the header lists, in shapes that fit the model."""
     expected = _factor_shapes(header)
-    for key in [*header["extras"], *header["buffers"]]:
-        if key not in live:
-            raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
-        expected[key] = tuple(live[key].shape)
+    for kind in ("extras", "buffers"):
+        for key in header[kind]:
+            # A parameter among the buffers would be taken for the base's, and stay.
+            own = kind == "extras"
+            if key not in live or isinstance(live[key], nn.Parameter) is not own:
+                raise AdapterFileError(f"{path} holds {key}, for which this model has no place")
+            expected[key] = tuple(live[key].shape)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or extra:
         raise AdapterFileError(
@@ -104,6 +112,31 @@ def _check_tensors(
             raise AdapterFileError(
                 f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {shape}{hint}"
             )
+
+
+def _check_values(
+    view: View, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Require types that the model's own can take, and numbers that are finite in them."""
+    places = {join(t["module"], t["tensor"]): t["module"] for t in header["targets"]}
+    taken = {}
+    for key, tensor in tensors.items():
+        owner = key.rpartition(".")[0]
+        live = view.tensors.get(key)
+        if live is None:
+            live = raw_tensor(find(view.model, places[owner]), owner.rpartition(".")[2])
+        floats = live.is_floating_point() and tensor.dtype in _FLOATS
+        if tensor.dtype != live.dtype and not floats:
+            raise AdapterFileError(
+                f"{path}: {key} holds numbers of type {tensor.dtype}, and here {live.dtype}"
+            )
+        taken[key] = tensor.to(live.dtype) if floats else tensor
+    if bad := not_finite(taken):
+        raise AdapterFileError(
+            f"{path}: {bad[0]} holds NaN or infinity, as {len(bad)} of its {len(tensors)} tensors "
+            f"do in this model's precision ({taken[bad[0]].dtype}); train it again, with a lower "
+            "learning rate"
+        )
 
 
 def _factor_shapes(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -129,18 +162,25 @@ def _config(header: dict[str, Any], path: Path) -> LoRAConfig:
         raise AdapterFileError(f"{path}: the header's configuration is wrong: {error}") from error
 
 
-def _check_targets(model: nn.Module, header: dict[str, Any], path: Path) -> None:
+def _check_targets(view: View, header: dict[str, Any], path: Path) -> None:
     """Require that each target is a tensor of this model, in the header's matrix form."""
+    base = {id(module) for _, module in view.modules}  # without factors
     for t in header["targets"]:
         try:
-            raw = raw_tensor(find(model, t["module"]), t["tensor"])
-            shape = tuple(raw.shape)
+            module = find(view.model, t["module"])
+            raw = raw_tensor(module, t["tensor"])
+            shape = tuple(raw.shape) if id(module) in base else ()
         except (AttributeError, KeyError):
             shape = ()
         bare = bool(shape) and t["matrix"][0] != shape[0]
-        why = layers.refusal(find(model, t["module"]), t["tensor"], raw) if shape else None
+        why = layers.refusal(module, t["tensor"], raw) if shape else None
         if why is not None:
             raise AdapterFileError(f"{path}: {t['module']}.{t['tensor']} takes no adapter: {why}")
+        if t.get("xs") and t["rank"] > min(t["matrix"]):
+            raise AdapterFileError(
+                f"{path}: a core of rank {t['rank']} (LoRA-XS) needs a matrix of that rank, and "
+                f"{t['module']}.{t['tensor']} is {t['matrix']}"
+            )
         if not shape or list(shape) != t["shape"] or [*matrix_shape(shape, bare)] != t["matrix"]:
             raise AdapterFileError(
                 f"{path}: {t['module']}.{t['tensor']} is {shape or 'missing'} in this model, and "

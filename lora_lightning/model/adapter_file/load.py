@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterExistsError, ConfigError
+from lora_lightning.errors import AdapterExistsError, AdapterFileError, ConfigError
 from lora_lightning.lora.adapted_module import adapt
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.module_tree import find, join
@@ -21,6 +21,7 @@ from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, state_of, states_in
+from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
@@ -61,18 +62,36 @@ def load_adapter(
         raise AdapterExistsError(
             f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
         )
-    config, bases, base = checked(view, header, tensors, check, Path(path), {})
-    chosen(view, state, config.trainable)  # raises where a pattern matches nothing here
-    if name in state.configs:
-        _make_way(view, state, name, header)
-        state = state_of(model) or ModelState()
-    rows = _put(model, name, header, tensors, config, bases)
-    report = injection.report_of(view, name, rows, header["extras"])
-    injection.register(view, state, config, report, state.frozen, base)
-    own = [*header["extras"], *header["buffers"]]
-    state.parked[name] = {n: tensors[n].clone() for n in own}
-    switching.switch(view, state, name)
+    with all_or_nothing(view, name):
+        config, bases, base = checked(view, header, tensors, check, Path(path), {})
+        _check_trainable(view, state, header, config, Path(path))
+        if name in state.configs:
+            _make_way(view, state, name, header)
+            state = state_of(model) or ModelState()
+        rows = _put(model, name, header, tensors, config, bases)
+        report = injection.report_of(view, name, rows, header["extras"])
+        injection.register(view, state, config, report, state.frozen, base)
+        own = [*header["extras"], *header["buffers"]]
+        state.parked[name] = {n: tensors[n].clone() for n in own}
+        switching.switch(view, state, name)
     return report
+
+
+def _check_trainable(
+    view: View, state: ModelState, header: dict[str, Any], config: LoRAConfig, path: Path
+) -> None:
+    """Require that the file holds what its configuration trains in full, and no more.
+
+    A tensor that is not the adapter's own would stay on the model when another is switched to.
+    """
+    adapted = {join(t["module"], t["tensor"]) for t in header["targets"]}
+    own = {n for n in chosen(view, state, config.trainable) if n not in adapted}
+    if own != set(header["extras"]):
+        listed = sorted(own ^ set(header["extras"]))
+        raise AdapterFileError(
+            f"{path}: trainable={config.trainable} means {sorted(own)[:5]} in this model, and the "
+            f"file holds other tensors in full (the difference: {listed[:5]}); write it again"
+        )
 
 
 def _make_way(view: View, state: ModelState, name: str, header: dict[str, Any]) -> None:

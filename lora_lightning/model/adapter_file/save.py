@@ -20,10 +20,17 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import XSFactors
 from lora_lightning.model import state as states
 from lora_lightning.model import switching
-from lora_lightning.model.adapter_file.format import FORMAT_VERSION, read, versions, write
+from lora_lightning.model.adapter_file.format import (
+    FORMAT_VERSION,
+    check_header,
+    read,
+    versions,
+    write,
+)
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import Row
 from lora_lightning.model.owned_tensors import all_extras, extras, owned_names, source_values
@@ -39,13 +46,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
-        AdapterError: inside a block in which the model is another: `disabled`, `AdapterBank`.
+        AdapterError: inside a block in which the model is another: `disabled`, `AdapterBank`; or
+            a tensor holds NaN or infinity, which no file keeps.
     """
     view = View(model)
     states.check_home(view, "save_adapter")
     root, state, name = states.holder(view, name, "to save")
     with switching.unmerged(root):
         tensors, header = _contents(View(root), state, name)
+    if bad := not_finite(tensors):
+        raise AdapterError(
+            f"adapter {name!r} holds NaN or infinity ({bad[0]}, {len(bad)} of {len(tensors)} "
+            f"tensors): the training has diverged. {path} was not written; lower the learning rate"
+        )
+    check_header(header, Path(path))
     return write(Path(path), tensors, header)
 
 

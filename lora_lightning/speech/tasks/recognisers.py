@@ -15,12 +15,32 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.runner.weights import load_built, save_built
+from lora_lightning.model.adapter_file.schema import Leaf, Listed, Record, real, whole
+from lora_lightning.runner.weights import build, load_built, save_built
 from lora_lightning.speech.tasks.labels import Labels
 
 _Size = TypeVar("_Size", Tensor, int)
 # Trained by `lora-lightning run speaker model.checkpoint=null`.
 PACKAGED = Path(__file__).parents[1] / "weights" / "spoken_conformer.safetensors"
+# Of any script, invisible joiners included.
+_SYMBOL = Leaf("a text of up to 100 characters", lambda v: isinstance(v, str) and len(v) <= 100)
+_SCHEMA = Record(
+    {
+        "settings": Record(
+            {
+                "sample_rate": whole(1000, 200_000), "n_mels": whole(1, 1024),
+                "dim": whole(1, 8192), "num_layers": whole(1, 200), "num_heads": whole(1, 256),
+                "ffn_dim": whole(1, 65_536), "kernel_size": whole(1, 999),
+                "channels": whole(1, 8192), "dropout": real(0, 1),
+            },
+            others=Leaf("no such setting", lambda value: False),
+        ),
+        "labels": Record(
+            {"symbols": Listed(_SYMBOL, 100_000), "blank": whole(), "separator": _SYMBOL},
+            others=Leaf("no such field", lambda value: False),
+        ),
+    }
+)  # fmt: skip
 FLOOR = 1e-6  # energy below it counts as silence; that of a full-scale signal is about 1
 
 
@@ -191,7 +211,21 @@ def load_recogniser(path: Path | str = "package") -> ConformerCTC:
     given, path = path, PACKAGED if path == "package" else Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no recogniser's file {given}; 'package' is the built-in one")
-    built, weights = load_built(path, "recogniser")
-    model = ConformerCTC(Labels(**built["labels"]), **built["settings"])
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
+    built, weights = load_built(path, "recogniser", _SCHEMA)
+    settings, labels = built["settings"], built["labels"]
+    shapes = _shapes(settings, len(labels["symbols"]))
+    return build(path, lambda: ConformerCTC(Labels(**labels), **settings), shapes, weights)
+
+
+def _shapes(settings: dict[str, int], classes: int) -> dict[str, tuple[int, ...]]:
+    """Of the weights that take most memory, as `ConformerCTC` makes them."""
+    dim, channels = settings["dim"], settings["channels"]
+    last = f"encoder.conformer_layers.{settings['num_layers'] - 1}"
+    return {
+        "features.mel.spectrogram.window": (settings["sample_rate"] // 40,),
+        "subsampling.conv2.weight": (channels, channels, 3, 3),
+        "subsampling.project.weight": (dim, channels * _half(_half(settings["n_mels"]))),
+        f"{last}.ffn1.sequential.1.weight": (settings["ffn_dim"], dim),
+        f"{last}.conv_module.sequential.2.weight": (dim, 1, settings["kernel_size"]),
+        "head.weight": (classes, dim),
+    }

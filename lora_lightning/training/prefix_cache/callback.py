@@ -32,7 +32,7 @@ class PrefixCache(Callback):
 
     Args:
         budget_mb: Room for features, in megabytes of 10⁶ bytes. What no longer fits is computed.
-        folder: Where to put a file that is mapped into memory, removed at the end; None: memory.
+        folder: Where to put a file, removed at the end; None: memory. A full disk ends the storing.
         backbone: Attribute path of the network in the LightningModule, as `LoRACallback`'s.
         eval_prefix: Compute what comes before the first trained block in eval mode while training:
             no dropout and no moving statistics there. Without it a prefix with either is refused.
@@ -160,18 +160,24 @@ class PrefixCache(Callback):
         """Served where all items are stored, and a batch like this was seen; else noted."""
         shared, keys = inputs.keys()
         key = shared, inputs.size, tuple(m.training for _, m in (*cut.before, *cut.around))
-        records = [self._store.records[k] for k in keys if k in self._store.records]
-        hits = inputs.size if len(records) == len(keys) and key in self._layouts else 0
+        stored = key in self._layouts and all(k in self._store for k in keys)
+        found = [self._store.get(k) for k in keys] if stored else []
+        records = [record for record in found if record is not None]
+        hits = inputs.size if len(records) == len(keys) else 0
         if torch.is_grad_enabled():
             self._lookups, self._hits = self._lookups + inputs.size, self._hits + hits
             self.hit_rate_ = self._hits / self._lookups
 
         def keep(given: list[Any]) -> None:
+            room = not self._store.obstacle
             for k, record in zip(keys, cut.split(given, inputs.size), strict=True):
-                if not same(record, self._store.records.get(k, record)):
+                known = self._store.get(k)
+                if known is not None and not same(record, known):
                     raise cut.astray()
                 self._store.put(k, record)
-            self.items_, self.megabytes_ = len(self._store.records), self._store.used / 1e6
+            self.items_, self.megabytes_ = len(self._store), self._store.used / 1e6
+            if room and self._store.obstacle:
+                rank_zero_warn(f"PrefixCache stores no more: {self._store.obstacle}")
 
         return Run(lambda _: None, records, self._layouts[key]) if hits else Run(keep), key
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -83,36 +83,92 @@ class Store:
     """Key → tensors, in one block of memory, of which the system gives out pages that are used.
 
     What is stored stays: dropping the oldest would drop each just before it comes round again.
+
+    Args:
+        budget: Room, in bytes.
+        folder: Where to put a file instead, that has no name and is gone when it is closed. It is
+            read and written, not mapped: on a full disk a mapped file ends the process.
+
+    Attributes:
+        obstacle: Why nothing more is stored; "": there is room, or the budget is used up.
     """
 
     def __init__(self, budget: int, folder: Path | None = None):
-        self.budget, self.used = budget, 0
-        self.records: dict[bytes, list[Tensor]] = {}  # views, not to be written to
+        self.budget, self.used, self.obstacle = budget, 0, ""
+        self._records: dict[bytes, list[Any]] = {}  # of views, or of places in the file
+        self._file = None if folder is None else _unnamed(folder, budget)
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
         with torch.inference_mode(False):
-            empty = torch.empty(0 if folder else budget, dtype=torch.uint8, device="cpu")
-            self._block = _mapped(folder, budget) if folder else empty
+            self._block = torch.empty(0 if folder else budget, dtype=torch.uint8, device="cpu")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._records
+
+    def get(self, key: bytes) -> list[Tensor] | None:
+        """What is stored, not to be written to; ``None`` where it is not, or cannot be read."""
+        record = self._records.get(key)
+        if record is None or self._file is None:
+            return record
+        try:
+            return [self._read(*place) for place in record]
+        except OSError:
+            del self._records[key]
+            return None
 
     def put(self, key: bytes, parts: Sequence[Tensor]) -> None:
-        """Store copies of contiguous tensors, if the key is new and there is room."""
+        """Store copies of tensors, if the key is new and there is room."""
         sizes = [-(-part.nbytes // 64) * 64 for part in parts]  # any dtype can be viewed there
-        if key in self.records or self.used + sum(sizes) > self.budget:
+        if key in self or self.used + sum(sizes) > self.budget:
             return
-        self.records[key] = []
-        for part, size in zip(parts, sizes, strict=True):
-            place = self._block[self.used : self.used + part.nbytes]
-            self.records[key].append(place.view(part.dtype).view(part.shape).copy_(part))
-            self.used += size
+        record, at = [], self.used
+        try:
+            for part, size in zip(parts, sizes, strict=True):
+                record.append(self._placed(part, at))
+                at += size
+        except OSError as error:
+            self.budget, self.obstacle = self.used, f"{error.strerror or error}"
+            return
+        self._records[key], self.used = record, at
+
+    def _placed(self, part: Tensor, at: int) -> Any:
+        if self._file is None:
+            place = self._block[at : at + part.nbytes]
+            return place.view(part.dtype).view(part.shape).copy_(part)
+        data = memoryview(_bytes(part.reshape(1, -1)).reshape(-1))
+        self._file.seek(at)
+        while data:  # a disk that is almost full takes a part
+            data = data[self._file.write(data) :]
+        return at, part.dtype, part.shape
+
+    def _read(self, at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        assert self._file is not None
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        data = bytearray(shape.numel() * dtype.itemsize)
+        view = memoryview(data)
+        self._file.seek(at)
+        while view:
+            if not (count := self._file.readinto(view)):
+                raise OSError("the file ends too early")
+            view = view[count:]
+        return (
+            torch.frombuffer(data, dtype=dtype).view(shape)
+            if data
+            else torch.empty(shape, dtype=dtype, device="cpu")
+        )
 
     def clear(self) -> None:
         """Forget all items, and keep the room."""
-        self.records.clear()
+        self._records.clear()
         self.used = 0
 
 
-def _mapped(folder: Path, budget: int) -> Tensor:
-    """A file without a name, mapped into memory, that is gone when it is closed."""
+def _unnamed(folder: Path, budget: int) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < budget:  # to outgrow the disk would kill the process
+    if shutil.disk_usage(folder).free < budget:
         raise ConfigError(f"{folder} has less than budget_mb={budget / 1e6:g} free: give another")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(budget,)))
+    return tempfile.TemporaryFile(dir=folder, buffering=0)

@@ -1,0 +1,97 @@
+"""`LastFinite`: stops a fit that has diverged, and restores the adapter's last finite values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lora_lightning.model.shrinkage import own_tensors
+
+LOOK_EVERY = 10  # steps on a device, which would have to be waited for at each look
+
+
+class LastFinite:
+    """The active adapter's values after the last step at which all of them were finite.
+
+    They are kept where the adapter is, by operations that do not wait for it; only a look at
+    whether a step has brought NaN or infinity does. So the fit stops at most `LOOK_EVERY` steps
+    later on a device, and at once on a CPU; what is restored is the same.
+    """
+
+    def __init__(self) -> None:
+        self._own: list[Tensor] = []  # parameters first
+        self._parameters = 0  # numbers in these
+        self._kept = self._finite = torch.empty(0)
+        self._step = -1
+
+    def start(self, trainer: Trainer, backbone: nn.Module) -> None:
+        """Before the first step."""
+        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+            return  # tensors in pieces
+        found = sorted(own_tensors(backbone).values(), key=lambda t: not _trains(t))
+        self._own = found
+        self._parameters = sum(t.numel() for t in found if _trains(t))
+        self._kept = self._values()
+        self._step = trainer.global_step
+
+    def after_batch(self, trainer: Trainer, look: bool = False) -> bool:
+        """Whether the fit has diverged, and is stopped; call before ranks are pruned.
+
+        Args:
+            trainer: Whose fit it is.
+            look: Wait for the device now.
+        """
+        if not self._own or trainer.global_step == self._step:
+            return bool(self._own) and look and self._lost(trainer)
+        self._step = trainer.global_step
+        values = self._values()
+        # Statistics of BatchNorm differ between processes, which must all stop at once.
+        judged = values if trainer.world_size == 1 else values[: self._parameters]
+        self._finite = judged.sum().isfinite()
+        if values.shape == self._kept.shape:
+            torch.where(self._finite, values, self._kept, out=self._kept)
+        else:  # ranks were pruned
+            self._kept = values
+        now = look or values.device.type == "cpu" or self._step % LOOK_EVERY == 0
+        return now and self._lost(trainer)
+
+    def _lost(self, trainer: Trainer) -> bool:
+        if self._finite.numel() == 0 or bool(self._finite):
+            return False
+        self._restore()
+        for optimizer in trainer.optimizers:  # a checkpoint of it could not be resumed
+            for parameter, state in list(optimizer.state.items()):
+                if not all(map(_is_finite, state.values())):
+                    del optimizer.state[parameter]
+        trainer.should_stop = True
+        rank_zero_warn(
+            f"the adapter holds NaN or infinity after step {self._step}: the fit has diverged and "
+            "is stopped, and the adapter's values of the last finite step are kept. Lower the "
+            "learning rate, clip gradients (gradient_clip_val), or train in float32 or bfloat16"
+        )
+        self._own = []
+        return True
+
+    @torch.no_grad()
+    def _values(self) -> Tensor:
+        device = self._own[0].device
+        return torch.cat([t.detach().reshape(-1).to(device) for t in self._own])
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        sizes = [t.numel() for t in self._own]
+        for tensor, values in zip(self._own, torch.split(self._kept, sizes), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+def _trains(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
