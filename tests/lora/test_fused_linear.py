@@ -289,6 +289,20 @@ def test_pointwise_convolution_with_the_channels_last(dims):
     assert model(x).stride() == layer.double()(x).stride()
 
 
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}])
+def test_a_weight_with_the_channels_last_is_not_copied(options):
+    """W' has its memory format, which the convolution would ask for."""
+    model = adapted(nn.Conv2d(6, 5, 3), **options).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 9, 9, dtype=torch.float64).to(memory_format=torch.channels_last)
+    agree(model, x)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", lambda x, weight, *rest: seen.append(weight) or x)
+        model(x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].is_contiguous()
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_nested_tensors_take_the_plain_formula():
     model = adapted(nn.Linear(8, 6))
@@ -356,7 +370,7 @@ def as_on_a_cuda_device(as_if_inputs_were_large, monkeypatch):
 @pytest.mark.parametrize("cheap", [0, 1e9])
 @pytest.mark.parametrize("options", [{}, {"freeze_a": True}, {"init": "pissa"}, {"xs": True}])
 def test_the_formulas_of_a_cuda_device(cheap, options, monkeypatch):
-    """The whole weight's gradient, and thin ones, at once."""
+    """The whole weight's gradient, and thin ones, in one piece; few rows, and many."""
     own = LIMITS["cpu", False]._replace(cheap=cheap, reading=-10.0)
     monkeypatch.setitem(LIMITS, ("cpu", False), own)
     layers = nn.LayerNorm(24), nn.Linear(24, 30), nn.GELU(), nn.Linear(30, 20)

@@ -72,6 +72,29 @@ def gradients_of(
     return found[0], found[1]
 
 
+def _effective(weight: Tensor, low: LowRank, dtype: torch.dtype | None = None) -> Tensor:
+    """W' in the weight's own memory format, without a copy of it."""
+    if weight.is_contiguous() or not _is_last(weight):
+        return effective_weight(weight.flatten(1), low, dtype).view_as(weight)
+    start_A = low.start_A
+    moved = low._replace(
+        lora_A=_moved(low.lora_A, weight),
+        start_A=None if start_A is None else _moved(start_A, weight),
+    )
+    rows = effective_weight(weight.movedim(1, -1).flatten(1), moved, dtype)
+    return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def _is_last(weight: Tensor) -> bool:
+    """Whether the channels are the last dimension in memory."""
+    return weight.movedim(1, -1).is_contiguous()
+
+
+def _moved(A: Tensor, weight: Tensor) -> Tensor:
+    """A with its columns in the order of such a weight's memory."""
+    return A.view(-1, *weight.shape[1:]).movedim(1, -1).flatten(1)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -81,7 +104,7 @@ def _forward(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and x and W' in the dtype of the product."""
-    used = effective_weight(weight.flatten(1), low, dtype).view_as(weight)
+    used = _effective(weight, low, dtype)
     if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     return _run(x, used, bias, how), x, used
@@ -116,7 +139,7 @@ class _Convolution(torch.autograd.Function):
         positions = g.numel() // max(B.shape[0], 1)
         whole = whole_is_cheap(g, positions, B.shape[0], *A.shape)
         if dtype is None and needs[0]:
-            used = effective_weight(used.flatten(1), low).view_as(used)
+            used = _effective(used, low)
         grad_x, grad_W = gradients_of(g, x, used, how, needs[0], whole)
         if grad_W is not None:
             grad_A, grad_B = of_whole(grad_W.flatten(1).to(A.dtype), low)

@@ -27,19 +27,39 @@ def effective_weight(weight_OxI: Tensor, low: LowRank, dtype: torch.dtype | None
 
 
 def factor_gradients(
-    g_NxO: Tensor, x_NxI: Tensor, low: LowRank, needs_B: bool
+    g_NxO: Tensor,
+    x_NxI: Tensor,
+    low: LowRank,
+    needs_B: bool,
+    back_RxN: Tensor | None = None,
+    h_RxN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of A and B, in their own dtype, from the gradient of the output."""
-    A, B, s = low.lora_A, low.lora_B, low.scaling
-    if whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape):
+    """The gradients of A and B, in their own dtype, from that of the output.
+
+    (s·gB)ᵀ and A xᵀ may be given where they are known; then the products stay thin.
+    """
+    A, B = low.lora_A, low.lora_B
+    if back_RxN is None and whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape):
         return of_whole(matmul(g_NxO.t(), x_NxI, A.dtype), low, needs_B)
-    low_A, low_B = _scaled(A, s, x_NxI.dtype), _scaled(B, s, x_NxI.dtype)
-    back_RxN = across(low_B.t(), g_NxO)
+    if back_RxN is None:
+        back_RxN = across(narrow(B, low.scaling, g_NxO.dtype).t(), g_NxO)
+    on_cpu = g_NxO.device.type == "cpu"
+    grad_A = along(back_RxN, x_NxI).to(A.dtype) if on_cpu else matmul(back_RxN, x_NxI, A.dtype)
+    if not needs_B:
+        return grad_A, None
+    if h_RxN is not None:
+        return grad_A, gradient_B(g_NxO, h_RxN, B.dtype, low.scaling)
+    h_RxN = across(narrow(A, low.scaling, x_NxI.dtype), x_NxI)
+    return grad_A, gradient_B(g_NxO, h_RxN, B.dtype)
+
+
+def gradient_B(g_NxO: Tensor, h_RxN: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """The gradient of B from h = A xᵀ."""
     if g_NxO.device.type == "cpu":
-        grad_A = along(back_RxN, x_NxI).to(A.dtype)
-        return grad_A, along(across(low_A, x_NxI), g_NxO).t().to(B.dtype) if needs_B else None
-    grad_A = matmul(back_RxN, x_NxI, A.dtype)
-    return grad_A, matmul(g_NxO.t(), x_NxI @ low_A.t(), B.dtype) if needs_B else None
+        grad_B = along(h_RxN, g_NxO).t().to(dtype)
+    else:
+        grad_B = matmul(g_NxO.t(), h_RxN.t(), dtype)
+    return grad_B if scaling == 1 else grad_B * scaling
 
 
 def whole_is_cheap(g: Tensor, rows: int, out: int, rank: int, into: int) -> bool:
@@ -66,7 +86,8 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def narrow(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s times the factor, rounded once to this dtype."""
     if scaling == 1:
         return factor.to(dtype)
     return torch.mul(factor, scaling, out=torch.empty_like(factor, dtype=dtype))

@@ -30,7 +30,9 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora.fused.factor_products import (
     effective_weight,
     factor_gradients,
+    gradient_B,
     matmul,
+    narrow,
     of_whole,
     whole_is_cheap,
 )
@@ -59,6 +61,8 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
+    if low.dropout and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a graph would replay one seed
     if low.start_A is not None and (low.dropout or not exact(weight)):
         return False  # the two products must cancel at the start: see `effective_weight`
     wanted = lowered(x)
@@ -193,7 +197,7 @@ class _Linear(torch.autograd.Function):
         weight, A, _, h_RxN, *kept = ctx.saved_tensors
         g_NxO = plan.rows(g)
         parts = pieces(g_NxO, A.shape[1])
-        if plan.whole and parts[0] is ALL:
+        if parts[0] is ALL and not plan.low.dropout:
             grad_x, grad_A, grad_B = _at_once(ctx, g_NxO, weight, h_RxN, kept)
         else:
             grad_x, grad_A, grad_B = _in_pieces(ctx, g_NxO, parts, weight, h_RxN, kept)
@@ -208,19 +212,25 @@ Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _at_once(
     ctx: Any, g_NxO: Tensor, weight: Tensor, h_RxN: Tensor | None, kept: Sequence[Tensor]
 ) -> Found:
-    """The gradients of x (as rows), A and B where W' was computed, in the fewest steps."""
+    """The gradients of x (as rows), A and B in the fewest steps."""
     plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
     low = plan.low
     grad_x: Tensor | None = None
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
-    if needs_x:
+    back_RxN: Tensor | None = None
+    if plan.whole and needs_x:
         used = effective_weight(weight, low) if plan.dtype is None else weight
         grad_x = matmul(g_NxO, used, ctx.dtype)
+    elif not plan.whole:
+        back_RxN = across(narrow(low.lora_B, low.scaling, g_NxO.dtype).t(), g_NxO)
+        if needs_x:
+            grad_x = torch.mm(g_NxO, weight).addmm_(back_RxN.t(), plan.cast(low.lora_A))
     if needs_A:
-        grad_A, grad_B = factor_gradients(g_NxO, plan.input_rows(kept), low, needs_B)
+        x_NxI = plan.input_rows(kept)
+        grad_A, grad_B = factor_gradients(g_NxO, x_NxI, low, needs_B, back_RxN, h_RxN)
     elif needs_B and h_RxN is not None:
-        grad_B = along(h_RxN, g_NxO).T.to(low.lora_B.dtype) * low.scaling
+        grad_B = gradient_B(g_NxO, h_RxN, low.lora_B.dtype, low.scaling)
     return grad_x, grad_A, grad_B
 
 
@@ -232,7 +242,7 @@ def _in_pieces(
     h_RxN: Tensor | None,
     kept: Sequence[Tensor],
 ) -> Found:
-    """The same by pieces that fit into a processor's cache, or where s·BA was applied to x."""
+    """The same by pieces that fit into a processor's cache, or with dropout."""
     plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
     low, A, B = plan.low, plan.low.lora_A, plan.low.lora_B
     low_A, back_RxO = plan.cast(A), (plan.cast(B) * low.scaling).T
