@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.model.verification import verifying
 from lora_lightning.model.view import View
 from lora_lightning.training.checks import find_backbone
 from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle, same
@@ -130,7 +131,7 @@ class PrefixCache(Callback):
         return f"{told}, hit rate {self.hit_rate_:.1%}"
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if root is not self._root:
+        if root is not self._root or verifying():  # by other weights, and in another precision
             return
         self._running.close()  # of a forward that was interrupted
         self._run = None
@@ -142,7 +143,7 @@ class PrefixCache(Callback):
             self._running.enter_context(cut.running(self._run[0]))
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if root is self._root:
+        if root is self._root and not verifying():
             self._running.close()
             if self._run and self._cut and output is not None:  # else an error is on its way
                 run, key = self._run
