@@ -35,7 +35,7 @@ def mix_of(tensor: Any) -> Mix | None:
 
 def where(x: Tensor, *tensors: Tensor | None) -> tuple[int, Layout]:
     """Number of items, and where they lie in the input of these tensors."""
-    mix = next(m for t in tensors if (m := mix_of(t)) is not None)
+    mix = next(m for m in map(mix_of, tensors) if m is not None)
     return mix.n, mix.where(x)
 
 

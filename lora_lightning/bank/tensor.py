@@ -55,7 +55,7 @@ class BankTensor(Tensor):
 
 
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mixes = [m for leaf in tree_leaves((args, kwargs)) if (m := mix_of(leaf)) is not None]
+    mixes = [m for m in map(mix_of, tree_leaves((args, kwargs))) if m is not None]
     x = _input(func, args, kwargs, mixes)
     if mixes[0].watch is not None:
         for mix in mixes:

@@ -14,6 +14,7 @@ restored afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,6 +44,12 @@ from lora_lightning.model.view import View
 Look = Callable[..., list[Tensor]]  # from a seed: the outputs of one run
 
 _TRIES = 3
+_verifying: ContextVar[bool] = ContextVar("verifying", default=False)
+
+
+def verifying() -> bool:
+    """Whether the forward that runs is one of `verify`'s."""
+    return _verifying.get()
 
 
 @dataclass
@@ -94,12 +101,14 @@ def verify(
     # Another mode or number of items would compile what is compiled anew.
     eager = torch.compiler.set_stance("force_eager")
     with eager, ieee(), preserved(model), adapters.unmerged(model):
+        outer = _verifying.set(True)
         try:
             for name in names:
                 adapters.set_active(model, name)
                 found.append(_verify_one(model, name, look, tolerance))
         finally:
             adapters.set_active(model, active)
+            _verifying.reset(outer)
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
         raise VerificationError(_message(failing))

@@ -30,6 +30,8 @@ def cuda(device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _settings(device):
-    """IEEE products of float32, and torch's defaults afterwards."""
+    """IEEE products of float32, and torch's defaults afterwards, of synchronisations too."""
     with precision_of_products("ieee"):
         yield
+    if device.type == "cuda":  # a test that failed may have left it on
+        torch.cuda.set_sync_debug_mode("default")

@@ -14,7 +14,7 @@ from lora_lightning import fused, inject, merge, remove, unmerge, verify
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers import audio_zoo, ops_cases
-from tests.helpers.cuda import apart, gradients, stir
+from tests.helpers.cuda import apart, gradients, on_cpu, stir
 from tests.helpers.training import tiny_vit
 from tests.helpers.zoo import ZOO, targets
 from tests.lora.test_layers import adapted, equal, outputs
@@ -56,9 +56,15 @@ def test_output_and_gradients_are_those_of_the_cpu(kind, form, device):
     # cuDNN differentiates recurrent layers in training mode alone.
     ours, theirs = run(here.train(), x), run(there.train(), x)
     assert apart(theirs, ours) < TOLERANCE
-    expected = gradients(here, ours)
+    expected, found = gradients(here, ours), gradients(there, theirs)
     assert any(bool(g.any()) for g in expected)
-    assert apart(gradients(there, theirs), expected) < TOLERANCE
+    # What cancels but for rounding, as a magnitude's before the weight is standardised, is judged
+    # by the size of the others.
+    most = max(float(g.abs().max()) for g in expected)
+    small = [float(g.abs().max()) < 1e-3 * most for g in expected]
+    for g, e, cancels in zip(on_cpu(found), expected, small, strict=True):
+        size = most if cancels else float(e.abs().max())
+        assert float((g - e).abs().max()) < TOLERANCE * size
 
 
 @chunks
@@ -351,8 +357,10 @@ def test_channels_last(name, device):
 @pytest.mark.parametrize(
     "name", ["Wav2Vec2", "WavLM", "Conformer", "Emformer", "RNN-T", "DeepSpeech", "Tacotron2"]
 )
-def test_models_of_speech(name, device):
+def test_models_of_speech(name, device, monkeypatch):
     model, inputs = audio_zoo.build(name)
+    if name == "Tacotron2":  # which drops out in eval mode too, by the device's own generator
+        monkeypatch.setattr(nn.functional, "dropout", lambda x, *_, **__: x)
     model.requires_grad_(False)
     inject(model, rank=2, target_modules="all", trainable=[], clamp_rank=True)
     stir(model, 0.05)

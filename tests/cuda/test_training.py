@@ -122,8 +122,6 @@ def test_verification_leaves_the_fit_as_it_was(tmp_path, device):
 # ---- prefix cache and guard ----------------------------------------------------------------------
 
 
-# Those of the verification, which are in float32.
-@pytest.mark.filterwarnings("ignore:PrefixCache leaves some forwards alone")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_three_epochs_with_a_prefix_cache(tmp_path, precision, device):
     options = {"accelerator": device.type, "devices": 1, "precision": precision}
@@ -289,8 +287,8 @@ def test_a_training_step_does_not_wait_for_the_device(name, options, cuda):
         optimizer.step()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -265,6 +265,26 @@ def test_weights_are_seen_through_autocasts_copies(frozen):
         torch.testing.assert_close(cast[path], found, atol=0.02, rtol=0.02)
 
 
+def test_weights_that_share_a_storage_are_told_apart():
+    """As those of a recurrent layer do on a GPU, where cuDNN wants them in one piece."""
+    layer, x, seen = nn.LSTM(6, 4, bidirectional=True).eval(), torch.randn(5, 3, 6), []
+    weights = dict(layer.named_parameters())
+    for packed in (False, True):
+        if packed:
+            flat = torch.cat([w.detach().reshape(-1) for w in weights.values()])
+            parts = flat.split([w.numel() for w in weights.values()])
+            for weight, part in zip(weights.values(), parts, strict=True):
+                weight.data = part.view(weight.shape)
+        rows = defaultdict(list)
+        sink = lambda path, found, rows=rows: rows[path].append(found)  # noqa: E731
+        modules = {name: (layer, name) for name, w in weights.items() if w.ndim == 2}
+        with torch.no_grad(), observed(modules, sink):
+            layer(x)
+        seen.append({path: torch.cat(found) for path, found in rows.items()})
+    assert seen[0].keys() == seen[1].keys() == modules.keys()
+    assert all(torch.equal(seen[1][path], found) for path, found in seen[0].items())
+
+
 @pytest.mark.usefixtures("ieee_convolutions", "cudnn_rnn")
 @pytest.mark.parametrize("options", [{"init": init} for init in DATA] + [{"rank": "auto"}])
 def test_a_start_from_data_takes_torchs_settings_as_they_are(options):

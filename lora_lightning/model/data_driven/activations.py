@@ -88,9 +88,13 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _of(self, tensor: Any) -> list[tuple[str, Tensor]]:
         if not isinstance(tensor, Tensor):
             return []
-        key = _storage(tensor)
+        key, start = _storage(tensor), tensor.storage_offset()
         copy, paths = self._casts.get(key, (None, []))
-        return self._paths.get(key, []) if copy is None or copy.expired() else paths
+        if copy is not None and not copy.expired():
+            return paths
+        # A part of a weight counts; for cuDNN all weights of a recurrent layer share one storage.
+        weights = self._paths.get(key, [])
+        return [(p, w) for p, w in weights if 0 <= start - w.storage_offset() < w.numel()]
 
     def _note(self, copy: Tensor, paths: list[tuple[str, Tensor]]) -> None:
         """Know a weight's copy as the weight for as long as there is one, without keeping it."""

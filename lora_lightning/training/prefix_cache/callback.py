@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.model.verification import verifying
 from lora_lightning.model.view import View
 from lora_lightning.training.checks import find_backbone
 from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle, same
@@ -131,7 +132,7 @@ class PrefixCache(Callback):
         return f"{told}, hit rate {self.hit_rate_:.1%}"
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if root is not self._root:
+        if root is not self._root or verifying():  # by other weights, and in another precision
             return
         self._running.close()  # of one that was interrupted right here
         self._run = None
@@ -145,7 +146,7 @@ class PrefixCache(Callback):
     def _forward(self, root: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; however it ends, its modules have their own again."""
         forward = own or type(root).forward.__get__(root)
-        if root is not self._root or torch.compiler.is_compiling():
+        if root is not self._root or verifying() or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         with self._running:
             output = forward(*args, **kwargs)

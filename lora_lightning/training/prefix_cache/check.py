@@ -138,13 +138,14 @@ def _dim(value: Any, other: Any, size: int) -> int | None:
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether tensors are the same, but for rounding: half the digits must agree.
+    """Whether tensors are the same, on any device, but for rounding: half the digits must agree.
 
     Digits of the products: features in float32 have fewer under autocast, or TF32.
     """
     for x, y in [pair for pair in zip(a, b, strict=True) if isinstance(pair[0], Tensor)]:
         comparable = x.is_floating_point() and (x.shape, x.dtype) == (y.shape, y.dtype)
         most = rounding(x) ** 0.5 if comparable else 0.0
+        y = y.to(x.device)
         if not torch.equal(x, y) and not (comparable and difference([y], [x]) <= most):
             return False
     return True
