@@ -1,4 +1,4 @@
-r"""Adapted layers within `torch.compile`: the formulas of `fused.linear` in operations it can trace.
+r"""Adapted layers within `torch.compile`: the formulas of `fused.linear` in traceable operations.
 
 .. math:: W' = \mathrm{cast}(W + s\,BA), \quad y = x W'^T + b, \quad \nabla x = g W', \quad
           \nabla A = s\,(g B)^T x, \quad \nabla B = s\,g^T (x A^T)
@@ -27,6 +27,8 @@ from lora_lightning.lora.fused import kernels
 from lora_lightning.lora.fused.convolution import How, gradients_of, thin
 from lora_lightning.lora.fused.plan import LowRank, lowered, switches
 from lora_lightning.lora.fused.thin_matmul import exact
+
+Found = tuple[Tensor | None, Tensor | None]
 
 # Up to this rank a GPU computes W + s·BA as an elementwise function, in one kernel with the cast.
 _ELEMENTWISE = 16
@@ -147,7 +149,7 @@ class _Layer(torch.autograd.Function):
             if not ctx.keeps_used:
                 used = effective(used, A.clone(), B, ctx.scaling, g.dtype)
             if ctx.how is not None:
-                grad_x, *factors = _of_convolution(g, x, used, A, B, ctx.how, needs_x)
+                grad_x, factors = _of_convolution(g, x, used, A, B, ctx.how, needs_x)
             else:
                 grad_x = g @ used if needs_x else None
                 x = x.clone() if ctx.recompute else x
@@ -167,9 +169,7 @@ class _Layer(torch.autograd.Function):
         )
 
 
-def _of_linear(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, frozen_A: bool, wanted: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _of_linear(g: Tensor, x: Tensor, A: Tensor, B: Tensor, frozen_A: bool, wanted: bool) -> Found:
     """The gradients of A and B, not scaled yet."""
     if not wanted:
         return None, None
@@ -184,15 +184,15 @@ def _of_linear(
 
 def _of_convolution(
     g: Tensor, x: Tensor, used: Tensor, A: Tensor, B: Tensor, how: How, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of x, A and B, the last two not scaled yet."""
+) -> tuple[Tensor | None, Found]:
+    """The gradients of x, and of A and B, not scaled yet."""
     whole = _whole(A, B)
     grad_x, grad_W = gradients_of(g, x, used, how, needs_x, whole)
     if grad_W is not None:
-        return grad_x, *_projected(grad_W.flatten(1), A, B)
+        return grad_x, _projected(grad_W.flatten(1), A, B)
     low_A = A.to(x.dtype).view(-1, *used.shape[1:])
     grad_A, grad_B = thin(g, x, low_A, B.to(x.dtype), how)
-    return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype)
+    return grad_x, (grad_A.to(A.dtype), grad_B.to(B.dtype))
 
 
 def _projected(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
