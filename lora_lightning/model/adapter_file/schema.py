@@ -152,7 +152,7 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return all(_is_plain(part, depth - 1) for part in parts)
     if is_whole(value):
-        return abs(value) < 2**63
+        return -(2**63) < int(value) < 2**63
     return value is None or isinstance(value, bool) or (is_real(value) and math.isfinite(value))
 
 
