@@ -27,7 +27,7 @@ ROWS, SIZES, RANKS = (
     ((192, 768), (768, 768), (768, 3072), (4096, 4096)),
     (4, 16, 64),
 )
-# Name → `many` and `reading` of `LIMITS`: W + sBA or two products, the whole weight's gradient or thin ones.
+# Name → `many` and `reading` of `LIMITS`: W + sBA or two products, the whole gradient or thin ones.
 FORMULAS = {
     "thin": (math.inf, 0.0),
     "whole, thin gradients": (0.0, -math.inf),

@@ -126,17 +126,6 @@ class Factors(nn.Module):
         """Tensors in which ΔW is linear: of the two products BA and B₀A₀ both B."""
         return (self.lora_B,) if self.start_B is None else (self.lora_B, self.start_B)
 
-    def frobenius_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        r"""Of :math:`\lVert \Delta W \rVert_F^2 / 2`, by products of r × r alone.
-
-        With :math:`\Delta W = s \hat B \hat A` (see `low_rank`) they are :math:`s^2 \hat B
-        \hat A A^T` for B and :math:`s^2 B^T \hat B \hat A` for A.
-        """
-        B, A = self.low_rank()
-        s2 = self.spec.scaling**2
-        of_B, of_A = s2 * (B @ (A @ self.lora_A.T)), s2 * ((self.lora_B.T @ B) @ A)
-        return [(self.lora_B, of_B), (self.lora_A, of_A)]
-
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
         """Initialise the factors: the same seed gives the same values.

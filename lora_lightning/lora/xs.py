@@ -174,12 +174,6 @@ class XSFactors(Factors):
         """The core."""
         return (self.core,)
 
-    def frobenius_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """See `Factors.frobenius_gradients`: through the core, :math:`s^2 B_0^T B A A^T`."""
-        B, A = self.low_rank()
-        through = (self.basis.lora_B.T @ B) @ (A @ A.T)
-        return [(self.core, self.spec.scaling**2 * through)]
-
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
         """Set the core to zero; without a weight there is no basis either, until `follow`."""
