@@ -192,7 +192,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         for path, factors in named_factors(backbone, self.name).items():
             values = spectrum(*factors.low_rank(), factors.spec.scaling)
-            metrics |= {f"lora/{path}/sigma_{i}": float(v) for i, v in enumerate(values)}
+            metrics |= {f"lora/{path}/sigma_{i}": v for i, v in enumerate(values.tolist())}
             metrics[f"lora/{path}/effective_rank"] = effective_rank(values)
         self._log(trainer, metrics)
 
