@@ -20,24 +20,17 @@ Autocast, dropout (its mask is redrawn from its seed), and subtracted initial fa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.lora.fused.factor_products import (
-    effective_weight,
-    factor_gradients,
-    gradient_B,
-    matmul,
-    narrow,
-    of_whole,
-    whole_is_cheap,
-)
+from lora_lightning.lora.fused.factor_products import effective_weight
+from lora_lightning.lora.fused.linear_gradients import at_once, in_pieces
 from lora_lightning.lora.fused.plan import LowRank, Plan, is_captured, limits, lowered, switches
-from lora_lightning.lora.fused.thin_matmul import ALL, across, along, cut, exact, pieces
+from lora_lightning.lora.fused.thin_matmul import ALL, across, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
 
 
@@ -50,25 +43,30 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     if low.dropout and is_captured(x):
         return False
-    smallest = limits(x).small if switches.smallest is None else switches.smallest
+    wanted, smallest = lowered(x), switches.smallest
+    if smallest is None:
+        smallest = limits(x, wanted).small
     if smallest:
         out, into = weight.shape[:2]
         if x.numel() * (into + out) < smallest * into:
             return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.overrides.has_torch_function(
-        (x, weight)
-    ):
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _watched(x, weight):
         return False
     if low.dropout and x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a graph would replay one seed
     if low.start_A is not None and (low.dropout or not exact(weight)):
         return False  # the two products must cancel at the start: see `effective_weight`
-    wanted = lowered(x)
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
     return x.dtype == weight.dtype and low.lora_A.dtype == factor_dtype(weight)
+
+
+def _watched(x: Tensor, weight: Tensor) -> bool:
+    """Whether `torch.func`, forward-mode derivatives or a subclass must see torch's functions."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0 or torch.overrides.has_torch_function((x, weight))
 
 
 def linear(
@@ -198,85 +196,9 @@ class _Linear(torch.autograd.Function):
         g_NxO = plan.rows(g)
         parts = pieces(g_NxO, A.shape[1])
         if parts[0] is ALL and not plan.low.dropout:
-            grad_x, grad_A, grad_B = _at_once(ctx, g_NxO, weight, h_RxN, kept)
+            grad_x, grad_A, grad_B = at_once(ctx, g_NxO, weight, h_RxN, kept)
         else:
-            grad_x, grad_A, grad_B = _in_pieces(ctx, g_NxO, parts, weight, h_RxN, kept)
+            grad_x, grad_A, grad_B = in_pieces(ctx, g_NxO, parts, weight, h_RxN, kept)
         if grad_x is not None:
             grad_x = plan.unrolled(grad_x, g).to(ctx.dtype)
         return grad_x, None, g_NxO.sum(0) if needs[2] else None, grad_A, grad_B, None, None
-
-
-Found = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _at_once(
-    ctx: Any, g_NxO: Tensor, weight: Tensor, h_RxN: Tensor | None, kept: Sequence[Tensor]
-) -> Found:
-    """The gradients of x (as rows), A and B in the fewest steps."""
-    plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
-    low = plan.low
-    grad_x: Tensor | None = None
-    grad_A: Tensor | None = None
-    grad_B: Tensor | None = None
-    back_RxN: Tensor | None = None
-    if plan.whole and needs_x:
-        used = effective_weight(weight, low) if plan.dtype is None else weight
-        grad_x = matmul(g_NxO, used, ctx.dtype)
-    elif not plan.whole:
-        back_RxN = across(narrow(low.lora_B, low.scaling, g_NxO.dtype).t(), g_NxO)
-        if needs_x:
-            grad_x = torch.mm(g_NxO, weight).addmm_(back_RxN.t(), plan.cast(low.lora_A))
-    if needs_A:
-        x_NxI = plan.input_rows(kept)
-        grad_A, grad_B = factor_gradients(g_NxO, x_NxI, low, needs_B, back_RxN, h_RxN)
-    elif needs_B and h_RxN is not None:
-        grad_B = gradient_B(g_NxO, h_RxN, low.lora_B.dtype, low.scaling)
-    return grad_x, grad_A, grad_B
-
-
-def _in_pieces(
-    ctx: Any,
-    g_NxO: Tensor,
-    parts: list[slice],
-    weight: Tensor,
-    h_RxN: Tensor | None,
-    kept: Sequence[Tensor],
-) -> Found:
-    """The same by pieces that fit into a processor's cache, or with dropout."""
-    plan, (needs_x, _, _, needs_A, needs_B, *_) = ctx.plan, ctx.needs_input_grad
-    low, A, B = plan.low, plan.low.lora_A, plan.low.lora_B
-    low_A, back_RxO = plan.cast(A), (plan.cast(B) * low.scaling).T
-    used = effective_weight(weight, low) if plan.whole and needs_x else weight
-    grad_A: Tensor | None = None
-    grad_Bt: Tensor | None = None
-    grad_x = g_NxO.new_empty(len(g_NxO), A.shape[1]) if needs_x else None
-    read = plan.reader(kept, ctx.shape) if needs_A else None
-    mask = plan.mask(g_NxO, ctx.shape) if low.dropout else None
-    small = plan.whole and needs_A and whole_is_cheap(g_NxO, g_NxO.shape[0], B.shape[0], *A.shape)
-    grad_W = torch.zeros_like(weight) if small else None
-    for at in parts:
-        g_i = cut(g_NxO, at)
-        if read is not None:
-            x_i = read(at) if mask is None else read(at) * cut(mask, at)
-        if grad_x is not None:
-            grad_x_i = torch.mm(g_i, used, out=cut(grad_x, at))
-        if grad_W is not None:
-            grad_W.addmm_(g_i.T, x_i)
-            continue
-        back_i = across(back_RxO, g_i)
-        if needs_A:
-            grad_A = along(back_i, x_i, grad_A)
-        if needs_B:
-            h_i = across(low_A, x_i) if h_RxN is None else h_RxN[:, at]
-            grad_Bt = along(h_i, g_i, grad_Bt)
-        if grad_x is not None and mask is not None:
-            grad_x_i.addcmul_(back_i.T @ low_A, cut(mask, at))
-        elif grad_x is not None and not plan.whole:
-            grad_x_i.addmm_(back_i.T, low_A)
-    if grad_W is not None:
-        return (grad_x, *of_whole(grad_W, low, needs_B))
-    return (
-        grad_x,
-        None if grad_A is None else grad_A.to(A.dtype),
-        None if grad_Bt is None else grad_Bt.T.to(B.dtype) * low.scaling,
-    )

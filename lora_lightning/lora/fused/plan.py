@@ -38,13 +38,13 @@ class Limits(NamedTuple):
 
 
 # By kind of device, and by whether products are in half precision. On a CPU (measured, rank 4 to
-# 64) the interpreter's overhead counts below `small`, and `many` would be 3.5 without gradients and
-# 7 with them. On a CUDA device (H100) launches count: these functions have fewer than the plain
-# formula at any size, and W + s·BA and the whole weight's gradient have the fewest.
+# 64) `many` would be 3.5 without gradients and 7 with them. On a CUDA device (H100) launches count:
+# W + s·BA and the whole weight's gradient take the fewest, and under autocast, where the frozen
+# layer casts W as well, fewer than the plain formula at any size.
 LIMITS = {
     ("cpu", False): Limits(400_000, 5.0, 12, 0),
     ("cpu", True): Limits(400_000, 5.0, 12, 0),
-    ("cuda", False): Limits(0, 0.25, 12, 1e9),
+    ("cuda", False): Limits(400_000, 0.25, 12, 1e9),
     ("cuda", True): Limits(0, 0.25, 320, 1e10),
 }
 
@@ -86,7 +86,7 @@ def fused(
         recompute: False: the layer's input is kept for the backward pass, which takes memory and
             saves the time to recompute it.
         smallest: The plain formula is used where a layer's input and output have fewer numbers: it
-            is faster there. By default 400,000 on a CPU, and 0 on a CUDA device.
+            is faster there. By default 400,000, and 0 in half precision on a CUDA device.
 
     Under activation checkpointing the backward pass runs the layers again, so it must be in the
     block as well.

@@ -7,8 +7,7 @@ rounding.
 
 `recipe_for` walks up from ``x.grad_fn``, over reshapes, transposes and products with kept tensors
 (dropout's mask), until it finds such a tensor. Where the chain ends otherwise, where hooks pack
-saved tensors (activation checkpointing, offloading), or where x was modified in place, there is
-none and x has to be saved.
+saved tensors (activation checkpointing, offloading), or where x was modified in place, x is saved.
 
 Writes that the graph does not record are not seen here either: a tensor further up that is
 overwritten under ``no_grad``, and only then multiplied or reshaped into x, is recomputed with its
@@ -56,9 +55,8 @@ def recipe_for(x: Tensor) -> Recipe | None:
     try:
         return _recipe(node, 0, 0)
     except (AttributeError, RuntimeError):
-        # Another version of torch, whose nodes keep something else; or a saved tensor was freed or
-        # overwritten, which autograd reports where it is needed.
-        return None
+        # Another version of torch, whose nodes keep something else; or a saved tensor was freed
+        return None  # or overwritten, which autograd reports where it is needed
 
 
 def _recipe(node: Any, output: int, depth: int) -> Recipe | None:
@@ -113,8 +111,7 @@ def _glu(node: Any, depth: int) -> Recipe:
     _unpacked(node._raw_saved_self)
     kept, dim = node._saved_self, _signed(node._saved_dim)
     last = dim in (-1, kept.dim() - 1)
-    axis = -1 if last else dim
-    return Recipe((kept,), lambda kept, dtype=None: F.glu(kept[0], axis), last)
+    return Recipe((kept,), lambda kept, dtype=None: F.glu(kept[0], -1 if last else dim), last)
 
 
 def _gelu(node: Any, depth: int) -> Recipe:
@@ -134,7 +131,7 @@ def _gelu_by_tanh_again(kept: Sequence[Tensor], dtype: torch.dtype | None = None
 def _layer_norm(node: Any, depth: int) -> Recipe | None:
     _unpacked(node._raw_saved_input)
     weight, bias = node._saved_weight, node._saved_bias
-    statistics = (node._saved_input, node._saved_result1, node._saved_result2)
+    statistics = node._saved_input, node._saved_result1, node._saved_result2
     if weight is None and bias is None:
         return Recipe(statistics, _normalised)
     if weight is None or bias is None:
