@@ -159,7 +159,11 @@ class XSFactors(Factors):
 
     @property
     def lora_B(self) -> Tensor:  # type: ignore[override]
-        """(out, r), through which the gradient reaches the core."""
+        """(out, r), through which the gradient reaches the core; as precise as A under autocast."""
+        device = self.core.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.basis.lora_B @ self.core
         return self.basis.lora_B @ self.core
 
     def pair(self) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,23 @@ def test_dora_keeps_the_dtype_of_the_output_under_autocast(kind):
         assert run(model, x)[0].dtype == run(base, x)[0].dtype
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_a_core_is_fused_under_autocast(kind):
+    """Whose product with the frozen factors autocast would round."""
+    make, x = ZOO[kind]
+    model = make()
+    inject(model, rank=2, target_modules=targets(kind), trainable=[], xs=True)
+    randomise(model, named_factors(model, "default"), seed=0)
+    (core,) = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for smallest in (0, 2**60):
+        with fused(smallest=smallest), torch.autocast("cpu", dtype=torch.bfloat16):
+            (out,) = run(model, x)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), core)])
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    assert difference(*found) < 3e-2
+
+
 class Regressor(Module):
     """One step's update of A is far below half an ulp of bfloat16."""
 
@@ -117,7 +134,7 @@ class Regressor(Module):
 
 
 # Its fingerprint is another once the base was rounded to float16 (see `fingerprint`).
-@pytest.mark.filterwarnings("ignore:the base's weights changed")
+@pytest.mark.filterwarnings("ignore:the base's weights changed .* rounded to float16")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("options", [{}, {"dora": True}], ids=str)
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from lora_lightning import (
+    AdapterBank,
     LoRACallback,
     adapters,
     combine,
@@ -33,6 +35,7 @@ from lora_lightning.errors import (
     WeightWriteError,
 )
 from lora_lightning.lora.adapted_module import AdaptedModule, located, raw_tensor
+from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
 from lora_lightning.training.checks import check_still_frozen
@@ -201,6 +204,45 @@ def test_the_same_seed_gives_the_same_factors():
     assert torch.equal(
         named_factors(one, "default")[name].lora_A, named_factors(two, "default")[name].lora_A
     )
+
+
+@pytest.mark.parametrize("init", METHODS)
+def test_torchs_default_device_has_no_say_in_a_start(init):
+    """Random numbers and tables are made where they are used: on "meta" nothing would work."""
+    y = torch.arange(2)
+    given = {"data": [(X, y)], "loss": loss} if METHODS[init].needs != "nothing" else {}
+    base, found = tiny_vit(), []
+    for device in (None, "meta"):
+        model = copy.deepcopy(base)
+        torch.manual_seed(0)
+        with torch.device(device) if device else nullcontext():
+            inject(model, rank=2, init=init, **given)
+        found.append([p for f in named_factors(model, "default").values() for p in f.matrices()])
+    assert all(map(torch.equal, *found))
+
+
+def test_torchs_default_device_has_no_say_afterwards(tmp_path):
+    base, found = tiny_vit().eval(), []
+    for device in (None, "meta"):
+        model, fresh = copy.deepcopy(base), copy.deepcopy(base)
+        with torch.device(device) if device else nullcontext():
+            inject(model, rank=2, seed=0, target_modules="all", dropout=0.1, dora=True)
+            loss(model, (X, torch.zeros(2, dtype=torch.int64, device="cpu"))).backward()
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).step()
+            verify(model, X)
+            path = save_adapter(model, tmp_path / f"{device}.safetensors")
+            load_adapter(fresh, path)
+            bank = AdapterBank(copy.deepcopy(base), [path])
+            with torch.no_grad(), bank[[path.stem, None]]:
+                mixed = bank.model(X)
+            merge(model)
+            unmerge(model)
+        found.append([model(X), fresh(X), mixed])
+    assert all(map(torch.equal, *found))
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def test_combination_is_the_weighted_sum_under_any_scaling():

@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.fused.factor_products import effective_weight
 from lora_lightning.lora.fused.linear_gradients import at_once, in_pieces
-from lora_lightning.lora.fused.plan import LowRank, Plan, is_captured, limits, lowered, switches
+from lora_lightning.lora.fused.plan import LowRank, Plan, limits, lowered, switches
 from lora_lightning.lora.fused.thin_matmul import ALL, across, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
 
@@ -40,8 +40,6 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     # Before the size is asked for, on which a compiled graph of any batch would be specialised.
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    if low.dropout and is_captured(x):
         return False
     wanted, smallest = lowered(x), switches.smallest
     if smallest is None:

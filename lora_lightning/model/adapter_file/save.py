@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
@@ -82,10 +83,13 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
         now = fingerprint(view, all_extras(view, state))
         base = fingerprint(view, whole)
     if now != state.fingerprint:
+        rounded = any(p.dtype == torch.float16 for p in view.parameters.values())
+        also = " (or were only rounded to float16: then load it with check='structure')"
         warnings.warn(
-            "the base's weights changed since the adapter was injected; the file holds the adapter "
-            "only, so loading it into the original base will not give this model. Freeze the base "
-            "(inject(..., freeze=True)) or list what you train in `trainable`.",
+            f"the base's weights changed since the adapter was injected{also * rounded}; the file "
+            "holds the adapter only, so loading it into the original base will not give this "
+            "model. Freeze the base (inject(..., freeze=True)) or list what you train in "
+            "`trainable`.",
             stacklevel=3,
         )
     header = {
