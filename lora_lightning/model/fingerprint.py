@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_lightning.lora.layers import base_class
 from lora_lightning.model.view import View
 
 _SAMPLES = 16
@@ -47,7 +48,8 @@ def architecture(model: nn.Module) -> str:
     """timm's name of the architecture where the model knows it, else its class."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") if hasattr(cfg, "get") else None
-    return str(name or f"{type(model).__module__}.{type(model).__qualname__}")
+    cls = base_class(model)
+    return str(name or f"{cls.__module__}.{cls.__qualname__}")
 
 
 @functools.lru_cache(4096)
