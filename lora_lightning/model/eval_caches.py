@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapted_module import AdaptedModule, once
+from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.layers import base_class
 from lora_lightning.lora.module_tree import Modules
+from lora_lightning.lora.swapped_class import once
 
 _CACHE = "attention_bias_cache"
 
