@@ -24,7 +24,7 @@ from lora_lightning.lora.xs import XSFactors
 from lora_lightning.model import state as states
 from lora_lightning.model import switching
 from lora_lightning.model.adapter_file.format import FORMAT_VERSION, read, versions, write
-from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.fingerprint import fingerprint, statistics
 from lora_lightning.model.injection_report import Row
 from lora_lightning.model.owned_tensors import all_extras, extras, owned_names, source_values
 from lora_lightning.model.state import ModelState
@@ -66,7 +66,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
     buffers = [n for n in owned if n not in view.parameters]
     with source_values(view, state):  # another adapter's head is no part of the base
         now = fingerprint(view, all_extras(view, state))
-        base = fingerprint(view, whole)
+        base = fingerprint(view, whole) | statistics(view, buffers)
     if now != state.fingerprint:
         warnings.warn(
             "the base's weights changed since the adapter was injected; the file holds the adapter "
