@@ -215,13 +215,11 @@ class AdapterBank:
             adapters.update(taken)
             batch = Batch(self.model, names, adapters, self._looks.last, self._room)
         modules = View(self.model).modules
-        cachers = eval_caches.cachers(modules)
-        stack.callback(eval_caches.forget_computed, cachers)
+        shortcuts = eval_caches.cachers(modules), eval_caches.packers(modules)
+        stack.callback(eval_caches.settle, *shortcuts)
         stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
         stack.enter_context(batch.applied())
-        eval_caches.forget_computed(cachers)
-        packers = eval_caches.keep_padded(modules, lambda m: ATTRIBUTE in m.__dict__)
-        stack.callback(eval_caches.pack_again, packers)
+        eval_caches.settle(*shortcuts, lambda m: ATTRIBUTE in m.__dict__)
         return batch
 
     def _before(self, batch: Batch, call: Call, expected: int | None) -> None:

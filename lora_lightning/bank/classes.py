@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_lightning.bank.mix import Mix
 from lora_lightning.bank.tensor import CALLED, BankTensor
 from lora_lightning.errors import AdapterError
-from lora_lightning.lora.adapted_module import once, swapped_class
+from lora_lightning.lora.swapped_class import once, swapped_class
 
 ATTRIBUTE = "_lora_batch"  # on a module: (the bank's batch, the module's path)
 

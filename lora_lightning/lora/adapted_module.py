@@ -16,23 +16,25 @@ product can be kept in factors, `lora_lightning.lora.factorised` has a cheaper `
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
-from lora_lightning.lora.effective_weight import EffectiveWeight
+from lora_lightning.lora.effective_weight import EffectiveWeight, WholeWeights, refuse_tracing
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides, refresh
 from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
+from lora_lightning.lora.swapped_class import once, swapped_class
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
-Made = TypeVar("Made", bound=Callable[..., Any])
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 
 
 class _Uncompilable(Sequence[str]):
@@ -48,7 +50,7 @@ class _Uncompilable(Sequence[str]):
         return [][index]
 
 
-class AdaptedModule:
+class AdaptedModule(WholeWeights):
     """Mixin of the class of every adapted module, for ``isinstance``.
 
     Attributes:
@@ -59,15 +61,17 @@ class AdaptedModule:
     lora: nn.ModuleDict
     lora_active: str | None
     _modules: dict[str, Any]
-    _adapted_base: type[nn.Module]
-    _adapted_tensors: tuple[str, ...]
     __jit_ignored_attributes__ = _Uncompilable()
 
     def factors(self, tensor: str) -> Factors | None:
         """The active adapter's factors of this tensor, or ``None``."""
         # By the tables, as in all that runs in every forward: an attribute takes longer.
         per_tensor = self._modules["lora"]._modules.get(self.lora_active)
-        return None if per_tensor is None else per_tensor._modules.get(tensor)
+        if per_tensor is None:
+            return None
+        if is_fx_symbolic_tracing():
+            refuse_tracing()
+        return per_tensor._modules.get(tensor)
 
     def factors_of(self, name: str | None) -> dict[str, Factors]:
         """Tensor name → factors of the adapter `name`; empty where it has none here."""
@@ -102,52 +106,13 @@ def _new(base: type[nn.Module], tensors: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def once(function: Made) -> Made:
-    """`functools.cache`, typed: mypy does not take a module's class for hashable."""
-    return cache(function)  # type: ignore[return-value]
-
-
 @once
 def adapted_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `base` in which these tensors are effective; made once for each."""
     body = {**overrides(base), "_adapted_tensors": tensors}
+    # Shown by tools that find no rule for a class, such as `torch.ao.quantization.fuse_modules`.
+    body["__qualname__"] = f"LoRA{base.__name__} (call merge(model) first)"
     return swapped_class("LoRA", (AdaptedModule, base), base, tensors, _effective, body)
-
-
-def swapped_class(
-    prefix: str,
-    parents: tuple[type, ...],
-    base: type[nn.Module],
-    tensors: tuple[str, ...],
-    read: Callable[[Any, str], Any],
-    body: Mapping[str, Any],
-) -> type[nn.Module]:
-    """A temporary class for a module of class `base`.
-
-    Args:
-        prefix: Of its name, before that of `base`.
-        parents: Whose subclass it is.
-        base: The module's own class.
-        tensors: Names of the tensors that are computed when they are read.
-        read: From (module, tensor's name) to the value.
-        body: What else it defines.
-    """
-    properties = {tensor: _tensor_property(base, tensor, read) for tensor in tensors}
-    own = {**properties, **body, "_adapted_base": base, "__module__": __name__}
-    return type(f"{prefix}{base.__name__}", parents, own)
-
-
-def _tensor_property(
-    base: type[nn.Module], tensor: str, read: Callable[[Any, str], Any]
-) -> property:
-    def write(module: Any, value: Any) -> None:
-        inherited = getattr(base, tensor, None)
-        if isinstance(inherited, property) and inherited.fset is not None:
-            inherited.fset(module, value)  # a parametrization keeps its own originals
-        else:
-            module.__dict__[tensor] = value  # computed by the old weight_norm hook
-
-    return property(lambda module: read(module, tensor), write)
 
 
 def _effective(module: Any, tensor: str) -> Any:
@@ -155,8 +120,17 @@ def _effective(module: Any, tensor: str) -> Any:
     factors = module.factors(tensor)
     if factors is None:
         return raw
-    weight = factors.effective(raw)
-    return weight if torch.compiler.is_compiling() else guarded(weight)
+    if torch.compiler.is_compiling():
+        return factors.effective(raw)
+    reader = sys._getframe(2).f_code
+    if reader is _GET_PARAMETER:
+        return raw  # the parameter of this name, as in `named_parameters`
+    if reader.co_name == "set_input_size":  # timm's, into a new layer without an adapter
+        raise AdapterError(
+            f"set_input_size would resize {tensor} of an adapted {module._adapted_base.__name__} "
+            "and lose its adapter: call it before inject, or merge(model) first"
+        )
+    return guarded(factors.effective(raw))
 
 
 def guarded(weight: Tensor) -> Tensor:

@@ -3,27 +3,37 @@
 An effective weight W + sBA is recomputed at each read, so a write into it would be lost. This
 tensor subclass computes like any tensor and raises on every write, through views as well.
 Compiled and exported graphs get a plain tensor: they read weights, they do not write them.
+
+What is read as W + sBA cannot be assigned as W either (`WholeWeights`): a program that reads a
+weight, transforms it and assigns the result (fusing with BatchNorm, quantising, resizing) would
+count BA twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lightning.errors import WeightWriteError
+from lora_lightning.errors import AdapterError, WeightWriteError
 
 # add_, copy_, kaiming_uniform_ …; w[i] = …; w.data = …, w.requires_grad = …; w += ….
 _WRITES = re.compile(r"^(?:.*[^_]_|__setitem__|__set__|__i(?!nit|nvert|nt|ndex|ter)\w+__)$")
 
 _MESSAGE = (
     "{op} would write into the effective weight W + s·BA of an adapted layer, which is computed at "
-    "each read: the write would be lost. To change the base weight W, do it inside "
-    "`with lora_lightning.disabled(model):`, assign `layer.weight = nn.Parameter(...)`, or use "
-    "`load_state_dict`."
+    "each read: the write would be lost. Call merge(model) first, which makes it the layer's own "
+    "weight; to change the base weight W, do it inside `with lora_lightning.disabled(model):` or "
+    "use `load_state_dict`."
+)
+_ASSIGNED = (
+    "{name} of an adapted {kind} is read as the effective weight W + s·BA, so that assigning it, "
+    "or taking it away, would count BA twice or lose it: call merge(model) first. To replace the "
+    "base weight W, assign it inside `with lora_lightning.disabled(model):`."
 )
 
 
@@ -72,3 +82,72 @@ def _guard_views(out: Any, sources: list[EffectiveWeight]) -> Any:
 
 def _shares_storage(a: Tensor, b: Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+class WholeWeights:
+    """Mixin of adapted modules: a tensor that is read as W + s·BA is not assigned as W."""
+
+    _adapted_tensors: tuple[str, ...]
+    _adapted_base: type[nn.Module]
+    lora_active: str | None
+    factors: Callable[[str], Any]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What assigning a parameter comes to.
+
+        Not `__setattr__`, by which FSDP2 would no longer take this for a plain module.
+
+        Raises:
+            WeightWriteError: see `check_assignment`.
+        """
+        self.check_assignment(name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def check_assignment(self, name: str, value: Any) -> None:
+        """Refuse to assign `value` to a tensor whose adapter acts, or an effective weight at all.
+
+        Raises:
+            WeightWriteError: what is read is not what is assigned; `disabled` makes them the same.
+        """
+        acting = self.factors(name) if name in self._adapted_tensors else None
+        if isinstance(value, EffectiveWeight) or (acting and self._replaces(name, value, acting)):
+            raise WeightWriteError(_ASSIGNED.format(name=name, kind=self._adapted_base.__name__))
+
+    def _replaces(self, name: str, value: Any, acting: Any) -> bool:
+        with self._as_base():
+            raw = getattr(self, name)
+        if value is raw or raw.is_meta:
+            return False
+        # At B = 0 both are one; DoRA's magnitudes give it up to rounding.
+        whole = acting.effective(raw, dropout=False)
+        return not torch.allclose(whole, raw, rtol=1e-6, atol=1e-12)
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        active = self.lora_active
+        self.__dict__["lora_active"] = None
+        try:
+            yield
+        finally:
+            self.__dict__["lora_active"] = active
+
+    def __delattr__(self, name: str) -> None:
+        # As torch's parametrizations and spectral_norm begin.
+        if name in self._adapted_tensors:
+            raise WeightWriteError(_ASSIGNED.format(name=name, kind=self._adapted_base.__name__))
+        super().__delattr__(name)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        with self._as_base():  # with `assign=True` it assigns raw weights
+            super()._load_from_state_dict(*args, **options)  # type: ignore[misc]
+
+
+def refuse_tracing() -> None:
+    """Refuse `torch.fx.symbolic_trace`: a graph would hold today's factors as constants."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is None:  # `make_fx` and `export` see every operation
+        raise AdapterError(
+            "torch.fx cannot trace an adapter that is not merged: call merge(model) before "
+            "symbolic_trace, create_feature_extractor or prepare_fx, or inject into their result"
+        )

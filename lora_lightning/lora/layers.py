@@ -183,9 +183,9 @@ def _choose(base: Any, kind: LayerKind) -> Forward:
     fits = kind.fits
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        # `_fits`, without the call
-        chosen = factors_kept if "weight" in self._parameters and fits(self) else own
-        out: Tensor = chosen(self, input)
+        # `_fits`, without the call; whoever kept this method calls it after removing, too.
+        acts = self.__dict__.get("lora_active") is not None and "weight" in self._parameters
+        out: Tensor = (factors_kept if acts and fits(self) else own)(self, input)
         return out
 
     return forward

@@ -7,6 +7,7 @@ tied weight is not changed, an optimizer's reference stays valid, and unmerging 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import adapted_class, raw_tensor
 from lora_lightning.lora.layers import refresh
+from lora_lightning.lora.module_tree import join
 
 _ATTRIBUTE = "_lora_merged"
 
@@ -152,6 +154,15 @@ def overflows(module: nn.Module) -> bool:
 def is_merged(module: nn.Module) -> bool:
     """Whether this layer holds merged weights."""
     return _ATTRIBUTE in module.__dict__
+
+
+def raw_parameters(merged: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Full name → the base's parameter that these merged layers keep in place of the live one."""
+    return {
+        join(path, key): raw
+        for path, module in merged.items()
+        for key, raw in module.__dict__[_ATTRIBUTE].raw.items()
+    }
 
 
 def _sum(parameter: nn.Parameter) -> Tensor:

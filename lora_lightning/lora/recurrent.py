@@ -66,12 +66,13 @@ class _Packed(torch.autograd.Function):
 
 def _forward_once(self: Any, *args: Any, **options: Any) -> Any:
     """The base's own forward, which reads the list several times."""
+    base = getattr(self, "_adapted_base", type(self))  # a kept method outlives merging
     if torch.compiler.is_compiling():
-        return self._adapted_base.forward(self, *args, **options)
+        return base.forward(self, *args, **options)
     before = _forward.layer, _forward.weights
     _forward.layer, _forward.weights = self, _in_one_piece(self, _flat_weights(self))
     try:
-        return self._adapted_base.forward(self, *args, **options)
+        return base.forward(self, *args, **options)
     finally:
         _forward.layer, _forward.weights = before
 

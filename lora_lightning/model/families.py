@@ -21,7 +21,18 @@ _GATES = {"se", "se_module", "attn_last", "gate_fn"}
 
 def auto(view: View, layers: list[Target]) -> list[Target]:
     """The layers of `layers` that ``"auto"`` adapts (the caller leaves out the classifier)."""
+    embedded = {id(t.module._parameters.get(t.tensor)) for t in layers if _looks_up(t.module)}
+    # An output layer tied to an embedding is changed with it, or the tie is lost in merging.
+    layers = [
+        t
+        for t in layers
+        if _looks_up(t.module) or id(t.module._parameters.get(t.tensor)) not in embedded
+    ]
     return by_table(view, layers) or by_structure(view.model, layers)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def by_table(model: nn.Module | View, layers: list[Target]) -> list[Target]:
@@ -66,7 +77,7 @@ def by_structure(model: nn.Module, layers: list[Target]) -> list[Target]:
 def _mixes_channels(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.groups == 1 and set(module.kernel_size) == {1}
-    return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return not _looks_up(module)
 
 
 def _weights(targets: list[Target]) -> int:

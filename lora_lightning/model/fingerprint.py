@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora_lightning.lora.layers import base_class
 from lora_lightning.model.view import View
 
 _SAMPLES = 16
@@ -25,29 +26,45 @@ def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[st
     `exclude` names the tensors that an adapter trains in full: they are no part of the base.
     """
     view, whole = View.of(model), set(exclude)
+    names, weights = _sampled({n: p for n, p in view.parameters.items() if n not in whole})
+    found = {"structure": names, "architecture": architecture(view.model)}
+    return found | ({"weights": weights} if weights else {})
+
+
+@torch.no_grad()
+def statistics(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str, str]:
+    """A hash of a sample of the base's buffers, BatchNorm's statistics above all.
+
+    Apart from `fingerprint`, as training may move them: `exclude` names those that a file holds.
+    """
+    view, moved = View.of(model), set(exclude)
+    kept = {n: t for n, t in view.tensors.items() if n not in moved and t.is_floating_point()}
+    _, values = _sampled({n: t for n, t in kept.items() if n not in view.parameters})
+    return {"statistics": values} if values else {}
+
+
+def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Hashes of names and shapes, and of a sample of the values; empty where there is none."""
     names, samples = [], []
-    for name, parameter in view.parameters.items():
-        if name in whole:
-            continue
-        shape, number, step = _seen(parameter.shape)
+    for name, tensor in tensors.items():
+        shape, number, step = _seen(tensor.shape)
         names.append(f"{name} {shape}")
-        if number and not parameter.is_meta:
-            flat = parameter if parameter.is_contiguous() else parameter.reshape(-1)
+        if number and not tensor.is_meta:
+            flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
             values = flat.as_strided((number,), (step,))
             samples.append(values if values.dtype is torch.float32 else values.float())
     structure = _digest("\n".join(names).encode())
-    found = {"structure": structure, "architecture": architecture(view.model)}
-    if samples:
-        rounded = torch.cat(samples).bfloat16().float().cpu()
-        found["weights"] = _digest(rounded.numpy().tobytes())
-    return found
+    if not samples:
+        return structure, ""
+    return structure, _digest(torch.cat(samples).bfloat16().float().cpu().numpy().tobytes())
 
 
 def architecture(model: nn.Module) -> str:
     """timm's name of the architecture where the model knows it, else its class."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") if hasattr(cfg, "get") else None
-    return str(name or f"{type(model).__module__}.{type(model).__qualname__}")
+    cls = base_class(model)
+    return str(name or f"{cls.__module__}.{cls.__qualname__}")
 
 
 @functools.lru_cache(4096)

@@ -219,7 +219,7 @@ def register(
         states.attach(view.model, state)
         state_dict.register(view.model)
     state.cachers = eval_caches.cachers(view.modules)
-    state.packers += eval_caches.keep_padded(view.modules)
+    state.packers = eval_caches.packers(view.modules)
     state.enter(report.name, config, report)
     state.frozen = freeze
     snapshot(view, state)

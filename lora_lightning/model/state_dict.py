@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.errors import AdapterError, AdapterFileError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import TENSORS, Factors
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.merging import raw_parameters
 from lora_lightning.lora.module_tree import join
 from lora_lightning.model import state as states
 from lora_lightning.model.compression import update_report
@@ -35,6 +37,7 @@ def register(model: nn.Module) -> None:
     """Install the hooks on the injected module."""
     model.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_renew)  # type: ignore[no-untyped-call]
+    model.register_state_dict_pre_hook(_check_ties)  # type: ignore[no-untyped-call]
 
 
 def unregister(model: nn.Module) -> None:
@@ -45,6 +48,33 @@ def unregister(model: nn.Module) -> None:
     post: Any = model._load_state_dict_post_hooks
     for key in [k for k, h in post.items() if h is _renew]:
         del post[key]
+    saved: Any = model._state_dict_pre_hooks
+    for key in [k for k, h in saved.items() if h is _check_ties]:
+        del saved[key]
+
+
+def _check_ties(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Refuse a merged model's state dict where a model that ties weights again would take one.
+
+    Merging changes one place of a tied weight; loading fills both with whatever comes last.
+
+    Raises:
+        AdapterError: a merged weight was tied to another place.
+    """
+    view = View(module)
+    raws = raw_parameters(view.merged)
+    if not raws:
+        return
+    places = Counter(id(p) for p in [*raws.values(), *view.parameters.values()])
+    tied = [name for name, raw in raws.items() if places[id(raw)] > 1]
+    if tied:
+        others = [n for n, p in view.parameters.items() if p is raws[tied[0]]]
+        raise AdapterError(
+            f"{tied[0]} was tied to {(others or tied[1:])[0]} and merging changed one of them "
+            "alone, so that a model which ties them again would load other weights than these: "
+            "unmerge(model) and keep the adapter in a file (save_adapter), or untie the weights "
+            "before inject"
+        )
 
 
 def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
@@ -98,9 +128,9 @@ def _complete(
             "adapters, keep each in a file of its own (save_adapter)",
             stacklevel=2,
         )
-    if not state.loads_base:
-        fill = {n: t for n, t in base.items() if n not in given and n not in whole}
-        state_dict.update({f"{prefix}{n}": t.detach() for n, t in fill.items()})
+    if not state.loads_base:  # buffers may have moved: they are in every checkpoint
+        fill = frozen - given - whole
+        state_dict.update({f"{prefix}{n}": base[n].detach() for n in fill})
 
 
 def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from lora_lightning.lora.adapted_module import release
 from lora_lightning.lora.merging import check_unchanged, merge_layer, overflows, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import state_dict
-from lora_lightning.model.eval_caches import forget_computed, pack_again
+from lora_lightning.model.eval_caches import settle
 from lora_lightning.model.owned_tensors import exchange, extras, source_values
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.undo import all_or_nothing
@@ -62,7 +62,7 @@ def activate(view: View, state: ModelState, name: str | None) -> None:
         exchange(view, state, name)
     for layer in view.adapted.values():
         layer.set_lora_active(name)
-    forget_computed(state.cachers)
+    settle(state.cachers, state.packers)
 
 
 def freeze(view: View, state: ModelState, among: Collection[str | None] | None = None) -> None:
@@ -98,11 +98,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         active = [(layer, layer.lora_active) for layer in view.adapted.values()]
         stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
         for root, state in holders:
-            stack.callback(forget_computed, state.cachers)
+            stack.callback(settle, state.cachers, state.packers)
             stack.enter_context(source_values(View(root), state))
-            forget_computed(state.cachers)
         for layer, _ in active:
             layer.lora_active = None
+        for _, state in holders:
+            settle(state.cachers, state.packers)
         try:
             yield model
         finally:
@@ -139,7 +140,7 @@ def merge(model: nn.Module) -> None:
                 "merge in float32 or bfloat16"
             )
     for _, state in holders:
-        forget_computed(state.cachers)
+        settle(state.cachers, state.packers)
 
 
 def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
@@ -158,7 +159,7 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     for layer in merged.values():
         unmerge_layer(layer)
     for root, state in holders:
-        forget_computed(state.cachers)
+        settle(state.cachers, state.packers)
         if state.frozen:
             freeze(View(root), state)  # the raw parameters are back
 
@@ -215,7 +216,6 @@ def vacate(view: View, state: ModelState, name: str) -> None:
     state.leave(name)
     if state.configs:
         return
-    pack_again(state.packers)
     state_dict.unregister(view.model)
     states.detach(view.model)
     for key, parameter in view.parameters.items():

@@ -105,6 +105,7 @@ def _keyword(view: View, keyword: str, config: LoRAConfig) -> list[Target]:
 
 def _named(view: View, pattern: str) -> list[Target]:
     found = [t for t in _layers(view) if matches(pattern, t.name, t.module)]
+    found = found or _by_alias(view, pattern)
     found = found or [t for t in _bare(view) if matches(pattern, t.path)]
     if found:
         return found
@@ -117,6 +118,15 @@ def _named(view: View, pattern: str) -> list[Target]:
             f"{other[0] + '.*'!r}; to train them in full, list them in `trainable`"
         )
     raise TargetError(f"target_modules: {pattern!r} matches nothing{_near(pattern, view)}")
+
+
+def _by_alias(view: View, pattern: str) -> list[Target]:
+    """Layers of which this is a further name: the module is in several places."""
+    names: dict[int, list[str]] = {}
+    for name, module in view.model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found = [(t, Target(n, t.module, t.tensor)) for t in _layers(view) for n in names[id(t.module)]]
+    return [target for target, alias in found if alias.hit_by(pattern)]
 
 
 def _layers(view: View) -> Iterable[Target]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning.errors import BaseMismatchError
+from lora_lightning.errors import AdapterError, BaseMismatchError
+from lora_lightning.lora.module_tree import join
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import all_extras
 from lora_lightning.model.state import state_of
@@ -70,20 +71,24 @@ class SaveHook(_Hook):
         for key, own in self.adapters.items():
             if (found := self.adapted(own.backbone)) is not None:
                 notes[key] = {"config": own.config, "base": fingerprint(*found)}
-                frozen.update(_frozen(own.backbone, *found))
+                frozen.update(_frozen(self.pl_module, *found))
         for part in _PARTS:
             if part in checkpoint:
                 kept = {k: v for k, v in checkpoint[part].items() if k not in frozen}
                 checkpoint[part] = kept
 
 
-def _frozen(path: str, backbone: nn.Module, extras: set[str]) -> list[str]:
-    """Names of its frozen base weights; `extras` are kept, even where the user froze them."""
+def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list[str]:
+    """Names of its frozen base weights, under each name that the backbone itself has.
+
+    `extras` are kept, even where the user froze them.
+    """
     if View(backbone).merged:  # without factors the base is all there is
         return []
-    prefix = f"{path}." if path else ""
     own = View(backbone).parameters.items()
-    return [f"{prefix}{n}" for n, p in own if not p.requires_grad and n not in extras]
+    frozen = [n for n, p in own if not p.requires_grad and n not in extras]
+    places = pl_module.named_modules(remove_duplicate=False)
+    return [join(path, n) for path, m in places if m is backbone for n in frozen]
 
 
 class LoadHook(_Hook):
@@ -92,9 +97,14 @@ class LoadHook(_Hook):
     method = "on_load_checkpoint"
 
     def then(self, checkpoint: dict[str, Any]) -> None:
-        """Raises `BaseMismatchError`."""
+        """Raises `BaseMismatchError`, or `AdapterError` for a merged backbone."""
         for key, own in self.adapters.items():
             note, found = checkpoint.get(_NOTES, {}).get(key), self.adapted(own.backbone)
+            if note is not None and found is not None and View(found[0]).merged:
+                raise AdapterError(
+                    f"{own.backbone or 'the backbone'} is merged and has no factors to load the "
+                    f"checkpoint's adapter {own.name!r} into: call unmerge on it first"
+                )
             if note is None or found is None or (base := fingerprint(*found)) == note["base"]:
                 continue
             raise BaseMismatchError(

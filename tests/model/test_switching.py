@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, AdapterFileError
 from lora_lightning.model.probing import difference
 from tests.helpers.interrupt import ERRORS, everything, lines_of, same
-from tests.helpers.training import tiny_vit
+from tests.helpers.training import randomise, tiny_vit
 
 
 def two_adapters() -> nn.Module:
@@ -156,6 +157,57 @@ def test_padded_sequences_through_torchs_own_encoder(targets, tmp_path):
         load_adapter(model, tmp_path / "file")
         again = model(x, src_key_padding_mask=mask)
         assert torch.equal(again[~mask], found[~mask])
+
+
+class Doubled(nn.TransformerEncoder):
+    def forward(self, src, **masks):
+        return 2 * super().forward(src, **masks)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("targets", ["all", ["layers.0.*"], ["layers.1.*"]])
+@pytest.mark.parametrize("kind", [nn.TransformerEncoder, Doubled])
+def test_padded_rows_are_what_torch_makes_of_them(kind, targets, tmp_path):
+    """Whole outputs, not valid rows alone: nested tensors leave zeros before the norm."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = kind(layer, 2, nn.LayerNorm(8)).eval(), torch.randn(3, 5, 8)
+    nn.init.normal_(model.norm.bias)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [0]])
+    soft = torch.zeros(3, 5).masked_fill(mask, -torch.inf)
+    paddings, causal = (mask, soft, mask[:2].flip(1)), torch.ones(5, 5).triu(1).bool()
+
+    def outputs(model):
+        return [model(x[: len(m)], src_key_padding_mask=m) for m in paddings] + [
+            model(x, mask=causal)
+        ]
+
+    model.requires_grad_(False)
+    with torch.no_grad():
+        source = outputs(model)
+        inject(model, rank=2, target_modules=targets, trainable=[])
+        assert difference(outputs(model), source) < 1e-5
+        randomise(model)
+        found = outputs(model)
+        assert all(torch.equal(found[i][mask], source[i][mask]) for i in (0, 1))
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert all(torch.equal(outputs(t)[0], found[0]) for t in twins)
+        with disabled(model):
+            assert all(map(torch.equal, outputs(model), source))
+        set_active(model, None)
+        assert all(map(torch.equal, outputs(model), source))
+        set_active(model, "default")
+        path = save_adapter(model, tmp_path / "file")
+        merge(model)
+        plain = kind(layer, 2, nn.LayerNorm(8)).eval()
+        plain.load_state_dict(model.state_dict())
+        assert type(model) is kind
+        assert all(map(torch.equal, outputs(model), outputs(plain)))
+        assert difference(outputs(model), found) < 1e-5
+        remove(model)
+        assert type(model) is kind
+        with AdapterBank(model, {"one": path})["one"]:
+            assert difference(outputs(model), found) < 1e-5
+        assert all(map(torch.equal, outputs(model), source))
 
 
 def test_adapters_do_not_change_while_a_bank_is_in_force(tmp_path):

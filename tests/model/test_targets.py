@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lora_lightning import inject
+from lora_lightning import inject, remove
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.model.families import TIMM
 from lora_lightning.model.introspection import block_list, classifier_modules
@@ -59,6 +59,15 @@ def test_names_globs_regular_expressions_and_types():
     assert adapted(tiny_vit(), target_modules=["pos_embed"]) == ["pos_embed"]
     both = adapted(tiny_vit(), target_modules=["qkv", "*qkv"])
     assert both == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+
+
+def test_a_shared_layer_has_two_names():
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "h": nn.Linear(6, 2)})
+    model["b"] = model["a"]
+    for pattern in ("b", "a", "b.weight", "a.weight"):
+        report = inject(model, rank=1, target_modules=[pattern], trainable=[], name=pattern[0])
+        assert [row.module for row in report.rows] == ["a"]
+        remove(model)
 
 
 def test_exclude_and_blocks():

@@ -272,8 +272,13 @@ def test_checkpoint_of_another_rank_is_refused(tmp_path):
         fitted(tmp_path, other, lora(rank=3), max_epochs=3, ckpt=path)
 
 
-def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path):
+@pytest.mark.parametrize("names", [[], ["encoder"]])
+def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path, names):
+    """Under a second name of the backbone the base is not saved either."""
     module, fresh = alike(2)
+    for name in names:
+        setattr(module, name, module.model)
+        setattr(fresh, name, fresh.model)
     t, path = fitted(tmp_path, module, lora()), tmp_path / "small.ckpt"
     t.save_checkpoint(path, weights_only=True)
     expected = t.test(module, loader(), verbose=False)

@@ -17,7 +17,7 @@ from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import matrix_shape
 from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import Basis, basis_of
-from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.fingerprint import fingerprint, statistics
 from lora_lightning.model.owned_tensors import source_values
 from lora_lightning.model.state import state_of
 from lora_lightning.model.view import View
@@ -61,6 +61,7 @@ def check_base(
     state = state_of(view.model)
     with source_values(view, state) if state else nullcontext():
         own = fingerprint(view, header["extras"])
+        kept = statistics(view, header["buffers"])
     if own["structure"] != made_for["structure"]:
         raise BaseMismatchError(
             f"{path} was made for {made_for['architecture']}, and this model is "
@@ -72,6 +73,13 @@ def check_base(
             f"{path} was made for a {made_for['architecture']} with other weights (fingerprint "
             f"{made_for.get('weights')}, this model {own.get('weights')}): load the same base "
             "checkpoint first, or pass check='structure' if you mean it"
+        )
+    known = made_for.get("statistics")  # older files have none
+    if check == "weights" and known is not None and kept.get("statistics") != known:
+        raise BaseMismatchError(
+            f"{path} was made for a {made_for['architecture']} with other buffers, such as "
+            "BatchNorm's running statistics, which one forward in training mode moves: load the "
+            "same base checkpoint first, or pass check='structure' if you mean it"
         )
     return own
 

@@ -32,7 +32,7 @@ from lora_lightning.model.adapter_file.format import (
     versions,
     write,
 )
-from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.fingerprint import fingerprint, statistics
 from lora_lightning.model.injection_report import Row
 from lora_lightning.model.owned_tensors import all_extras, extras, owned_names, source_values
 from lora_lightning.model.state import ModelState
@@ -81,7 +81,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
     buffers = [n for n in owned if n not in view.parameters]
     with source_values(view, state):  # another adapter's head is no part of the base
         now = fingerprint(view, all_extras(view, state))
-        base = fingerprint(view, whole)
+        base = fingerprint(view, whole) | statistics(view, buffers)
     if now != state.fingerprint:
         rounded = any(p.dtype == torch.float16 for p in view.parameters.values())
         also = " (or were only rounded to float16: then load it with check='structure')"
