@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,9 +16,11 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.probing import evaluating, without_cudnns_rnn
 from lora_lightning.model.switching import disabled
 
+PATIENCE = 3  # alarms after which a stream is no longer adapted to
+
 
 class StreamAdapter:
-    """Test-time adaptation of a classifier, item by item or batch by batch, in bounded memory.
+    r"""Test-time adaptation of a classifier, item by item or batch by batch, in bounded memory.
 
         inject(model, rank=2, trainable=[], exclude_modules=["fc"])
         stream = StreamAdapter(model)
@@ -24,11 +28,24 @@ class StreamAdapter:
             probabilities = stream(pictures)  # (B, K)
         stream.reset()  # another camera
 
-    The last `memory` inputs are kept. Each call takes one step of the loss on them, then
-    predicts. After every `memory` new items the guard compares the model's predictions of those
-    kept with the source model's; at an alarm the model is reset to the source, exactly. All stays
-    in eval mode, BatchNorm's statistics too. Online adaptation as in TENT, Wang et al. 2021,
-    arXiv:2006.10726, with another loss and a guard.
+    The last `memory` inputs are kept. Each call takes one step of the loss on them, if their
+    classes are diverse, then predicts. After every `memory` new items the guard compares the
+    model's predictions of those kept with the source model's; at an alarm the model is reset to
+    the source, exactly, and at the third it stays there. All stays in eval mode, BatchNorm's
+    statistics too. Online adaptation as in TENT, Wang et al. 2021, arXiv:2006.10726, with another
+    loss and a guard.
+
+    A loss that spreads the predictions over all classes turns right ones into wrong ones where
+    one class comes many times in a row (Gong et al. 2022, "NOTE: Robust continual test-time
+    adaptation against temporal correlation", arXiv:2208.05117). The source model's predictions
+    tell such a stretch, and adapting does not move them. With :math:`n_k` of the n kept in class
+    k, no step is taken unless
+
+    .. math:: -\log \sum_k \frac{n_k (n_k - 1)}{n (n - 1)} \ge d \log K,
+
+    the entropy of order two (Rényi 1961, "On measures of entropy and information") of the shares
+    :math:`\pi_k`, with an estimate of :math:`\sum_k \pi_k^2` that is unbiased however few are kept
+    (Simpson 1949, "Measurement of diversity"); nor before K items, or `memory`, are there.
 
     Args:
         model: From inputs (B, …) to logits (B, K), with an adapter on, not merged.
@@ -37,15 +54,22 @@ class StreamAdapter:
         memory: Inputs that are kept, two or more.
         learning_rate: Of AdamW.
         limits: Of the guard; None: no guard.
+        diversity: d, in [0, 1]; 0: every call takes a step, for an objective that does not ask
+            for all classes alike.
 
     Attributes:
         seen_: items since the last reset.
         resets_: (items seen until then, alarm) of each reset by the guard.
+        stopped_: whether the guard has ended adapting, until `reset`.
 
     Raises:
         ConfigError: a value is out of range, or nothing of the model is trained.
-        DataError: the source model gives NaN.
     """
+
+    _kept: Tensor | None
+    _before: Tensor  # of those kept: the source model's predictions
+    _marginal: RunningMarginal | None
+    seen_: int
 
     def __init__(
         self,
@@ -55,67 +79,111 @@ class StreamAdapter:
         memory: int = 64,
         learning_rate: float = 1e-3,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
+        diversity: float = 0.9,
     ):
         if memory < 2:
             raise ConfigError(f"memory must be at least 2 items, got {memory}")
         if not learning_rate > 0:
             raise ConfigError(f"learning_rate must be above 0, got {learning_rate}")
+        if not 0 <= diversity <= 1:
+            raise ConfigError(f"diversity must lie in [0, 1], got {diversity}")
         if not trained(model):
             raise ConfigError("nothing of the model is trained: inject an adapter first")
         self.model, self.objective, self.memory = model, objective, memory
-        self.learning_rate, self.limits = learning_rate, limits
+        self.learning_rate, self.limits, self.diversity = learning_rate, limits, diversity
         self.resets_: list[tuple[int, str]] = []
         self._source = Snapshot(model)
         self._total = 0
         self.reset()
 
     def reset(self) -> None:
-        """Restore the source model, bit for bit, and forget all items."""
-        self._source.restore(self.model)
-        # The optimizer's moments belong to forgotten items.
-        self._optimizer = torch.optim.AdamW(trained(self.model).values(), lr=self.learning_rate)
-        self._marginal: RunningMarginal | None = None
-        self._kept: Tensor | None = None
-        self._unchecked = 0
-        self.seen_ = 0
+        """Restore the source model, bit for bit, and forget all items and alarms."""
+        self._alarms = 0
+        self._begin_anew()
+
+    @property
+    def stopped_(self) -> bool:
+        """Whether the guard has ended adapting, until `reset`."""
+        return self._alarms >= PATIENCE
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Inputs (B, …) → probabilities (B, K), after a step on them and on those before.
 
+        Floating-point inputs of another dtype than the trained parameters' are converted. Inputs
+        that cannot be stacked on those kept (of another shape) begin a new memory.
+
         Raises:
-            DataError: the inputs, or the source model's predictions of them, hold NaN; nothing was
-                learnt from them.
+            DataError: the inputs, or the source model's predictions of them, hold NaN or infinity;
+                nothing was learnt from them.
         """
-        if not bool(torch.isfinite(inputs).all()):
-            raise DataError("the inputs hold NaN or infinity: they are left out")
-        self._keep(inputs.detach())
+        inputs = self._converted(inputs)
         with evaluating(self.model):
-            with without_cudnns_rnn(self.model.modules()):
-                self._step()
+            # All that a bad input can raise is raised before anything is kept.
+            self._keep(inputs, self._by_the_source(inputs))
+            if not self.stopped_ and self._diverse():
+                with without_cudnns_rnn(self.model.modules()):
+                    self._step()
             if self._unchecked >= self.memory:
                 self._check()
-            with torch.no_grad():
-                found: Tensor = self.model(inputs).float().softmax(dim=1)
+            found = self._predicted(inputs)
             if not bool(torch.isfinite(found).all()):
-                found = self._back("the predictions are NaN: the learning rate is too high", inputs)
+                self._go_back("the predictions are NaN: the learning rate is too high")
+                found = self._predicted(inputs)
         return found
 
-    def _keep(self, inputs: Tensor) -> None:
+    def _converted(self, inputs: Tensor) -> Tensor:
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(iter(trained(self.model).values())).dtype)
+        if not bool(torch.isfinite(inputs).all()):
+            raise DataError("the inputs hold NaN or infinity: they are left out")
+        return inputs.detach()
+
+    @torch.no_grad()
+    def _predicted(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.model(inputs).float().softmax(dim=1)
+        return found
+
+    def _by_the_source(self, inputs: Tensor) -> Tensor:
+        with disabled(self.model):
+            found = self._predicted(inputs)
+        if not bool(torch.isfinite(found).all()):
+            raise DataError(
+                "the source model's predictions hold NaN, as its values overflow: scale the "
+                "inputs as for training; these are left out"
+            )
+        return found
+
+    def _keep(self, inputs: Tensor, before: Tensor) -> None:
         count = len(inputs)
         self._total, self.seen_ = self._total + count, self.seen_ + count
         self._unchecked += count
-        both = inputs if self._kept is None else torch.cat([self._kept, inputs])
-        self._kept = both[-self.memory :].clone()
+        kept = self._kept
+        if kept is not None and _alike(kept) == _alike(inputs):
+            inputs, before = torch.cat([kept, inputs]), torch.cat([self._before, before])
+        self._kept = inputs[-self.memory :].clone()
+        self._before = before[-self.memory :].clone()
+
+    def _diverse(self) -> bool:
+        """Whether the source model finds the classes of those kept mixed."""
+        n, classes = self._before.shape
+        if n < 2 or not self.diversity:
+            return n >= 2  # one item is too few for the loss
+        counts = self._before.argmax(dim=1).bincount(minlength=classes).double()
+        alike = float((counts * (counts - 1)).sum()) / (n * (n - 1))
+        return n >= min(classes, self.memory) and alike <= math.pow(classes, -self.diversity)
 
     def _step(self) -> None:
         assert self._kept is not None
-        if len(self._kept) < 2:
-            return  # one item is too few for the loss
         with torch.enable_grad():
             loss = self._loss(self.model(self._kept))
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+        slopes = [p.grad for p in trained(self.model).values() if p.grad is not None]
+        # A gradient whose square overflows would stay in the optimizer's moments.
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(slopes))):
             self._optimizer.step()
+        else:
+            self._forget()
 
     def _loss(self, logits: Tensor) -> Tensor:
         if self.objective is not None:
@@ -124,25 +192,36 @@ class StreamAdapter:
             self._marginal = RunningMarginal(logits.shape[1])
         return information_maximisation(logits, marginal=self._marginal)
 
-    @torch.no_grad()
     def _check(self) -> None:
         assert self._kept is not None
         self._unchecked = 0
-        if self.limits is None:
+        if self.limits is None or self.stopped_:
             return
-        now = self.model(self._kept).float().softmax(dim=1)
-        with disabled(self.model):
-            before = self.model(self._kept).float().softmax(dim=1)
-        alarms = Guard(before, limits=self.limits).check(now).alarms
+        limits = self.limits
+        if not self._diverse():  # to be surer of one class alone is no collapse
+            limits = dataclasses.replace(limits, marginal_entropy=0.0)
+        guard = Guard(self._before, limits=limits)
+        alarms = guard.check(self._predicted(self._kept)).alarms
         if alarms:
             self._go_back(alarms[0])
 
-    @torch.no_grad()
-    def _back(self, alarm: str, inputs: Tensor) -> Tensor:
-        self._go_back(alarm)
-        found: Tensor = self.model(inputs).float().softmax(dim=1)
-        return found
-
     def _go_back(self, alarm: str) -> None:
         self.resets_.append((self._total, alarm))
-        self.reset()
+        self._alarms += 1
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._source.restore(self.model)
+        # The optimizer's moments belong to forgotten items.
+        self._optimizer = torch.optim.AdamW(trained(self.model).values(), lr=self.learning_rate)
+        self._unchecked = 0
+        self.seen_ = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept, self._marginal = None, None
+
+
+def _alike(inputs: Tensor) -> tuple[object, ...]:
+    """What tensors must share to be stacked."""
+    return inputs.shape[1:], inputs.dtype, inputs.device
