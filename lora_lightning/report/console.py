@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.text import Text
 
 # Control characters but tab and newline, marks that turn the direction of text, and lone
 # surrogates, which stand for bytes that are no UTF-8.
@@ -31,7 +32,11 @@ class PlainConsole(Console):
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render(self, *renderable: Any, **options: Any) -> Iterable[Segment]:
+    def render(self, renderable: Any, *options: Any, **named: Any) -> Iterable[Segment]:
         """As rich does, with control characters written out; its own stay."""
-        for segment in super().render(*renderable, **options):
+        if isinstance(renderable, Text) and _CONTROL.search(renderable.plain):
+            # Before it is broken into lines, at whose end it would be cut off.
+            layout = {k: getattr(renderable, k) for k in ("justify", "overflow", "no_wrap", "end")}
+            renderable = Text(visible(renderable.plain), renderable.style, **layout)
+        for segment in super().render(renderable, *options, **named):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)

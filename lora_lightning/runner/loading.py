@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry, unknown
-from lora_lightning.runner.setting_tree import explained, inside_free, leaves, refuse_calls
+from lora_lightning.runner.setting_tree import explained, inside_free, leaves, misfit, refuse_calls
 from lora_lightning.runner.setting_tree import settings as settings
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     try:
         given = OmegaConf.load(path)
     except Exception as error:  # of PyYAML or OmegaConf; both say where
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path} must map keys to values")
     kind = given.get("kind")
@@ -120,9 +120,11 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def _merged(config: DictConfig, given: Any, where: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, given)
-        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except Exception as error:  # also TypeError, where a list meets a number
         raise ConfigError(f"{where}: {explained(error, config, given)}") from error
+    if said := misfit(config, plain):  # a list within a list passes the above
+        raise ConfigError(f"{where}: {said}")
     assert isinstance(merged, DictConfig)
     return merged
 

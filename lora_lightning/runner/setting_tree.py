@@ -48,7 +48,7 @@ def inside_free(key: str, config: DictConfig) -> bool:
 
 def explained(error: Exception, config: DictConfig, given: Any) -> str:
     """What is said of values, `given`, that `config` does not take."""
-    if said := _of_another_form(config, OmegaConf.to_container(given)):
+    if said := misfit(config, OmegaConf.to_container(given)):
         return said
     key, first = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
     if isinstance(OmegaConf.select(config, key) if key else None, DictConfig) or (
@@ -58,21 +58,22 @@ def explained(error: Exception, config: DictConfig, given: Any) -> str:
     return f"{key}: {first}" if key else first
 
 
-def _of_another_form(config: DictConfig, given: Any, prefix: str = "") -> str | None:
+def misfit(config: DictConfig, given: Any, prefix: str = "") -> str | None:
     """What is said of the first list, mapping or single value that should be another of these."""
     hints = typing.get_type_hints(OmegaConf.get_type(config) or object)
     for key, value in given.items() if isinstance(given, dict) else ():
-        hint = hints.get(key, Any)
+        hint, name = hints.get(key, Any), f"{prefix}{key}"
         if is_dataclass(hint):
-            if said := _of_another_form(config[key], value, f"{prefix}{key}."):
+            if said := misfit(config[key], value, f"{name}."):
                 return said
             continue
         form = next((t for t in (list, dict) if f"{t.__name__}[" in str(hint)), None)
         reference = isinstance(value, str) and "${" in value
         found = next((t for t in (list, dict) if isinstance(value, t)), None)
-        if hint is Any or value is None or reference or found is form:
+        nested = found is list and [v for v in value if isinstance(v, list | dict)]
+        if hint is Any or value is None or reference or (found is form and not nested):
             continue
-        return f"{prefix}{key} must be {_example(form, config[key])}; got {value!r}"
+        return f"{name} must be {_example(form, config[key])}; got {value!r:.100}"
     return None
 
 
