@@ -14,8 +14,7 @@ of somebody who means harm; what they say is checked all the same. Each goes thr
 Counted: exceptions that are not ours; models that a refused file has changed, in any bit; accepted
 files of damaged data (without a valid signature, and with another output than the original's; with
 NaN or infinity in any case); the slowest call, in processor time; the most memory above that before
-the first file.
-Goal: 0, 0, 0, under 5 s, under 1 GB.
+the first file. Goal: 0, 0, 0, under 5 s, under 1 GB.
 """
 
 from __future__ import annotations

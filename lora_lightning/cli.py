@@ -8,20 +8,21 @@ Modules that take long to import are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import ConfigError, LoRALightningError
+from lora_lightning.errors import ConfigError
+from lora_lightning.report.sentences import sentence
 from lora_lightning.report.versions import installed
 from lora_lightning.speech import cli as speech
 from lora_lightning.vision import cli as vision
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from lora_lightning.report.console import PlainConsole
     from lora_lightning.report.results import Run
 
 RANKS = (1, 2, 4, 8, 16, 32, "auto")
@@ -47,23 +48,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # names in other scripts
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         return arguments.command(arguments) or 0
-    except LoRALightningError as error:
-        _complain(f"error: {error}")
-        return 2
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
     except BrokenPipeError:  # the reader of a pipe has closed it
         sys.stderr.close()
         return 0
+    except Exception as error:
+        if (said := sentence(error)) is None:  # a fault of ours: its traceback is of use
+            raise
+        _complain(f"error: {said}")
+        return 2
 
 
 def _complain(message: str) -> None:
-    from rich.console import Console
+    from lora_lightning.report.console import PlainConsole
 
-    Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(message, style="red", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,10 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _console() -> PlainConsole:
+    from lora_lightning.report.console import PlainConsole
 
-    return Console(highlight=False)
+    return PlainConsole()
 
 
 def _run(arguments: argparse.Namespace) -> None:

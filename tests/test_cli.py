@@ -1,16 +1,22 @@
 """The command line: what it prints, what it writes, how it fails."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf.errors import MissingMandatoryValue
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import inject, merge, read_header, save_adapter
+from lora_lightning import cli, inject, merge, read_header, save_adapter
 from lora_lightning.cli import main
+from lora_lightning.model.adapter_file.format import read, write
+from lora_lightning.report.console import visible
 from tests.helpers.miniature import TINY, photos
 from tests.helpers.training import randomise
 
@@ -139,15 +145,79 @@ def test_merge_with_another_base(adapter, tmp_path, capsys):
         (["run", "lighting", "data.root=/nowhere/at/all", "out=OUT"], "there is no folder"),
         (["inspect", "nothing.safetensors"], "does not exist"),
         (["copy", "lightin", "."], "there is no recipe"),
+        (["run", "lighting", "lora.alpha=[1]"], "lora.alpha must be one value, such as 8.0"),
+        (["run", "lighting", "data.size=[112]"], "data.size must be one value, such as 112"),
+        (["run", "lighting", "accelerator=cpu", f"out=OUT/{300 * 'x'}"], "give a shorter one"),
+        (["run", "lighting", "accelerator=cpu", "out=OUT/file/x"], "a part of the path is a file"),
+        (["run", "lighting", 'accelerator="[/]"'], "[/] cannot be used here"),
+        (["copy", "lighting", "OUT/file"], "a part of the path is a file"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(arguments, message, capsys, tmp_path):
+    (tmp_path / "file").touch()
     arguments = [a.replace("OUT", str(tmp_path)) for a in arguments]
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "error: " in err
     assert message in err
     assert "Traceback" not in err
+
+
+def singular() -> None:
+    torch.linalg.cholesky(-torch.eye(2))
+
+
+def at_path(number: int, path: str | None = "/a/[/]b\x1b[2J") -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (at_path(errno.EACCES), r"/a/[/]b\x1b[2J: Permission denied; change its permissions"),
+        (at_path(errno.EROFS), "Read-only file system; give a folder that can be written to"),
+        (at_path(errno.ENOSPC, None), "error: No space left on device; free some space"),
+        (at_path(errno.EDQUOT), "free some space"),
+        (at_path(errno.EIO), "Input/output error"),
+        (OSError("the hub\ndoes not answer"), "error: the hub does not answer"),
+        (MemoryError(), "smaller batches"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "smaller batches"),
+        (np.linalg.LinAlgError("no convergence"), "cannot be decomposed (no convergence)"),
+        (singular, "cannot be decomposed (linalg.cholesky"),
+        (MissingMandatoryValue("Missing value: out"), "a setting cannot be used: Missing value"),
+    ],
+    ids=str,
+)
+def test_whatever_a_system_refuses_is_one_sentence(error, message, capsys, monkeypatch):
+    def fail(_: object) -> None:
+        error() if callable(error) else None
+        raise error
+
+    monkeypatch.setattr(cli, "_list", fail)
+    assert main(["list"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_list", lambda _: {}["fault"])
+    with pytest.raises(KeyError):
+        main(["list"])
+
+
+def test_names_are_shown_not_interpreted(adapter, tmp_path, capsys):
+    header, tensors = read(adapter[0])
+    header["base"]["architecture"] = header["targets"][0]["path"] = "[/][red]:cat:"
+    path = write(tmp_path / "\x1b[2J[/]\u202e.safetensors", tensors, header)
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(out)
+    assert r"\x1b[2J[/]\u202e.safetensors" in "".join(out.split())
+    assert out.count("[/][red]:cat:") == 2
+    assert main(["copy", "lighting", str(tmp_path / "[" / "]" / ":cat:")]) == 0
+    assert "/[/]/:cat:/" in capsys.readouterr().out
+    assert visible("José 李明\t\n") == "José 李明\t\n"
 
 
 def test_ctrl_c_in_training_ends_the_run(tmp_path, capsys, monkeypatch):

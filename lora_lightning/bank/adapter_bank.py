@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,8 +53,8 @@ class AdapterBank:
     an error names the tensors.
 
     Args:
-        model: The base of all adapters. One bank at a time can serve it. Its weights must
-            stay as they are.
+        model: The base of all adapters. One block of one bank, in one thread, can serve it at a
+            time. Its weights must stay as they are.
         source: A folder of ``.safetensors`` files, each named after its file; or a mapping from
             name to path; or paths. A file is read when it is first needed.
         capacity: How many adapters are kept in memory; those used last stay.
@@ -207,6 +208,10 @@ class AdapterBank:
 
     def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
         """The batch, applied to the model until `stack` closes."""
+        return stack.enter_context(states.applied(partial(self._put_on, names)))
+
+    def _put_on(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
+        states.check_thread(View(self.model), "bank[...]")
         if check_free(self.model):
             stack.enter_context(disabled(self.model))
         with lasting(self.model):

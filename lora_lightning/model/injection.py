@@ -100,6 +100,7 @@ def inject(
     return report
 
 
+@states.one_at_a_time
 def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
     """`inject` without the data-driven steps."""
     if config.xs and not freeze:

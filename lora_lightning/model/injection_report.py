@@ -78,9 +78,9 @@ class InjectionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from lora_lightning.report.console import PlainConsole
 
-        console = Console(width=80, no_color=True)
+        console = PlainConsole(width=80, no_color=True)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()

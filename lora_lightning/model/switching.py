@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -27,6 +28,7 @@ def adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, state in found for name in state.configs))
 
 
+@states.one_at_a_time
 def set_active(model: nn.Module, name: str | None) -> None:
     """Make the adapter `name` the active one; ``None``: the source model.
 
@@ -89,28 +91,30 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     changed nor saved here.
 
     Raises:
-        AdapterError: an `AdapterBank` is active on the model.
+        AdapterError: an `AdapterBank` is active on the model, or another thread is within.
     """
+    with states.applied(partial(_disable, model)):
+        yield model
+
+
+def _disable(model: nn.Module, stack: ExitStack) -> None:
+    """`disabled` until `stack` closes."""
     view = View(model)
     holders = states.roots(view)
     states.check_home(view, "disabled(model)", within=_DISABLED)
-    with unmerged(model), ExitStack() as stack:
-        active = [(layer, layer.lora_active) for layer in view.adapted.values()]
-        stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
-        for root, state in holders:
-            stack.callback(settle, state.cachers, state.packers)
-            stack.enter_context(source_values(View(root), state))
-        for layer, _ in active:
-            layer.lora_active = None
-        for _, state in holders:
-            settle(state.cachers, state.packers)
-        try:
-            yield model
-        finally:
-            for layer, name in active:
-                layer.lora_active = name
+    stack.enter_context(unmerged(model))
+    active = [(layer, layer.lora_active) for layer in view.adapted.values()]
+    stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
+    for root, state in holders:
+        stack.callback(settle, state.cachers, state.packers)
+        stack.enter_context(source_values(View(root), state))
+        settle(state.cachers, state.packers)
+    for layer, name in active:
+        stack.callback(setattr, layer, "lora_active", name)
+        layer.lora_active = None
 
 
+@states.one_at_a_time
 def merge(model: nn.Module) -> None:
     """Replace W by W + s·BA of the active adapter; merging a merged model changes nothing.
 
@@ -143,6 +147,7 @@ def merge(model: nn.Module) -> None:
         settle(state.cachers, state.packers)
 
 
+@states.one_at_a_time
 def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     """Undo `merge`: the raw weights are restored bit for bit; an unmerged model stays as it is.
 
@@ -177,6 +182,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge(model)
 
 
+@states.one_at_a_time
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Remove the adapter `name`, or all of them: without any the model is the source.
 

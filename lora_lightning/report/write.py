@@ -16,6 +16,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.report.cells import cell
 from lora_lightning.report.files import atomic_write
 from lora_lightning.report.metrics import PERCENT, shorten
 from lora_lightning.report.results import Prediction, Row, Run, Transcript
@@ -33,10 +34,11 @@ COUNTS = ("words", "source_errors", "adapted_errors", "changed")  # of each tran
 
 def print_table(run: Run, console: Console | None = None) -> None:
     """Print the run's table, one line (two with spreads) a method, readable at 80 columns."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console()
+    from lora_lightning.report.console import PlainConsole
+
+    console = console or PlainConsole()
     summary = Summary(run)
     if not summary.methods:
         console.print(Text(f"{run.title}: no {run.metric} was measured."))
@@ -195,5 +197,5 @@ def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -
     names = [*(f.name for f in fields(kind)), *more]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue().encode()

@@ -22,6 +22,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row, Run
 from lora_lightning.runner.cases import Adapted, Case, Unlabelled
+from lora_lightning.runner.file_names import adapter_name
 from lora_lightning.runner.progress import Stages, Ticks
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import make_trainer
@@ -156,7 +157,7 @@ class Experiment(ABC, Generic[Config]):
 
     def adapter(self, lora: LoRAConfig, case: Case, *what: str, batch_norm: str) -> LoRACallback:
         """The callback of an adapter for this case, with its own file."""
-        name = self.named(self.separator.join((case.name, *what)))
+        name = adapter_name(self.named(self.separator.join((case.name, *what))))
         return LoRACallback(lora, name=name, batch_norm=batch_norm, output_dir=self.adapters)
 
     def bar(self, title: str) -> Ticks:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_lightning.errors import DataError
+from lora_lightning.report.files import scratch_folder
 
 MANIFEST = "manifest.json"
 T = TypeVar("T")
@@ -50,15 +49,15 @@ def made_set(
         return folder
     _refuse_foreign(folder, kind, own)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch, "fresh")
+    with scratch_folder(folder) as scratch:
+        fresh = scratch / "fresh"
         for parent in {(fresh / name).parent for name in files}:
             parent.mkdir(parents=True, exist_ok=True)
         facts = {"settings": settings, **make(fresh), "files": len(files)}
         facts["files_sha256"] = _hash_files(fresh, files)
         (fresh / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
         if folder.exists():  # a folder must be moved away before it is replaced
-            os.replace(folder, Path(scratch, "old"))
+            os.replace(folder, scratch / "old")
         os.replace(fresh, folder)
     return folder
 
@@ -109,8 +108,9 @@ def progress(items: Sequence[T], description: str, show: bool) -> Iterator[Itera
     if not show:
         yield items
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    from lora_lightning.report.console import PlainConsole
+
+    with Progress(console=PlainConsole(stderr=True), transient=True) as bar:
         yield bar.track(items, description=description)

@@ -8,16 +8,16 @@ the later ones over the earlier: the configuration's defaults, recipe.yaml, ``ke
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry, unknown
+from lora_lightning.runner.setting_tree import explained, inside_free, leaves, misfit, refuse_calls
+from lora_lightning.runner.setting_tree import settings as settings
 
 if TYPE_CHECKING:
     from lora_lightning.report.results import Run
@@ -80,16 +80,17 @@ def load_recipe(name: str | Path) -> DictConfig:
     try:
         given = OmegaConf.load(path)
     except Exception as error:  # of PyYAML or OmegaConf; both say where
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path} must map keys to values")
     kind = given.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    refuse_calls(given, path)
     config = OmegaConf.structured(_imported(KINDS.get(kind).config))
     known = set(settings(config))
-    for key in _leaves(given):
-        if key not in known and not _inside_free(key, config):
+    for key in leaves(given):
+        if key not in known and not inside_free(key, config):
             raise ConfigError(f"{path}: {unknown('key', key, known)}")
     return _merged(config, given, str(path))
 
@@ -106,7 +107,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"expected key=value, got {override!r}")
-        if key not in known and key not in groups and not _inside_free(key, config):
+        if key not in known and key not in groups and not inside_free(key, config):
             raise ConfigError(unknown("key", key, known))
         try:
             given = OmegaConf.from_dotlist([override])
@@ -119,21 +120,13 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def _merged(config: DictConfig, given: Any, where: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, given)
-        OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_explained(error, config)}") from error
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except Exception as error:  # also TypeError, where a list meets a number
+        raise ConfigError(f"{where}: {explained(error, config, given)}") from error
+    if said := misfit(config, plain):  # a list within a list passes the above
+        raise ConfigError(f"{where}: {said}")
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _explained(error: OmegaConfBaseException, config: DictConfig) -> str:
-    key, first = error.full_key or "", str(error).splitlines()[0]
-    now = OmegaConf.select(config, key) if key else None
-    if isinstance(now, ListConfig) or "ListConfig" in first:
-        return f"{key} must be a list, such as [{', '.join(map(str, now or ['a', 'b']))}]"
-    if isinstance(now, DictConfig) or "not a subclass" in first:
-        return "this is a group of settings; set those in it, one by one"
-    return f"{key}: {first}" if key else first
 
 
 def run_recipe(
@@ -184,29 +177,3 @@ def sweep_recipe(
             raise ConfigError(f'ranks are whole numbers of at least 1, or "auto"; got {rank!r}')
     methods = ",".join(["source_only", *(f"lora@{rank}" for rank in ranks)])
     return run_recipe(name, [*overrides, f"methods=[{methods}]"])
-
-
-def settings(config: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of every setting."""
-    found: dict[str, Any] = {}
-    for key in map(str, config):
-        value, path = config[key], f"{prefix}{key}"
-        if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
-            found |= settings(value, f"{path}.")
-        else:
-            found[path] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return found
-
-
-def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, config):
-        value = config[key]
-        if isinstance(value, DictConfig) and len(value):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif not isinstance(value, DictConfig):
-            yield f"{prefix}{key}"
-
-
-def _inside_free(key: str, config: DictConfig) -> bool:
-    """Whether a key is in a mapping with free keys, such as `rank_pattern`."""
-    return any(key.startswith(f"{k}.") for k, v in settings(config).items() if isinstance(v, dict))

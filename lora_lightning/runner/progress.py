@@ -11,8 +11,9 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lora_lightning.report.console import PlainConsole
 
 # Warnings of Lightning about deliberate choices: loaders that load in this process
 # (small data are in memory), no validation, and logging less often than there are batches.
@@ -33,11 +34,11 @@ class Stages:
     They are shown from the first stage on, so that earlier output is not disturbed.
     """
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: PlainConsole | None = None):
+        self.console = console or PlainConsole(stderr=True)
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
             TimeElapsedColumn(),
@@ -67,9 +68,9 @@ class Stages:
     def left_out(self, what: str, skipped: Sequence[tuple[str, str]]) -> None:
         """Print the inputs that are left out: (path, reason) of each."""
         if skipped:
-            self.console.print(f"[yellow]{len(skipped)} {what} left out:")
+            self.console.print(f"{len(skipped)} {what} left out:", style="yellow")
             for path, reason in skipped[:5]:
-                self.console.print(f"  {path}: {reason}", markup=False)
+                self.console.print(f"  {path}: {reason}")
 
 
 class Ticks(Callback):

@@ -58,7 +58,7 @@ def _run(experiment: Experiment[Any]) -> None:
     if not experiment.source_each_seed:
         experiment.source_model = experiment.source()
     for seed in config.seeds:
-        stages.console.print(f"[bold]seed {seed}[/bold]") if len(config.seeds) > 1 else None
+        stages.console.print(f"seed {seed}", style="bold") if len(config.seeds) > 1 else None
         experiment.begin(seed)
         _one_seed(experiment)
         write_report(experiment.run, Path(config.out))

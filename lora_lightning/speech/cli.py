@@ -92,9 +92,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _adapt(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lora_lightning.lora.config import LoRAConfig
+    from lora_lightning.report.console import PlainConsole
     from lora_lightning.runner.progress import Stages, interruptible
     from lora_lightning.speech.enrolment import FAILED, SpeakerSettings
     from lora_lightning.speech.speakers import adapt_speakers
@@ -131,7 +130,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
         finally:
             stages.stop()
             if outcomes:
-                Console(highlight=False).print(_table(outcomes))
+                PlainConsole().print(_table(outcomes))
     return int(any(o.status == FAILED for o in outcomes))
 
 
@@ -143,7 +142,7 @@ def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
 
     found, skipped = checked(load_utterances(path), tick=stages.stage("reading", "files"))
     for file, reason in skipped:
-        stages.console.print(f"left out: {file}: {reason}", style="yellow", markup=False)
+        stages.console.print(f"left out: {file}: {reason}", style="yellow")
     if not found:
         raise DataError(f"{path}: none of the {len(skipped)} recordings can be used")
     named = [u.speaker for u in found]
@@ -151,7 +150,13 @@ def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
 
 
 def _files(out: Path, speakers: dict[str, list[Utterance]]) -> dict[str, Path]:
+    from lora_lightning.report.files import check_writable
+    from lora_lightning.runner.file_names import file_names
+
+    check_writable(out.parent)  # before minutes of training
     if out.suffix == ".safetensors":
+        if out.is_dir():
+            raise ConfigError(f"{out} is a folder: give a file, or a folder of another ending")
         if len(speakers) > 1:
             raise ConfigError(
                 f"{len(speakers)} speakers need a file each: give a folder as --out, not {out}"
@@ -159,10 +164,8 @@ def _files(out: Path, speakers: dict[str, list[Utterance]]) -> dict[str, Path]:
         return dict.fromkeys(speakers, out)
     if out.is_file():
         raise ConfigError(f"{out} is a file; --out takes a .safetensors file or a folder")
-    for name in speakers:
-        if set(name) & set("/\\:") or name.startswith("."):
-            raise ConfigError(f"speaker {name!r} cannot name a file; rename it in the manifest")
-    return {name: out / f"{name}.safetensors" for name in speakers}
+    check_writable(out)
+    return {name: out / f"{stem}.safetensors" for name, stem in file_names(speakers).items()}
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
@@ -188,6 +191,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     from lora_lightning.model.adapter_file.load import load_adapter
+    from lora_lightning.report.console import visible
     from lora_lightning.speech.enrolment import transcribed
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
@@ -200,11 +204,12 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         try:
             (_, text), = transcribed(base, [utterance], arguments.beam, lexicon)  # fmt: skip
         except DataError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(visible(f"left out: {error}"), file=sys.stderr)
             failed += 1
             continue
         row = {"path": str(utterance.path), "text": text}
-        print(json.dumps(row, ensure_ascii=False) if arguments.json else "\t".join(row.values()))
+        line = json.dumps(row, ensure_ascii=False) if arguments.json else "\t".join(row.values())
+        print(visible(line))
         if utterance.text:
             said.append(base.labels.normalise(utterance.text))
             heard.append(text)

@@ -12,6 +12,7 @@ import soundfile
 from torch import Tensor
 
 from lora_lightning.errors import DataError
+from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.progress import Stages
 from lora_lightning.speech.data.audio import checked, read_audio
 from lora_lightning.speech.data.manifests import load_utterances
@@ -64,7 +65,8 @@ class Domain:
         folder, paths = out / "audio" / self.name, []
         folder.mkdir(parents=True, exist_ok=True)
         for item in self.held_out[:PLAYED]:
-            path = folder / f"{item.path.parent.name}-{item.path.stem}.flac"
+            name = f"{item.path.parent.name}-{item.path.stem}"
+            path = folder / f"{file_names([name])[name]}.flac"
             waveform = self.transform(read_audio(item.path, sample_rate), item)
             soundfile.write(path, waveform.clamp(-1, 1).numpy(), sample_rate)
             paths.append(str(path))

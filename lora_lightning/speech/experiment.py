@@ -15,6 +15,7 @@ from lora_lightning.report.results import Transcript
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
 from lora_lightning.runner.experiment import Experiment
+from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.speech_data import SpeechData
@@ -120,9 +121,11 @@ class Recognition(Experiment[Config]):
         }.get(what, [None])
         form = {LABELS: "{} target labels", NO_LABELS: "no labels, {} s"}.get(what, "")
         unit = "s" if what == NO_LABELS else ""
+        domains = self.recordings.domains
+        stems = file_names(domain.name for domain in domains)
         for size in sizes:
-            for domain in self.recordings.domains:
-                name = f"{domain.name}-{size}{unit}"
+            for domain in domains:
+                name = f"{stems[domain.name]}-{size}{unit}"
                 yield Case(name, domain, [domain], form.format(size), size)
 
     def task(self, model: ConformerCTC, stage: Any) -> CTCRecognition:

@@ -5,7 +5,8 @@ The implementation of ``lora-lightning adapt-speaker``.
 
 from __future__ import annotations
 
-import re
+import errno
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,11 +16,19 @@ from tempfile import TemporaryDirectory
 from lightning.pytorch import seed_everything
 from torch import nn
 
-from lora_lightning.errors import AdapterFileError, DataError
+from lora_lightning.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    MissingDependencyError,
+    TargetError,
+)
 from lora_lightning.model.adapter_file.checks import check_base
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
+from lora_lightning.report.sentences import sentence
+from lora_lightning.runner.file_names import adapter_name
 from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import in_rounds, make_trainer
@@ -53,6 +62,8 @@ class _Training:
     batch_norm: str
 
 
+# Of the output's folder, or of the whole file system.
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _TRANSCRIBED = _Training(150, 4, 4e-3, "one-cycle", "frozen")
 _UNTRANSCRIBED = _Training(200, 8, 8e-3, "cosine", "adapt")
 
@@ -84,19 +95,37 @@ def adapt_speakers(
             yield _there(base, name, files[name])
             continue
         try:
-            yield _one(base, name, utterances, files[name], settings, stage)
-        except DataError as error:
-            yield Outcome(name, FAILED, reason=str(error))
+            outcome = _one(base, name, utterances, files[name], settings, stage)
+        except Exception as error:
+            outcome = Outcome(name, FAILED, reason=_reason(error))
+        yield outcome
+
+
+def _reason(error: Exception) -> str:
+    """Why a speaker failed; raises what the next speaker would fail for as well."""
+    if isinstance(error, ConfigError | TargetError | MissingDependencyError) or (
+        isinstance(error, OSError) and error.errno in _NO_WRITING
+    ):
+        raise error
+    if said := sentence(error):
+        return said
+    traceback.print_exception(error)  # a fault of ours
+    return f"{type(error).__name__}: {error} (its traceback is above)"
 
 
 def _there(base: NamedRecogniser, name: str, path: Path) -> Outcome:
-    """The outcome of an earlier run's file; raises for any other file."""
+    """The outcome of an earlier run's file, or of what is there instead.
+
+    Raises:
+        BaseMismatchError: another base's, as those of the other speakers will be.
+    """
+    hint = "The file was there before: give another --out, or --overwrite"
     try:
         check_base(base.model, read_header(path), "weights", path)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(f"{error}. {hint}") from error
     except AdapterFileError as error:
-        raise AdapterFileError(
-            f"{error}. The file was there before: give another --out, or --overwrite"
-        ) from error
+        return Outcome(name, FAILED, reason=f"{error}. {hint}")
     return Outcome(name, THERE, path=path)
 
 
@@ -110,7 +139,7 @@ def _one(
 ) -> Outcome:
     seed_everything(settings.seed, verbose=False)
     labelled = [u for u in utterances if u.text and base.labels.encode(u.text)]
-    adapter, model = re.sub(r"\W", "_", name), base.model.train()
+    adapter, model = adapter_name(name), base.model.train()
     try:
         # Existing transcripts decide: an adapter with a higher WER is not kept.
         learn, test, pseudo = utterances, labelled, None

@@ -21,12 +21,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from lora_lightning.model.adapter_file.format import read
     from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.model.introspection import classifier_modules
     from lora_lightning.model.switching import merge
+    from lora_lightning.report.console import PlainConsole
     from lora_lightning.runner.weights import save_weights
     from lora_lightning.vision.backbones import create_backbone
 
@@ -42,7 +41,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     load_adapter(model, arguments.adapter)
     merge(model)
     weights = save_weights(model, arguments.out)
-    Console(highlight=False).print(
+    PlainConsole().print(
         f"{arguments.out}: {arguments.model} with {classes} classes, {len(weights)} tensors",
         soft_wrap=True,
     )

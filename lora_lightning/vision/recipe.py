@@ -108,4 +108,4 @@ class Classification(Pictures):
             f"items, or do not answer there. {next(iter(far.values())).caveat}"
         )
         self.run.notes.append(text)
-        self.stages.console.print(text, style="yellow", markup=False)
+        self.stages.console.print(text, style="yellow")

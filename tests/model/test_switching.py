@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,41 @@ def test_whatever_interrupts_a_change_leaves_the_model_as_it_was(call, tmp_path)
         assert same(everything(model), before), part
         assert torch.equal(model(x), output)
     work(model)
+
+
+def test_threads_wait_or_are_refused_at_once(tmp_path):
+    """Switching and loading in four threads leave a whole model; blocks are of one thread."""
+    model = tiny_vit()
+    x = torch.randn(2, 3, 32, 32)
+    for name in ("a", "b"):
+        inject(model, rank=2, name=name)
+    randomise(model)
+    for name in ("a", "b"):
+        save_adapter(model, tmp_path / f"{name}.safetensors", name)
+    with torch.no_grad():
+        expected = {name: (set_active(model, name), model(x))[1] for name in ("a", "b", None)}
+
+    def work(index: int) -> None:
+        for turn in range(6):
+            name = ("a", "b", None)[(index + turn) % 3]
+            if name is not None and turn % 2:
+                load_adapter(model, tmp_path / f"{name}.safetensors", overwrite=True)
+            set_active(model, name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+        with torch.no_grad():
+            for name, output in expected.items():
+                set_active(model, name)
+                assert torch.equal(model(x), output)
+        blocks = [lambda: disabled(model), lambda: AdapterBank(model.eval(), tmp_path)["a"]]
+        for block in blocks:
+            with block():
+                for call in (
+                    lambda: set_active(model, "a"),
+                    lambda: load_adapter(model, tmp_path / "a.safetensors", "c"),
+                    *(lambda other=other: other().__enter__() for other in blocks),
+                ):
+                    with pytest.raises(AdapterError, match="another thread"):
+                        pool.submit(call).result()
+    assert sorted(adapters(model)) == ["a", "b"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
-from lora_lightning.report.files import atomic_write
+from lora_lightning.report.cells import cell
+from lora_lightning.report.files import atomic_write, check_writable, scratch_folder
 
 
 def test_a_file_is_replaced_and_readable_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
@@ -36,3 +38,45 @@ def test_a_failed_write_leaves_the_old_file_alone(
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_runs_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Of the same file or set, and of no process that still runs."""
+    dead, of_another = tmp_path / ".a.json.abcd_123.tmp", tmp_path / ".b.json.abcd_123.tmp"
+    for path in (dead, of_another, tmp_path / ".a.json.mine.tmp"):
+        path.touch()
+    (tmp_path / ".s3-abcd_123" / "fresh").mkdir(parents=True)
+    with scratch_folder(tmp_path / "s3") as first, scratch_folder(tmp_path / "s3") as second:
+        assert not (tmp_path / ".s3-abcd_123").exists()
+        assert first.is_dir()
+        assert second.is_dir()
+        handle = os.open(held := tmp_path / ".a.json.held_123.tmp", os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        atomic_write(tmp_path / "a.json", b"new")
+        assert held.exists()
+        os.close(handle)
+    atomic_write(tmp_path / "a.json", b"new")
+    left = {".a.json.mine.tmp", of_another.name, "a.json"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.json", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=r"file|long") as caught:
+            atomic_write(path, b"")
+        assert caught.value.filename == str(path)
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file" / "more")
+    check_writable(tmp_path / "made" / "later")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-a", "@x", "\t=1", "\r=1", " =1", "＝1"])
+def test_cells_are_no_formulas(text: str) -> None:
+    assert cell(text) == f"'{text}"
+    assert cell(f"a{text}") == f"a{text}"
+
+
+@pytest.mark.parametrize("value", ["-5.25", "+3", "", -4.0, None, 3])
+def test_numbers_stay_numbers(value: object) -> None:
+    assert cell(value) == value

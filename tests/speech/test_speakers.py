@@ -1,5 +1,6 @@
 """The commands adapt-speaker and transcribe, end to end."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -7,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_lightning import load_adapter
+from lora_lightning import inject, load_adapter
 from lora_lightning.cli import main
+from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.speech import enrolment as run_enrolment
 from lora_lightning.speech import speakers as run
 from lora_lightning.speech import speakers as untranscribed
@@ -87,6 +89,42 @@ def test_the_order_of_speakers_does_not_matter(model, enrolment, tmp_path):
     adapt(model, tmp_path / "boris.jsonl", tmp_path / "alone")
     both, one = ((tmp_path / d / "boris.safetensors").read_bytes() for d in ("both", "alone"))
     assert both == one
+
+
+def test_one_bad_speaker_never_ends_the_run(model, enrolment, tmp_path, capsys, monkeypatch):
+    """Each has a file of its own, in the summary; what fails for all ends the run at once."""
+    names = ["José", "李明", "", "train", "x" * 300, "Anna", "anna", "[/]", "ruined", "bug"]
+    sounds = load_utterances(enrolment / LISTING)
+    rows = [replace(sounds[i % 5], speaker=name) for i, name in enumerate(names)]
+
+    def learn(base, adapter, learn, *rest):
+        if learn[0].speaker == "ruined":
+            torch.linalg.cholesky(-torch.eye(2))
+        if learn[0].speaker == "bug":
+            raise KeyError("a fault")
+        check_adapter_name(adapter)
+        inject(base.model, name=adapter, rank=1, target_modules=["head"])
+
+    monkeypatch.setattr(run, "_learn", learn)
+    listing = write_manifest(tmp_path / "m.jsonl", rows)
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.safetensors").write_bytes(b"damaged")
+    assert adapt(model, listing, tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert [out.count(w) for w in ("adapted: ", "failed: ")] == [7, 3]
+    assert "cannot be decomposed" in out
+    assert "Traceback" in err
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"José.safetensors", "李明.safetensors"} < files
+    assert len({f.lower() for f in files}) == 8
+    assert all(f in out for f in files)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "_learn", full)
+    assert adapt(model, listing, tmp_path / "other") == 2
 
 
 def test_another_base_is_refused_and_overwritten_on_request(model, enrolment, tmp_path, capsys):

@@ -134,9 +134,9 @@ class Shift:
         )
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from lora_lightning.report.console import PlainConsole
 
-        console = Console(width=80, no_color=True)
+        console = PlainConsole(width=80, no_color=True)
         with console.capture() as capture:
             console.print(self.table())
         return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -20,11 +20,12 @@ from lora_lightning.model.adapter_file.checks import checked
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
-from lora_lightning.model.state import ModelState, named_factors, state_of, states_in
+from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
+@one_at_a_time
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -39,6 +39,7 @@ from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
 
 
+@states.one_at_a_time
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write the adapter `name` (default: the active one) of `model` to a safetensors file.
 
@@ -90,7 +91,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
             "holds the adapter only, so loading it into the original base will not give this "
             "model. Freeze the base (inject(..., freeze=True)) or list what you train in "
             "`trainable`.",
-            stacklevel=3,
+            stacklevel=4,
         )
     header = {
         "format_version": FORMAT_VERSION,
