@@ -28,7 +28,8 @@ from lora_lightning.lora.fused.convolution import How, gradients_of, thin
 from lora_lightning.lora.fused.plan import LowRank, lowered, switches
 from lora_lightning.lora.fused.thin_matmul import exact
 
-Found = tuple[Tensor | None, Tensor | None]
+Low = tuple[Tensor, Tensor, float]  # A, B, s
+Found = tuple[Tensor | None, Tensor | None]  # the gradients of A and B
 
 # Up to this rank a GPU computes W + s·BA as an elementwise function, in one kernel with the cast.
 _ELEMENTWISE = 16
@@ -135,7 +136,7 @@ class _Layer(torch.autograd.Function):
         used = effective(weight, A, B, scaling, x.dtype)
         ctx.how, ctx.scaling, ctx.recompute = how, scaling, recompute
         ctx.frozen_A = how is None and not ctx.needs_input_grad[3]
-        # Of a wider W' the backward pass makes another one: the frozen layer keeps no copy of W.
+        # Uncast, W' is made again in the backward pass: the frozen layer keeps no copy of W either.
         ctx.keeps_used = weight.dtype != x.dtype
         kept = F.linear(x, A.to(x.dtype)) if ctx.frozen_A else x
         ctx.save_for_backward(kept, used if ctx.keeps_used else weight, A, B)
@@ -149,54 +150,55 @@ class _Layer(torch.autograd.Function):
             if not ctx.keeps_used:
                 used = effective(used, A.clone(), B, ctx.scaling, g.dtype)
             if ctx.how is not None:
-                grad_x, factors = _of_convolution(g, x, used, A, B, ctx.how, needs_x)
+                grad_x, factors = _of_convolution(g, x, used, (A, B, ctx.scaling), ctx.how, needs_x)
             else:
                 grad_x = g @ used if needs_x else None
                 x = x.clone() if ctx.recompute else x
-                factors = _of_linear(g, x, A, B, ctx.frozen_A, needs_A or needs_B)
+                factors = _of_linear(g, x, (A, B, ctx.scaling), ctx.frozen_A, needs_A or needs_B)
             channel = -1 if ctx.how is None else 1
             grad_bias = g.sum([d for d in range(g.dim()) if d != channel % g.dim()])
-            grads = [None if t is None else ctx.scaling * t for t in factors]
         return (
             grad_x,
             None,
             grad_bias if needs_bias else None,
-            grads[0] if needs_A else None,
-            grads[1] if needs_B else None,
+            factors[0] if needs_A else None,
+            factors[1] if needs_B else None,
             None,
             None,
             None,
         )
 
 
-def _of_linear(g: Tensor, x: Tensor, A: Tensor, B: Tensor, frozen_A: bool, wanted: bool) -> Found:
-    """The gradients of A and B, not scaled yet."""
+def _of_linear(g: Tensor, x: Tensor, low: Low, frozen_A: bool, wanted: bool) -> Found:
+    """The gradients of A and B."""
+    A, B, scaling = low
     if not wanted:
         return None, None
     g_NxO, x_NxI = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     if frozen_A:  # x is h
-        return None, (g_NxO.T @ x_NxI).to(B.dtype)
+        return None, (g_NxO.T @ x_NxI).to(B.dtype) * scaling
     if _whole(A, B):
-        return _projected(g_NxO.T @ x_NxI, A, B)
-    found: tuple[Tensor, Tensor] = kernels.thin_gradients(g_NxO, x_NxI, A, B)
+        return _projected(g_NxO.T @ x_NxI, low)
+    found: tuple[Tensor, Tensor] = kernels.thin_gradients(g_NxO, x_NxI, A, B, scaling)
     return found
 
 
 def _of_convolution(
-    g: Tensor, x: Tensor, used: Tensor, A: Tensor, B: Tensor, how: How, needs_x: bool
+    g: Tensor, x: Tensor, used: Tensor, low: Low, how: How, needs_x: bool
 ) -> tuple[Tensor | None, Found]:
-    """The gradients of x, and of A and B, not scaled yet."""
-    whole = _whole(A, B)
-    grad_x, grad_W = gradients_of(g, x, used, how, needs_x, whole)
+    """The gradients of x, and of A and B."""
+    A, B, scaling = low
+    grad_x, grad_W = gradients_of(g, x, used, how, needs_x, _whole(A, B))
     if grad_W is not None:
-        return grad_x, _projected(grad_W.flatten(1), A, B)
+        return grad_x, _projected(grad_W.flatten(1), low)
     low_A = A.to(x.dtype).view(-1, *used.shape[1:])
     grad_A, grad_B = thin(g, x, low_A, B.to(x.dtype), how)
-    return grad_x, (grad_A.to(A.dtype), grad_B.to(B.dtype))
+    return grad_x, (grad_A.to(A.dtype) * scaling, grad_B.to(B.dtype) * scaling)
 
 
-def _projected(grad_W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    grad_W = grad_W.to(A.dtype)
+def _projected(grad_W: Tensor, low: Low) -> Found:
+    A, B, scaling = low
+    grad_W = grad_W.to(A.dtype) * scaling
     return B.T @ grad_W, grad_W @ A.T
 
 

@@ -163,7 +163,7 @@ def thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Ten
     """The gradients of A and B without that of the whole weight, not scaled yet."""
     h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
-    back = (B.T @ g_NOP).view(len(g), -1, *g.shape[2:])
+    back = (B.T @ g_NOP).view(g.shape[0], -1, *g.shape[2:])
     grad_A = gradients_of(back, x, kernel, how, False, True)[1]
     assert grad_A is not None
     return grad_A.flatten(1), grad_B

@@ -1,6 +1,6 @@
 r"""The gradients of low-rank factors as one operator, which compiled graphs can contain.
 
-.. math:: \nabla A = (g B)^T x, \qquad \nabla B = g^T (x A^T)
+.. math:: \nabla A = s\,(g B)^T x, \qquad \nabla B = s\,g^T (x A^T)
 
 As four products x and g are read twice each, which is what they cost: with r columns beside O and I
 there is little to compute. On a CUDA device `triton_kernels` reads the wider of the two once, and
@@ -32,33 +32,35 @@ def by_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" and is_half(x.dtype) and _has_triton()
 
 
-def products(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def products(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """By torch's products; those in half precision are rounded to it, as autograd's are."""
     back_NxR, h_NxR = g @ B.to(g.dtype), x @ A.to(x.dtype).T
-    return (back_NxR.T @ x).to(A.dtype), (g.T @ h_NxR).to(B.dtype)
+    return scaling * (back_NxR.T @ x).to(A.dtype), scaling * (g.T @ h_NxR).to(B.dtype)
 
 
-def _traced(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _traced(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The operator in a compiled graph: of operations that the compiler sees, and the kernels."""
     if not by_triton(x):
-        return products(g, x, A, B)
+        return products(g, x, A, B, scaling)
     from lora_lightning.lora.fused import triton_kernels
 
-    return triton_kernels.thin_gradients(g, x, A, B, torch.library.wrap_triton)
+    return triton_kernels.thin_gradients(g, x, A, B, scaling, torch.library.wrap_triton)
 
 
 @torch.library.custom_op("lora_lightning::thin_gradients", mutates_args=())
-def thin_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """(g B)ᵀ x (r, I) and gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I)."""
+def thin_gradients(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """s·(g B)ᵀ x (r, I) and s·gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I)."""
     if not by_triton(x):
-        return products(g, x, A, B)
+        return products(g, x, A, B, scaling)
     from lora_lightning.lora.fused import triton_kernels
 
-    return triton_kernels.thin_gradients(g, x, A, B)
+    return triton_kernels.thin_gradients(g, x, A, B, scaling)
 
 
 @thin_gradients.register_fake
-def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(A), torch.empty_like(B)
 
 

@@ -88,6 +88,7 @@ def sum_of_parts(
     parts,  # (programs, r, C + D)
     of_P,
     of_Q,
+    scaling,
     programs,
     p_rank,
     p_column,
@@ -99,7 +100,7 @@ def sum_of_parts(
     TILE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """The sum over programs, divided into the two results."""
+    """The sum over programs, scaled, and divided into the two results."""
     k = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = k < RANK * (C + D)
     total = tl.zeros((TILE,), tl.float32)
@@ -108,6 +109,7 @@ def sum_of_parts(
         where = at.to(tl.int64)[:, None] * (RANK * (C + D)) + k[None, :]
         part = tl.load(parts + where, (at < programs)[:, None] & inside[None, :], 0.0)
         total += tl.sum(part, 0)
+    total *= scaling
     rank, column = k // (C + D), k % (C + D)
     tl.store(of_P + rank * p_rank + column * p_column, total, inside & (column < C))
     column -= C
@@ -119,35 +121,42 @@ def thin_gradients(
     x: Tensor,
     A: Tensor,
     B: Tensor,
+    scaling: float,
     wrap: Any = lambda kernel: kernel,
     tiles: tuple[int, int, int, int] = (ROWS, COLUMNS, WARPS, STAGES),
 ) -> tuple[Tensor, Tensor]:
-    """(g B)ᵀ x (r, I) and gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I).
+    """s·(g B)ᵀ x (r, I) and s·gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I).
 
     Args:
         g: The gradient of the output.
         x: The input.
         A: (r, I).
         B: (O, r).
+        scaling: s.
         wrap: Of the kernels, within a graph `torch.library.wrap_triton`.
         tiles: Rows and columns of a tile, warps and stages.
     """
     n_tile, c_tile, warps, stages = tiles
-    (rows, out), into, rank = g.shape, x.shape[1], len(A)
+    rows, rank = x.shape[0], len(A)  # `len` would be a number in a graph of any batch
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
-    pairs = [(x, A, grad_A), (g, B.T, grad_B.T)]
-    (P, F, of_P), (Q, G, of_Q) = pairs if into <= out else pairs[::-1]
-    C, D = P.shape[1], Q.shape[1]
+    # Strides along r and along the columns, rather than transposed views.
+    across = [(x, A, A.stride(), grad_A, grad_A.stride())]
+    across.append((g, B, B.stride()[::-1], grad_B, grad_B.stride()[::-1]))
+    narrow, wide = across if x.shape[1] <= g.shape[1] else across[::-1]
+    P, F, of_F, grad_F, of_grad_F = narrow
+    Q, G, of_G, grad_G, of_grad_G = wide
+    sizes = {"C": P.shape[1], "D": Q.shape[1], "RANK": rank}
+    number = rank * (P.shape[1] + Q.shape[1])
     programs = (rows + n_tile - 1) // n_tile
-    parts = torch.empty(programs, rank, C + D, dtype=torch.float32, device=x.device)
+    parts = torch.empty(programs, number, dtype=torch.float32, device=x.device)
     wrap(partial_products)[(programs,)](
-        P, Q, F, G, parts, rows, P.stride(0), Q.stride(0), *F.stride(), *G.stride(),
-        C=C, D=D, RANK=rank, R=max(16, triton.next_power_of_2(rank)), N_TILE=n_tile,
-        C_TILE=c_tile, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        P, Q, F, G, parts, rows, P.stride(0), Q.stride(0), *of_F, *of_G, **sizes,
+        R=max(16, triton.next_power_of_2(rank)), N_TILE=n_tile, C_TILE=c_tile, PRECISION="ieee",
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    wrap(sum_of_parts)[(triton.cdiv(rank * (C + D), 64),)](
-        parts, of_P, of_Q, programs, *of_P.stride(), *of_Q.stride(),
-        C=C, D=D, RANK=rank, TILE=64, AT_ONCE=32, num_warps=4,
+    wrap(sum_of_parts)[(triton.cdiv(number, 64),)](
+        parts, grad_F, grad_G, scaling, programs, *of_grad_F, *of_grad_G, **sizes,
+        TILE=64, AT_ONCE=32, num_warps=4,
     )  # fmt: skip
     return grad_A, grad_B
