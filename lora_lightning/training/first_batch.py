@@ -57,7 +57,9 @@ class FirstBatch:
         agreed = trainer.strategy.reduce_boolean_decision  # on all processes equally often
         if agreed((few := self._failure(trainer, _ITEMS)) is None):
             return
-        if agreed((whole := self._failure(trainer, None)) is None):
+        # What is out of memory with two items has no room for more.
+        full = isinstance(few, torch.OutOfMemoryError)
+        if agreed((whole := few if full else self._failure(trainer, None)) is None):
             return
         if whole is None:
             raise VerificationError(_ELSEWHERE)
