@@ -214,12 +214,11 @@ class StreamAdapter:
         self._source.restore(self.model)
         # The optimizer's moments belong to forgotten items.
         self._optimizer = torch.optim.AdamW(trained(self.model).values(), lr=self.learning_rate)
-        self._unchecked = 0
         self.seen_ = 0
         self._forget()
 
     def _forget(self) -> None:
-        self._kept, self._marginal = None, None
+        self._kept, self._marginal, self._unchecked = None, None, 0
 
 
 def _alike(inputs: Tensor) -> tuple[object, ...]:

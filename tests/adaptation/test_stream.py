@@ -86,6 +86,8 @@ def test_what_a_stream_refuses(model, source):  # noqa: F811
         StreamAdapter(model, memory=1)
     with pytest.raises(ConfigError, match="learning_rate"):
         StreamAdapter(model, learning_rate=0)
+    with pytest.raises(ConfigError, match="diversity"):
+        StreamAdapter(model, diversity=1.5)
     frozen = copy.deepcopy(source)
     for p in frozen.parameters():
         p.requires_grad_(False)
@@ -95,6 +97,84 @@ def test_what_a_stream_refuses(model, source):  # noqa: F811
     with pytest.raises(DataError, match="NaN"):
         stream(torch.full((2, 16), torch.nan))
     assert stream.seen_ == 0
+
+
+def sorted_by_class(count, length, shift=1.5, classes=4):
+    """As `points`, with `length` of a class in a row."""
+    x, y = points(count, 3, shift=shift)
+    order = torch.argsort((torch.arange(count) // classes) // length * classes + y, stable=True)
+    return x[order], y[order]
+
+
+@pytest.mark.parametrize("length", [75, 150])
+def test_classes_in_runs_do_no_harm(model, length):
+    x, y = sorted_by_class(300, length, shift=1.0)
+    before = accuracy(copy.deepcopy(model), (x, y))
+    found = {}
+    for diversity in (0.0, 0.9):
+        stream = StreamAdapter(
+            copy.deepcopy(model), memory=16, learning_rate=1e-2, diversity=diversity
+        )
+        found[diversity] = float((through(stream, x, 4).argmax(1) == y).double().mean())
+        assert stream._kept.untyped_storage().nbytes() == 16 * 16 * 4
+        assert stream._before.untyped_storage().nbytes() == 16 * 4 * 4
+    assert found[0.9] >= before - 0.01
+    assert found[0.0] < before - 0.01  # such a stream does do harm
+
+
+def test_a_class_alone_leaves_the_source_as_it_is(model):
+    x, y = points(256, 3, shift=1.5)
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(x[y == 1]).softmax(1)
+    torch.testing.assert_close(through(StreamAdapter(model, memory=16), x[y == 1], 8), before)
+
+
+def test_after_three_alarms_a_stream_is_left_alone(model):
+    x, _ = points(256, 3, shift=1.5)
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(x).softmax(1)
+    stream = StreamAdapter(model, memory=16, learning_rate=5.0)
+    found = through(stream, x, 16)
+    assert len(stream.resets_) == 3
+    assert stream.stopped_
+    torch.testing.assert_close(found[128:], before[128:])
+    stream.reset()
+    assert not stream.stopped_
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        (torch.full((1, 16), 3e38), DataError),
+        (torch.full((1, 16), 1e300, dtype=torch.float64), DataError),
+        (torch.zeros(1, 16, dtype=torch.int64), RuntimeError),
+        (torch.zeros(1, 15), RuntimeError),
+    ],
+)
+def test_an_item_that_fails_changes_nothing(model, item, error):
+    x, _ = points(64, 3, shift=1.5)
+    other = StreamAdapter(copy.deepcopy(model), memory=16, learning_rate=1e-2)
+    stream = StreamAdapter(model, memory=16, learning_rate=1e-2)
+    for batch in x.split(8):
+        with pytest.raises(error):
+            stream(item)
+        assert torch.equal(stream(batch), other(batch))
+
+
+def test_another_dtype_is_converted(model):
+    x, _ = points(64, 3, shift=1.5)
+    stream, other = (StreamAdapter(copy.deepcopy(model), memory=16) for _ in range(2))
+    for number, batch in enumerate(x.split(8)):
+        assert torch.equal(stream(batch.double() if number % 2 else batch), other(batch))
+
+
+def test_a_gradient_that_overflows_is_not_taken(model):
+    x, _ = points(32, 3, shift=1.5)
+    stream = StreamAdapter(model, lambda z: z.sum() * 1e30, memory=16)
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(x).softmax(1)
+    torch.testing.assert_close(through(stream, x, 16), before)
+    assert stream._kept is None
 
 
 class Recurrent(nn.GRU):
