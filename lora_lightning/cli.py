@@ -210,14 +210,14 @@ def _copy(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from lora_lightning.model.adapter_file.save import read_header
 
     header = read_header(arguments.adapter)
     console = _console()
-    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts = Table(Column(), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     versions = ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items())
     base = ", ".join(f"{k} {v}" for k, v in header["base"].items())
     settings = ", ".join(f"{k}={_as_typed(v)}" for k, v in header["config"].items())

@@ -89,7 +89,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     refuse_calls(given, path)
     config = OmegaConf.structured(_imported(KINDS.get(kind).config))
     known = set(settings(config))
-    for key in leaves(given):
+    for key in leaves(OmegaConf.to_container(given)):
         if key not in known and not inside_free(key, config):
             raise ConfigError(f"{path}: {unknown('key', key, known)}")
     return _merged(config, given, str(path))

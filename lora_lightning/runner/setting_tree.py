@@ -31,13 +31,12 @@ def settings(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted key of each value that is given, lists included."""
-    for key in map(str, config):
-        value = config[key]
-        if isinstance(value, DictConfig) and len(value):
+def leaves(given: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted key of each value in nested dictionaries, lists included."""
+    for key, value in given.items():
+        if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
-        elif not isinstance(value, DictConfig):
+        else:
             yield f"{prefix}{key}"
 
 

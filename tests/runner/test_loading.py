@@ -195,6 +195,13 @@ def test_the_same_seed_gives_the_same_table(ran, tmp_path):
         ("data.target=[dim-1", "no valid YAML"),
         ("seeds=1", r"seeds must be a list, such as \[0\]"),
         ("data=3", "a group of settings"),
+        ("lora.alpha=[1]", r"lora.alpha must be one value, such as 8.0; got \[1\]"),
+        ("data.size=[112]", "data.size must be one value, such as 112"),
+        ("model.checkpoint=[a]", "model.checkpoint must be one value"),
+        ("data.target={a: 1}", "data.target must be a list"),
+        ("seeds={a: 1}", r"seeds must be a list, such as \[0\]"),
+        ("seeds=[[1]]", r"seeds must be a list, such as \[0\]"),
+        ("lora.rank_pattern=[1]", "lora.rank_pattern must be a mapping"),
     ],
 )
 def test_mistakes_in_overrides(override, message):
@@ -249,12 +256,26 @@ def test_recipes_are_found_by_name_folder_and_file(tmp_path):
         ("kind: cooking", "kind must be one of classification"),
         ("- a", "must map keys to values"),
         ("a: [", "no valid YAML"),
+        ("kind: classification\nout: ${oc.env:HOME}", r"out holds \$\{oc.env:HOME\}, which is not"),
+        ("kind: classification\nname: env\nout: ${oc.${name}:HOME}", "is not resolved"),
+        ("kind: pose\nmethods: [lora, 'a${ oc.env : HOME }']", r"methods.1 holds"),
+        ("kind: classification\nlora: {alpha: [1]}", "lora.alpha must be one value"),
     ],
 )
 def test_mistakes_in_recipe_files(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(tmp_path)
+
+
+def test_resolvers_work_where_they_are_asked_for(tmp_path, monkeypatch):
+    text = "kind: classification\nname: ${oc.env:WORD}\ntitle: ${name}:${out}"
+    (tmp_path / "recipe.yaml").write_text(text)
+    monkeypatch.setenv("WORD", "hello")
+    monkeypatch.setenv("LORA_LIGHTNING_RESOLVERS", "1")
+    assert load_recipe(tmp_path).title == "hello:runs/classification"
+    monkeypatch.delenv("LORA_LIGHTNING_RESOLVERS")
+    assert apply_overrides(load_recipe("lighting"), ["out='${oc.env:WORD}'"]).out == "hello"
 
 
 def test_comments_are_read_from_yaml():

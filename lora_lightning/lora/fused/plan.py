@@ -174,7 +174,7 @@ class Plan(NamedTuple):
         if whole and low.start_A is None:
             whole = x.numel() * (into + out) > limits(x, dtype).many * out * into * into
         # From the global generator, so that it obeys seeds and checkpointing.
-        seed = int(torch.randint(2**62, ())) if dropout else 0
+        seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
         frozen_A = training and not A.requires_grad
         # A frozen convolution's input is kept by torch too.
         recipe = None
