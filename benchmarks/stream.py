@@ -124,6 +124,7 @@ def one(source: nn.Module, name: str, size: float, seed: int, given: Any) -> lis
         right = [100 * float((f == labels).double().mean()) for f in (before, found)]
         rows.append({
             "stream": name, "classes": classes, "shift": size, "seed": seed, "variant": variant,
+            "diversity": adapter.diversity,
             "batch": given.batch, "items": len(x), "source": round(right[0], 2),
             "adapted": round(right[1], 2), "change": round(right[1] - right[0], 2),
             "resets": len(adapter.resets_), "bytes": held(adapter),
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[4, 10])
     parser.add_argument("--streams", nargs="+", default=list(STREAMS), choices=STREAMS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--diversity", type=float, default=0.9)
+    parser.add_argument("--diversity", type=float, default=0.95)
     parser.add_argument("--smoke", action="store_true", help="a minute's worth: few items")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")

@@ -79,7 +79,7 @@ class StreamAdapter:
         memory: int = 64,
         learning_rate: float = 1e-3,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
-        diversity: float = 0.9,
+        diversity: float = 0.95,
     ):
         if memory < 2:
             raise ConfigError(f"memory must be at least 2 items, got {memory}")

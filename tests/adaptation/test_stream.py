@@ -111,14 +111,14 @@ def test_classes_in_runs_do_no_harm(model, length):
     x, y = sorted_by_class(300, length, shift=1.0)
     before = accuracy(copy.deepcopy(model), (x, y))
     found = {}
-    for diversity in (0.0, 0.9):
+    for diversity in (0.0, 0.95):
         stream = StreamAdapter(
             copy.deepcopy(model), memory=16, learning_rate=1e-2, diversity=diversity
         )
         found[diversity] = float((through(stream, x, 4).argmax(1) == y).double().mean())
         assert stream._kept.untyped_storage().nbytes() == 16 * 16 * 4
         assert stream._before.untyped_storage().nbytes() == 16 * 4 * 4
-    assert found[0.9] >= before - 0.01
+    assert found[0.95] >= before - 0.01
     assert found[0.0] < before - 0.01  # such a stream does do harm
 
 
