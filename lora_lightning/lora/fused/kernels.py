@@ -21,7 +21,6 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from lora_lightning.lora.precision import is_half
 
-
 _LARGEST_RANK = 64  # whose tiles fit into the memory of a multiprocessor
 
 
