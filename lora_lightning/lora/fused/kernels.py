@@ -21,15 +21,21 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from lora_lightning.lora.precision import is_half
 
+_LARGEST_RANK = 64  # whose tiles fit into the memory of a multiprocessor
+
 
 @functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed, for a device with room for the tiles: 99 KiB, since Ampere."""
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def by_triton(x: Tensor) -> bool:
+def by_triton(x: Tensor, rank: int) -> bool:
     """Whether the kernel computes the gradients from this input."""
-    return x.device.type == "cuda" and is_half(x.dtype) and _has_triton()
+    wanted = x.device.type == "cuda" and is_half(x.dtype) and rank <= _LARGEST_RANK
+    return wanted and _has_triton(x.device)
 
 
 def products(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -40,7 +46,7 @@ def products(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tupl
 
 def _traced(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The operator in a compiled graph: of operations that the compiler sees, and the kernels."""
-    if not by_triton(x):
+    if not by_triton(x, len(A)):
         return products(g, x, A, B, scaling)
     from lora_lightning.lora.fused import triton_kernels
 
@@ -52,7 +58,7 @@ def thin_gradients(
     g: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """s·(g B)ᵀ x (r, I) and s·gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I)."""
-    if not by_triton(x):
+    if not by_triton(x, len(A)):
         return products(g, x, A, B, scaling)
     from lora_lightning.lora.fused import triton_kernels
 

@@ -123,7 +123,7 @@ def thin_gradients(
     B: Tensor,
     scaling: float,
     wrap: Any = lambda kernel: kernel,
-    tiles: tuple[int, int, int, int] = (ROWS, COLUMNS, WARPS, STAGES),
+    tiles: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s·(g B)ᵀ x (r, I) and s·gᵀ (x Aᵀ) (O, r), of rows g (N, O) and x (N, I).
 
@@ -134,9 +134,10 @@ def thin_gradients(
         B: (O, r).
         scaling: s.
         wrap: Of the kernels, within a graph `torch.library.wrap_triton`.
-        tiles: Rows and columns of a tile, warps and stages.
+        tiles: Rows and columns of a tile, warps and stages, other than this module's.
     """
-    n_tile, c_tile, warps, stages = tiles
+    columns = COLUMNS if len(A) <= 16 else COLUMNS // 2
+    n_tile, c_tile, warps, stages = tiles or (ROWS, columns, WARPS, STAGES)
     rows, rank = x.shape[0], len(A)  # `len` would be a number in a graph of any batch
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
