@@ -19,7 +19,7 @@ for key, parameter in trained.named_parameters():
         torch.nn.init.normal_(parameter, std=0.05)
 save_adapter(trained, "adapter.safetensors")
 
-header = read_header("adapter.safetensors")  # rank, targets, base; no tensor is loaded
+header = read_header("adapter.safetensors")  # rank, targets, base; without a model
 print(header["base"], header["config"]["rank"])
 
 model = copy.deepcopy(base)

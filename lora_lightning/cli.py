@@ -220,7 +220,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     header = read_header(arguments.adapter)
     console = _console()
     facts = Table(Column(), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
-    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items())
     base = ", ".join(f"{k} {v}" for k, v in header["base"].items())
     settings = ", ".join(f"{k}={_as_typed(v)}" for k, v in header["config"].items())
     whole = ", ".join([*header["extras"], *header["buffers"]]) or "–"
@@ -242,7 +242,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for t in header["targets"]:
         where = f"{t['module']}.{t['tensor']}".lstrip(".")
         shape = "×".join(map(str, t["shape"]))
-        table.add_row(Text(where), t["kind"], t["path"], shape, str(t["rank"]))
+        table.add_row(*map(Text, (where, t["kind"], t["path"], shape, str(t["rank"]))))
     console.print(table)
 
 

@@ -51,7 +51,7 @@ class _Before:
         self.written: list[tuple[Any, Any, Any]] = []  # (factor, a copy of its values, gradient)
         for _, module in view.modules:
             self._keep_module(module)
-        self._keep(*(view.model.__dict__[key] for key in _HOOKS))
+        self._keep(*(view.model.__dict__.get(key, {}) for key in _HOOKS))
         for _, state in states_in(view):
             fields = vars(state)
             self._keep(fields, *(v for v in fields.values() if isinstance(v, (dict, list, set))))
@@ -66,7 +66,8 @@ class _Before:
 
     def _keep_module(self, module: nn.Module) -> None:
         fields = module.__dict__
-        self._keep(fields, *[fields[key] for key in _TABLES])
+        tables = [fields.get(key) for key in _TABLES]
+        self._keep(fields, *[t for t in tables if isinstance(t, dict)])  # TorchScript has others
 
     def _keep_factors(self, layer: Any, name: str | None) -> None:
         per_adapter, active = layer.lora._modules, layer.lora_active

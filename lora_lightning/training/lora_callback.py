@@ -36,7 +36,8 @@ class LoRACallback(Callback):
     what ``trainable`` names left trainable; so the optimizer that Lightning makes afterwards
     sees them. The first batch verifies that every adapter is alive. Checkpoints hold factors,
     what is trained, and buffers, but no frozen base weight; they load strictly into a fresh
-    module of the same base. An adapter file is written with each checkpoint and at the end.
+    module of the same base. An adapter file is written with each checkpoint and at the end. A fit
+    that diverges (NaN in the adapter) is stopped, and the last finite values are kept.
 
     Args:
         config: A `LoRAConfig` or a mapping of its fields; its fields can be given as keyword
@@ -61,9 +62,6 @@ class LoRACallback(Callback):
     Attributes:
         report_: what was adapted; set in `setup`.
         adapter_path_: the file written at the end of the fit.
-
-    A fit that diverges (NaN or infinity in the adapter) is stopped with a warning, and the
-    adapter's last finite values are kept.
 
     Raises:
         ConfigError: a bad value, or a combination of callbacks that cannot work.
@@ -232,6 +230,7 @@ class LoRACallback(Callback):
 
     def _clean(self, pl_module: LightningModule) -> None:
         injection.put_back(pl_module)
+        self._finite = LastFinite()
         if self._first_batch is not None:  # the fit ended before its first backward pass
             self._first_batch.close()
             self._first_batch = None

@@ -17,6 +17,7 @@ from lora_lightning.adaptation.shift.source_statistics import LayerStatistics
 from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
 from lora_lightning.model.batch_norm import reestimated
+from tests.helpers.files import rewrite
 from tests.helpers.training import randomise, tiny_vit
 
 
@@ -132,6 +133,25 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(AdapterFileError, match="damaged, or no safetensors"):
         SourceStatistics.load(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("change", "sign", "message"),
+    [
+        (lambda t, h: h.update(accuracy="x"), True, "accuracy"),
+        (lambda t, h: h.update(layers=["nothing"]), True, "not whole"),
+        (lambda t, h: h.update(model=[]), True, "model"),
+        (lambda t, h: t["confidence"].fill_(torch.nan), True, "NaN"),
+        (lambda t, h: t.update({"head/mean": torch.ones(1)}), True, "sizes of head's"),
+        (lambda t, h: t["confidence"].mul_(0.5), False, "checksum"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path, change, sign, message):
+    found = SourceStatistics.of(tiny_vit(), pictures())
+    path = found.save(tmp_path / "statistics.safetensors")
+    rewrite(path, change, sign, key="statistics")
+    with pytest.raises(AdapterFileError, match=message):
+        SourceStatistics.load(path)
 
 
 def test_a_second_opinion_is_by_the_items_own_statistics():

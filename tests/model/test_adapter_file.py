@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import os
 import re
@@ -252,6 +253,11 @@ DAMAGE = {
                 for value in values
             ),
             *(
+                (f"config.{key}", value, lambda t, h, k=key, v=value: h["config"].update({k: v}))
+                for key in ("target_modules", "new")
+                for value in (["\ud800"], ["\x1b[31m"], math.nan, [[[[[]]]]], {"a": "\x00"})
+            ),
+            *(
                 (f"base.{key}", value, lambda t, h, k=key, v=value: h["base"].update({k: v}))
                 for key in ("structure", "weights")
                 for value in ({}, ["a"], 1, None)
@@ -475,3 +481,16 @@ def test_a_failing_write_leaves_no_litter(tmp_path, trained, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_adapter(trained[0], trained[1])
     assert sorted(trained[1].parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "recognisers"), [(12, 4), pytest.param(600, 60, marks=pytest.mark.slow)]
+)
+def test_mutated_files_through_all_that_reads_them(files, recognisers, tmp_path, monkeypatch):
+    """`benchmarks/fuzz.py`, on fewer files: see there for what is counted."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz").run(files, recognisers, 7, tmp_path)
+    assert not fuzz.faults, fuzz.faults[:9]
+    assert fuzz.counts["calls"] > 3 * files
+    assert fuzz.slowest[0] < 5, fuzz.slowest
+    assert fuzz.memory < 1000

@@ -1,5 +1,7 @@
 """`ConformerCTC`: independence of the batch, files, adapters."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from tests.helpers.files import rewrite
 from tests.helpers.speech import TINY, conformer, sounds
 from tests.helpers.training import randomise
 
@@ -97,6 +100,61 @@ def test_a_file_tells_how_the_model_is_built(model, tmp_path):
     assert not again.training
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def settings(**values):
+    return lambda tensors, header: header["settings"].update(values)
+
+
+def labels(**values):
+    return lambda tensors, header: header["labels"].update(values)
+
+
+BROKEN = {
+    "as wide as 4,096": (settings(dim=4096), r"settings ask for \(4096, "),
+    "as deep as 100": (settings(num_layers=100), "conformer_layers.99.* is missing"),
+    "too deep": (settings(num_layers=10**6), r"settings\.num_layers \(expected a whole number"),
+    "a wide filter": (settings(kernel_size=15), r"settings ask for \(16, 1, 15\)"),
+    "another rate": (settings(sample_rate=96_000), r"settings ask for \(2400,\)"),
+    "no rate": (settings(sample_rate=0), r"settings\.sample_rate"),
+    "a text for a number": (settings(dim="16"), r"settings\.dim"),
+    "heads that do not divide": (settings(num_heads=3), "num_heads must divide dim"),
+    "dropout of NaN": (settings(dropout=math.nan), r"settings\.dropout"),
+    "an unknown setting": (settings(depth=3), "no such setting"),
+    "a missing setting": (lambda t, h: h["settings"].pop("dim"), r"settings\.dim \(missing\)"),
+    "settings in a list": (lambda t, h: h.update(settings=[]), "settings"),
+    "labels of numbers": (labels(symbols=[1, 2, 3]), r"labels\.symbols\[0\]"),
+    "more labels": (labels(symbols=[" ", "a", "b", "c", "d"]), "settings ask for"),
+    "a label twice": (lambda t, h: h["labels"]["symbols"].__setitem__(3, " "), "occur again"),
+    "no separator": (labels(separator=None), r"labels\.separator"),
+    "a blank that is none": (labels(blank=10**9), "blank must be a class"),
+    "another format": (lambda t, h: h.update(format=True), "not written by save_recogniser"),
+    "NaN": (lambda t, h: t["head.bias"].fill_(math.nan), r"head\.bias holds NaN"),
+    "whole numbers": (lambda t, h: t.update({"head.bias": t["head.bias"].int()}), "torch.int32"),
+    "a tensor less": (lambda t, h: t.pop("head.bias"), "no model that can be built"),
+    "a tensor more": (lambda t, h: t.update(x=t["head.bias"] + 1), "no model that can be built"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_file_whose_values_cannot_be_is_refused(model, tmp_path, how):
+    change, message = BROKEN[how]
+    path = tmp_path / "model.safetensors"
+    save_recogniser(model, path)
+    rewrite(path, change, key="recogniser")
+    with pytest.raises(ConfigError, match=message):
+        load_recogniser(path)
+
+
+def test_a_file_that_changed_since_it_was_written_is_refused(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_recogniser(model, path)
+    for change in (settings(dropout=0.5), lambda t, h: t["head.bias"].add_(1)):
+        rewrite(path, change, sign=False, key="recogniser")
+        with pytest.raises(ConfigError, match="its checksum is not that of its contents"):
+            load_recogniser(path)
+    rewrite(path, lambda t, h: h.pop("checksum"), key="recogniser")
+    load_recogniser(path)  # as one of before the checksum
 
 
 def test_the_packaged_recogniser_is_found_by_its_name():

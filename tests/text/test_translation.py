@@ -22,6 +22,7 @@ from lora_lightning.text.translation import Translated, Translation
 from lora_lightning.text.translation_guard import TranslationGuard, TranslationLimits
 from lora_lightning.text.translation_memory import TranslationMemory
 from lora_lightning.text.translators import Translator, load_translator, save_translator
+from tests.helpers.files import rewrite
 from tests.helpers.training import randomise, trainer
 
 SUBWORDS = Subwords.learn(["ab ba ab", "xy yx"], merges=4)
@@ -273,6 +274,25 @@ def test_the_file_is_the_model(tmp_path):
     for name, message in (("other", "damaged"), ("gone", "no translator's file")):
         with pytest.raises(ConfigError, match=message):
             load_translator(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header["settings"].update(dim=4096), r"settings ask for \(\d+, 4096\)"),
+        (lambda header: header["settings"].update(num_layers=0), r"settings\.num_layers"),
+        (lambda header: header.update(subwords="[" * 99_999), "garbles subwords"),
+        (lambda header: header.update(subwords='{"x": 1}'), "garbles subwords"),
+        (lambda header: header.update(subwords='{"characters": [1], "merges": 2}'), "garbles"),
+        (lambda header: header.update(subwords=3), "subwords"),
+    ],
+)
+def test_a_file_whose_values_cannot_be_is_refused(tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    save_translator(translator(), path)
+    rewrite(path, lambda tensors, header: change(header), key="translator")
+    with pytest.raises(ConfigError, match=message):
+        load_translator(path)
 
 
 @pytest.mark.parametrize(

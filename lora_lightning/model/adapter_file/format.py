@@ -18,6 +18,7 @@ from lora_lightning.lora.config import LARGEST_ALPHA
 from lora_lightning.model.adapter_file.container import LARGEST_HEADER, contents
 from lora_lightning.model.adapter_file.schema import (
     FLAG,
+    PLAIN,
     SIZE,
     Leaf,
     Listed,
@@ -56,7 +57,7 @@ _SCHEMA = Record(
         "format_version": one_of(FORMAT_VERSION),
         "name": text(),
         "base": Record({"architecture": text(), "structure": text()}, others=text()),
-        "config": Record({}),  # by `LoRAConfig`
+        "config": Record({}, others=PLAIN),  # and by `LoRAConfig`
         "targets": Listed(_TARGET, _MANY),
         "extras": _NAMES,
         "buffers": _NAMES,
