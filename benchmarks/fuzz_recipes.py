@@ -23,9 +23,10 @@ from unittest import mock
 
 import torch
 import yaml
-from fuzz import ODD, Fuzz, cli
+from fuzz import Fuzz, cli
 from machine import save as save_figures
 from machine import setting
+from mutants import ODD
 from PIL import Image
 
 from lora_lightning.runner.loading import list_recipes, load_recipe, settings

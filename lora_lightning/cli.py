@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    from lora_lightning.report.console import PlainConsole
-
-    PlainConsole(stderr=True).print(message, style="red", soft_wrap=True)
+    _console(stderr=True).print(message, style="red", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console() -> PlainConsole:
+def _console(stderr: bool = False) -> PlainConsole:
     from lora_lightning.report.console import PlainConsole
 
-    return PlainConsole()
+    return PlainConsole(stderr=stderr)
 
 
 def _run(arguments: argparse.Namespace) -> None:
