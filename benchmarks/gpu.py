@@ -62,7 +62,7 @@ PARTS = {
     "compiled": gpu_models.compiled,
 }
 USUAL = [part for part in PARTS if part not in ("profile", "thresholds")]
-VARIANTS = ("floor", "ours", "peft", "full", "ours, kept", "ours, plain")
+VARIANTS = ("floor", "ours", "peft", "full", "ours, kept", "ours, plain", "ours, triton")
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from machine import Work, in_turns, quartiles, ratios
 from torch import Tensor, nn
 
 import lora_lightning
+from lora_lightning.lora.fused import kernels
 
 SWITCHES = {"ours, kept": {"recompute": False}, "ours, plain": {"enabled": False}}
 GIB = 2**30
@@ -45,6 +46,7 @@ def step_of(
     step = stepper(model, case_of(key, given), batch, precision == "bf16-mixed")
 
     def switched() -> None:
+        kernels.use_triton = name == "ours, triton"  # read while a graph is compiled
         with lora_lightning.fused(**SWITCHES.get(name, {})):
             step()
 
@@ -56,7 +58,14 @@ def steps(cells: Cells, given: argparse.Namespace) -> None:
     warm(given.device)
     for precision in given.precisions:
         for key in given.models:
-            _turns(cells, key, precision, "eager", given.variants, given)
+            _turns(
+                cells,
+                key,
+                precision,
+                "eager",
+                [v for v in given.variants if v != "ours, triton"],
+                given,
+            )
 
 
 def _turns(
@@ -95,7 +104,7 @@ def _turns(
 
 def compiled(cells: Cells, given: argparse.Namespace) -> None:
     """The steps of floor, ours and PEFT under torch.compile, bf16-mixed first."""
-    names = [v for v in ("floor", "ours", "peft") if v in given.variants]
+    names = [v for v in ("floor", "ours", "ours, triton", "peft") if v in given.variants]
     if given.helpers:
         with tempfile.TemporaryDirectory(prefix="inductor-") as folder:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
