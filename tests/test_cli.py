@@ -186,7 +186,7 @@ def at_path(number: int, path: str | None = "/a/[/]b\x1b[2J") -> OSError:
         (singular, "cannot be decomposed (linalg.cholesky"),
         (MissingMandatoryValue("Missing value: out"), "a setting cannot be used: Missing value"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_whatever_a_system_refuses_is_one_sentence(error, message, capsys, monkeypatch):
     def fail(_: object) -> None:
