@@ -71,7 +71,8 @@ class AdaptedModule(WholeWeights):
             return None
         if is_fx_symbolic_tracing():
             refuse_tracing()
-        return per_tensor._modules.get(tensor)
+        found: Factors | None = per_tensor._modules.get(tensor)
+        return found
 
     def factors_of(self, name: str | None) -> dict[str, Factors]:
         """Tensor name → factors of the adapter `name`; empty where it has none here."""

@@ -108,10 +108,11 @@ def _disable(model: nn.Module, stack: ExitStack) -> None:
     for root, state in holders:
         stack.callback(settle, state.cachers, state.packers)
         stack.enter_context(source_values(View(root), state))
-        settle(state.cachers, state.packers)
     for layer, name in active:
         stack.callback(setattr, layer, "lora_active", name)
         layer.lora_active = None
+    for _, state in holders:
+        settle(state.cachers, state.packers)
 
 
 @states.one_at_a_time

@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.fused.factor_products import effective_weight
 from lora_lightning.lora.fused.linear_gradients import at_once, in_pieces
-from lora_lightning.lora.fused.plan import LowRank, Plan, limits, lowered, switches
+from lora_lightning.lora.fused.plan import LowRank, Plan, is_captured, limits, lowered, switches
 from lora_lightning.lora.fused.thin_matmul import ALL, across, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
 
@@ -50,7 +50,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
             return False
     if _watched(x, weight):
         return False
-    if low.dropout and x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if low.dropout and is_captured(x):
         return False  # a graph would replay one seed
     if low.start_A is not None and (low.dropout or not exact(weight)):
         return False  # the two products must cancel at the start: see `effective_weight`
