@@ -12,6 +12,7 @@ Another package adds to them from a module that it names as an entry point of th
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ def face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
     They stand in the `__init__.pyi` beside `file`, each as ``from .home import name as name``. None
     may be that of a file beside it, which would take its place once somebody imports the file.
     """
-    with open(f"{file}i", encoding="utf-8") as stub:
+    with open(os.path.splitext(file)[0] + ".pyi", encoding="utf-8") as stub:
         told = [line.split() for line in stub if line.startswith("from ")]
     homes = {name: home for _, home, _, name, *_ in told}
 

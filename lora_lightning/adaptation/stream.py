@@ -133,7 +133,9 @@ class StreamAdapter:
 
     def _converted(self, inputs: Tensor) -> Tensor:
         if inputs.is_floating_point():
-            inputs = inputs.to(next(iter(trained(self.model).values())).dtype)
+            # The base's: factors are wider than a base in half precision.
+            dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+            inputs = inputs.to(next(dtypes))
         if not bool(torch.isfinite(inputs).all()):
             raise DataError("the inputs hold NaN or infinity: they are left out")
         return inputs.detach()

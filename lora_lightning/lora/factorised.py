@@ -130,8 +130,6 @@ def _drop(x: Tensor, factors: Factors) -> Tensor:
 def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[int, ...]) -> Tensor:
     """out + s·low, or DoRA's form of it, in the dtype of out; exactly `out` while B is zero."""
     scaling = factors.spec.scaling
-    if factors.magnitude is None and torch.compiler.is_compiling():
-        return out + scaling * low  # inductor drops alpha on a CPU (torch 2.11, 2.14)
     if factors.magnitude is None:
         if torch.compiler.is_compiling():  # inductor forgets alpha: pytorch/pytorch#167313
             return out + scaling * low

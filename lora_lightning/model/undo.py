@@ -14,7 +14,11 @@ from lora_lightning.model.view import View
 
 # Tables of a module that change with its adapters; those of the model's own hooks.
 _TABLES = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _Tables = list[tuple[Any, Any]]  # (container, a copy of what was in it)
 
 

@@ -55,6 +55,9 @@ def _write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(handle)
             os.chmod(temporary, _usual_mode())  # mkstemp's files are private
+            if fcntl is not None:
+                os.replace(temporary, path)  # while it is locked
+        if fcntl is None:  # Windows moves no file that is open
             os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -25,19 +25,18 @@ class LastFinite:
 
     def __init__(self) -> None:
         self._own: list[Tensor] = []  # parameters first
-        self._parameters = 0  # numbers in these
         self._kept = self._finite = torch.empty(0)
-        self._step = -1
+        self._step = self._looked = -1
 
     def start(self, trainer: Trainer, backbone: nn.Module) -> None:
         """Before the first step."""
         if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
             return  # tensors in pieces
-        found = sorted(own_tensors(backbone).values(), key=lambda t: not _trains(t))
-        self._own = found
-        self._parameters = sum(t.numel() for t in found if _trains(t))
+        # Of the buffers those that training moves; others may rightly hold infinity (masks).
+        found = [t for name, t in own_tensors(backbone).items() if _trains(t) or _moves(name)]
+        self._own = sorted(found, key=lambda t: not _trains(t))
         self._kept = self._values()
-        self._step = trainer.global_step
+        self._step = self._looked = trainer.global_step
 
     def after_batch(self, trainer: Trainer, look: bool = False) -> bool:
         """Whether the fit has diverged, and is stopped; call before ranks are pruned.
@@ -51,16 +50,17 @@ class LastFinite:
         self._step = trainer.global_step
         values = self._values()
         # Statistics of BatchNorm differ between processes, which must all stop at once.
-        judged = values if trainer.world_size == 1 else values[: self._parameters]
-        self._finite = judged.sum().isfinite()
+        count = sum(t.numel() for t in self._own if trainer.world_size == 1 or _trains(t))
+        self._finite = values[:count].isfinite().all()
         if values.shape == self._kept.shape:
             torch.where(self._finite, values, self._kept, out=self._kept)
-        else:  # ranks were pruned
+        elif bool(self._finite):  # ranks were pruned
             self._kept = values
-        now = look or values.device.type == "cpu" or self._step % LOOK_EVERY == 0
+        now = look or values.device.type == "cpu" or self._step - self._looked >= LOOK_EVERY
         return now and self._lost(trainer)
 
     def _lost(self, trainer: Trainer) -> bool:
+        self._looked = self._step
         if self._finite.numel() == 0 or bool(self._finite):
             return False
         self._restore()
@@ -85,12 +85,18 @@ class LastFinite:
     @torch.no_grad()
     def _restore(self) -> None:
         sizes = [t.numel() for t in self._own]
+        if len(self._kept) != sum(sizes):  # none were finite since ranks were pruned
+            return
         for tensor, values in zip(self._own, torch.split(self._kept, sizes), strict=True):
             tensor.copy_(values.view_as(tensor))
 
 
 def _trains(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
+
+
+def _moves(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _is_finite(value: Any) -> bool:

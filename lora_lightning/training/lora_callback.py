@@ -250,6 +250,8 @@ class LoRACallback(Callback):
     ) -> None:
         """Write the adapter file beside a checkpoint of the fit, validation included."""
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
+        if running:
+            self._finite.after_batch(trainer, look=True)  # what is not finite is not saved
         if trainer.is_global_zero and running:
             stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
             backbone = checks.find_backbone(pl_module, self.backbone)

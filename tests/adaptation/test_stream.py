@@ -168,6 +168,12 @@ def test_another_dtype_is_converted(model):
         assert torch.equal(stream(batch.double() if number % 2 else batch), other(batch))
 
 
+def test_a_base_in_half_precision_is_given_its_own_dtype(model):
+    half = copy.deepcopy(model).bfloat16()
+    x, _ = points(8, 3, shift=1.5)
+    assert torch.isfinite(StreamAdapter(half, memory=16)(x)).all()
+
+
 def test_a_gradient_that_overflows_is_not_taken(model):
     x, _ = points(32, 3, shift=1.5)
     stream = StreamAdapter(model, lambda z: z.sum() * 1e30, memory=16)

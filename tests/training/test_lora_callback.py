@@ -452,6 +452,14 @@ def test_a_fit_that_diverges_stops_and_keeps_its_last_finite_values(tmp_path, va
             assert torch.equal(tensor, expected[key]), key
 
 
+def test_infinity_in_a_mask_is_no_divergence(tmp_path):
+    module = fresh()
+    module.model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    run = fitted(tmp_path, module, lora(), max_epochs=1, limit_train_batches=2)
+    assert run.global_step == 2
+    assert not run.should_stop
+
+
 def test_names_that_differ_in_case_alone_would_share_a_file(tmp_path):
     pair = [lora(name=name, backbone=path) for name, path in (("a", "model"), ("A", "model.norm"))]
     with pytest.raises(ConfigError, match="would write the same adapter file"):

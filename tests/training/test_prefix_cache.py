@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_lightning import LoRACallback, PrefixCache, TransductiveTask
 from lora_lightning.errors import ConfigError
+from lora_lightning.model.calling import call
 from lora_lightning.training.prefix_cache.store import Store
 from tests.helpers.training import Module, trainer
 
@@ -216,6 +217,15 @@ def test_a_budget_beyond_the_machine_or_below_zero(tmp_path):
     with pytest.raises(ConfigError, match="free: give another"):
         PrefixCache(1e12, tmp_path).attach(model)
     assert not model._forward_pre_hooks
+
+
+def test_a_batch_becomes_a_call_as_without(tmp_path):
+    model = small_vit().eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    expected = call(model, items()[:2])
+    with PrefixCache(10).attach(model):
+        assert torch.equal(call(model, items()[:2]), expected)  # the labels left out
 
 
 def test_copies_and_files_of_the_model_know_nothing_of_it():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.lora.fused import kernels
 from lora_lightning.lora.fused.convolution import How, gradients_of, thin
@@ -45,7 +45,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     if not switches.enabled or weight.requires_grad or low.start_A is not None or low.dropout:
         return False
-    if x.is_nested or _transformed():
+    if x.is_nested or type(weight) not in (nn.Parameter, Tensor) or _transformed():
         return False
     wanted = lowered(x)
     if wanted is not None:

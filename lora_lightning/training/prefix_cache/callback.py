@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ class PrefixCache(Callback):
         self._store, self._root = Store(round(self.budget_mb * 1e6), self.folder), model
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._own = model.__dict__.get("forward")  # a hook would not hear of Ctrl-C
-        model.__dict__["forward"] = partial(self._forward, model, self._own)
+        forward = partial(self._forward, model, self._own)
+        # With the signature of the model's own, by which a batch becomes a call.
+        model.__dict__["forward"] = update_wrapper(forward, self._own or model.forward)
         return self
 
     def detach(self) -> None:
