@@ -48,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # names in other scripts
+    for stream in (sys.stdout, sys.stderr):  # for names in other scripts
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.lora.fused import kernels
-from lora_lightning.lora.fused.convolution import How, gradients_of, thin
-from lora_lightning.lora.fused.plan import LowRank, lowered, switches
+from lora_lightning.lora.fused.convolution import How, gradients_of, run, thin
+from lora_lightning.lora.fused.plan import LowRank, lowered, switches, transformed
 from lora_lightning.lora.fused.thin_matmul import exact
 
 Low = tuple[Tensor, Tensor, float]  # A, B, s
@@ -45,23 +45,12 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         return False
     if not switches.enabled or weight.requires_grad or low.start_A is not None or low.dropout:
         return False
-    if x.is_nested or type(weight) not in (nn.Parameter, Tensor) or _transformed():
+    if x.is_nested or type(weight) not in (nn.Parameter, Tensor) or transformed():
         return False
     wanted = lowered(x)
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
     return x.dtype == weight.dtype and exact(weight) and not _few(x, weight)
-
-
-def _transformed() -> bool:
-    """Whether `torch.func` or forward-mode derivatives are at work, which the formulas lack."""
-    forward: int = torch.autograd.forward_ad._current_level
-    return torch._C._functorch.maybe_current_level() is not None or forward >= 0
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler: Dynamo calls
-# the function while it traces.
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _few(x: Tensor, weight: Tensor) -> bool:
@@ -110,14 +99,6 @@ def added(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.add(matrix, (B[:, :, None] * A).sum(1), alpha=scaling)
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, how: How | None) -> Tensor:
-    if how is None:
-        return F.linear(x, weight, bias)
-    functions: Any = (F.conv1d, F.conv2d, F.conv3d)
-    out: Tensor = functions[weight.dim() - 3](x, weight, bias, *how)
-    return out
-
-
 class _Layer(torch.autograd.Function):
     """The formulas of the module's docstring."""
 
@@ -140,7 +121,7 @@ class _Layer(torch.autograd.Function):
         ctx.keeps_used = weight.dtype != x.dtype
         kept = F.linear(x, A.to(x.dtype)) if ctx.frozen_A else x
         ctx.save_for_backward(kept, used if ctx.keeps_used else weight, A, B)
-        return _base(x, used, bias, how)
+        return F.linear(x, used, bias) if how is None else run(x, used, bias, how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -56,7 +56,8 @@ def _is_matrix(x: Tensor, weight: Tensor, how: How) -> bool:
     return plain and last and not x.is_contiguous()
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
+    """Torch's own convolution with this weight."""
     functions: Any = (F.conv1d, F.conv2d, F.conv3d)
     out: Tensor = functions[weight.dim() - 3](x, weight, bias, *how)
     return out
@@ -107,7 +108,7 @@ def _forward(
     used = _effective(weight, low, dtype)
     if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    return _run(x, used, bias, how), x, used
+    return run(x, used, bias, how), x, used
 
 
 class _Convolution(torch.autograd.Function):
@@ -161,7 +162,7 @@ class _Convolution(torch.autograd.Function):
 
 def thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """The gradients of A and B without that of the whole weight, not scaled yet."""
-    h_NRP, g_NOP = _run(x, kernel, None, how).flatten(2), g.flatten(2)
+    h_NRP, g_NOP = run(x, kernel, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
     back = (B.T @ g_NOP).view(g.shape[0], -1, *g.shape[2:])
     grad_A = gradients_of(back, x, kernel, how, False, True)[1]

@@ -29,7 +29,15 @@ from torch import Tensor
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.fused.factor_products import effective_weight
 from lora_lightning.lora.fused.linear_gradients import at_once, in_pieces
-from lora_lightning.lora.fused.plan import LowRank, Plan, is_captured, limits, lowered, switches
+from lora_lightning.lora.fused.plan import (
+    LowRank,
+    Plan,
+    is_captured,
+    limits,
+    lowered,
+    switches,
+    transformed,
+)
 from lora_lightning.lora.fused.thin_matmul import ALL, across, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
 
@@ -48,7 +56,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         out, into = weight.shape[:2]
         if x.numel() * (into + out) < smallest * into:
             return False
-    if _watched(x, weight):
+    if transformed() or torch.overrides.has_torch_function((x, weight)):
         return False
     if low.dropout and is_captured(x):
         return False  # a graph would replay one seed
@@ -57,14 +65,6 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
     if wanted is not None:
         return weight.dtype == torch.float32 and x.dtype in (torch.float32, wanted)
     return x.dtype == weight.dtype and low.lora_A.dtype == factor_dtype(weight)
-
-
-def _watched(x: Tensor, weight: Tensor) -> bool:
-    """Whether `torch.func`, forward-mode derivatives or a subclass must see torch's functions."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return True
-    level: int = torch.autograd.forward_ad._current_level
-    return level >= 0 or torch.overrides.has_torch_function((x, weight))
 
 
 def linear(

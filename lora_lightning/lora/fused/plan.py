@@ -124,6 +124,17 @@ def lowered(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, which the formulas lack."""
+    forward: int = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.maybe_current_level() is not None or forward >= 0
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler: Dynamo calls
+# the function while it traces.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_captured(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which would replay one seed of dropout's mask."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -155,11 +155,7 @@ class Store:
             if not (count := self._file.readinto(view)):
                 raise OSError("the file ends too early")
             view = view[count:]
-        return (
-            torch.frombuffer(data, dtype=dtype).view(shape)
-            if data
-            else torch.empty(shape, dtype=dtype, device="cpu")
-        )
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def clear(self) -> None:
         """Forget all items, and keep the room."""
