@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
-from lora_lightning import fused
-from lora_lightning.lora.fused import thin_matmul
+_WARNINGS = "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
 
-torch.set_num_threads(1)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for torch, and no advice of Lightning's (workers, validation loaders, log
+    intervals), which is not about our code: where tests run, as the process that hands them out to
+    others needs neither package, and each takes seconds to import."""
+    if config.option.dist == "no" or hasattr(config, "workerinput"):
+        import torch
+
+        torch.set_num_threads(1)
+        config.addinivalue_line("filterwarnings", _WARNINGS)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -23,12 +30,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def fused_at_any_size():
     """Tiny inputs take the path of real ones."""
+    from lora_lightning import fused
+
     with fused(smallest=0):
         yield
 
@@ -36,6 +47,11 @@ def fused_at_any_size():
 @pytest.fixture
 def as_if_inputs_were_large():
     """No input is too small; backward passes go in pieces of few rows, on two threads."""
+    import torch
+
+    from lora_lightning import fused
+    from lora_lightning.lora.fused import thin_matmul
+
     with pytest.MonkeyPatch.context() as patch, fused(smallest=0):
         patch.setattr(thin_matmul, "_PIECE", 32)
         patch.setattr(thin_matmul, "_FEWEST", 2)

@@ -251,8 +251,17 @@ class ByHand(Module):
         return [torch.optim.AdamW(chosen[i::2], lr=1e-3) for i in range(2)]
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("limit", [{"max_epochs": 10}, {"max_epochs": 11}, {"max_steps": 21}])
+@pytest.mark.parametrize(
+    ("rounds", "limit"),
+    [
+        (1, {"max_epochs": 11}),
+        (2, {"max_epochs": 10}),
+        (1, {"max_steps": 21}),
+        (2, {"max_steps": 21}),
+        pytest.param(1, {"max_epochs": 10}, marks=pytest.mark.slow),
+        pytest.param(2, {"max_epochs": 11}, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_fall_by_batches_however_often_optimizers_step(tmp_path, rounds, limit):
     courses = []
 

@@ -179,7 +179,8 @@ def test_the_number_of_adapters_costs_nothing(work, files):
         set_active(model, name_of(2))
         set_active(model, name_of(1))
         set_active(model, name_of(2))
-        calls(lambda model=model: WORK[work](loaded(files[:FEW]), files[0]))  # fills every cache
+        other = loaded(files[:FEW])
+        calls(lambda other=other: WORK[work](other, files[0]))  # fills every cache
         counts[number] = calls(lambda model=model: WORK[work](model, files[0]))
     assert counts[FEW] > 50
     assert counts[MANY] == counts[FEW]
