@@ -58,3 +58,11 @@ def as_if_inputs_were_large():
         patch.setattr(thin_matmul, "_WORTH", 0)
         patch.setattr(torch, "get_num_threads", lambda: 2)
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out the plots, where a test is not about them: they take most of a report's time."""
+    from lora_lightning.report import plots
+
+    monkeypatch.setattr(plots, "PLOTS", {})

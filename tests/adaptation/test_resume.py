@@ -23,6 +23,7 @@ from lora_lightning.text.subwords import Subwords
 from lora_lightning.text.translation import Translation
 from lora_lightning.text.translators import Translator
 from lora_lightning.vision.pose_self_training import TransductivePose
+from tests.helpers.networks import Sides
 from tests.helpers.training import Module, trainer
 
 STEPS, ROUNDS = 12, 3  # two epochs of two batches make a round, or one of four
@@ -43,21 +44,6 @@ class Net(nn.Module):
 def points():
     generator = torch.Generator().manual_seed(1)
     return 3 * torch.eye(8)[torch.arange(32) % 3] + torch.randn(32, 8, generator=generator) + 0.5
-
-
-class Sides(nn.Module):
-    """An angle by the halves of a picture, with a preference for one side."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-        with torch.no_grad():
-            self.fc.weight.copy_(torch.tensor([[0.5, 0.5], [-1.0, 1.0]]))
-            self.fc.bias.copy_(torch.tensor([0.0, 0.3]))
-
-    def forward(self, x):
-        left, right = x.chunk(2, dim=-1)
-        return self.fc(torch.stack([left.mean((1, 2, 3)), right.mean((1, 2, 3))], dim=1))
 
 
 def task(tmp_path, **settings):
@@ -89,7 +75,7 @@ def pose(tmp_path):
     torch.manual_seed(0)
     halves = torch.rand(43, 2) + 0.2
     pictures = halves.repeat_interleave(4, dim=1)[:, None, None].expand(43, 3, 8, 8).clone()
-    found = TransductivePose(Sides(), pictures, batch_size=8, learning_rate=0.02)
+    found = TransductivePose(Sides(skew=0.3), pictures, batch_size=8, learning_rate=0.02)
     return found, None, found, lambda: found
 
 

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import TransductiveTask
 from lora_lightning.vision.pose_self_training import TransductivePose
-from tests.adaptation.test_resume import Net, Sides, points
+from tests.adaptation.test_resume import Net, points
+from tests.helpers.networks import Sides
 from tests.helpers.training import Module, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the classifier is trained too")
@@ -32,7 +33,7 @@ def task(kind=TransductiveTask):
 
 
 def pose(kind=TransductivePose):
-    return kind(Sides(), torch.rand(20, 3, 8, 8), batch_size=8)
+    return kind(Sides(skew=0.3), torch.rand(20, 3, 8, 8), batch_size=8)
 
 
 @pytest.mark.parametrize("module", [task(OwnTask), pose(OwnPose)])

@@ -11,18 +11,7 @@ from torch import nn
 from lora_lightning import AdapterBank
 from lora_lightning.model.probing import difference, run
 from tests.helpers.bank_cases import check, one_by_one, tiny, write
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.middle = nn.Embedding(7, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.head(self.middle(self.embed(tokens)))
-
+from tests.helpers.networks import Tied
 
 FORMS = [
     {"target_modules": ["embed"], "trainable": ["head"]},

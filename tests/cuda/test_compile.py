@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from lora_lightning import AdapterBank, fused, inject, save_adapter, set_active, verify
 from lora_lightning.model.probing import difference
 from tests.helpers.bank_cases import images, write
-from tests.helpers.cuda import Losses, apart, bright, fit, gradients, stir
-from tests.helpers.training import lora, tiny_vit
+from tests.helpers.cuda import apart, fit, gradients, stir
+from tests.helpers.training import Losses, bright, lora, tiny_vit
 
 # Torch's own remarks while it compiles.
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore")]

@@ -9,9 +9,8 @@ import torch
 
 from lora_lightning import FitGuard
 from lora_lightning.model.state import named_factors
-from tests.helpers.cuda import Losses, Recurrent, apart, bright, fit, needs_half_recurrence
-from tests.helpers.training import lora, tiny_vit
-from tests.training.test_fit_guard import bright as bright_pictures
+from tests.helpers.cuda import Recurrent, apart, fit, needs_half_recurrence
+from tests.helpers.training import Losses, bright, lora, tiny_vit
 
 pytestmark = [
     pytest.mark.cuda,
@@ -65,9 +64,9 @@ def test_mixed_precision_recurrent_layers_and_a_guard(tmp_path, device):
     module = Losses(Recurrent())
     adapter = lora(target_modules="all", trainable=[])
     options = {"strategy": "ddp", "precision": "bf16-mixed", "max_epochs": 4}
-    fit(tmp_path, device, module, adapter, data=bright((5, 6)), **options)
+    fit(tmp_path, device, module, adapter, data=bright(shape=(5, 6)), **options)
     assert module.losses[-1] < module.losses[0]
     module, guard = Losses(tiny_vit()), FitGuard()
-    data, held_out = bright_pictures(32, 1), bright_pictures(12, 2)
+    data, held_out = bright(32, 1), bright(12, 2)
     fit(tmp_path, device, module, lora(rank=4), guard, data=data, held_out=held_out, **options)
     assert guard.history_

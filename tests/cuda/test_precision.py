@@ -23,17 +23,15 @@ from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers.cuda import (
     SETTINGS,
-    Losses,
     Recurrent,
     apart,
-    bright,
     finite,
     fit,
     needs_half_recurrence,
     set_precision,
     stir,
 )
-from tests.helpers.training import lora, randomise, tiny_vit
+from tests.helpers.training import Losses, bright, lora, randomise, tiny_vit
 from tests.model.test_every_timm import wake
 
 pytestmark = [
@@ -114,7 +112,15 @@ def test_recurrent_layers_through_the_callback(tmp_path, kind, precision, device
     torch.manual_seed(0)
     module = Losses(Recurrent(kind))
     adapter = lora(target_modules="all", trainable=[])
-    fit(tmp_path, device, module, adapter, data=bright((5, 6)), max_epochs=6, precision=precision)
+    fit(
+        tmp_path,
+        device,
+        module,
+        adapter,
+        data=bright(shape=(5, 6)),
+        max_epochs=6,
+        precision=precision,
+    )
     assert module.losses[-1] < module.losses[0]
     assert finite(module)
 

@@ -14,11 +14,10 @@ from lora_lightning import FitGuard, PrefixCache, disabled, inject, load_adapter
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
-from tests.helpers.cuda import Losses, Recurrent, apart, bright, finite, fit, set_precision, stir
-from tests.helpers.training import alike, lora, tiny_vit, trainer
+from tests.helpers.cuda import Recurrent, apart, finite, fit, set_precision, stir
+from tests.helpers.training import Losses, alike, bright, lora, tiny_vit, trainer
 from tests.helpers.zoo import ZOO
 from tests.training import test_prefix_cache as prefix
-from tests.training.test_fit_guard import bright as bright_pictures
 
 pytestmark = [
     pytest.mark.cuda,
@@ -146,7 +145,7 @@ def test_a_prefix_cache_under_tf32(tmp_path, device):
 def test_a_guarded_fit(tmp_path, precision, device):
     torch.manual_seed(0)
     module, guard = Losses(tiny_vit()), FitGuard()
-    data, held_out = bright_pictures(32, 1), bright_pictures(12, 2)
+    data, held_out = bright(32, 1), bright(12, 2)
     options = {"data": data, "held_out": held_out, "max_epochs": 4, "precision": precision}
     fit(tmp_path, device, module, lora(rank=4), guard, **options)
     assert guard.shrinkage_ > 0
@@ -170,7 +169,7 @@ def test_the_pull_is_as_strong_under_a_fused_optimizer(tmp_path, device):
         module = Fused(tiny_vit(), lr=3e-3)
         module.fused = use_fused
         guard = FitGuard(l2_sp=30.0, shares=[1], lower_rank=False, patience=9)
-        options = {"held_out": bright_pictures(12, 2), "max_epochs": 4, "precision": "16-mixed"}
+        options = {"held_out": bright(12, 2), "max_epochs": 4, "precision": "16-mixed"}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*source model is kept")
             fit(tmp_path, device, module, lora(trainable=[]), guard, **options)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning.model.probing import difference
-from tests.helpers.training import Module, fitted
+from tests.helpers.training import bright, fitted
 
 # Of cuDNN and of other products in float32: what torch offers, its default, Lightning's advice.
 SETTINGS = {"ieee": (False, "highest"), "default": (True, "highest"), "high": (True, "high")}
@@ -65,19 +64,6 @@ def gradients(model: nn.Module, outputs: list[Tensor], seed: int = 0) -> list[Te
     return [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
 
 
-class Losses(Module):
-    """Records its training losses."""
-
-    def __init__(self, model: nn.Module | None = None, lr: float = 1e-2):
-        super().__init__(model, lr)
-        self.losses: list[float] = []
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(float(loss.detach()))
-        return loss
-
-
 class Recurrent(nn.Module):
     """A classifier of sequences (B, T, 6)."""
 
@@ -98,15 +84,6 @@ def needs_half_recurrence(device: torch.device) -> None:
             nn.LSTM(6, 8).to(device)(torch.zeros(2, 2, 6, device=device))
     except RuntimeError as error:
         pytest.skip(f"torch has no LSTM in bfloat16 here: {error}")
-
-
-def bright(shape: tuple[int, ...] = (3, 32, 32), items: int = 16, batch: int = 8) -> DataLoader:
-    """Inputs whose mean is their class, which can be learnt."""
-    generator = torch.Generator().manual_seed(1)
-    y = torch.arange(items) % 4
-    x = 0.3 * torch.randn(items, *shape, generator=generator)
-    x += (y - 1.5).view(-1, *[1] * len(shape))
-    return DataLoader(TensorDataset(x, y), batch_size=batch)
 
 
 def fit(tmp_path, device: torch.device, module, *callbacks, **options):

@@ -53,6 +53,24 @@ class Module(pl.LightningModule):
         )
 
 
+class Losses(Module):
+    """Records its losses."""
+
+    def __init__(self, model: nn.Module | None = None, lr: float = 1e-2):
+        super().__init__(model, lr)
+        self.losses: list[float] = []
+        self.val_losses: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.val_losses.append(nn.functional.cross_entropy(self(x), y).item())
+
+
 class Late(Module):
     """A module that builds its network in `configure_model`."""
 
@@ -85,6 +103,17 @@ def loader(items: int = 8, size: int = 32, classes: int = 4, batch: int = 4) -> 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(items, 3, size, size, generator=generator)
     y = torch.arange(items) % classes
+    return DataLoader(TensorDataset(x, y), batch_size=batch)
+
+
+def bright(
+    items: int = 16, seed: int = 1, shape: tuple[int, ...] = (3, 32, 32), batch: int = 8
+) -> DataLoader:
+    """Inputs whose mean is their class, which can be learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(items) % 4
+    x = 0.3 * torch.randn(items, *shape, generator=generator)
+    x += (y - 1.5).view(-1, *[1] * len(shape))
     return DataLoader(TensorDataset(x, y), batch_size=batch)
 
 

@@ -24,12 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own remarks while i
 X = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def stack(**options) -> nn.Module:
-    """A convolution that is small, one that is not, a pointwise one and two linear layers."""
+def stack(short: bool = False, **options) -> nn.Module:
+    """A convolution that is small, one that is not, a pointwise one and two linear layers; or the
+    first alone and a linear layer."""
     torch.manual_seed(0)
+    more = nn.Conv2d(8, 96, 3, padding=1), nn.Conv2d(96, 8, 1)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 96, 3, padding=1), nn.Conv2d(96, 8, 1),
-        nn.Flatten(2), nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16),
+        nn.Conv2d(3, 8, 4, 4), nn.GELU(), *(() if short else more), nn.Flatten(2),
+        nn.LayerNorm(16), nn.Linear(16, 24), *(() if short else (nn.GELU(), nn.Linear(24, 16))),
     )  # fmt: skip
     inject(model, **{"rank": 2, "target_modules": "all", "trainable": [], **options})
     return stir(model)
@@ -48,16 +50,19 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=["thin", "whole"])
-def _way(request, monkeypatch):
-    """Each way to the gradients in turn."""
-    monkeypatch.setitem(compiled._WHOLE, "cpu", {"thin": 0, "whole": 10**9}[request.param])
-
-
-@pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("options", [{}, {"freeze_a": True}], ids=["both", "frozen A"])
-def test_gradients_are_those_of_the_plain_formula(options):
-    model = stack(**options)
+@pytest.mark.parametrize(
+    ("way", "frozen"),
+    [
+        ("thin", False),
+        ("whole", True),
+        pytest.param("thin", True, marks=pytest.mark.slow),
+        pytest.param("whole", False, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_those_of_the_plain_formula(monkeypatch, way, frozen):
+    """By each way to the gradients, of both factors and of B alone."""
+    monkeypatch.setitem(compiled._WHOLE, "cpu", {"thin": 0, "whole": 10**9}[way])
+    model = stack(freeze_a=frozen)
     with fused(False):
         expected = outcome(model, model)
     for low, close in ((False, 1e-5), (True, 0.1)):
@@ -95,7 +100,7 @@ def test_effective_weights_are_the_same_with_and_without_a_product():
 
 
 def test_one_graph_for_any_batch_and_two_for_two_adapters():
-    model = stack(name="one")
+    model = stack(short=True, name="one")
     inject(model, rank=2, target_modules="all", trainable=[], name="two", seed=1)
     run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     counters.clear()

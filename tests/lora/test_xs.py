@@ -238,12 +238,8 @@ def test_one_more_of_many_costs_what_one_costs(tmp_path):
         model = copy.deepcopy(base)
         for i in range(number):
             load_adapter(model, path, f"n{i}")
-        calls(lambda model=model: load_adapter(model, path, "warm"))
-        # The least of three: a garbage collection in between may call a few functions more.
-        more = [
-            calls(lambda model=model, i=i: load_adapter(model, path, f"more{i}")) for i in range(3)
-        ]
-        counts.append(min(more))
+        load_adapter(model, path, "warm")
+        counts.append(calls(lambda model=model: load_adapter(model, path, "more")))
     assert counts[0] == counts[1]
 
 

@@ -39,6 +39,7 @@ from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
 from lora_lightning.training.checks import check_still_frozen
+from tests.helpers.networks import Tied
 from tests.helpers.training import randomise, tiny_vit
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -317,26 +318,16 @@ def test_merge_then_move_brings_the_raw_weights_along(monkeypatch):
 
 
 def test_tied_weights_stay_tied():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(9, 6)
-            self.out = nn.Linear(6, 9, bias=False)
-            self.out.weight = self.embed.weight
-
-        def forward(self, x):
-            return self.out(self.embed(x).tanh())
-
     model, x = Tied(), torch.arange(9)
     before = model(x)
-    inject(model, rank=2, target_modules="out", trainable=[])
+    inject(model, rank=2, target_modules="head", trainable=[])
     randomise(model)
     adapted, embedded = model(x), model.embed(x)
     merge(model)
     assert torch.equal(model.embed(x), embedded), "merging one layer changed the other"
     assert difference([model(x)], [adapted]) < 1e-6
     remove(model)
-    assert model.out.weight is model.embed.weight
+    assert model.head.weight is model.embed.weight
     assert torch.equal(model(x), before)
 
 

@@ -86,12 +86,16 @@ def ways(model: nn.Module, file, name: str = "alice") -> tuple[nn.Module, nn.Mod
     return model, other
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
 def everything(model: nn.Module) -> dict[str, object]:
     """All that decides what the model does from here on, to be compared by `==`."""
     state, layers = state_of(model), View(model).adapted
     assert state is not None
     return {
-        "state dict": {k: v.tolist() for k, v in model.state_dict().items()},
+        "state dict": {k: raw(v) for k, v in model.state_dict().items()},
         "keys": list(model.state_dict()),
         "parameters": [(n, p.requires_grad, p.dtype) for n, p in model.named_parameters()],
         "gradients": [n for n, p in parameters(model).items() if p.grad is not None],
@@ -102,10 +106,10 @@ def everything(model: nn.Module) -> dict[str, object]:
         ],
         "active": {n: m.lora_active for n, m in layers.items()},
         "adapters": list(state.configs),
-        "source": {n: value.tolist() for n, (_, value) in state.source.items()},
-        "parked": {a: {n: v.tolist() for n, v in p.items()} for a, p in state.parked.items()},
+        "source": {n: raw(value) for n, (_, value) in state.source.items()},
+        "parked": {a: {n: raw(v) for n, v in p.items()} for a, p in state.parked.items()},
         "state": replace(state, source={}, parked={}, chosen=(0, {})),
-        "output": [model(X).tolist()] if not model.training else [],
+        "output": [raw(model(X))] if not model.training else [],
     }
 
 

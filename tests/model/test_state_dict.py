@@ -9,6 +9,7 @@ from torch import nn
 from lora_lightning import inject, merge, remove, unmerge
 from lora_lightning.errors import AdapterError
 from lora_lightning.model.probing import difference
+from tests.helpers.networks import Tied
 from tests.helpers.training import randomise
 
 
@@ -38,21 +39,7 @@ def test_moved_statistics_are_missed_where_a_filter_left_them_out(left_out):
         normed().load_state_dict(part)
 
 
-class Tied(nn.Module):
-    """An output layer that is an embedding's, and a layer between that is not."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.middle = nn.Embedding(9, 6), nn.Linear(6, 6)
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.out(self.middle(self.embed(x)).tanh())
-
-
-@pytest.mark.parametrize("targets", [["out"], ["embed"], ["embed", "out"], "auto", ["middle"]])
+@pytest.mark.parametrize("targets", [["head"], ["embed"], ["embed", "head"], "auto", ["middle"]])
 def test_merged_ties_are_not_saved_into_a_model_that_ties_again(targets):
     model, x = Tied(), torch.arange(9)
     adapted = {row.module for row in inject(model, rank=2, target_modules=targets).rows}

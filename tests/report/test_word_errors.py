@@ -115,6 +115,7 @@ def test_accuracy_is_still_better_higher(run):
     assert "lowers accuracy" in verdict(run)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_can_be_listened_to(run, tmp_path):
     write_report(run, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
@@ -227,6 +228,7 @@ def test_targets_that_are_not_drawn_are_owned_up_to(run):
     assert figure.axes[0].get_yticklabels()[0].get_text() == "v00"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_with_predictions_as_well_writes_both(run, tmp_path):
     run.predictions = [Prediction("a.wav", "anna", "yes", "no", 0.5, "yes", 0.5, 0)]
     write_report(run, tmp_path / "out")
@@ -234,6 +236,7 @@ def test_a_run_with_predictions_as_well_writes_both(run, tmp_path):
     assert (tmp_path / "out" / "transcripts.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_of_a_speech_run(run, tmp_path):
     write_report(run, tmp_path / "out")
     found = list(csv.DictReader(io.StringIO((tmp_path / "out" / "transcripts.csv").read_text())))

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_lightning.report import plots
 from lora_lightning.report.plots.domains import domain_plot
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.write import (
@@ -26,12 +25,6 @@ from lora_lightning.report.write import (
     write_report,
 )
 from tests.helpers.report_runs import FULL, LORA, SOURCE, make_run, row, three_seeds
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots, where a test is not about them: they take most of the time."""
-    monkeypatch.setattr(plots, "PLOTS", {})
 
 
 def table_text(run: Run, width: int = 80) -> str:

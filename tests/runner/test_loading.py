@@ -29,7 +29,10 @@ from lora_lightning.vision.data.synthetic.worlds import WORLDS
 from lora_lightning.vision.methods import METHODS
 from tests.helpers.miniature import TINY, TINY_TRANSLATION, photos
 
+FEW_METHODS = "methods=[source_only,label_free,lora]"
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*/recipe.yaml"))
+# Not those that tests/speech and tests/text run with all their methods.
+RENDERED = [p for p in RECIPES if p.parent.name not in ("speaker", "translation")]
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +48,47 @@ def ran(tmp_path_factory):
 # ---- every recipe -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("path", RENDERED, ids=lambda p: p.parent.name)
+def test_recipe_runs_on_what_it_renders(path, tmp_path, monkeypatch):
+    runs_in_miniature(path, tmp_path, monkeypatch, FEW_METHODS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
 def test_recipe_runs_in_miniature(path, tmp_path, monkeypatch):
+    """All of it; the fast tier has all methods on folders (`ran`), voices and sentences."""
+    runs_in_miniature(path, tmp_path, monkeypatch)
+
+
+def runs_in_miniature(path, tmp_path, monkeypatch, *overrides):
     pytest.importorskip("panda3d")
     monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     config = load_recipe(path)
     small, domains = miniature(config)
-    result = run_recipe(path, small, tmp_path / "out")
+    result = run_recipe(path, [*small, *overrides], tmp_path / "out")
     assert {r.domain for r in result.rows} == domains
     rows = json.loads((tmp_path / "out/results.json").read_text())
     with_lexicon = config.kind == "speech"  # a row more: the adapter's, decoded with it
     assert len({r["method"] for r in rows}) == len(result.config["methods"]) + with_lexicon
 
 
-@pytest.mark.parametrize("name", ["lighting", "speaker"])
-@pytest.mark.parametrize("init", ["corda", "lora-ga"])
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [
+        ("lighting", "corda"),
+        ("speaker", "lora-ga"),
+        pytest.param("lighting", "lora-ga", marks=pytest.mark.slow),
+        pytest.param("speaker", "corda", marks=pytest.mark.slow),
+    ],
+)
 def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch):
     pytest.importorskip("panda3d")
     monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     [path] = [p for p in RECIPES if p.parent.name == name]
     small, _ = miniature(load_recipe(path))
-    methods = "methods=[source_only,label_free,lora]"
-    run_recipe(path, [*small, methods, f"lora.init={init}"], tmp_path / "out")
+    run_recipe(path, [*small, FEW_METHODS, f"lora.init={init}"], tmp_path / "out")
     files = list((tmp_path / "out").rglob("*.safetensors"))
     kept = [f for f in files if any(k.endswith("start_B") for k in load_file(f))]
     assert len(kept) == 2

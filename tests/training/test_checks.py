@@ -21,6 +21,7 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterError, BaseMismatchError, ConfigError, VerificationError
 from lora_lightning.model.probing import difference
 from lora_lightning.model.state import named_factors
+from tests.helpers.networks import Tied
 from tests.helpers.training import (
     Module,
     alike,
@@ -184,24 +185,14 @@ def test_the_backbone_may_begin_under_autocast(tmp_path):
     trainer(tmp_path, lora(), max_epochs=1, precision="bf16-mixed").fit(Stem(), loader(size=64))
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb, self.body, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, False)
-        self.head.weight = self.emb.weight
-
-    def forward(self, x):
-        return self.head(self.body(self.emb(x)))
-
-
 def test_strict_loading_of_tied_and_shared_modules(tmp_path):
     module = Module(Tied())
-    trainer(tmp_path, lora(target_modules=["body"], trainable=["head*"])).fit(
+    trainer(tmp_path, lora(target_modules=["middle"], trainable=["head*"])).fit(
         module, torch.utils.data.DataLoader([(torch.tensor([1, 2]), torch.tensor([[0.2] * 9] * 2))])
     )
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    assert "model.body.weight" not in checkpoint["state_dict"]
+    assert "model.middle.weight" not in checkpoint["state_dict"]
     module.load_state_dict(checkpoint["state_dict"])
 
     shared = nn.Sequential(nn.Linear(4, 4))

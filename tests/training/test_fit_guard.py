@@ -38,7 +38,7 @@ from lora_lightning.model.shrinkage import adapter_values, pull_to_source, resto
 from lora_lightning.model.state import named_factors
 from lora_lightning.training.gain_test import Look, choose, diagnose
 from lora_lightning.training.validation_losses import losses_of, one_by_one
-from tests.helpers.training import Module, fresh, randomise, tiny_vit, trainer
+from tests.helpers.training import Module, bright, fresh, randomise, tiny_vit, trainer
 from tests.helpers.training import fitted as fit_with
 
 KINDS = {
@@ -230,14 +230,6 @@ def noise(items: int, seed: int = 7, classes: int = 4) -> DataLoader:
     x = torch.randn(items, 3, 32, 32, generator=generator)
     y = torch.randint(classes, (items,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=4)
-
-
-def bright(items: int, seed: int) -> DataLoader:
-    """Images whose brightness is their class."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(items) % 4
-    x = 0.3 * torch.randn(items, 3, 32, 32, generator=generator) + (y - 1.5).view(-1, 1, 1, 1)
-    return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
 def fitted(*given, **options):

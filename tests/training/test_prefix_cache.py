@@ -18,7 +18,7 @@ from lora_lightning import LoRACallback, PrefixCache, TransductiveTask
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.calling import call
 from lora_lightning.training.prefix_cache.store import Store
-from tests.helpers.training import Module, trainer
+from tests.helpers.training import Losses, trainer
 
 ITEMS, BATCH = 12, 4
 
@@ -49,21 +49,6 @@ def resnet() -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)  # a trained network has no norms at their zero start
     return model
-
-
-class Losses(Module):
-    def __init__(self, model):
-        super().__init__(model)
-        self.losses, self.val_losses = [], []
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(loss.item())
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.val_losses.append(nn.functional.cross_entropy(self(x), y).item())
 
 
 def items(number: int = ITEMS) -> TensorDataset:

@@ -46,6 +46,7 @@ from lora_lightning.vision.pose_regressor import (
 )
 from lora_lightning.vision.pose_self_training import TransductivePose
 from tests.helpers.miniature import TINY, photos
+from tests.helpers.networks import Sides
 from tests.helpers.report_runs import FULL, LORA, SOURCE, make_run, row
 from tests.helpers.training import trainer
 
@@ -310,28 +311,12 @@ def test_what_cannot_be_regressed_is_said():
 # ---- without labels -----------------------------------------------------------------------------
 
 
-class _Sides(nn.Module):
-    """Reads a vector off the mean of each half of a picture, by a linear head."""
-
-    def __init__(self, skew: float = 0.0):
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-        with torch.no_grad():
-            # The sine is what the right has more than the left, but for a preference for a side.
-            self.fc.weight.copy_(torch.tensor([[0.5, 0.5], [-1.0, 1.0]]))
-            self.fc.bias.copy_(torch.tensor([0.0, skew]))
-
-    def forward(self, x):
-        left, right = x.chunk(2, dim=-1)
-        return self.fc(torch.stack([left.mean((1, 2, 3)), right.mean((1, 2, 3))], dim=1))
-
-
 def sides(count=32, seed=0):
-    """Pictures of two grey halves, and the angles that `_Sides()` reads off them."""
+    """Pictures of two grey halves, and the angles that `Sides()` reads off them."""
     g = torch.Generator().manual_seed(seed)
     halves = torch.rand(count, 2, generator=g) + 0.2
     pictures = halves.repeat_interleave(4, dim=1)[:, None, None].expand(count, 3, 8, 8).clone()
-    return pictures, angle(_Sides()(pictures)).detach()
+    return pictures, angle(Sides()(pictures)).detach()
 
 
 def adapted(model, pictures, epochs=3, **settings):
@@ -343,7 +328,7 @@ def adapted(model, pictures, epochs=3, **settings):
 
 def test_a_preference_for_a_side_is_unlearnt_without_labels():
     pictures, angles = sides()
-    model = _Sides(skew=0.3)
+    model = Sides(skew=0.3)
     before = circular_error(angle(model(pictures)), angles).mean().item()
     task = adapted(model, pictures, 8, learning_rate=0.02)
     after = circular_error(angle(model.eval()(pictures)), angles).mean().item()
@@ -355,7 +340,7 @@ def test_a_preference_for_a_side_is_unlearnt_without_labels():
 
 def test_what_brings_nothing_leaves_the_source_model_bit_for_bit():
     pictures, _ = sides()
-    model = _Sides()  # its answers to mirror images agree: there is nothing to gain
+    model = Sides()  # its answers to mirror images agree: there is nothing to gain
     before = {k: v.clone() for k, v in model.state_dict().items()}
     task = adapted(model, pictures, learning_rate=0.05)
     assert task.accepted_ == 0
@@ -365,7 +350,7 @@ def test_what_brings_nothing_leaves_the_source_model_bit_for_bit():
 
 def test_a_learning_rate_that_breaks_the_weights_is_noticed():
     pictures, _ = sides()
-    model = _Sides(skew=0.3)
+    model = Sides(skew=0.3)
     task = adapted(model, pictures, learning_rate=1e30)
     assert task.accepted_ == 0
     assert all(p.isfinite().all() for p in model.parameters())
@@ -410,14 +395,14 @@ def test_concordance_is_not_raised_by_answers_that_shrink_or_by_a_preference():
 def test_one_picture_and_labels_that_are_not_looked_at():
     pictures, angles = sides(9)
     wrong = [(x, a) for x, a in zip(pictures, angles + 90, strict=True)]
-    one, other = (adapted(_Sides(0.3), x, learning_rate=0.02) for x in (pictures, wrong))
+    one, other = (adapted(Sides(0.3), x, learning_rate=0.02) for x in (pictures, wrong))
     torch.testing.assert_close(one.answers_.plain, other.answers_.plain)
-    assert len(adapted(_Sides(0.3), pictures[:1]).answers_.plain) == 1
+    assert len(adapted(Sides(0.3), pictures[:1]).answers_.plain) == 1
 
 
 def test_only_factors_are_trained_and_come_off(tmp_path):
     pictures, _ = sides()
-    model = _Sides(skew=0.3)
+    model = Sides(skew=0.3)
     before = model.fc.weight.detach().clone()
     task = TransductivePose(model, pictures, batch_size=8)
     lora = LoRACallback(
@@ -438,7 +423,7 @@ def test_only_factors_are_trained_and_come_off(tmp_path):
 )
 def test_mistakes_in_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
-        TransductivePose(_Sides(), torch.zeros(2, 3, 8, 8), **settings)
+        TransductivePose(Sides(), torch.zeros(2, 3, 8, 8), **settings)
 
 
 def test_mistakes_in_limits():
