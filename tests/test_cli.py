@@ -31,10 +31,12 @@ def adapter(tmp_path):
     return save_adapter(model, tmp_path / "adapter.safetensors"), model
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_run_prints_the_table_and_where_the_results_are(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     root = photos(tmp_path / "photos")
     own = [f"data.root={root}", "data.source=day", f"out={tmp_path / 'out'}"]
+    own += ["methods=[source_only,nearest_centroid,label_free,lora]"]
     assert main(["run", "lighting", *TINY, *own]) == 0
     out, err = capsys.readouterr()
     assert "LoRA" in out

@@ -526,6 +526,7 @@ def test_rows_are_mean_circular_errors_of_the_predictions(ran):
         assert all(-180 <= float(r["adapted"]) <= 180 for r in csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_table(ran, tmp_path):
     _, own, first = ran
     methods = "methods=[subspace,label_free,lora]"
