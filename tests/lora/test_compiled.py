@@ -99,10 +99,14 @@ def test_effective_weights_are_the_same_with_and_without_a_product():
     torch.testing.assert_close(compiled.added(W, A, B, 0.5), expected)
 
 
-def test_one_graph_for_any_batch_and_two_for_two_adapters():
-    model = stack(short=True, name="one")
+@pytest.mark.parametrize(
+    ("backend", "short"),
+    [("eager", True), pytest.param("aot_eager", False, marks=pytest.mark.slow)],
+)
+def test_one_graph_for_any_batch_and_two_for_two_adapters(backend, short):
+    model = stack(short, name="one")
     inject(model, rank=2, target_modules="all", trainable=[], name="two", seed=1)
-    run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    run = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     counters.clear()
     for name, items in (("one", 64), ("two", 40), ("one", 17)):
         set_active(model, name)

@@ -45,6 +45,7 @@ NAMES = sorted(MODELS)
 pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 BOTH = ("auto", "all")
 SLOW = pytest.mark.slow
+LARGE = ("HDemucs", "Wav2Letter")  # of many layers, or of 23 million weights
 # Weights that "all" leaves alone: parameters outside any layer, adapted when they are named.
 BARE = {
     "WavLM": ("gru_rel_pos_const",),
@@ -88,8 +89,13 @@ def equal(model: nn.Module, batch: tuple, expected: list[torch.Tensor]) -> bool:
         return all(map(torch.equal, run(model, batch), expected))
 
 
-@pytest.mark.parametrize("targets", BOTH)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *((name, "auto") for name in NAMES),
+        *(pytest.param(name, "all", marks=SLOW if name in LARGE else []) for name in NAMES),
+    ],
+)
 def test_every_model(name, targets):
     model, batch = build(name)
     model.requires_grad_(False)

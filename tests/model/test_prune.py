@@ -172,7 +172,7 @@ def test_factors_that_have_not_moved_are_left_alone():
 # ---- in a trainer ---------------------------------------------------------------------------
 
 
-def fit(module, tmp_path, epochs=8, **options):
+def fit(module, tmp_path, epochs=5, **options):
     callback = LoRACallback(output_dir=tmp_path, seed=0, **options)
     trainer(tmp_path, callback, max_epochs=epochs).fit(module, loader(items=16))
     return callback
@@ -323,12 +323,12 @@ def test_a_finished_fit_is_saved_and_goes_on(tmp_path, kind):
         t.fit(Task(), loader(items=16), **options)
         return t, [row.rank for row in callback.report_.rows]
 
-    t, ranks = go(8)
+    t, ranks = go(4)
     t.save_checkpoint(tmp_path / "after.ckpt")
     for parameter, state in t.optimizers[0].state.items():
         moments = [m for m in state.values() if m.ndim == 2 and 1 not in m.shape]
         assert all(m.shape == parameter.shape for m in moments)
-    assert go(9, ckpt_path=tmp_path / "after.ckpt")[1] == ranks
+    assert go(5, ckpt_path=tmp_path / "after.ckpt")[1] == ranks
 
 
 @pytest.mark.parametrize("rank", [6, "auto"])
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_a_finished_fit_is_the_model(tmp_path, rank):
         return fresh(), LoRACallback(output_dir=tmp_path, **options)
 
     module, callback = parts()
-    t = trainer(tmp_path, callback, max_epochs=8)
+    t = trainer(tmp_path, callback, max_epochs=4)
     t.fit(module, loader(items=16))
     t.save_checkpoint(tmp_path / "after.ckpt")
     other, callback = parts()

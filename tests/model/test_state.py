@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import random
 import sys
@@ -66,6 +67,11 @@ def files(tmp_path_factory):
 
 
 def loaded(paths) -> nn.Module:
+    return copy.deepcopy(_loaded(tuple(paths)))
+
+
+@functools.cache
+def _loaded(paths) -> nn.Module:
     model = base()
     for i, path in enumerate(paths):
         load_adapter(model, path, name_of(i))

@@ -75,14 +75,17 @@ def test_the_adapter_fits_the_source_model(ran):
     assert not torch.equal(model(batch.source, batch.target), before)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_table_and_the_model_can_be_given(ran, tmp_path):
     out, first = ran
-    given = [f"data.target={DOMAINS}", "seeds=[3]", f"model.checkpoint={out}/source.safetensors"]
+    given = ["data.target=[medical-3]", "seeds=[3]", f"model.checkpoint={out}/source.safetensors"]
     again = run_recipe("translation", [*TINY, *given], tmp_path)
     before = {(r.method, r.domain, r.metric): r.value for r in first.rows if r.seed == 3}
-    assert before == {(r.method, r.domain, r.metric): r.value for r in again.rows}
+    found = {(r.method, r.domain, r.metric): r.value for r in again.rows}
+    assert found == {key: value for key, value in before.items() if key[1] != "nautical-1"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pairs_of_ones_own(tmp_path):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     rows = [f"{w} {v}\t{v} {w}\t{d}" for d, v in (("news", "x"), ("law", "y")) for w in words]
