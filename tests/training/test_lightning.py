@@ -138,13 +138,20 @@ def test_ddp_on_two_cpu_processes(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_vit_base_checkpoint_is_under_two_percent(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("vit_tiny_patch16_224", 1),
+        pytest.param("vit_base_patch16_224", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_vit_checkpoint_is_under_two_percent(tmp_path, name, rank):
     """Measured against the checkpoint of full fine-tuning, optimizer states in both."""
     sizes = {}
     for kind in ("lora", "full"):
-        model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=10)
+        model = timm.create_model(name, img_size=32, num_classes=10)
         saver = ModelCheckpoint(tmp_path / kind)
-        callbacks = [saver] if kind == "full" else [LoRACallback(rank=8, verify=False), saver]
+        callbacks = [saver] if kind == "full" else [LoRACallback(rank=rank, verify=False), saver]
         t = trainer(tmp_path, *callbacks, enable_checkpointing=True, max_steps=1, max_epochs=1)
         t.fit(Module(model), loader(2, batch=2))
         sizes[kind] = Path(saver.best_model_path).stat().st_size
