@@ -16,7 +16,7 @@ from lora_lightning.model.state import named_factors
 from tests.helpers import audio_zoo, ops_cases
 from tests.helpers.cuda import apart, gradients, on_cpu, stir
 from tests.helpers.training import tiny_vit
-from tests.helpers.zoo import ZOO, targets
+from tests.helpers.zoo import WAYS, ZOO, targets
 from tests.lora.test_layers import adapted, equal, outputs
 
 pytestmark = [
@@ -33,9 +33,6 @@ FORMS = {
     "start kept": {"init": "pissa"},
     "core alone": {"xs": True},
 }
-# One kind for each way in which layers compute.
-WAYS = ["Linear", "Conv2d", "Conv2d grouped", "Embedding", "MultiheadAttention", "LSTM", "GRU",
-        "StdConv2d", "weight norm"]  # fmt: skip
 CASES = [(k, f) for f in FORMS for k in (KINDS if f in ("plain", "dora") else WAYS)]
 RECURRENT = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 TOLERANCE = 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
@@ -128,11 +129,26 @@ ZOO = {
     "bias table": (lambda: Positions(5, 6), sequence()),
 }
 
+# One kind for each way in which layers compute.
+WAYS = ["Linear", "Conv2d", "Conv2d grouped", "Embedding", "MultiheadAttention", "LSTM", "GRU",
+        "StdConv2d", "weight norm"]  # fmt: skip
+
 BARE = ("pos_embed", "pos_embed map", "bias table")
 
 
 def targets(kind: str) -> str:
     return "pos_embed" if kind in BARE else "all"
+
+
+def crossed(values: list[str]) -> list:
+    """Every kind with every value; of kinds that compute as another the fast tier has a third."""
+    return [
+        pytest.param(
+            kind, value, marks=[] if kind in WAYS or (i + j) % 3 == 0 else pytest.mark.slow
+        )
+        for i, kind in enumerate(sorted(ZOO))
+        for j, value in enumerate(values)
+    ]
 
 
 @torch.no_grad()

@@ -35,16 +35,12 @@ from tests.helpers.audio_zoo import MODELS
 from tests.helpers.audio_zoo import build as build_audio
 from tests.helpers.gpu import cudnn_rnn, ieee_convolutions  # noqa: F401 - fixtures
 from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
-from tests.helpers.zoo import ZOO, targets, there_and_back
+from tests.helpers.zoo import ZOO, crossed, targets, there_and_back
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
     pytest.mark.filterwarnings("ignore:.* tensors start as 'zero' does"),
 ]
-KINDS = sorted(ZOO)
-# One kind for each way in which layers compute; of the others the fast tier takes every third.
-WAYS = ["Linear", "Conv2d", "Embedding", "MultiheadAttention", "LSTM", "StdConv2d", "weight norm",
-        "pos_embed"]  # fmt: skip
 UNSEEN = (nn.Embedding, nn.modules.conv._ConvTransposeNd)
 WEIGHTS = [n for n, m in METHODS.items() if m.needs == "nothing" and n != "zero"]
 DATA = [n for n, m in METHODS.items() if m.needs != "nothing"]
@@ -68,14 +64,7 @@ def started(kind: str, init: str, **options):
     return base, model, x
 
 
-@pytest.mark.parametrize(
-    ("kind", "init"),
-    [
-        pytest.param(kind, init, marks=[] if (i + j) % 3 == 0 or kind in WAYS else pytest.mark.slow)
-        for i, kind in enumerate(KINDS)
-        for j, init in enumerate([*WEIGHTS, *DATA])
-    ],
-)
+@pytest.mark.parametrize(("kind", "init"), crossed([*WEIGHTS, *DATA]))
 def test_the_function_stays_and_everything_is_exact(kind, init, tmp_path):
     base, model, x = started(kind, init)
     with torch.no_grad():
@@ -401,8 +390,14 @@ class MakesTensors(Module):
         return nn.functional.cross_entropy(self(batch[0]) @ torch.eye(4), batch[1])
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("init", ["eva", "activation-nmf", "lora-ga"])
+@pytest.mark.parametrize(
+    ("init", "precision"),
+    [
+        pytest.param(init, precision, marks=[] if i == j else pytest.mark.slow)
+        for i, init in enumerate(["eva", "activation-nmf", "lora-ga"])
+        for j, precision in enumerate(["64-true", "bf16-true", "bf16-mixed"])
+    ],
+)
 def test_the_look_is_in_the_precision_of_the_fit(init, precision, tmp_path):
     module = MakesTensors()
     callback = LoRACallback(rank=2, seed=0, init=init)

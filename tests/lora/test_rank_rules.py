@@ -25,7 +25,7 @@ from lora_lightning.lora.rank_rules import RULES, Spectrum, choose, spectrum_of
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import Late, Module, fitted, fresh, loader, randomise, tiny_vit, trainer
-from tests.helpers.zoo import ZOO, targets
+from tests.helpers.zoo import ZOO, crossed, targets
 
 
 def spectrum(values, limit=32, cost=10) -> Spectrum:
@@ -127,8 +127,7 @@ def test_a_network_keeps_to_its_budget_and_to_fixed_ranks():
 
 @pytest.mark.filterwarnings("ignore:.* tensors start as 'zero' does")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
-@pytest.mark.parametrize("init", ["zero", "eva", "pissa"])
-@pytest.mark.parametrize("kind", sorted(ZOO))
+@pytest.mark.parametrize(("kind", "init"), crossed(["zero", "eva", "pissa"]))
 def test_every_kind_of_layer(kind, init, tmp_path):
     make, x = ZOO[kind]
     model = make().eval().requires_grad_(False)
