@@ -12,9 +12,11 @@ from lora_lightning.adaptation.guard import Limits, Verdict
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import Position, begin_next_epoch
 from lora_lightning.adaptation.rounds import PredictionRounds, Round, print_wrapped
-from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.target import Canary, Predict, Predicted, Target, seen_by
 from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.model.calling import classifier, logits_of
+from lora_lightning.training.steps import run_module
 
 
 def _read(name: str, what: str) -> Any:
@@ -221,6 +223,7 @@ class PredictionSelfTraining(SelfTraining):
     """
 
     broken = "the predictions are NaN: the learning rate is too high"
+    forward: Any = None
     rounds_: PredictionRounds
 
     def __init__(
@@ -234,12 +237,20 @@ class PredictionSelfTraining(SelfTraining):
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Connect the canary to the rounds."""
         if self.canary is not None:
-            look = self.canary.accuracy
-            self.rounds_.canary = partial(look, module, self.network(module))
+            seen = self.predict(module), module, self.network(module)
+            self.rounds_.canary = partial(self.canary.accuracy, *seen)
+
+    def predict(self, module: LightningModule) -> Predict:
+        """Logits of a batch of inputs, by `forward`, or else by the module's forward."""
+        network = self.network(module)
+        if self.forward is not None:
+            return classifier(network, self.forward)
+        return lambda inputs: logits_of(run_module(module, network, inputs))
 
     def look(self, module: LightningModule) -> Predicted:
         """The network's predictions of all items."""
-        return seen_by(module, self.network(module), self.target, self.batch_size)
+        seen = self.predict(module), module, self.network(module)
+        return seen_by(*seen, self.target, self.batch_size)
 
     def labelled(self) -> dict[str, Any]:
         """Numbers of accepted labels, in all and by class."""

@@ -7,13 +7,16 @@ hide everything), runs the model and checks, for each adapted tensor:
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
+A model that decides in eval mode (classes, detections, texts) gives little to tell these by there:
+no gradient, or as many numbers as it finds. Then a warning says what was left out.
+
 No product uses TF32. Factors, buffers, modes, gradients, random state and torch's settings are
 restored afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +32,7 @@ from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
+from lora_lightning.model.decisions import Look, untold_by_eval
 from lora_lightning.model.probing import (
     accepted,
     difference,
@@ -41,9 +45,9 @@ from lora_lightning.model.probing import (
 )
 from lora_lightning.model.view import View
 
-Look = Callable[..., list[Tensor]]  # from a seed: the outputs of one run
-
 _TRIES = 3
+_NOTHING = "the output depends on no adapter at all"
+_NO_NUMBER = "the output holds no floating-point tensor; give forward=, from (model, batch) to one"
 _verifying: ContextVar[bool] = ContextVar("verifying", default=False)
 
 
@@ -62,6 +66,7 @@ class Verification:
         failures: path → why it fails; empty when all is well.
         effect: largest change of the eval output by the random factors, relative.
         merge_error: largest difference between merged and unmerged output, relative.
+        untold: what the eval output cannot tell, and why; "" where it tells all.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Verification:
     failures: dict[str, str] = field(default_factory=dict)
     effect: float = 0.0
     merge_error: float = 0.0
+    untold: str = ""
 
 
 def verify(
@@ -112,6 +118,9 @@ def verify(
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
         raise VerificationError(_message(failing))
+    for each in found:
+        if each.untold:
+            warnings.warn(f"adapter {each.name!r}: {each.untold}", stacklevel=2)
     return found
 
 
@@ -119,26 +128,32 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
     factors = states.named_factors(model, name)
     result = Verification(name, list(factors))
     with randomised(model, factors):
-        for training in (True, False):
-            for path, reason in _dead(model, factors, look, training).items():
-                mode = "training" if training else "eval"
-                result.failures.setdefault(path, f"in {mode}: {reason}")
+        dead, trained = _dead(model, factors, look, training=True)
+        result.failures |= {path: f"in training: {reason}" for path, reason in dead.items()}
         model.eval()
-        _check_eval(model, result, look, tolerance)
+        comparable = True
+        if not dead:
+            result.untold, comparable = untold_by_eval(model, factors, look, trained)
+        if not result.untold:
+            for path, reason in _dead(model, factors, look, training=False)[0].items():
+                result.failures.setdefault(path, f"in eval: {reason}")
+        if comparable:
+            _check_eval(model, result, look, tolerance)
     return result
 
 
 def _dead(
     model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
-) -> dict[str, str]:
-    """Path → why no gradient reaches it; a gradient in one of three draws is enough."""
+) -> tuple[dict[str, str], list[Tensor]]:
+    """Path → why no gradient reaches it (one of three draws is enough); and the last outputs."""
     dead: dict[str, str] = dict.fromkeys(factors, "")
+    outputs: list[Tensor] = []
     for attempt in range(_TRIES):
         with without_noise(model, training), torch.enable_grad():
             outputs = look(seed=attempt)
             loss = _probe_loss(outputs, attempt)
             if loss is None:
-                return dict.fromkeys(factors, "the output depends on no adapter at all")
+                return dict.fromkeys(factors, _NOTHING if outputs else _NO_NUMBER), outputs
             model.zero_grad(set_to_none=True)
             # Smaller each time: without a trainer's scaler float16 can overflow.
             (loss / 100**attempt).backward()
@@ -147,7 +162,7 @@ def _dead(
             break
         randomise(model, factors, seed=attempt + 1)
     model.zero_grad(set_to_none=True)
-    return dead
+    return dead, outputs
 
 
 def _gradient_problem(factors: Factors) -> str | None:
