@@ -130,6 +130,8 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
     with randomised(model, factors):
         dead, trained = _dead(model, factors, look, training=True)
         result.failures |= {path: f"in training: {reason}" for path, reason in dead.items()}
+        if not trained:
+            return result
         model.eval()
         comparable = True
         if not dead:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,17 @@ class Two(Net):
         return self.note(x, lengths, mask)
 
 
+class Named(Net):
+    def forward(self, *, x, mask=None):
+        return self.note(x, mask)
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+    lengths: torch.Tensor
+    label: torch.Tensor
+
+
 class Star(Net):
     def forward(self, *args, **kwargs):
         return self.note(*args, *kwargs.values())
@@ -64,6 +77,10 @@ BATCHES = {
     "a mapping and targets": (One, ({"x": X}, Y), None, (X, None)),
     "two that are needed": (Two, (X, Y, Y), None, (X, Y, None)),
     "a mapping of them": (Two, {"lengths": Y, "x": X, "mask": Y}, None, (X, Y, Y)),
+    "a named tuple": (Two, Inputs(X, Y, Y), None, (X, Y, None)),
+    "inputs in a list, and targets": (Two, ([X, Y], Y), None, (X, Y, None)),
+    "a tensor by its name": (Named, X, None, (X, None)),
+    "inputs by their names": (Named, [X, Y], None, (X, None)),
     "any number": (Star, (X, Y), None, (X, Y)),
     "any keywords": (Star, {"x": X, "other": Y}, None, (X, Y)),
     "a function of the user's": (One, (Y, X), last, (X, None)),
