@@ -189,6 +189,7 @@ def test_what_a_module_does_not_say_is_asked_for(tmp_path):
         started(tmp_path, OfTwo(), two(), "eva")
 
 
+@pytest.mark.filterwarnings("ignore:FitGuard. the source model is kept")
 def test_held_out_losses_of_detectors_are_those_of_training_mode(tmp_path):
     module, guard = Detection(retinanet()), FitGuard(boxes())
     lora = LoRACallback(rank=1, target_modules=["head.*"], trainable=[], verify=False)
