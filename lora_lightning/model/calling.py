@@ -7,7 +7,7 @@
 - A *tuple or list* holds arguments in order: as many of its first entries as ``forward``
   requires, one at least, and all where it takes ``*args``. Of Lightning's (inputs, targets) a
   classifier so gets the inputs. One that begins with a mapping counts as that mapping, and one
-  that begins with a list of all the tensors that are required, two or more, as that list.
+  that begins with a list of the tensors that are required, two or more, as that list.
 
 A LightningModule whose forward takes only ``*args`` or ``**kwargs`` is given what the network that
 is adapted in it takes; where it has no forward, that network is called. Tensors are moved to the
@@ -182,8 +182,9 @@ def _inputs_of(batch: Any, parameters: list[inspect.Parameter]) -> Any:
     # As many images as targets are two lists: a detector's.
     if not isinstance(first, (tuple, list)) or any(isinstance(x, (tuple, list)) for x in rest):
         return batch
-    several = len(first) == len(_required(parameters)) > 1
-    return first if several and all(isinstance(x, Tensor) for x in first) else batch
+    count = len(_required(parameters))
+    several = len(first) >= count > 1 and all(isinstance(x, Tensor) for x in first[:count])
+    return first if several else batch
 
 
 def _in_order(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parameter]) -> Call:
