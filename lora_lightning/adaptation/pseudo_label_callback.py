@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.adaptation import pseudo_labels as labelling
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.label_propagation import propagate, reciprocal, vote
+from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
-from lora_lightning.adaptation.self_training import PredictionSelfTraining
 from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.initialisation import METHODS
@@ -190,6 +191,10 @@ class PseudoLabelCallback(PredictionSelfTraining):
                     f"init={other.config.init!r} would start from batches without labels yet: give "
                     "LoRACallback(data=…, loss=…), or another init"
                 )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ConfigError(
+                "training_step(dataloader_iter) gets batches without labels: take (batch, index)"
+            )
         super().check(trainer, module)
 
     def check_loader(self, trainer: Trainer) -> None:

@@ -124,23 +124,22 @@ class Canary:
 
     Args:
         items: A dataset of (input, class).
-        batch_size: Items in a batch.
 
     Raises:
         ConfigError: items of another kind, or without a known length.
         DataError: there is no item.
     """
 
-    def __init__(self, items: Any, batch_size: int):
-        self.target, self.batch_size = Target(items), batch_size
+    def __init__(self, items: Any):
+        self.target = Target(items)
         found = [self.target.items[i] for i in range(len(self.target))]
         if any(not isinstance(x, (tuple, list)) or len(x) < 2 for x in found):
             raise ConfigError("an item of the canary must be (input, class); some have no class")
         self.labels = torch.tensor([int(x[1]) for x in found], device="cpu")
 
-    def accuracy(self, predict: Predict, module: LightningModule, network: nn.Module) -> float:
-        """The network's accuracy on these items."""
-        found = seen_by(predict, module, network, self.target, self.batch_size).probabilities
+    def accuracy(self, look: Callable[[Target], Predicted]) -> float:
+        """The accuracy of the predictions that `look` gives of these items."""
+        found = look(self.target).probabilities
         return float((found.argmax(dim=1) == self.labels).double().mean())
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
+from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.rounds import PredictionRounds
-from lora_lightning.adaptation.self_training import PredictionSelfTraining
 from lora_lightning.adaptation.target import Predict, Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.validators import information

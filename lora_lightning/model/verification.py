@@ -27,27 +27,21 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
 from lora_lightning.linalg.torch_settings import ieee
-from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
-from lora_lightning.model.decisions import Look, untold_by_eval
+from lora_lightning.model.gradient_check import Look, dead_factors, untold_by_eval
 from lora_lightning.model.probing import (
     accepted,
     difference,
     preserved,
-    randomise,
     randomised,
     roundings,
     run,
-    without_noise,
 )
 from lora_lightning.model.view import View
 
-_TRIES = 3
-_NOTHING = "the output depends on no adapter at all"
-_NO_NUMBER = "the output holds no floating-point tensor; give forward=, from (model, batch) to one"
 _verifying: ContextVar[bool] = ContextVar("verifying", default=False)
 
 
@@ -128,71 +122,20 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
     factors = states.named_factors(model, name)
     result = Verification(name, list(factors))
     with randomised(model, factors):
-        dead, trained = _dead(model, factors, look, training=True)
+        dead, trained = dead_factors(model, factors, look, training=True)
         result.failures |= {path: f"in training: {reason}" for path, reason in dead.items()}
         if not trained:
             return result
         model.eval()
+        still, found = dead_factors(model, factors, look, training=False)
         comparable = True
         if not dead:
-            result.untold, comparable = untold_by_eval(model, factors, look, trained)
-        if not result.untold:
-            for path, reason in _dead(model, factors, look, training=False)[0].items():
-                result.failures.setdefault(path, f"in eval: {reason}")
+            result.untold, comparable = untold_by_eval(model, factors, look, trained, found)
+        for path, reason in still.items() if not result.untold else ():
+            result.failures.setdefault(path, f"in eval: {reason}")
         if comparable:
             _check_eval(model, result, look, tolerance)
     return result
-
-
-def _dead(
-    model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
-) -> tuple[dict[str, str], list[Tensor]]:
-    """Path → why no gradient reaches it (one of three draws is enough); and the last outputs."""
-    dead: dict[str, str] = dict.fromkeys(factors, "")
-    outputs: list[Tensor] = []
-    for attempt in range(_TRIES):
-        with without_noise(model, training), torch.enable_grad():
-            outputs = look(seed=attempt)
-            loss = _probe_loss(outputs, attempt)
-            if loss is None:
-                return dict.fromkeys(factors, _NOTHING if outputs else _NO_NUMBER), outputs
-            model.zero_grad(set_to_none=True)
-            # Smaller each time: without a trainer's scaler float16 can overflow.
-            (loss / 100**attempt).backward()
-        dead = {p: r for p in dead if (r := _gradient_problem(factors[p]))}
-        if not dead:
-            break
-        randomise(model, factors, seed=attempt + 1)
-    model.zero_grad(set_to_none=True)
-    return dead, outputs
-
-
-def _gradient_problem(factors: Factors) -> str | None:
-    for key, parameter in factors.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        grad = parameter.grad
-        if grad is None:
-            return "the model never uses this weight (no gradient)"
-        if not torch.isfinite(grad).all():
-            return f"the gradient of {key} is not finite"
-        if not grad.any():
-            return (
-                f"the gradient of {key} is exactly zero: the model multiplies this path by zero "
-                "(a zero-initialised gate or norm weight?), or this batch is too small to use it"
-            )
-    return None
-
-
-def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
-    """A random projection of all differentiable outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    terms = []
-    for out in outputs:
-        if out.requires_grad:
-            weights = torch.randn(out.shape, generator=generator, device="cpu").to(out.device)
-            terms.append((out.float() * weights).sum())
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _check_eval(

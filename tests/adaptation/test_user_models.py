@@ -145,6 +145,24 @@ def test_log_odds_become_two_classes_as_the_message_says(tmp_path, model):
     torch.testing.assert_close(found, torch.maximum(p, 1 - p))
 
 
+def test_a_step_that_gets_batches_without_labels_is_refused(tmp_path, model):
+    class Iterates(Mine):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    pseudo = PseudoLabelCallback(X)
+    with pytest.raises(ConfigError, match=r"training_step\(dataloader_iter\)"):
+        trainer(tmp_path, adapter(), pseudo).fit(Iterates(model, None), pseudo.train_dataloader())
+
+
+def test_a_canary_of_mappings(tmp_path, model):
+    canary = [(item, int(y)) for item, y in zip(mappings()[:8], Y, strict=False)]
+    task = TransductiveTask(TwoInputs(model, lambda z: z), mappings(), canary=canary)
+    trainer(tmp_path, adapter(), max_epochs=1).fit(task)
+    wanted = (task.rounds_.source[:8].argmax(1) == Y[:8]).double().mean()
+    assert task.rounds_.history_[0].scores["canary"] == wanted
+
+
 def test_a_stream_says_which_inputs_it_takes(model):
     inject(model, rank=2, target_modules=["body.0"], trainable=[])
     for given in ({"x": X, "name": ["a"] * 64}, {"x": X, "scale": torch.tensor(1.0)}, ["a"]):
