@@ -2,8 +2,8 @@
 
 - A *tensor* is the one argument.
 - A *mapping* holds keyword arguments: of its keys those that the model's ``forward`` names, all of
-  them where it takes ``**kwargs``. A LightningModule's forward of one argument, named otherwise,
-  gets the mapping itself.
+  them where it takes ``**kwargs``. A ``forward`` of one argument that no key names, as in
+  ``forward(self, batch)``, gets the mapping itself.
 - A *tuple or list* holds arguments in order: as many of its first entries as ``forward``
   requires, one at least, and all where it takes ``*args``. Of Lightning's (inputs, targets) a
   classifier so gets the inputs. One that begins with a mapping counts as that mapping, and one
@@ -60,7 +60,16 @@ def call(model: nn.Module, batch: Any, network: nn.Module | None = None) -> Any:
     if network is None or not _hands_on(_parameters(_unwrapped(model).forward)):
         network = model
     args, kwargs = call_of(network, batch)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        if not (args and isinstance(args[0], Mapping)):
+            raise
+        raise DataError(
+            f"{type(model).__name__}.forward names none of the batch's keys "
+            f"({', '.join(map(repr, args[0]))}), was given the whole batch and failed "
+            f"({type(error).__name__}: {error}). Pass forward=, a function from (model, batch)"
+        ) from error
 
 
 def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Call:
@@ -78,8 +87,7 @@ def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Cal
     parameters = _parameters(model.forward)
     batch = _inputs_of((batch,) if isinstance(batch, Tensor) else batch, parameters)
     if isinstance(batch, Mapping):
-        alone = hasattr(model, "training_step") and len(parameters) == 1
-        found = _named(batch, parameters, alone)
+        found = _named(batch, parameters)
     elif isinstance(batch, (tuple, list)) and batch:
         found = _in_order(batch, parameters)
     else:
@@ -197,12 +205,12 @@ def _in_order(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Param
     return taken[:first], dict(zip(by_name, taken[first:], strict=False))
 
 
-def _named(batch: Mapping[Any, Any], parameters: list[inspect.Parameter], alone: bool) -> Call:
+def _named(batch: Mapping[Any, Any], parameters: list[inspect.Parameter]) -> Call:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return (), dict(batch)
     names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
     found = {key: value for key, value in batch.items() if key in names}
-    if not found and alone:
+    if not found and len(parameters) == 1 and parameters[0].kind in _POSITIONAL:
         return (batch,), {}
     if not found:
         raise DataError(

@@ -32,8 +32,8 @@ def start_in_trainer(
 ) -> None:
     """`start_from_data`, with the module's own steps, on the trainer's own batches.
 
-    Inputs are gathered by `forward`, else by the module's ``predict_step``, or its forward where
-    it has none; gradients by `loss`, else by its ``training_step``.
+    Inputs are gathered by `forward`, else by the module's ``predict_step``, its forward, or the
+    backbone where it has neither; gradients by `loss`, else by its ``training_step``.
 
     Raises:
         ConfigError: the trainer has not one training loader, but several.

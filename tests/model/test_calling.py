@@ -52,6 +52,11 @@ class Named(Net):
         return self.note(x, mask)
 
 
+class Whole(Net):
+    def forward(self, batch):
+        return self.note(batch["inputs"])
+
+
 class Inputs(NamedTuple):
     x: torch.Tensor
     lengths: torch.Tensor
@@ -75,6 +80,8 @@ BATCHES = {
     "a mapping": (One, {"x": X, "mask": Y}, None, (X, Y)),
     "a mapping with targets": (One, {"x": X, "label": Y, "path": "a"}, None, (X, None)),
     "a mapping and targets": (One, ({"x": X}, Y), None, (X, None)),
+    "a mapping as a whole": (Whole, {"inputs": X, "label": Y}, None, (X,)),
+    "a mapping as a whole, and targets": (Whole, ({"inputs": X}, Y), None, (X,)),
     "two that are needed": (Two, (X, Y, Y), None, (X, Y, None)),
     "a mapping of them": (Two, {"lengths": Y, "x": X, "mask": Y}, None, (X, Y, Y)),
     "a named tuple": (Two, Inputs(X, Y, Y), None, (X, Y, None)),
@@ -205,5 +212,7 @@ def test_what_is_no_call_says_so():
             call(One(), batch)
     with pytest.raises(DataError, match=r"keyword arguments, x, mask; this one has 'image'"):
         call(One(), {"image": X})
+    with pytest.raises(DataError, match=r"'image'\), was given the whole.*KeyError.*forward="):
+        call(Whole(), {"image": X})
     with pytest.raises(DataError, match="does not call the model"):
         call_of(One(), X, lambda model, batch: None)
