@@ -200,6 +200,12 @@ def _in_order(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Param
         return tuple(batch), {}
     required = _required(parameters)
     taken = tuple(batch[: max(1, len(required))])
+    if len(taken) < len(required):
+        raise DataError(
+            f"the model's forward requires {', '.join(p.name for p in required)}, of which this "
+            f"batch gives {len(taken)}. Give a mapping of them by name, or pass forward=, a "
+            "function from (model, batch)"
+        )
     by_name = [p.name for p in required if p.kind is p.KEYWORD_ONLY]
     first = len(required) - len(by_name) if by_name else len(taken)
     return taken[:first], dict(zip(by_name, taken[first:], strict=False))

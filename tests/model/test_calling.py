@@ -212,6 +212,8 @@ def test_what_is_no_call_says_so():
             call(One(), batch)
     with pytest.raises(DataError, match=r"keyword arguments, x, mask; this one has 'image'"):
         call(One(), {"image": X})
+    with pytest.raises(DataError, match=r"requires x, lengths, of which this batch gives 1.*mapp"):
+        call(Two(), X)
     with pytest.raises(DataError, match=r"'image'\), was given the whole.*KeyError.*forward="):
         call(Whole(), {"image": X})
     with pytest.raises(DataError, match="does not call the model"):
