@@ -182,7 +182,7 @@ def test_what_a_module_does_not_say_is_asked_for(tmp_path):
         def training_step(self, batch, batch_idx):
             return loss_of(self.model(batch["image"]), batch["label"])
 
-    with pytest.raises(DataError, match=r"this one has 'image', 'label'. Pass forward="):
+    with pytest.raises(DataError, match=r"(?s)keys \('image', 'label'\), was given.*Pass forward="):
         started(tmp_path, Asks(), dicts(), "eva")
     assert started(tmp_path, Asks(), dicts(), "eva", **IMAGE)
     with pytest.raises(ConfigError, match=r"several training loaders.*data=.*forward="):
