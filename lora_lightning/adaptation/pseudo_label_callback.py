@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.adaptation import pseudo_labels as labelling
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.label_propagation import propagate, reciprocal, vote
+from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
-from lora_lightning.adaptation.self_training import PredictionSelfTraining
 from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.initialisation import METHODS
@@ -30,8 +31,8 @@ from lora_lightning.training.lora_callback import LoRACallback
 class Mixed(Dataset[Any]):
     """Target items as (input, index), then source items as (input, −1 − class)."""
 
-    def __init__(self, target: Target, source: Any, augment: Callable[[Any], Any] | None):
-        self.target, self.source, self.augment = target, source, augment
+    def __init__(self, target: Target, source: Any):
+        self.target, self.source = target, source
 
     def __len__(self) -> int:
         return len(self.target) + len(self.source or ())
@@ -39,8 +40,8 @@ class Mixed(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if index < len(self.target):
             return self.target[index]
-        x, y = self.source[index - len(self.target)][:2]
-        return (x if self.augment is None else self.augment(x)), -1 - int(y)
+        item = self.source[index - len(self.target)]
+        return self.target.prepared(item), -1 - int(item[1])
 
 
 class Accepted(Sampler[int]):
@@ -91,9 +92,10 @@ class PseudoLabelCallback(PredictionSelfTraining):
         trainer.fit(module, pseudo.train_dataloader())
 
     The module's ``training_step`` receives batches (inputs, labels) as if the target were
-    labelled; ``module(inputs)`` must give logits (B, K). Every `every_n_epochs` epochs (or
-    `every_n_steps` steps) the labels are updated; then the guard compares the predictions with
-    the source model's, stops at the first alarm and restores the last accepted state.
+    labelled; its forward, or the network's where it has none, gives logits (B, K). Every
+    `every_n_epochs` epochs (or `every_n_steps` steps) the labels are updated; then the guard
+    compares the predictions with the source model's, stops at the first alarm and restores the
+    last accepted state.
 
     Args:
         target: The items, see `lora_lightning.adaptation.target.Target`.
@@ -108,6 +110,8 @@ class PseudoLabelCallback(PredictionSelfTraining):
         every_n_steps: The same in optimizer steps, instead.
         canary: A few labelled items of the target, (input, class): a round that does worse on them
             than the source model raises an alarm. They are not trained on.
+        forward: From (network, inputs), or from a batch of inputs alone, to logits (B, K); None: as
+            `lora_lightning.model.calling` says.
         teacher_decay: Decay of a moving average of what is trained, which then gives the labels;
             None: the model itself does.
         limits: Of the guard; None: no guard.
@@ -138,6 +142,7 @@ class PseudoLabelCallback(PredictionSelfTraining):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         canary: Any = None,
+        forward: Callable[..., Any] | None = None,
         teacher_decay: float | None = None,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
         plot: Path | str | None = None,
@@ -156,9 +161,9 @@ class PseudoLabelCallback(PredictionSelfTraining):
         super().__init__(Target(target), limits, canary, plot, batch_size)
         self.source = source
         self.labeller = labels if callable(labels) else LABELLERS.get(labels)
-        self.backbone, self.teacher_decay = backbone, teacher_decay
+        self.backbone, self.teacher_decay, self.forward = backbone, teacher_decay, forward
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self._items = Mixed(Target(target, augment), source, augment)
+        self._items = Mixed(Target(target, augment), source)
         self._sampler = Accepted(len(self.target), len(source or ()), source_ratio, seed)
 
     def train_dataloader(self, **settings: Any) -> DataLoader[Any]:
@@ -186,6 +191,10 @@ class PseudoLabelCallback(PredictionSelfTraining):
                     f"init={other.config.init!r} would start from batches without labels yet: give "
                     "LoRACallback(data=…, loss=…), or another init"
                 )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ConfigError(
+                "training_step(dataloader_iter) gets batches without labels: take (batch, index)"
+            )
         super().check(trainer, module)
 
     def check_loader(self, trainer: Trainer) -> None:

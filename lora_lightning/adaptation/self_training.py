@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lora_lightning.adaptation.guard import Limits, Verdict
-from lora_lightning.adaptation.pseudo_labels import PseudoLabels
+from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import Position, begin_next_epoch
-from lora_lightning.adaptation.rounds import PredictionRounds, Round, print_wrapped
-from lora_lightning.adaptation.target import Canary, Predicted, Target, seen_by
+from lora_lightning.adaptation.rounds import Round, print_wrapped
 from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
 
@@ -204,46 +201,3 @@ class SelfTraining(Course, Callback):
     def _learn(self, now: Any) -> None:
         self._labels = self.label(now)
         self.use(self._labels)
-
-
-class PredictionSelfTraining(SelfTraining):
-    """Rounds of a classifier, checked by its predictions of all items of a target.
-
-    Args:
-        target: The items.
-        limits: Of the guard; None: no guard.
-        canary: A few labelled items of the target, (input, class); None: none.
-        plot: A PNG of the rounds, written at the end; None: none.
-        batch_size: Items in a batch.
-
-    Attributes:
-        pseudo_labels_: the current pseudo-labels; None without.
-    """
-
-    broken = "the predictions are NaN: the learning rate is too high"
-    rounds_: PredictionRounds
-
-    def __init__(
-        self, target: Target, limits: Limits | None, canary: Any, plot: Any, batch_size: int
-    ):
-        super().__init__(PredictionRounds(limits))
-        self.target, self.plot, self.batch_size = target, plot, batch_size
-        self.canary = None if canary is None else Canary(canary, batch_size)
-        self.pseudo_labels_: PseudoLabels | None = None
-
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Connect the canary to the rounds."""
-        if self.canary is not None:
-            look = self.canary.accuracy
-            self.rounds_.canary = partial(look, module, self.network(module))
-
-    def look(self, module: LightningModule) -> Predicted:
-        """The network's predictions of all items."""
-        return seen_by(module, self.network(module), self.target, self.batch_size)
-
-    def labelled(self) -> dict[str, Any]:
-        """Numbers of accepted labels, in all and by class."""
-        if self.pseudo_labels_ is None:
-            return {}
-        count, classes = int(self.pseudo_labels_.accepted.sum()), self.rounds_.source.shape[1]
-        return {"labelled": count, "histogram": self.pseudo_labels_.histogram(classes).tolist()}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from lora_lightning.adaptation.guard import Guard, Limits
 from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
 from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.model.calling import classifier, items_in
 from lora_lightning.model.probing import evaluating, without_cudnns_rnn
 from lora_lightning.model.switching import disabled
 
@@ -48,7 +51,7 @@ class StreamAdapter:
     (Simpson 1949, "Measurement of diversity"); nor before K items, or `memory`, are there.
 
     Args:
-        model: From inputs (B, …) to logits (B, K), with an adapter on, not merged.
+        model: A classifier with an adapter on, not merged.
         objective: From logits to a loss; None: information maximisation, with a running mean of
             the predictions.
         memory: Inputs that are kept, two or more.
@@ -56,6 +59,8 @@ class StreamAdapter:
         limits: Of the guard; None: no guard.
         diversity: d, in [0, 1]; 0: every call takes a step, for an objective that does not ask
             for all classes alike.
+        forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None: as
+            `lora_lightning.model.calling` says.
 
     Attributes:
         seen_: items since the last reset.
@@ -66,7 +71,7 @@ class StreamAdapter:
         ConfigError: a value is out of range, or nothing of the model is trained.
     """
 
-    _kept: Tensor | None
+    _kept: Any  # inputs
     _before: Tensor  # of those kept: the source model's predictions
     _marginal: RunningMarginal | None
     seen_: int
@@ -80,6 +85,7 @@ class StreamAdapter:
         learning_rate: float = 1e-3,
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
         diversity: float = 0.95,
+        forward: Callable[..., Any] | None = None,
     ):
         if memory < 2:
             raise ConfigError(f"memory must be at least 2 items, got {memory}")
@@ -91,6 +97,7 @@ class StreamAdapter:
             raise ConfigError("nothing of the model is trained: inject an adapter first")
         self.model, self.objective, self.memory = model, objective, memory
         self.learning_rate, self.limits, self.diversity = learning_rate, limits, diversity
+        self._logits = classifier(model, forward)
         self.resets_: list[tuple[int, str]] = []
         self._source = Snapshot(model)
         self._total = 0
@@ -106,13 +113,16 @@ class StreamAdapter:
         """Whether the guard has ended adapting, until `reset`."""
         return self._alarms >= PATIENCE
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Any) -> Tensor:
         """Inputs (B, …) → probabilities (B, K), after a step on them and on those before.
 
-        Floating-point inputs of another dtype than the trained parameters' are converted. Inputs
-        that cannot be stacked on those kept (of another shape) begin a new memory.
+        Several inputs come as a mapping, such as recordings and their lengths. Floating-point
+        inputs of another dtype than the trained parameters' are converted. Inputs that cannot be
+        stacked on those kept (of another shape) begin a new memory.
 
         Raises:
+            ConfigError: something else than tensors with a row for each item, or an output without
+                logits, see `lora_lightning.model.calling.logits_of`.
             DataError: the inputs, or the source model's predictions of them, hold NaN or infinity;
                 nothing was learnt from them.
         """
@@ -131,21 +141,31 @@ class StreamAdapter:
                 found = self._predicted(inputs)
         return found
 
-    def _converted(self, inputs: Tensor) -> Tensor:
-        if inputs.is_floating_point():
-            # The base's: factors are wider than a base in half precision.
-            dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-            inputs = inputs.to(next(dtypes))
-        if not bool(torch.isfinite(inputs).all()):
-            raise DataError("the inputs hold NaN or infinity: they are left out")
-        return inputs.detach()
+    def _converted(self, inputs: Any) -> Any:
+        # The base's: factors are wider than a base in half precision.
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        count = items_in(inputs)
+
+        def convert(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not count or x.shape[:1] != (count,):
+                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise ConfigError(
+                    "a stream's inputs are a tensor with a row for each item, or a mapping of "
+                    f"several; got {got}. Leave other entries out"
+                )
+            x = x.detach().to(dtype if x.is_floating_point() else x.dtype)
+            if not bool(torch.isfinite(x).all()):
+                raise DataError("the inputs hold NaN or infinity: they are left out")
+            return x
+
+        return tree_map(convert, inputs)
 
     @torch.no_grad()
-    def _predicted(self, inputs: Tensor) -> Tensor:
-        found: Tensor = self.model(inputs).float().softmax(dim=1)
+    def _predicted(self, inputs: Any) -> Tensor:
+        found: Tensor = self._logits(inputs).float().softmax(dim=1)
         return found
 
-    def _by_the_source(self, inputs: Tensor) -> Tensor:
+    def _by_the_source(self, inputs: Any) -> Tensor:
         with disabled(self.model):
             found = self._predicted(inputs)
         if not bool(torch.isfinite(found).all()):
@@ -155,14 +175,15 @@ class StreamAdapter:
             )
         return found
 
-    def _keep(self, inputs: Tensor, before: Tensor) -> None:
-        count = len(inputs)
+    def _keep(self, inputs: Any, before: Tensor) -> None:
+        count = len(before)
         self._total, self.seen_ = self._total + count, self.seen_ + count
         self._unchecked += count
         kept = self._kept
         if kept is not None and _alike(kept) == _alike(inputs):
-            inputs, before = torch.cat([kept, inputs]), torch.cat([self._before, before])
-        self._kept = inputs[-self.memory :].clone()
+            inputs = tree_map(lambda *both: torch.cat(both), kept, inputs)
+            before = torch.cat([self._before, before])
+        self._kept = tree_map(lambda x: x[-self.memory :].clone(), inputs)
         self._before = before[-self.memory :].clone()
 
     def _diverse(self) -> bool:
@@ -177,7 +198,7 @@ class StreamAdapter:
     def _step(self) -> None:
         assert self._kept is not None
         with torch.enable_grad():
-            loss = self._loss(self.model(self._kept))
+            loss = self._loss(self._logits(self._kept))
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         slopes = [p.grad for p in trained(self.model).values() if p.grad is not None]
@@ -223,6 +244,7 @@ class StreamAdapter:
         self._kept, self._marginal, self._unchecked = None, None, 0
 
 
-def _alike(inputs: Tensor) -> tuple[object, ...]:
-    """What tensors must share to be stacked."""
-    return inputs.shape[1:], inputs.dtype, inputs.device
+def _alike(inputs: Any) -> tuple[object, ...]:
+    """What inputs must share to be stacked."""
+    each = [(x.shape[1:], x.dtype, x.device) for x in tree_leaves(inputs)]
+    return tree_structure(inputs), each

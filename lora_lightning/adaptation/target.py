@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from lora_lightning.adaptation.resumable_loader import Position, ResumableLoader
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.model.calling import logits_of, moved
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.model.probing import evaluating
 
-Predict = Callable[[Tensor], Tensor]  # inputs → logits (B, K)
+Predict = Callable[[Any], Tensor]  # a batch of inputs → logits (B, K)
 
 
 class Target(Dataset[Any]):
@@ -26,8 +27,9 @@ class Target(Dataset[Any]):
     process, it comes.
 
     Args:
-        items: A dataset of known length; an item is the input, or begins with it, as in a
-            tuple. Or a DataLoader of one, whose dataset is used, with as many workers.
+        items: A dataset of known length; an item is the input (a tensor, or a mapping of several),
+            or begins with it, as in a tuple. Or a DataLoader of one, whose dataset is used, with as
+            many workers, and its ``collate_fn``, if it has one of its own, for whole items.
         augment: Applied to each input of a training batch on its own.
 
     Raises:
@@ -37,14 +39,17 @@ class Target(Dataset[Any]):
 
     def __init__(self, items: Any, augment: Callable[[Any], Any] | None = None):
         self.settings: dict[str, Any] = {}
+        self.whole = False  # whether a collate function is given whole items
         if isinstance(items, DataLoader):
-            # Not its collate function, which expects no indices.
             self.settings = {n: getattr(items, n) for n in ("num_workers", "pin_memory")}
             if items.batch_size is None:
                 raise ConfigError(
                     "the target's DataLoader batches by its sampler (batch_size=None); give the "
                     "dataset of single items instead"
                 )
+            self.whole = items.collate_fn is not default_collate
+            if self.whole:
+                self.settings["collate_fn"] = _Indexed(items.collate_fn)
             items = items.dataset
         if isinstance(items, Tensor):
             items = list(items)
@@ -61,8 +66,14 @@ class Target(Dataset[Any]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        x = input_of(self.items[index])
-        return (x if self.augment is None else self.augment(x)), index
+        return self.prepared(self.items[index]), index
+
+    def prepared(self, item: Any) -> Any:
+        """What is collated of an item, augmented."""
+        x = item if self.whole else input_of(item)
+        if self.augment is None:
+            return x
+        return [self.augment(x[0]), *x[1:]] if isinstance(x, (tuple, list)) else self.augment(x)
 
     def loader(
         self, batch_size: int, shuffle: bool, position: Position | None = None
@@ -80,17 +91,30 @@ class Target(Dataset[Any]):
         )
 
 
+class _Indexed:
+    """A collate function for (item, index): the user's for the items. It can be pickled."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]):
+        self.collate = collate
+
+    def __call__(self, pairs: list[tuple[Any, int]]) -> tuple[Any, Tensor]:
+        items, indices = zip(*pairs, strict=True)
+        return self.collate(list(items)), torch.tensor(indices, device="cpu")
+
+
 def input_of(item: Any) -> Any:
     """The network's input in an item.
 
     Raises:
-        ConfigError: it is neither a tensor nor a tuple or list that begins with one.
+        ConfigError: it is no tensor, no mapping with one, and no tuple or list that begins so.
     """
     first = item[0] if isinstance(item, (tuple, list)) and len(item) else item
-    if not isinstance(first, Tensor):
+    parts = first.values() if isinstance(first, Mapping) else [first]
+    if not any(isinstance(x, Tensor) for x in parts):
         raise ConfigError(
-            f"an item of the target must be a tensor, or a tuple that begins with one; got "
-            f"{type(item).__name__}"
+            "an item of the target must be a tensor, a mapping of several, such as "
+            '{"waveforms": x, "lengths": n}, or a tuple that begins so; got '
+            f"{type(item).__name__}. A DataLoader with a collate_fn can hold any items"
         )
     return first
 
@@ -100,23 +124,22 @@ class Canary:
 
     Args:
         items: A dataset of (input, class).
-        batch_size: Items in a batch.
 
     Raises:
         ConfigError: items of another kind, or without a known length.
         DataError: there is no item.
     """
 
-    def __init__(self, items: Any, batch_size: int):
-        self.target, self.batch_size = Target(items), batch_size
+    def __init__(self, items: Any):
+        self.target = Target(items)
         found = [self.target.items[i] for i in range(len(self.target))]
         if any(not isinstance(x, (tuple, list)) or len(x) < 2 for x in found):
             raise ConfigError("an item of the canary must be (input, class); some have no class")
         self.labels = torch.tensor([int(x[1]) for x in found], device="cpu")
 
-    def accuracy(self, module: LightningModule, network: nn.Module) -> float:
-        """The network's accuracy on these items."""
-        found = seen_by(module, network, self.target, self.batch_size).probabilities
+    def accuracy(self, look: Callable[[Target], Predicted]) -> float:
+        """The accuracy of the predictions that `look` gives of these items."""
+        found = look(self.target).probabilities
         return float((found.argmax(dim=1) == self.labels).double().mean())
 
 
@@ -163,12 +186,12 @@ class HeadInput:
 
 
 def seen_by(
-    module: LightningModule, network: nn.Module, target: Target, batch_size: int
+    predict: Predict, module: LightningModule, network: nn.Module, target: Target, batch_size: int
 ) -> Predicted:
     """Predictions of the whole target by a module in training, in its trainer's precision."""
     loader = target.loader(2 * batch_size, shuffle=False)
     with module.trainer.strategy.precision_plugin.forward_context():
-        return predicted(module, network, loader, module.device)
+        return predicted(predict, network, loader, module.device)
 
 
 @torch.no_grad()
@@ -178,17 +201,13 @@ def predicted(
     """Predictions of the whole target, in eval mode; the model's modes stay as they were.
 
     Raises:
-        DataError: the model's outputs are not (B, K) finite numbers; names the items.
+        ConfigError: the outputs are not (B, K), see `lora_lightning.model.calling.logits_of`.
+        DataError: they are not finite numbers; names the items.
     """
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     with evaluating(model), HeadInput(model) as head:
         for inputs, indices in loader:
-            logits = predict(inputs.to(device)).float()
-            if logits.ndim != 2 or logits.shape[1] < 2:
-                raise ConfigError(
-                    f"the model must give logits (items, classes) for each input, got a tensor of "
-                    f"shape {tuple(logits.shape)}"
-                )
+            logits = logits_of(predict(moved(inputs, device))).float()
             features = head.of(logits).float().cpu()
             logits = logits.cpu()
             for row, index in enumerate(indices.tolist()):

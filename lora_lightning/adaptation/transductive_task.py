@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
+from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.rounds import PredictionRounds
-from lora_lightning.adaptation.self_training import PredictionSelfTraining
-from lora_lightning.adaptation.target import Predicted, Target
+from lora_lightning.adaptation.target import Predict, Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
+from lora_lightning.model.calling import classifier, moved
 from lora_lightning.model.introspection import classifier_modules
 
 BATCH_NORM = ("auto", "source", "target")
@@ -47,8 +48,7 @@ class TransductiveTask(TaskInRounds):
     there is none, the source model.
 
     Args:
-        model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
-            ``model``.
+        model: The network, a classifier; `LoRACallback` finds it as ``model``.
         target: The items, see `lora_lightning.adaptation.target.Target`. Labels that come with
             them are ignored.
         objective: ``"information-maximisation"``, ``"neighbour-consistency"`` (NRC's, with the
@@ -64,6 +64,8 @@ class TransductiveTask(TaskInRounds):
         pull: λ of :math:`\lambda\sum_l\|s_l B_l A_l\|_F^2`, which holds to the source's weights.
         canary: A few labelled items of the target, (input, class): a round that does worse on them
             than the source model raises an alarm. They are not trained on.
+        forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None: as
+            `lora_lightning.model.calling` says.
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
@@ -98,6 +100,7 @@ class TransductiveTask(TaskInRounds):
         source_weight: float = 0.0,
         pull: float = 0.0,
         canary: Any = None,
+        forward: Callable[..., Any] | None = None,
         prior: Tensor | None = None,
         batch_norm: str = "auto",
         limits: Limits | None = Limits(),  # noqa: B008 - frozen
@@ -121,7 +124,7 @@ class TransductiveTask(TaskInRounds):
                 f"target and training must be the same items in the same order, got "
                 f"{len(self.target)} and {len(self.training_items)}"
             )
-        self.batch_norm, self.batch_size = batch_norm, batch_size
+        self.batch_norm, self.batch_size, self._call = batch_norm, batch_size, forward
         self._course = _Course(self.loss, self.target, limits, canary, plot, batch_size)
 
     @property
@@ -136,20 +139,19 @@ class TransductiveTask(TaskInRounds):
             raise ConfigError("nothing was adapted yet: Trainer.fit(task) first")
         return self.rounds_.probabilities_
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Inputs (B, …) → logits (B, K)."""
-        logits: Tensor = self.model(x)
-        return logits
+    def forward(self, x: Any) -> Tensor:
+        """A batch of inputs → logits (B, K)."""
+        return classifier(self.model, self._call)(x)
 
     def train_dataloader(self) -> Any:
         """The target's items with their indices, shuffled."""
         return self.training_items.loader(self.batch_size, True, self._course.position)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         x, indices = batch
         loss = self.loss(self(x), indices.cpu(), self.model)
-        self.log("train_loss", loss, batch_size=len(x))
+        self.log("train_loss", loss, batch_size=len(indices))
         return loss
 
 
@@ -159,6 +161,9 @@ class _Course(TaskRounds, PredictionSelfTraining):
     def __init__(self, loss: Loss, *target: Any):
         super().__init__(*target)
         self.loss = loss
+
+    def predict(self, module: LightningModule) -> Predict:
+        return module  # in whose forward is the user's
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         super().check(trainer, module)
@@ -229,5 +234,5 @@ def statistics_of(module: Any, target: Target) -> bool:
     """Re-estimate BatchNorm's statistics on a target; returns whether `module.model` has any."""
     # Mixed: in batches of one class, as folders give them, the features vary too little.
     loader = target.loader(2 * module.batch_size, shuffle=True)
-    inputs = (x.to(module.device) for x, _ in loader)
+    inputs = (moved(x, module.device) for x, _ in loader)
     return reestimated(module.model, module, inputs, SOURCE_ITEMS)

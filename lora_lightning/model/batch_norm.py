@@ -7,7 +7,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from lora_lightning.model.calling import items_in
 
 POLICIES = ("frozen", "adapt", "reset")
 
@@ -51,8 +53,8 @@ class BatchNormKeeper:
 @torch.no_grad()
 def reestimated(
     backbone: nn.Module,
-    forward: Callable[[Tensor], Any],
-    batches: Iterable[Tensor],
+    forward: Callable[[Any], Any],
+    batches: Iterable[Any],
     source_items: float = 0.0,
 ) -> bool:
     r"""Re-estimate BatchNorm's statistics: the plain average over `batches`; all else in eval mode.
@@ -72,7 +74,7 @@ def reestimated(
     Returns:
         Whether there is any BatchNorm, and a batch for it; without, nothing is done.
     """
-    usable = (batch for batch in batches if len(batch) > 1)
+    usable = (batch for batch in batches if items_in(batch) > 1)
     first = next(usable, None) if tracking(backbone) else None
     if first is None:
         return False
@@ -85,7 +87,7 @@ def reestimated(
     keeper.apply(backbone)
     items = 0
     for batch in chain([first], usable):
-        items += len(batch)
+        items += items_in(batch)
         forward(batch)
     keeper.stop(backbone)
     for norm, source in zip(norms, before, strict=True):

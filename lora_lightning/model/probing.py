@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,32 +24,46 @@ _ACCEPTED = [(torch.finfo(torch.float64).eps, 1e-9), (torch.finfo(torch.float32)
 
 
 def run(
-    model: nn.Module, batch: Any, seed: int = 0, forward: Forward | None = None
+    model: nn.Module, batch: Any, seed: int = 0, forward: Forward | None = None, whole: bool = False
 ) -> list[Tensor]:
-    """The floating-point outputs of one forward, random numbers drawn from `seed`.
+    """The floating-point outputs of one forward (`whole`: all), random numbers drawn from `seed`.
 
     `batch` is called as `lora_lightning.model.calling` says, or by `forward`.
     """
     with forked_rng(seed):
-        return list(floats((forward or call)(model, batch)))
+        return list(floats((forward or call)(model, batch), whole))
 
 
-def floats(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in a model's output, complex ones as pairs of reals."""
+def floats(output: Any, whole: bool = False) -> Iterator[Tensor]:
+    """Every floating-point tensor in a model's output, complex ones as pairs of reals.
+
+    With `whole`, integers and texts too.
+    """
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
         elif output.is_complex():
             yield torch.view_as_real(output)
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from floats(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from floats(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for f in dataclasses.fields(output):
-            yield from floats(getattr(output, f.name))
+        elif whole:
+            yield output.double()
+    elif whole and isinstance(output, (str, int, float)):
+        yield torch.tensor([float(ord(c)) for c in str(output)], device="cpu")
+    else:
+        for part in _parts(output):
+            yield from floats(part, whole)
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    if isinstance(output, Mapping):
+        return output.values()
+    if isinstance(output, (tuple, list)):
+        return output
+    if isinstance(output, (type, nn.Module)):
+        return ()
+    if dataclasses.is_dataclass(output):
+        return [getattr(output, f.name) for f in dataclasses.fields(output)]
+    found = getattr(output, "__dict__", {}).values()
+    return [x for x in found if isinstance(x, (Tensor, list, tuple, Mapping))]
 
 
 @contextmanager
@@ -109,6 +123,7 @@ def training_only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[
 @contextmanager
 def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
     """Training (or eval) mode without dropout, stochastic depth or updates of statistics."""
+    modes = [(m, m.training) for m in model.modules()]
     model.train(training)
     rates = []
     for module in model.modules():
@@ -124,6 +139,24 @@ def without_noise(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, key, rate in rates:
             setattr(module, key, rate)
+        for module, mode in modes:
+            module.training = mode
+
+
+def loss_in_eval(model: nn.Module, step: Callable[[], Any]) -> Any:
+    """The loss that `step` computes with `model`, in eval mode.
+
+    Where that gives none, as of a detector, which computes losses in training mode alone, in that
+    mode, without noise.
+    """
+    try:
+        loss = step()
+    except Exception:  # of decisions, where it expects losses or logits, a step may say anything
+        loss = None
+    if isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled()):
+        return loss
+    with without_noise(model, training=True):
+        return step()
 
 
 @contextmanager
@@ -147,8 +180,8 @@ def randomised(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
-    """Draw all factors again, each ΔW scaled to a tenth of its weight's norm."""
+def randomise(model: nn.Module, factors: dict[str, Factors], seed: int, part: float = 0.1) -> None:
+    """Draw all factors again, each ΔW scaled to this part of its weight's norm."""
     generator = torch.Generator().manual_seed(seed)
     torch.clear_autocast_cache()  # it holds casts of what they were
     for path, f in factors.items():
@@ -156,7 +189,8 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int) -> None:
         for parameter in f.matrices():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         size = f.delta(raw.shape).norm()
-        goal = 0.1 * raw.norm() if raw.any() else raw.new_tensor(0.01 * raw.numel() ** 0.5)
+        norm = raw.norm() if raw.any() else raw.new_tensor(0.1 * raw.numel() ** 0.5)
+        goal = part * norm
         if size > 0:
             parameter.mul_(goal.to(size.device) / size)
         if f.magnitude is not None:
@@ -194,8 +228,11 @@ def accepted(model: nn.Module, outputs: Iterable[Tensor], known: Iterable[float]
 def difference(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest |a − b| over the outputs, relative to the largest |b| of the same output.
 
-    Where both are infinite alike (HuBERT's masked logits) they do not differ.
+    Where both are infinite alike (HuBERT's masked logits) they do not differ; of other numbers or
+    shapes they differ without limit.
     """
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return float("inf")
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x.numel():

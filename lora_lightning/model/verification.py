@@ -7,13 +7,16 @@ hide everything), runs the model and checks, for each adapted tensor:
 2. is the effect without gradients the one with gradients? (fused inference paths read raw weights)
 3. does merging leave the output as it was?
 
+A model that decides in eval mode (classes, detections, texts) gives little to tell these by there:
+no gradient, or as many numbers as it finds. Then a warning says what was left out.
+
 No product uses TF32. Factors, buffers, modes, gradients, random state and torch's settings are
 restored afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,26 +27,21 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import VerificationError
 from lora_lightning.linalg.torch_settings import ieee
-from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
+from lora_lightning.model.gradient_check import Look, dead_factors, untold_by_eval
 from lora_lightning.model.probing import (
     accepted,
     difference,
     preserved,
-    randomise,
     randomised,
     roundings,
     run,
-    without_noise,
 )
 from lora_lightning.model.view import View
 
-Look = Callable[..., list[Tensor]]  # from a seed: the outputs of one run
-
-_TRIES = 3
 _verifying: ContextVar[bool] = ContextVar("verifying", default=False)
 
 
@@ -62,6 +60,7 @@ class Verification:
         failures: path → why it fails; empty when all is well.
         effect: largest change of the eval output by the random factors, relative.
         merge_error: largest difference between merged and unmerged output, relative.
+        untold: what the eval output cannot tell, and why; "" where it tells all.
     """
 
     name: str
@@ -69,6 +68,7 @@ class Verification:
     failures: dict[str, str] = field(default_factory=dict)
     effect: float = 0.0
     merge_error: float = 0.0
+    untold: str = ""
 
 
 def verify(
@@ -112,6 +112,9 @@ def verify(
     failing = [v for v in found if v.failures]
     if failing and raise_on_failure:
         raise VerificationError(_message(failing))
+    for each in found:
+        if each.untold:
+            warnings.warn(f"adapter {each.name!r}: {each.untold}", stacklevel=2)
     return found
 
 
@@ -119,63 +122,20 @@ def _verify_one(model: nn.Module, name: str, look: Look, tolerance: float | None
     factors = states.named_factors(model, name)
     result = Verification(name, list(factors))
     with randomised(model, factors):
-        for training in (True, False):
-            for path, reason in _dead(model, factors, look, training).items():
-                mode = "training" if training else "eval"
-                result.failures.setdefault(path, f"in {mode}: {reason}")
+        dead, trained = dead_factors(model, factors, look, training=True)
+        result.failures |= {path: f"in training: {reason}" for path, reason in dead.items()}
+        if not trained:
+            return result
         model.eval()
-        _check_eval(model, result, look, tolerance)
-    return result
-
-
-def _dead(
-    model: nn.Module, factors: dict[str, Factors], look: Look, training: bool
-) -> dict[str, str]:
-    """Path → why no gradient reaches it; a gradient in one of three draws is enough."""
-    dead: dict[str, str] = dict.fromkeys(factors, "")
-    for attempt in range(_TRIES):
-        with without_noise(model, training), torch.enable_grad():
-            outputs = look(seed=attempt)
-            loss = _probe_loss(outputs, attempt)
-            if loss is None:
-                return dict.fromkeys(factors, "the output depends on no adapter at all")
-            model.zero_grad(set_to_none=True)
-            # Smaller each time: without a trainer's scaler float16 can overflow.
-            (loss / 100**attempt).backward()
-        dead = {p: r for p in dead if (r := _gradient_problem(factors[p]))}
+        still, found = dead_factors(model, factors, look, training=False)
+        comparable = True
         if not dead:
-            break
-        randomise(model, factors, seed=attempt + 1)
-    model.zero_grad(set_to_none=True)
-    return dead
-
-
-def _gradient_problem(factors: Factors) -> str | None:
-    for key, parameter in factors.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        grad = parameter.grad
-        if grad is None:
-            return "the model never uses this weight (no gradient)"
-        if not torch.isfinite(grad).all():
-            return f"the gradient of {key} is not finite"
-        if not grad.any():
-            return (
-                f"the gradient of {key} is exactly zero: the model multiplies this path by zero "
-                "(a zero-initialised gate or norm weight?), or this batch is too small to use it"
-            )
-    return None
-
-
-def _probe_loss(outputs: list[Tensor], seed: int) -> Tensor | None:
-    """A random projection of all differentiable outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    terms = []
-    for out in outputs:
-        if out.requires_grad:
-            weights = torch.randn(out.shape, generator=generator, device="cpu").to(out.device)
-            terms.append((out.float() * weights).sum())
-    return sum(terms[1:], terms[0]) if terms else None
+            result.untold, comparable = untold_by_eval(model, factors, look, trained, found)
+        for path, reason in still.items() if not result.untold else ():
+            result.failures.setdefault(path, f"in eval: {reason}")
+        if comparable:
+            _check_eval(model, result, look, tolerance)
+    return result
 
 
 def _check_eval(

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.calling import Forward, call
+from lora_lightning.model.calling import Forward
 from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
-from lora_lightning.training.steps import outside_training, step_loss
+from lora_lightning.training.steps import outside_training, run_module, step, step_loss
 
 
 def start_in_trainer(
@@ -31,13 +32,13 @@ def start_in_trainer(
 ) -> None:
     """`start_from_data`, with the module's own steps, on the trainer's own batches.
 
-    Inputs are gathered by `forward`, else by the module's ``predict_step``, or its forward where
-    it has none; gradients by `loss`, else by its ``training_step``.
+    Inputs are gathered by `forward`, else by the module's ``predict_step``, its forward, or the
+    backbone where it has neither; gradients by `loss`, else by its ``training_step``.
 
     Raises:
         ConfigError: the trainer has not one training loader, but several.
     """
-    batches = _single(trainer.train_dataloader) if data is None else data
+    batches = _single(trainer.train_dataloader, forward or loss) if data is None else data
     plugin = _precision(trainer, backbone)
     loss = loss or (lambda _, batch: _training_loss(pl_module, batch))
     with outside_training(pl_module):
@@ -68,7 +69,7 @@ def choose_in_trainer(
     Raises:
         ConfigError: the trainer's loader cannot be had so early, or there are several.
     """
-    batches = _early_loader(trainer) if data is None else data
+    batches = _early_loader(trainer, forward) if data is None else data
     plugin = _precision(trainer, backbone)
     pl_module.to(trainer.strategy.root_device)  # where the strategy is about to move it
     with outside_training(pl_module):
@@ -108,8 +109,8 @@ def _within(plugin: Precision, step: Forward) -> Forward:
 
 def _forward_of(pl_module: LightningModule, backbone: nn.Module) -> Forward:
     if is_overridden("predict_step", pl_module):
-        return lambda _, batch: pl_module.predict_step(batch, 0)
-    return lambda _, batch: call(pl_module, batch, backbone)
+        return lambda _, batch: step(pl_module, "predict_step", batch)
+    return lambda _, batch: run_module(pl_module, backbone, batch)
 
 
 def _shows_progress(trainer: Trainer) -> bool:
@@ -130,11 +131,11 @@ class _Moved:
         return len(self.batches)  # type: ignore[arg-type]
 
 
-def _early_loader(trainer: Trainer) -> Iterable[Any]:
+def _early_loader(trainer: Trainer, forward: Forward | None) -> Iterable[Any]:
     """The training loader before Lightning itself asks for it."""
     source = trainer.fit_loop._data_source
     try:
-        return _single(source.dataloader())
+        return _single(source.dataloader(), forward)
     except ConfigError:
         raise
     except Exception as error:
@@ -145,14 +146,22 @@ def _early_loader(trainer: Trainer) -> Iterable[Any]:
         ) from error
 
 
-def _single(loader: Any) -> Iterable[Any]:
-    if isinstance(loader, (dict, list, tuple)):
+def _single(loader: Any, given: Forward | None) -> Iterable[Any]:
+    """The training loader; of several, which a user's function may know, the batches of them."""
+    loaders = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    if not isinstance(loaders, (dict, list, tuple)):
+        found: Iterable[Any] = loaders
+        return found
+    if given is None:
         raise ConfigError(
             "the trainer has several training loaders: give LoRACallback(data=…) the one with the "
-            "target's batches to start from"
+            "target's batches to start from, or forward= (loss= for 'lora-ga'), a function from "
+            "(backbone, batch), which runs the backbone on a batch of all of them"
         )
-    found: Iterable[Any] = loader
-    return found
+    combined = (
+        loader if isinstance(loader, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+    )
+    return (batch for batch, _, _ in combined)
 
 
 def _training_loss(pl_module: LightningModule, batch: Any) -> Tensor:

@@ -46,7 +46,8 @@ class LoRACallback(Callback):
             target, read; None: the trainer's own training batches. Labels are needed for
             ``"lora-ga"`` alone.
         forward: From (backbone, batch): runs the backbone once on a batch of `data`; None: the
-            module's ``predict_step``, or its forward (see `lora_lightning.model.calling`).
+            module's ``predict_step``, its forward, or the backbone where it has neither (see
+            `lora_lightning.model.calling`).
         loss: From (backbone, batch) to a scalar loss, for ``"lora-ga"``; None: what the module's
             ``training_step`` returns.
         batch_norm: BatchNorm's statistics during training: ``"frozen"`` (eval mode, the

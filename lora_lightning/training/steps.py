@@ -7,8 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from lora_lightning.linalg.torch_settings import forked_rng
+from lora_lightning.model.calling import call
 
 
 @contextmanager
@@ -47,4 +51,18 @@ def loss_in(outputs: Any) -> Any:
 
 def step_loss(pl_module: LightningModule, batch: Any) -> Any:
     """The loss that the module's ``training_step`` returns for this batch."""
-    return loss_in(pl_module.training_step(batch, 0))
+    return loss_in(step(pl_module, "training_step", batch))
+
+
+def step(pl_module: LightningModule, name: str, batch: Any) -> Any:
+    """What this step of the module returns; called with the arguments that it takes."""
+    run = getattr(pl_module, name)
+    if is_param_in_hook_signature(run, "dataloader_iter", explicit=True):
+        return run(iter([(batch, 0, 0)]))
+    return run(batch, 0) if is_param_in_hook_signature(run, "batch_idx", min_args=2) else run(batch)
+
+
+def run_module(pl_module: LightningModule, network: nn.Module, batch: Any) -> Any:
+    """The output of the module's forward; of the adapted network's where it has none."""
+    has_forward = is_overridden("forward", pl_module)
+    return call(pl_module if has_forward else network, batch, network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.model.probing import evaluating
+from lora_lightning.model.probing import evaluating, loss_in_eval
 from lora_lightning.training.steps import outside_training, step_loss
 
 Loss = Callable[[LightningModule, Any], Any]
@@ -86,7 +87,7 @@ def losses_of(pl_module: LightningModule, batches: Iterable[Any], loss: Loss | N
         for batch in batches:
             moved = pl_module.transfer_batch_to_device(plugin.convert_input(batch), device, 0)
             with plugin.forward_context():
-                value = (loss or step_loss)(pl_module, moved)
+                value = loss_in_eval(pl_module, partial(loss or step_loss, pl_module, moved))
             found.append(_values(value, loss is None))
     if not found:
         raise DataError("the held-out data hold no batch: give at least one item")

@@ -91,6 +91,8 @@ class TransductivePose(Course, TaskInRounds):
         check_settings(batch_norm, batch_size)
         self.model = model.to(memory_format=torch.channels_last).train()
         self.target = Target(target)
+        if not isinstance(self.target[0][0], Tensor):
+            raise ConfigError("the target's items must be images as tensors, or begin with one")
         self.training_items = Target(target if training is None else training)
         self.tolerance, self.batch_norm, self.batch_size = tolerance, batch_norm, batch_size
         self._course = _Course(self.target, limits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,22 @@ class Two(Net):
         return self.note(x, lengths, mask)
 
 
+class Named(Net):
+    def forward(self, *, x, mask=None):
+        return self.note(x, mask)
+
+
+class Whole(Net):
+    def forward(self, batch):
+        return self.note(batch["inputs"])
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+    lengths: torch.Tensor
+    label: torch.Tensor
+
+
 class Star(Net):
     def forward(self, *args, **kwargs):
         return self.note(*args, *kwargs.values())
@@ -62,8 +80,14 @@ BATCHES = {
     "a mapping": (One, {"x": X, "mask": Y}, None, (X, Y)),
     "a mapping with targets": (One, {"x": X, "label": Y, "path": "a"}, None, (X, None)),
     "a mapping and targets": (One, ({"x": X}, Y), None, (X, None)),
+    "a mapping as a whole": (Whole, {"inputs": X, "label": Y}, None, (X,)),
+    "a mapping as a whole, and targets": (Whole, ({"inputs": X}, Y), None, (X,)),
     "two that are needed": (Two, (X, Y, Y), None, (X, Y, None)),
     "a mapping of them": (Two, {"lengths": Y, "x": X, "mask": Y}, None, (X, Y, Y)),
+    "a named tuple": (Two, Inputs(X, Y, Y), None, (X, Y, None)),
+    "inputs in a list, and targets": (Two, ([X, Y], Y), None, (X, Y, None)),
+    "a tensor by its name": (Named, X, None, (X, None)),
+    "inputs by their names": (Named, [X, Y], None, (X, None)),
     "any number": (Star, (X, Y), None, (X, Y)),
     "any keywords": (Star, {"x": X, "other": Y}, None, (X, Y)),
     "a function of the user's": (One, (Y, X), last, (X, None)),
@@ -188,5 +212,9 @@ def test_what_is_no_call_says_so():
             call(One(), batch)
     with pytest.raises(DataError, match=r"keyword arguments, x, mask; this one has 'image'"):
         call(One(), {"image": X})
+    with pytest.raises(DataError, match=r"requires x, lengths, of which this batch gives 1.*mapp"):
+        call(Two(), X)
+    with pytest.raises(DataError, match=r"'image'\), was given the whole.*KeyError.*forward="):
+        call(Whole(), {"image": X})
     with pytest.raises(DataError, match="does not call the model"):
         call_of(One(), X, lambda model, batch: None)

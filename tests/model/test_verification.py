@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from lora_lightning import inject, verify
+from lora_lightning import LoRACallback, inject, verify
+from lora_lightning.errors import VerificationError
+from lora_lightning.model.state import named_factors
+from tests.helpers.detectors import Detection, boxes, faster_rcnn, retinanet
 from tests.helpers.gpu import TF32, cudnn_rnn, high_precision_matmul  # noqa: F401 - fixtures
-from tests.helpers.training import tiny_vit
+from tests.helpers.training import tiny_vit, trainer
 
 
 @pytest.mark.usefixtures("high_precision_matmul")
@@ -65,3 +70,80 @@ def test_verify_accepts_what_rounding_to_16_bits_explains(dtype, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = verify(model, torch.randn(3, 64))[0]
     assert 1e-4 < found.merge_error < 2e-2
+
+
+class Decides(nn.Module):
+    """Gives something else in eval mode than logits."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.layer, self.head, self.decide = nn.Linear(6, 5), nn.Linear(5, 3), decide
+
+    def forward(self, x):
+        found = self.head(self.layer(x).relu())
+        return found if self.training else self.decide(self, x, found)
+
+
+def texts(model, x, found):
+    return [f"class {k}" for k in found.argmax(1).tolist()]
+
+
+def raw(model, x, found):
+    """By the weight of the base, whatever the adapter is."""
+    return nn.functional.linear(x, model.layer._parameters["weight"], model.layer.bias).detach()
+
+
+def kept(model, x, found):
+    """Those above a threshold."""
+    return {"scores": found[found > 0.3], "labels": found.argmax(1)}
+
+
+LEARNT, CHANGES = (
+    "every factor learns was checked in training mode",
+    "the adapter changes decisions",
+)
+TOLD = {  # what eval gives, and what is said of it
+    "classes": (lambda m, x, y: y.argmax(1), f"{LEARNT}.*{CHANGES}.*merging was not"),
+    "classes as floats": (lambda m, x, y: y.argmax(1).float(), LEARNT),
+    "texts": (texts, f"{LEARNT}.*{CHANGES}"),
+    "as many as there are": (kept, f"{LEARNT}.*{CHANGES}"),
+    "nothing": (lambda m, x, y: [], f"{LEARNT}.*no decision changed"),
+    "without a gradient": (lambda m, x, y: y.detach(), f"{LEARNT} only"),
+}
+
+
+def decides(decide):
+    torch.manual_seed(0)
+    model = Decides(decide)
+    inject(model, rank=1, target_modules=["layer"], trainable=[])
+    return model, torch.randn(8, 6)
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_a_decision_cannot_tell_is_said(kind):
+    decide, said = TOLD[kind]
+    with pytest.warns(UserWarning, match=said):
+        found = verify(*decides(decide))[0]
+    assert not found.failures
+    assert found.untold
+
+
+def test_what_an_eval_output_can_tell_is_checked():
+    """Also where it is of another form than in training, or has no gradient."""
+    soft = decides(lambda m, x, y: {"p": y.softmax(1), "class": y.argmax(1)})
+    assert not verify(*soft)[0].untold
+    assert not verify(*decides(lambda m, x, y: SimpleNamespace(logits=y)))[0].untold
+    for dead in (raw, lambda m, x, y: {"p": raw(m, x, y), "class": y.argmax(1) * 0}):
+        with pytest.raises(VerificationError, match="in eval: no effect on the output"):
+            verify(*decides(dead))
+    with pytest.raises(VerificationError, match="no floating-point tensor; give forward="):
+        verify(*decides(None)[:1], torch.randn(8, 6), forward=lambda m, x: m.train()(x).argmax(1))
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_detectors_train_under_the_callback(make, tmp_path):
+    module = Detection(make())
+    lora = LoRACallback(rank=1, target_modules="all", trainable=[])
+    with pytest.warns(UserWarning, match=LEARNT):
+        trainer(tmp_path, lora, max_epochs=1).fit(module, boxes())
+    assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lora_lightning.adaptation.target import Target, predicted
+from lora_lightning.adaptation.target import Predict, Target, predicted
 from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.adaptation.validators import agreement
 from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.batch_norm import reestimated
+from lora_lightning.model.calling import moved
 from lora_lightning.model.probing import preserved
 
 MOST = 500  # items to predict; drawn at random from more
@@ -37,7 +37,7 @@ class Opinion(NamedTuple):
 
 
 @torch.no_grad()
-def second_opinion(model: nn.Module, data: Any, forward: Callable[[Tensor], Any]) -> Opinion | None:
+def second_opinion(model: nn.Module, data: Any, predict: Predict) -> Opinion | None:
     """Predict with BatchNorm's statistics re-estimated on these items; None without BatchNorm.
 
     Two equally accurate models that differ by randomness agree on as many items as they classify
@@ -51,8 +51,8 @@ def second_opinion(model: nn.Module, data: Any, forward: Callable[[Tensor], Any]
     some: Any = Subset(target, chosen.tolist())
     loader: DataLoader[Any] = DataLoader(some, BATCH, **target.settings)
     with preserved(model):
-        if not reestimated(model, forward, (x.to(device) for x, _ in loader), SOURCE_ITEMS):
+        if not reestimated(model, predict, (moved(x, device) for x, _ in loader), SOURCE_ITEMS):
             return None
-        found = predicted(forward, model, loader, device)
+        found = predicted(predict, model, loader, device)
     # `predicted` puts them in the order of their indices.
     return Opinion(chosen.sort().values, found.probabilities)

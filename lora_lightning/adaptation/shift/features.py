@@ -5,48 +5,31 @@ Legend of shapes: B items of a batch, N items, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.target import Predicted, Target, predicted
-from lora_lightning.errors import ConfigError
+from lora_lightning.adaptation.target import Predict, Predicted, Target, predicted
+from lora_lightning.model.calling import classifier
 from lora_lightning.model.introspection import block_list
 
 HEAD = "head"  # name of the classifier's input
 
 
 def features_of(
-    model: nn.Module, data: Any, batch_size: int, forward: Callable[[Tensor], Any] | None = None
+    model: nn.Module, data: Any, batch_size: int, predict: Predict | None = None
 ) -> tuple[dict[str, Tensor], Predicted]:
     """Each block's pooled output (N, D) by name, the head's input last; and the predictions."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     loader = Target(data).loader(batch_size, shuffle=False)
     with _watched(model) as found:
-        said = predicted(_checked(forward or model), model, loader, device)
+        said = predicted(predict or classifier(model, None), model, loader, device)
     layers = {name: torch.cat(x) for name, x in found.items() if x}
     layers = {name: x for name, x in layers.items() if len(x) == len(said.probabilities)}
     return {**layers, HEAD: said.features}, said
-
-
-def _checked(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    def call(inputs: Tensor) -> Tensor:
-        logits = forward(inputs)
-        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1:
-            return logits
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits)
-        raise ConfigError(
-            f"a shift is judged by how sure a classifier is: logits (items, classes) are needed, "
-            f"got {what}. Give forward=, from (model, inputs) or inputs alone to such logits, as "
-            "in forward=lambda x: model(x)[0] for a model that returns more, or model(x).mean(1) "
-            "for frames (items, frames, classes). A regression has no confidence: compare its "
-            "features by lora_lightning.adaptation.shift.distances"
-        )
-
-    return call
 
 
 @contextmanager

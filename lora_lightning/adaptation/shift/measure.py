@@ -30,7 +30,7 @@ from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, STEADINESS, Shi
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model import state as states
-from lora_lightning.model.calling import on_inputs
+from lora_lightning.model.calling import classifier
 from lora_lightning.model.switching import adapters, disabled
 
 PAIRS = 200  # items of a set that enter the pairwise distances of each repeat
@@ -75,8 +75,8 @@ def shift(
             `SourceStatistics.of`).
         target: Data of the target: a dataset, a loader or a tensor.
         labels: Of `source`, where it is data.
-        forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None:
-            ``model(inputs)``.
+        forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None: as
+            `lora_lightning.model.calling` says.
         batch_size: Of the forward passes.
         repeats: Of the bootstrap, at least 2.
         seed: Of the bootstrap.
@@ -90,7 +90,7 @@ def shift(
         DataNotFoundError: there is no such file.
         AdapterFileError: not a file of statistics.
     """
-    run = on_inputs(model, forward)
+    run = classifier(model, forward)
     has_adapter = bool(adapters(model)) and any(s.active for _, s in states.roots(model))
     as_source: AbstractContextManager[Any] = disabled(model) if has_adapter else nullcontext()
     with as_source:

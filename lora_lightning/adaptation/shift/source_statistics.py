@@ -26,7 +26,7 @@ from lora_lightning.lora.values import not_finite
 from lora_lightning.model.adapter_file.container import contents
 from lora_lightning.model.adapter_file.format import checksum, parsed, verify
 from lora_lightning.model.adapter_file.schema import Leaf, Listed, Record, check, real, text
-from lora_lightning.model.calling import on_inputs
+from lora_lightning.model.calling import classifier
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.report.files import atomic_write
 
@@ -130,15 +130,15 @@ class SourceStatistics:
                 over one or a tensor (N, …). Items that the model was **not** trained on: it is
                 more confident on the others.
             labels: (N,) classes, in that order.
-            forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K); None:
-                ``model(inputs)``.
+            forward: From (model, inputs), or from a batch of inputs alone, to logits (B, K);
+                None: as `lora_lightning.model.calling` says.
             batch_size: Of the forward passes.
 
         Raises:
             ConfigError: the model's output is not (B, K); says what to pass.
             DataError: fewer than 8 items, NaN, or labels of another number.
         """
-        run = on_inputs(model, forward)
+        run = classifier(model, forward)
         found, predictions = features_of(model, data, batch_size, run)
         n = len(predictions.probabilities)
         if n < FEWEST:

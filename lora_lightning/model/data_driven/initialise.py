@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
+from operator import length_hint
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,12 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.calling import Forward, call
 from lora_lightning.model.data_driven.activations import observed
-from lora_lightning.model.probing import evaluating, training_only, without_cudnns_rnn
+from lora_lightning.model.probing import (
+    evaluating,
+    loss_in_eval,
+    training_only,
+    without_cudnns_rnn,
+)
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
@@ -123,8 +130,9 @@ def start_from_data(
 ) -> list[str]:
     """Set an adapter's starting factors from target batches, by the method of its ``init``.
 
-    The source model sees each batch once, in eval mode; with ``"eva"`` the pass ends early when
-    all layers' subspaces have converged. The function stays the source's.
+    The source model sees each batch once, in eval mode (where that gives no loss, in training mode
+    without noise); with ``"eva"`` the pass ends early when all layers' subspaces have converged.
+    The function stays the source's.
 
     Args:
         model: With the adapter on, not trained yet.
@@ -209,7 +217,7 @@ def _gradients(
     unfused = without_cudnns_rnn(model.modules())
     with training_only(model, weights.values()), torch.enable_grad(), unfused:
         for batch in batches:
-            found = loss(model, batch)
+            found = loss_in_eval(model, partial(loss, model, batch))
             if found.requires_grad:  # not where every weight is computed from others
                 found.backward()
     return {
@@ -226,7 +234,7 @@ def shown(batches: Iterable[Any], limit: int, progress: bool) -> Iterable[Any]:
         return limited
     from rich.progress import track
 
-    total = min(limit, len(batches)) if isinstance(batches, Sized) else limit
+    total = min(limit, length_hint(batches, limit))  # not every loader has a length
     return track(limited, "Looking at the target", total=total, transient=True)
 
 
