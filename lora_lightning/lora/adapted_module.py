@@ -35,6 +35,8 @@ from lora_lightning.lora.swapped_class import once, swapped_class
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
 _GET_PARAMETER = nn.Module.get_parameter.__code__
+# FSDP2 and distributed checkpoints look their parameters up by attribute.
+_SHARDING = ("torch.distributed.fsdp.", "torch.distributed.checkpoint.")
 
 
 class _Uncompilable(Sequence[str]):
@@ -123,8 +125,9 @@ def _effective(module: Any, tensor: str) -> Any:
         return raw
     if torch.compiler.is_compiling():
         return factors.effective(raw)
-    reader = sys._getframe(2).f_code
-    if reader is _GET_PARAMETER:
+    frame = sys._getframe(2)
+    reader = frame.f_code
+    if reader is _GET_PARAMETER or frame.f_globals.get("__name__", "").startswith(_SHARDING):
         return raw  # the parameter of this name, as in `named_parameters`
     if reader.co_name == "set_input_size":  # timm's, into a new layer without an adapter
         raise AdapterError(

@@ -33,6 +33,12 @@ from lora_lightning.model.targets import select
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
+_BEFORE = (
+    "do it before fully_shard. In a LightningModule build the network in __init__, or call "
+    "inject(self.model, ...) with the callback's configuration in configure_model, before "
+    "fully_shard"
+)
+
 
 def inject(
     model: nn.Module,
@@ -140,6 +146,8 @@ def check_free(view: View, name: str) -> ModelState:
     check_adapter_name(name)
     state = state_of(view.model)
     states.check_home(view, f"putting adapter {name!r} on the model")
+    if state is None or name not in state.configs:
+        view.check_whole(f"putting adapter {name!r} on the model", _BEFORE)
     if state is None:
         inner = [n for n, m in view.modules if state_of(m)]
         if inner:

@@ -81,6 +81,8 @@ def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, 
     view = View(root)
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) first")
+    if purpose != "to copy":
+        view.check_whole(f"an adapter {purpose}")
     return view, state, name
 
 
