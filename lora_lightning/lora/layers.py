@@ -135,9 +135,10 @@ def largest_rank(weight: Tensor, bare: bool) -> int:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before an adapter was put on it."""
+    """The class that a module has, or had before it was adapted, or sharded."""
     cls = type(module)  # by the class, since missing attributes of a module are slow
-    return getattr(cls, "_adapted_base", cls)
+    own = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]  # FSDP2's mixin stands before it
+    return getattr(cls, "_adapted_base", own)
 
 
 def path_of(module: nn.Module) -> str:

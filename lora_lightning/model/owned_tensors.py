@@ -100,6 +100,8 @@ def replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
 
     Parameters keep their identity when a model moves; buffers become new objects then.
     """
+    if known[1].is_meta and not live.is_meta:
+        return True  # it has its values since
     if is_sharded(live) and not is_sharded(known[0]):
         return known[1].shape != live.shape  # `fully_shard` has put another object there
     if isinstance(live, nn.Parameter):
