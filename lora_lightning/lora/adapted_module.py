@@ -194,7 +194,8 @@ def adapt(
         factors._modules[tensor] = new
         if new.training is not module.training:
             new.train(module.training)
-    factors.__dict__["training"] = module.training
+    for container in (module._modules["lora"], factors):
+        container.__dict__["training"] = module.training  # type: ignore[union-attr]
     adapters[name] = factors
     cls = adapted_class(base_class(module), tensors)
     if type(module) is not cls:
