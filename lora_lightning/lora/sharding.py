@@ -20,6 +20,11 @@ FSDP1 = (
     "FullyShardedDataParallel (FSDP1) flattens parameters, so that no layer has a weight to adapt: "
     "call inject and then torch.distributed.fsdp.fully_shard (FSDP2) instead"
 )
+BEFORE = (
+    "do it before fully_shard. In a LightningModule build the network in __init__, or call "
+    "inject(self.model, ...) with the callback's configuration in configure_model, before "
+    "fully_shard"
+)
 ELSEWHERE = (
     "save_adapter, called by every process, writes a file; load it into a model that is not "
     "sharded, and do it there"

@@ -140,6 +140,11 @@ def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
             f"FitGuard watches one LoRACallback, and {len(found)} stand before it in "
             "`callbacks`: use [LoRACallback(...), FitGuard()]"
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            "FitGuard compares whole adapters with the source, and ModelParallelStrategy shards "
+            "them: leave it out, or fit with DDP or one process"
+        )
     if found[0].config.prune_to is not None:
         raise ConfigError(
             "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
