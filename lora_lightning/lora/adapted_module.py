@@ -195,7 +195,7 @@ def adapt(
         if new.training is not module.training:
             new.train(module.training)
     for container in (module._modules["lora"], factors):
-        container.__dict__["training"] = module.training  # type: ignore[union-attr]
+        container.__dict__["training"] = module.training
     adapters[name] = factors
     cls = adapted_class(base_class(module), tensors)
     if type(module) is not cls:

@@ -206,7 +206,7 @@ def _renormalises(module: Any) -> str | None:
 
 def _bag(module: Any) -> str | None:
     if module.sparse:
-        return "sparse=True gives its weight a sparse gradient, which factors cannot take; set False"
+        return "sparse=True gives its weight a sparse gradient, which factors cannot take"
     return _renormalises(module)
 
 

@@ -99,7 +99,7 @@ def check_whole(modules: Modules, what: str, instead: str) -> None:
 def reshard(modules: Modules) -> None:
     """Take the whole parameters away that FSDP2 leaves in place after a pass without gradients.
 
-    They are copies, which would not follow a change of the parts.
+    They are copies, which would not follow a change of the parts, and lose their memory later.
     """
     for _, module in modules if _fsdp("FSDPModule") else ():
         if isinstance(module, _fsdp("FSDPModule")):

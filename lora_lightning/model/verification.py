@@ -102,6 +102,7 @@ def verify(
     (_, first), *_ = states.roots(model)
     active, names = first.active, adapters.adapters(model)
     modules = View(model).modules
+    reshard(modules)
 
     def look(seed: int = 0) -> list[Tensor]:
         out = run(model, example_batch, seed, forward)
