@@ -38,10 +38,13 @@ def _left_out(view: View, config: LoRAConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in view.modules:
         within = any(name.startswith(f"{outer}.") for outer in found)
-        why = None if within or not name else reason(module)
-        if why and not any(matches(pattern, name, module) for pattern in chosen):
+        if name and not within and (why := reason(module)):
             found[name] = why
-    return found
+    return {
+        name: why
+        for name, why in found.items()
+        if not any(matches(p, name, view.model.get_submodule(name)) for p in chosen)
+    }
 
 
 def reason(module: nn.Module) -> str | None:
