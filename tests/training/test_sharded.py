@@ -129,6 +129,8 @@ def assert_alike(tmp_path, name, other):
         wanted = torch.load(tmp_path / f"{other}-{rank}.pt", weights_only=True)
         assert own.keys() == wanted.keys()
         for key, value in own.items():
+            if rank and "running" in key:
+                continue  # DDP sends the first process's statistics to all, FSDP2 does not
             torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-6, msg=key)
 
 
