@@ -211,7 +211,9 @@ class AdapterBank:
         return stack.enter_context(states.applied(partial(self._put_on, names)))
 
     def _put_on(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
-        states.check_thread(View(self.model), "bank[...]")
+        view = View(self.model)
+        states.check_thread(view, "bank[...]")
+        view.check_whole("an AdapterBank")
         if check_free(self.model):
             stack.enter_context(disabled(self.model))
         with lasting(self.model):
@@ -219,7 +221,7 @@ class AdapterBank:
             adapters: dict[str | None, dict[str, Part]] = {None: {}}
             adapters.update(taken)
             batch = Batch(self.model, names, adapters, self._looks.last, self._room)
-        modules = View(self.model).modules
+        modules = view.modules
         shortcuts = eval_caches.cachers(modules), eval_caches.packers(modules)
         stack.callback(eval_caches.settle, *shortcuts)
         stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))

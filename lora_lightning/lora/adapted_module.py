@@ -35,6 +35,8 @@ from lora_lightning.lora.swapped_class import once, swapped_class
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
 
 _GET_PARAMETER = nn.Module.get_parameter.__code__
+# FSDP2 and distributed checkpoints look their parameters up by attribute.
+_SHARDING = ("torch.distributed.fsdp.", "torch.distributed.checkpoint.")
 
 
 class _Uncompilable(Sequence[str]):
@@ -123,8 +125,9 @@ def _effective(module: Any, tensor: str) -> Any:
         return raw
     if torch.compiler.is_compiling():
         return factors.effective(raw)
-    reader = sys._getframe(2).f_code
-    if reader is _GET_PARAMETER:
+    frame = sys._getframe(2)
+    reader = frame.f_code
+    if reader is _GET_PARAMETER or frame.f_globals.get("__name__", "").startswith(_SHARDING):
         return raw  # the parameter of this name, as in `named_parameters`
     if reader.co_name == "set_input_size":  # timm's, into a new layer without an adapter
         raise AdapterError(
@@ -191,7 +194,8 @@ def adapt(
         factors._modules[tensor] = new
         if new.training is not module.training:
             new.train(module.training)
-    factors.__dict__["training"] = module.training
+    for container in (module._modules["lora"], factors):
+        container.__dict__["training"] = module.training
     adapters[name] = factors
     cls = adapted_class(base_class(module), tensors)
     if type(module) is not cls:

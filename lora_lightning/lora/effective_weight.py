@@ -12,6 +12,7 @@ count BA twice.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError, WeightWriteError
+from lora_lightning.lora.sharding import FSDP1, is_sharded
 
 # add_, copy_, kaiming_uniform_ …; w[i] = …; w.data = …, w.requires_grad = …; w += ….
 _WRITES = re.compile(r"^(?:.*[^_]_|__setitem__|__set__|__i(?!nit|nvert|nt|ndex|ter)\w+__)$")
@@ -108,8 +110,15 @@ class WholeWeights:
 
         Raises:
             WeightWriteError: what is read is not what is assigned; `disabled` makes them the same.
+            AdapterError: it is a part of a weight.
         """
         acting = self.factors(name) if name in self._adapted_tensors else None
+        if acting and is_sharded(value):
+            raise AdapterError(
+                f"a tensor-parallel plan (parallelize_module) would shard {name} of an adapted "
+                f"{self._adapted_base.__name__}, and not its factors: use fully_shard alone, or "
+                "merge(model) first"
+            )
         if isinstance(value, EffectiveWeight) or (acting and self._replaces(name, value, acting)):
             raise WeightWriteError(_ASSIGNED.format(name=name, kind=self._adapted_base.__name__))
 
@@ -134,6 +143,8 @@ class WholeWeights:
     def __delattr__(self, name: str) -> None:
         # As torch's parametrizations and spectral_norm begin.
         if name in self._adapted_tensors:
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+                raise AdapterError(FSDP1)
             raise WeightWriteError(_ASSIGNED.format(name=name, kind=self._adapted_base.__name__))
         super().__delattr__(name)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.fused import compiled, convolution
@@ -96,22 +96,36 @@ def _bias(layer: Any) -> Tensor | None:
 def embedding_forward(self: Any, index_Bx: Tensor) -> Tensor:
     """Forward of `nn.Embedding`."""
     factors: Factors | None = self.factors("weight")
-
-    def look_up(table: Tensor) -> Tensor:
-        return F.embedding(
-            index_Bx, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
-        )
-
-    weight = self._parameters["weight"]
-    out_BxO = look_up(weight)
     if factors is None:
+        return nn.Embedding.forward(self, index_Bx)
+    weight = self._parameters["weight"]
+    # Gradients of factors are dense also where the table's are sparse: A's could be nothing else.
+    sparse = self.sparse and weight.requires_grad
+    out_BxO = F.embedding(index_Bx, weight, sparse=sparse)
+    low_BxO = _of_both(factors, weight, lambda B, A: F.embedding(index_Bx, B) @ A)
+    out_BxO = out_BxO + factors.spec.scaling * low_BxO
+    if factors.magnitude is not None:
+        ratio = factors.row_scale(weight + factors.delta(weight.shape))
+        out_BxO = (out_BxO * F.embedding(index_Bx, ratio[:, None])).to(weight.dtype)
+    if self.padding_idx is None and not self.scale_grad_by_freq:
         return out_BxO
-    low_BxO = _of_both(factors, weight, lambda B, A: look_up(B) @ A)
-    summed_BxO = out_BxO + factors.spec.scaling * low_BxO
-    if factors.magnitude is None:
-        return summed_BxO
-    ratio = factors.row_scale(weight + factors.delta(weight.shape))
-    return (summed_BxO * F.embedding(index_Bx, ratio[:, None])).to(out_BxO.dtype)
+    share_Bx1 = _gradient_shares(self, index_Bx).to(weight.dtype)
+    return out_BxO.detach() + share_Bx1 * (out_BxO - out_BxO.detach())
+
+
+def _gradient_shares(self: Any, index_Bx: Tensor) -> Tensor:
+    """By how much each item's gradient counts: not at all where it is padding; by frequency.
+
+    torch does so on the way to the table, whose gradient is not that of A.
+    """
+    share_Bx = torch.ones(index_Bx.shape, device=index_Bx.device)
+    if self.scale_grad_by_freq:
+        counts = share_Bx.new_zeros(self.num_embeddings)
+        counts.index_add_(0, index_Bx.reshape(-1), share_Bx.reshape(-1))
+        share_Bx = 1 / counts[index_Bx]
+    if self.padding_idx is not None:
+        share_Bx = share_Bx * (index_Bx != self.padding_idx)
+    return share_Bx[..., None]
 
 
 def _of_both(factors: Factors, weight: Tensor, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

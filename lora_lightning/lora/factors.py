@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.initialisation import METHODS, Setting
 from lora_lightning.lora.precision import factor_dtype, kept_wide
+from lora_lightning.lora.sharding import assign, is_sharded, whole
 from lora_lightning.lora.spec import FactorSpec
 
 # Tensors that factors may hold; initial factors where the product began away from zero, LoRA-XS's
@@ -145,19 +146,20 @@ class Factors(nn.Module):
         matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
         # Drawn in float32 on the CPU wherever the factors are, so that a seed gives one result.
         fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
+        fits = fits and not is_sharded(own)
         room = own if fits else None
         spec = self.spec
         setting = Setting(matrix, spec.rank, spec.scaling, spec.generator(), data, room)
         lora_A, lora_B = method.start(setting)
         if lora_A is not room:
-            own.copy_(lora_A)
+            assign(own, lora_A)
         if lora_B is None:
             self.lora_B.zero_()
         else:
-            self.lora_B.copy_(lora_B)
+            assign(self.lora_B, lora_B)
         if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(self.lora_A)
-            self.start_B.copy_(self.lora_B)
+            self.start_A.copy_(whole(self.lora_A))
+            self.start_B.copy_(whole(self.lora_B))
 
     @property
     def cost(self) -> int:
@@ -198,11 +200,11 @@ class Factors(nn.Module):
         return {key: tensor for key, tensor in own.items() if tensor is not None}
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """(B, A) with ΔW = s·BA, of rank 2r where initial factors are kept."""
+        """(B, A) with ΔW = s·BA, of rank 2r where initial factors are kept; whole ones."""
+        lora_B, lora_A = whole(self.lora_B), whole(self.lora_A)
         if self.start_A is None or self.start_B is None:
-            return self.lora_B, self.lora_A
-        lora_B = torch.cat([self.lora_B, -self.start_B], dim=1)
-        return lora_B, torch.cat([self.lora_A, self.start_A])
+            return lora_B, lora_A
+        return torch.cat([lora_B, -self.start_B], dim=1), torch.cat([lora_A, self.start_A])
 
     @torch.no_grad()
     def rebase(self, weight: Tensor) -> None:
@@ -210,16 +212,17 @@ class Factors(nn.Module):
         if self._moved():
             return
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
-            self.reset(weight)
+            self.reset(whole(weight))
         if self.magnitude is not None:
-            self.magnitude.copy_(self.row_norm(weight))
+            assign(self.magnitude, self.row_norm(whole(weight)))
 
     def follow(self, weight: Tensor) -> None:
         """Recompute values that always depend on the base weight: none here."""
 
     def _moved(self) -> bool:
         """Whether training has changed the product."""
-        return bool((self.lora_B if self.start_B is None else self.lora_B - self.start_B).any())
+        lora_B = whole(self.lora_B)
+        return bool((lora_B if self.start_B is None else lora_B - self.start_B).any())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no values until it is materialised.
@@ -238,8 +241,8 @@ class Factors(nn.Module):
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self._product(mask)
-        lora_A = self.lora_A if mask is None else self.lora_A * mask
-        product: Tensor = self.lora_B @ lora_A
+        lora_A = whole(self.lora_A) if mask is None else whole(self.lora_A) * mask
+        product: Tensor = whole(self.lora_B) @ lora_A
         if self.start_A is not None and self.start_B is not None:
             # The same mask for both, so that they are equal at the start.
             kept = self.start_A if mask is None else self.start_A * mask
@@ -254,9 +257,9 @@ class Factors(nn.Module):
         """
         mask: Tensor | None = None
         if dropout and self.training and self.spec.dropout > 0:
-            keep = torch.ones_like(self.lora_A[:1])
+            keep = torch.ones_like(whole(self.lora_A)[:1])
             mask = nn.functional.dropout(keep, self.spec.dropout)
-        out: Tensor = weight + self._product(mask).view(weight.shape)
+        out: Tensor = whole(weight) + self._product(mask).view(weight.shape)
         if self.magnitude is not None:
             scaled: Tensor = out.reshape(self.matrix) * self.row_scale(out)[:, None]
             out = scaled.view(weight.shape)
@@ -265,7 +268,7 @@ class Factors(nn.Module):
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
         assert self.magnitude is not None
-        ratio: Tensor = self.magnitude / self.row_norm(summed.detach())
+        ratio: Tensor = whole(self.magnitude) / self.row_norm(summed.detach())
         return ratio
 
     def row_norm(self, weight: Tensor) -> Tensor:

@@ -135,9 +135,10 @@ def largest_rank(weight: Tensor, bare: bool) -> int:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before an adapter was put on it."""
+    """The class that a module has, or had before it was adapted, or sharded."""
     cls = type(module)  # by the class, since missing attributes of a module are slow
-    return getattr(cls, "_adapted_base", cls)
+    own = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]  # FSDP2's mixin stands before it
+    return getattr(cls, "_adapted_base", own)
 
 
 def path_of(module: nn.Module) -> str:
@@ -203,6 +204,12 @@ def _renormalises(module: Any) -> str | None:
     )
 
 
+def _bag(module: Any) -> str | None:
+    if module.sparse:
+        return "sparse=True gives its weight a sparse gradient, which factors cannot take"
+    return _renormalises(module)
+
+
 def _projections(module: Any) -> tuple[str, ...]:
     packed = module.in_proj_weight is not None
     return ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -223,7 +230,7 @@ add_layer_kind(
 )
 add_layer_kind(nn.Embedding, refusal=_renormalises, forward=factorised.embedding_forward)
 add_layer_kind(nn.modules.conv._ConvNd, nn.Bilinear)  # transposed convolutions
-add_layer_kind(nn.EmbeddingBag, refusal=_renormalises)
+add_layer_kind(nn.EmbeddingBag, refusal=_bag)
 add_layer_kind(nn.MultiheadAttention, tensors=_projections)
 add_layer_kind(nn.RNNCellBase, tensors=_recurrent)
 add_layer_kind(nn.RNNBase, tensors=_recurrent, body=BODY, refresh=forget_flat_weights)

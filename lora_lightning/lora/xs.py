@@ -18,6 +18,7 @@ from lora_lightning.linalg.decompose import checked, signs
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.precision import factor_dtype, kept_wide
+from lora_lightning.lora.sharding import whole
 from lora_lightning.lora.spec import matrix_shape
 
 FLOOR = 1e-6  # of the largest singular value: below it, directions are rounding noise
@@ -163,8 +164,8 @@ class XSFactors(Factors):
         device = self.core.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.basis.lora_B @ self.core
-        return self.basis.lora_B @ self.core
+                return self.basis.lora_B @ whole(self.core)
+        return self.basis.lora_B @ whole(self.core)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(A, B), computed."""
@@ -189,7 +190,7 @@ class XSFactors(Factors):
 
     def follow(self, weight: Tensor) -> None:
         """Compute the frozen factors from another base weight."""
-        self.basis.renew(weight.detach().reshape(self.matrix))
+        self.basis.renew(whole(weight.detach()).reshape(self.matrix))
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:

@@ -89,6 +89,7 @@ def compress(
     root, state, name = states.holder(model, name, "to compress")
     if View(root).merged:
         raise AdapterError("the model is merged; call unmerge(model) before compressing")
+    View(root).check_whole("compress")
     before = states.named_factors(root, name)
     scale = state.configs[name].scale
     found = [_compress_one(root, name, path, f, rank, energy, scale) for path, f in before.items()]

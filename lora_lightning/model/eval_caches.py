@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.layers import base_class
 from lora_lightning.lora.module_tree import Modules
+from lora_lightning.lora.sharding import is_in_pieces
 from lora_lightning.lora.swapped_class import once
 
 _CACHE = "attention_bias_cache"
@@ -51,8 +53,19 @@ def settle(
     for encoder in packing:
         unpacked = any(acts(part) for part in encoder.modules())
         encoder.use_nested_tensor = not unpacked
+        if is_in_pieces(encoder):  # its class is FSDP2's, by which packing stays right too
+            _check_unpacked(encoder, unpacked)
+            continue
         base: Any = base_class(encoder)
         object.__setattr__(encoder, "__class__", _unpacked(base) if unpacked else base)
+
+
+def _check_unpacked(encoder: nn.Module, unpacked: bool) -> None:
+    if unpacked and not isinstance(encoder, _Unpacked):
+        raise AdapterError(
+            f"the adapter within a sharded {base_class(encoder).__name__} was inactive when "
+            "fully_shard was called: activate it before"
+        )
 
 
 class _Unpacked(nn.TransformerEncoder):

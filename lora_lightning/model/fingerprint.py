@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.layers import base_class
+from lora_lightning.lora.sharding import whole
 from lora_lightning.model.view import View
 
 _SAMPLES = 16
@@ -22,11 +23,12 @@ def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[st
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
     values of each, rounded to bfloat16 so that a base kept in bfloat16 still counts as the
-    same (float16 rounds otherwise: load with ``check="structure"`` there).
+    same (float16 rounds otherwise: load with ``check="structure"`` there). Of a sharded model every
+    process must ask.
     `exclude` names the tensors that an adapter trains in full: they are no part of the base.
     """
-    view, whole = View.of(model), set(exclude)
-    names, weights = _sampled({n: p for n, p in view.parameters.items() if n not in whole})
+    view, left = View.of(model), set(exclude)
+    names, weights = _sampled({n: p for n, p in view.parameters.items() if n not in left})
     found = {"structure": names, "architecture": architecture(view.model)}
     return found | ({"weights": weights} if weights else {})
 
@@ -50,6 +52,7 @@ def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         shape, number, step = _seen(tensor.shape)
         names.append(f"{name} {shape}")
         if number and not tensor.is_meta:
+            tensor = whole(tensor)
             flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
             values = flat.as_strided((number,), (step,))
             samples.append(values if values.dtype is torch.float32 else values.float())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.sharding import whole
 from lora_lightning.model.probing import difference, randomise, without_noise
 from lora_lightning.model.switching import disabled
 
@@ -53,6 +54,7 @@ def _gradient_problem(factors: Factors) -> str | None:
         grad = parameter.grad
         if grad is None:
             return "the model never uses this weight (no gradient)"
+        grad = whole(grad)
         if not torch.isfinite(grad).all():
             return f"the gradient of {key} is not finite"
         if not grad.any():

@@ -18,6 +18,7 @@ from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.sharding import BEFORE
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.lora.xs import check_weights
@@ -26,6 +27,7 @@ from lora_lightning.model import state as states
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport, Row
+from lora_lightning.model.left_out import noted
 from lora_lightning.model.owned_tensors import all_extras, chosen, snapshot
 from lora_lightning.model.patterns import Target
 from lora_lightning.model.state import ModelState, state_of
@@ -122,6 +124,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     adapted = {t.path for t in targets}
     whole = [n for n in chosen(view, state, config.trainable) if n not in adapted]
     report = report_of(view, name, _rows(targets, specs), whole)
+    report = noted(report, view, config)
     with all_or_nothing(view, name):
         _put(name, targets, specs)
         register(view, state, config, report, freeze)
@@ -140,6 +143,8 @@ def check_free(view: View, name: str) -> ModelState:
     check_adapter_name(name)
     state = state_of(view.model)
     states.check_home(view, f"putting adapter {name!r} on the model")
+    if state is None or name not in state.configs:
+        view.check_whole(f"putting adapter {name!r} on the model", BEFORE)
     if state is None:
         inner = [n for n, m in view.modules if state_of(m)]
         if inner:

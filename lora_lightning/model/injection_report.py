@@ -34,12 +34,14 @@ class InjectionReport:
         rows: one `Row` for each adapted tensor.
         extras: name → number of elements of each parameter trained in full.
         total_parameters: parameters of the base.
+        left_out: path → why, of layers that ``"auto"`` or ``"all"`` could not adapt.
     """
 
     name: str
     rows: tuple[Row, ...]
     extras: dict[str, int] = field(default_factory=dict)
     total_parameters: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def factor_parameters(self) -> int:
@@ -71,6 +73,9 @@ class InjectionReport:
             table.add_row(where, r.kind, r.path, str(r.rank), f"{r.parameters:,}")
         for name, size in self.extras.items():
             table.add_row(name, "—", "in full", "—", f"{size:,}")
+        for name, why in self.left_out.items():
+            kind, _, reason = why.partition(": ")
+            table.add_row(name, kind, f"left out: {reason.split(';')[0]}", "—", "—")
         return table
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.lora.sharding import assign, is_sharded
 from lora_lightning.model.state import Kind, ModelState, kind_of
 from lora_lightning.model.targets import trainable_names
 from lora_lightning.model.view import View
@@ -81,11 +82,28 @@ def like(value: Tensor, live: Tensor) -> Tensor:
     return value.to(device=live.device, dtype=live.dtype)
 
 
+def _held(live: Tensor) -> Tensor:
+    """What `_hold` puts back."""
+    return live.detach().clone() if is_sharded(live) else live.data
+
+
+def _hold(live: Tensor, value: Tensor) -> None:
+    """Let `live` be `value`, without a copy; pieces are copied, as FSDP2 knows them by memory."""
+    if is_sharded(live):
+        assign(live, value)
+    else:
+        live.data = value
+
+
 def replaced(live: Tensor, known: tuple[Tensor, Tensor]) -> bool:
     """Whether the user put another tensor in this place since its source value was kept.
 
     Parameters keep their identity when a model moves; buffers become new objects then.
     """
+    if known[1].is_meta and not live.is_meta:
+        return True  # it has its values since
+    if is_sharded(live) and not is_sharded(known[0]):
+        return known[1].shape != live.shape  # `fully_shard` has put another object there
     if isinstance(live, nn.Parameter):
         return known[0] is not live
     return known[1].shape != live.shape
@@ -108,7 +126,7 @@ def exchange(view: View, state: ModelState, name: str | None) -> None:
     state.active = name
     if name is not None:  # the source's must be there now
         for key, value in state.parked.pop(name, {}).items():
-            view.tensors[key].data = like(value, view.tensors[key])
+            _hold(view.tensors[key], like(value, view.tensors[key]))
 
 
 def check_parked(view: View, state: ModelState, name: str) -> None:
@@ -130,9 +148,9 @@ def _park(view: View, state: ModelState, active: str) -> None:
     for name in owned_names(view, state, active):
         known = state.source.get(name)
         if known is not None and not replaced(live[name], known):
-            values[name] = live[name].data
+            values[name] = _held(live[name])
             # A copy: later training must not write into the source's values.
-            live[name].data = like(known[1], live[name]).clone()
+            _hold(live[name], like(known[1], live[name]).clone())
     state.parked[active] = values
 
 
@@ -145,13 +163,13 @@ def source_values(view: View, state: ModelState) -> Iterator[None]:
     live = view.tensors
     snapshot(view, state)
     owned = owned_names(view, state, state.active)
-    kept = {n: live[n].data for n in owned if n in state.source}
+    kept = {n: _held(live[n]) for n in owned if n in state.source}
     try:
         for name in kept:
             value = like(state.source[name][1], live[name])
             # A forward in training mode updates statistics in place: not the stored ones.
-            live[name].data = value if isinstance(live[name], nn.Parameter) else value.clone()
+            _hold(live[name], value if isinstance(live[name], nn.Parameter) else value.clone())
         yield
     finally:
         for name, value in kept.items():
-            live[name].data = value
+            _hold(live[name], value)

@@ -21,6 +21,8 @@ from torch import nn
 from lora_lightning.errors import TargetError
 from lora_lightning.lora.module_tree import join
 
+KEYWORDS = ("auto", "all")  # no patterns, see `lora_lightning.model.targets`
+
 
 @dataclass(frozen=True)
 class Target:

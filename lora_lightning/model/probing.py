@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.linalg.torch_settings import forked_rng, rounding, without_cudnn
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.sharding import assign, whole
 from lora_lightning.model.calling import Forward, call
 
 # Attributes by which timm and torchaudio drop whole paths or layers at random.
@@ -185,17 +186,18 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int, part: fl
     generator = torch.Generator().manual_seed(seed)
     torch.clear_autocast_cache()  # it holds casts of what they were
     for path, f in factors.items():
-        raw = raw_tensor(*located(model, path))
+        raw = whole(raw_tensor(*located(model, path)))
         for parameter in f.matrices():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
+            drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
+            assign(parameter, drawn)
         size = f.delta(raw.shape).norm()
         norm = raw.norm() if raw.any() else raw.new_tensor(0.1 * raw.numel() ** 0.5)
         goal = part * norm
         if size > 0:
-            parameter.mul_(goal.to(size.device) / size)
+            assign(parameter, whole(parameter) * (goal.to(size.device) / size))
         if f.magnitude is not None:
             drawn = torch.rand(f.magnitude.shape, generator=generator, device="cpu")
-            f.magnitude.mul_(1 + 0.05 * drawn.to(f.magnitude))
+            assign(f.magnitude, whole(f.magnitude) * (1 + 0.05 * drawn.to(f.magnitude.device)))
 
 
 @contextmanager

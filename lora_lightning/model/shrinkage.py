@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterError, ConfigError
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.sharding import reshard
 from lora_lightning.model import state as states
 from lora_lightning.model.owned_tensors import extras, like, snapshot
 from lora_lightning.model.state import ModelState
@@ -81,6 +82,9 @@ def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, 
     view = View(root)
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) first")
+    if purpose != "to copy":
+        view.check_whole(f"an adapter {purpose}")
+    reshard(view.modules)
     return view, state, name
 
 

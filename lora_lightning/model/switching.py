@@ -11,6 +11,7 @@ from torch import nn
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.adapted_module import release
 from lora_lightning.lora.merging import check_unchanged, merge_layer, overflows, unmerge_layer
+from lora_lightning.lora.sharding import reshard
 from lora_lightning.model import state as states
 from lora_lightning.model import state_dict
 from lora_lightning.model.eval_caches import settle
@@ -45,6 +46,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) before switching")
+    reshard(view.modules)
     for root, state in holders:
         if name is None or name in state.configs:
             switch(view if root is model else View(root), state, name)
@@ -103,6 +105,8 @@ def _disable(model: nn.Module, stack: ExitStack) -> None:
     holders = states.roots(view)
     states.check_home(view, "disabled(model)", within=_DISABLED)
     stack.enter_context(unmerged(model))
+    reshard(view.modules)
+    stack.callback(reshard, view.modules)
     active = [(layer, layer.lora_active) for layer in view.adapted.values()]
     stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
     for root, state in holders:
@@ -133,6 +137,7 @@ def merge(model: nn.Module) -> None:
     if all(state.active is None for _, state in holders):
         raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
     states.check_home(view, "merge")
+    view.check_whole("merge")
     with all_or_nothing(view):
         adapted = view.adapted.items()
         for _, layer in adapted:
@@ -158,7 +163,8 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     view = View(model)
     holders = states.roots(view)
     states.check_home(view, "unmerge")
-    merged = view.merged
+    if merged := view.merged:
+        view.check_whole("unmerge")
     if not discard_changes:  # all of them first: never half a model
         for layer in merged.values():
             check_unchanged(layer)
@@ -196,6 +202,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     view = View(model)
     holders = states.roots(view)
     states.check_home(view, "remove")
+    view.check_whole("remove")
     if name is not None and name not in adapters(model):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
     unmerge(model)

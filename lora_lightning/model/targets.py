@@ -19,10 +19,9 @@ from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model import families
 from lora_lightning.model.introspection import block_list, classifier_modules
-from lora_lightning.model.patterns import Target, matches
+from lora_lightning.model.left_out import reason
+from lora_lightning.model.patterns import KEYWORDS, Target, matches
 from lora_lightning.model.view import View
-
-KEYWORDS = ("auto", "all")
 
 
 def select(model: nn.Module | View, config: LoRAConfig) -> list[Target]:
@@ -110,6 +109,13 @@ def _named(view: View, pattern: str) -> list[Target]:
     if found:
         return found
     other = [n for n, m in view.modules if n and matches(pattern, n, m)]
+    reasons = {n: why for n in other if (why := reason(view.model.get_submodule(n)))}
+    if reasons:
+        first = next(iter(reasons))
+        raise TargetError(
+            f"target_modules: {pattern!r} matches {len(reasons)} layers that cannot be adapted "
+            f"(first: {first}, {reasons[first]})"
+        )
     if other:
         kinds = sorted({type(view.model.get_submodule(n)).__name__ for n in other})
         raise TargetError(

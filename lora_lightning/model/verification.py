@@ -17,9 +17,11 @@ restored afterwards.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import VerificationError
 from lora_lightning.linalg.torch_settings import ieee
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
+from lora_lightning.lora.sharding import is_in_pieces, reshard
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
@@ -81,6 +84,9 @@ def verify(
 ) -> list[Verification]:
     """Check every adapter of `model` on one batch; returns one `Verification` each.
 
+    A sharded model (`fully_shard`) cannot be merged: its layers read W + s·BA instead. Every
+    process must call this.
+
     Args:
         model: The injected model.
         example_batch: A batch of two items or more; what the model is called with for it, see
@@ -96,7 +102,14 @@ def verify(
     """
     (_, first), *_ = states.roots(model)
     active, names = first.active, adapters.adapters(model)
-    look = partial(run, model, example_batch, forward=forward)
+    modules = View(model).modules
+    reshard(modules)
+
+    def look(seed: int = 0, whole: bool = False) -> list[Tensor]:
+        out = run(model, example_batch, seed, forward, whole)
+        reshard(modules)
+        return out
+
     found = []
     # Another mode or number of items would compile what is compiled anew.
     eager = torch.compiler.set_stance("force_eager")
@@ -155,11 +168,8 @@ def _check_eval(
         # `not <=`, so that a NaN fails as well.
         if not difference(plain, with_gradient) <= limit:
             result.failures |= _without_effect(model, result, look, source)
-        adapters.merge(model)
-        try:
+        with _merged(model):
             merged = look()
-        finally:
-            adapters.unmerge(model, discard_changes=True)
         result.merge_error = difference(merged, plain)
         if not result.merge_error <= limit:
             which = _unmergeable(model, result, look, plain, limit)
@@ -189,17 +199,33 @@ def _unmergeable(
     """Which layers change the output when merged alone."""
     failing: dict[str, str] = {}
     for path, layer in View(model).adapted.items():
-        merge_layer(layer)
-        try:
+        with _merged(model, layer):
             error = difference(look(), plain)
-        finally:
-            unmerge_layer(layer)
         if not error <= limit:
             reason = f"merging changes the output by {error:.1e} (relative)"
             failing |= dict.fromkeys(_tensors_of(result, path), reason)
     return failing or {
         "(all together)": f"merging changes the output by {result.merge_error:.1e} (relative)"
     }
+
+
+@contextmanager
+def _merged(model: nn.Module, layer: Any = None) -> Iterator[None]:
+    """Within the block the model, or this layer alone, is merged."""
+    view = View(model)
+    with ExitStack() as stack:
+        if any(is_in_pieces(module) for _, module in view.modules):
+            for each in view.adapted.values() if layer is None else [layer]:
+                if "forward" not in each.__dict__:
+                    each.__dict__["forward"] = MethodType(each._adapted_base.forward, each)
+                    stack.callback(each.__dict__.pop, "forward")
+        elif layer is None:
+            adapters.merge(model)
+            stack.callback(adapters.unmerge, model, discard_changes=True)
+        else:
+            merge_layer(layer)
+            stack.callback(unmerge_layer, layer)
+        yield
 
 
 def _tensors_of(result: Verification, layer: str) -> list[str]:

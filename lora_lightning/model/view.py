@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.merging import is_merged
 from lora_lightning.lora.module_tree import Children, Modules, walk
+from lora_lightning.lora.sharding import ELSEWHERE, check_whole
 
 
 class View:
@@ -65,6 +66,10 @@ class View:
     def structure(self) -> int:
         """A hash of the parameters' names and identities."""
         return hash(tuple((n, id(p)) for n, p in self.parameters.items()))
+
+    def check_whole(self, what: str, instead: str = ELSEWHERE) -> None:
+        """Raise `AdapterError` where weights are sharded, see `lora_lightning.lora.sharding`."""
+        check_whole(self.modules, what, instead)
 
     @property
     def adapted(self) -> dict[str, Any]:

@@ -67,11 +67,10 @@ class SaveHook(_Hook):
 
     def then(self, checkpoint: dict[str, Any]) -> None:
         """Edit the checkpoint in place."""
-        notes, frozen = checkpoint.setdefault(_NOTES, {}), set[str]()
+        notes, frozen = checkpoint.setdefault(_NOTES, {}), frozen_names(self.pl_module)
         for key, own in self.adapters.items():
             if (found := self.adapted(own.backbone)) is not None:
                 notes[key] = {"config": own.config, "base": fingerprint(*found)}
-                frozen.update(_frozen(self.pl_module, *found))
         for part in _PARTS:
             if part in checkpoint:
                 kept = {k: v for k, v in checkpoint[part].items() if k not in frozen}
@@ -89,6 +88,14 @@ def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list
     frozen = [n for n, p in own if not p.requires_grad and n not in extras]
     places = pl_module.named_modules(remove_duplicate=False)
     return [join(path, n) for path, m in places if m is backbone for n in frozen]
+
+
+def frozen_names(pl_module: LightningModule) -> set[str]:
+    """Names of the frozen base weights that checkpoints of this module do not hold."""
+    hook: Any = pl_module.__dict__.get(SaveHook.method)
+    adapters = hook.adapters.values() if isinstance(hook, SaveHook) else ()
+    found = [hook.adapted(own.backbone) for own in adapters]
+    return {n for each in found if each is not None for n in _frozen(pl_module, *each)}
 
 
 class LoadHook(_Hook):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -22,6 +22,8 @@ from lora_lightning.model.owned_tensors import all_extras
 from lora_lightning.model.state import named_factors, state_of
 from lora_lightning.model.view import View
 
+# Whose optimizers hold the module's own parameters.
+ALIKE = (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)
 AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
@@ -138,6 +140,11 @@ def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
             f"FitGuard watches one LoRACallback, and {len(found)} stand before it in "
             "`callbacks`: use [LoRACallback(...), FitGuard()]"
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            "FitGuard compares whole adapters with the source, and ModelParallelStrategy shards "
+            "them: leave it out, or fit with DDP or one process"
+        )
     if found[0].config.prune_to is not None:
         raise ConfigError(
             "FitGuard brings the best epoch back, whose ranks may not have fallen yet: leave "
@@ -171,9 +178,7 @@ def check_optimizers(
     Raises:
         AdapterError: factors are missing, and would never be trained.
     """
-    if not trainer.optimizers or not isinstance(
-        trainer.strategy, (DDPStrategy, SingleDeviceStrategy)
-    ):
+    if not trainer.optimizers or not isinstance(trainer.strategy, ALIKE):
         return
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     captured = {id(p) for group in groups for p in group["params"]}

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lora_lightning.lora.sharding import is_sharded, part
 from lora_lightning.model.shrinkage import own_tensors
+from lora_lightning.training import checks
 
 LOOK_EVERY = 10  # steps on a device, which would have to be waited for at each look
 
@@ -30,8 +31,8 @@ class LastFinite:
 
     def start(self, trainer: Trainer, backbone: nn.Module) -> None:
         """Before the first step."""
-        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
-            return  # tensors in pieces
+        if not isinstance(trainer.strategy, checks.ALIKE):
+            return  # flattened tensors
         # Of the buffers those that training moves; others may rightly hold infinity (masks).
         found = [t for name, t in own_tensors(backbone).items() if _trains(t) or _moves(name)]
         self._own = sorted(found, key=lambda t: not _trains(t))
@@ -50,8 +51,12 @@ class LastFinite:
         self._step = trainer.global_step
         values = self._values()
         # Statistics of BatchNorm differ between processes, which must all stop at once.
-        count = sum(t.numel() for t in self._own if trainer.world_size == 1 or _trains(t))
+        count = sum(part(t).numel() for t in self._own if trainer.world_size == 1 or _trains(t))
         self._finite = values[:count].isfinite().all()
+        if any(map(is_sharded, self._own)):  # each process sees its part
+            votes = self._finite.int()
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+            self._finite = votes.bool()
         if values.shape == self._kept.shape:
             torch.where(self._finite, values, self._kept, out=self._kept)
         elif bool(self._finite):  # ranks were pruned
@@ -66,7 +71,7 @@ class LastFinite:
         self._restore()
         for optimizer in trainer.optimizers:  # a checkpoint of it could not be resumed
             for parameter, state in list(optimizer.state.items()):
-                if not all(map(_is_finite, state.values())):
+                if is_sharded(parameter) or not all(map(_is_finite, state.values())):
                     del optimizer.state[parameter]
         trainer.should_stop = True
         rank_zero_warn(
@@ -80,15 +85,15 @@ class LastFinite:
     @torch.no_grad()
     def _values(self) -> Tensor:
         device = self._own[0].device
-        return torch.cat([t.detach().reshape(-1).to(device) for t in self._own])
+        return torch.cat([part(t.detach()).reshape(-1).to(device) for t in self._own])
 
     @torch.no_grad()
     def _restore(self) -> None:
-        sizes = [t.numel() for t in self._own]
+        sizes = [part(t).numel() for t in self._own]
         if len(self._kept) != sum(sizes):  # none were finite since ranks were pruned
             return
         for tensor, values in zip(self._own, torch.split(self._kept, sizes), strict=True):
-            tensor.copy_(values.view_as(tensor))
+            part(tensor).copy_(values.view_as(part(tensor)))
 
 
 def _trains(tensor: Tensor) -> bool:

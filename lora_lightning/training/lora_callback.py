@@ -19,7 +19,7 @@ from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
-from lora_lightning.training import checkpoint_hooks, checks, injection
+from lora_lightning.training import checkpoint_hooks, checks, injection, sharded
 from lora_lightning.training.last_finite import LastFinite
 from lora_lightning.training.rank_schedule import RankSchedule
 
@@ -108,6 +108,8 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, or do so after ``configure_model``, where that builds the network."""
         checks.check_callbacks(trainer, self)
+        sharded.check_strategy(trainer, self.config)
+        sharded.load_without_base(trainer, pl_module)
         # Called on every process: in distributed runs the folder is broadcast.
         self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
         adapter = checkpoint_hooks.Adapter(self.backbone, self.name, self.config.to_dict())
@@ -127,6 +129,7 @@ class LoRACallback(Callback):
         backbone = checks.find_backbone(pl_module, self.backbone)
         checks.check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
+        sharded.check_sharded(trainer, pl_module)
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
             from lora_lightning.training.first_batch import FirstBatch
@@ -213,18 +216,20 @@ class LoRACallback(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / f"{self.name}.safetensors"
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or sharded.is_sharded_fit(trainer):
             save_adapter(backbone, path, self.name)
         self.adapter_path_ = path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the LightningModule's own hooks."""
+        sharded.put_back(trainer)
         self._clean(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove all hooks after a failed fit; the adapter stays."""
+        sharded.put_back(trainer)
         self._clean(pl_module)
 
     def _clean(self, pl_module: LightningModule) -> None:
@@ -253,7 +258,7 @@ class LoRACallback(Callback):
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
         if running:
             self._finite.after_batch(trainer, look=True)  # what is not finite is not saved
-        if trainer.is_global_zero and running:
+        if running and (trainer.is_global_zero or sharded.is_sharded_fit(trainer)):
             stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
             backbone = checks.find_backbone(pl_module, self.backbone)
             save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)

@@ -198,6 +198,43 @@ def test_an_embedding_that_rewrites_its_weight_is_refused():
         inject(model, rank=1, target_modules="all", trainable=[])
 
 
+LOOKS = {
+    "plain": {},
+    "padding": {"padding_idx": 1},
+    "by frequency": {"scale_grad_by_freq": True},
+    "both": {"padding_idx": 1, "scale_grad_by_freq": True},
+    "sparse": {"sparse": True},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("looks", LOOKS)
+def test_factors_of_an_embedding_get_the_gradient_of_its_effective_weight(looks, options):
+    layer, index = (
+        nn.Embedding(6, 5, **LOOKS[looks]).double(),
+        torch.tensor([[1, 1, 1, 2], [3, 1, 0, 4]]),
+    )
+    inject(layer, rank=2, target_modules="all", trainable=[], **options)
+    randomise(layer)
+    factors = named_factors(layer, "default")["weight"]
+    out = layer(index)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    own = [p.grad for p in factors.parameters()]
+    weight = factors.effective(layer._parameters["weight"])
+    table = weight.detach().requires_grad_()
+    dense = {**LOOKS[looks], "sparse": False}
+    wanted = nn.functional.embedding(index, table, **dense)
+    assert torch.allclose(out, wanted, atol=1e-12)
+    wanted.backward(upstream)
+    for parameter in factors.parameters():
+        parameter.grad = None
+    weight.backward(table.grad)
+    for got, parameter in zip(own, factors.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
+    verify(layer, index)
+
+
 def test_delta_is_b_times_a_times_scaling():
     layer = nn.Linear(3, 2, bias=False)
     inject(layer, rank=1, alpha=4.0, target_modules="all", trainable=[])

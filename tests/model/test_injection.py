@@ -443,6 +443,27 @@ def test_verify_finds_a_layer_that_is_wrong_in_eval(layer, said):
     assert said in found["1.weight"]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_added_has_the_mode_of_its_layer(tmp_path, training):
+    model = nn.Sequential(tiny_vit(), nn.LSTM(4, 3), nn.utils.parametrizations.weight_norm(
+        nn.Linear(3, 3))).train(training)  # fmt: skip
+
+    def modes():
+        return {module.training for module in model.modules()}
+
+    options = {"rank": 2, "target_modules": "all", "trainable": []}
+    inject(model, **options)
+    assert modes() == {training}
+    inject(model, **options, xs=True, name="core")
+    save_adapter(model, tmp_path / "a")
+    load_adapter(model, tmp_path / "a", "loaded")
+    assert modes() == {training}
+    merge(model)
+    model.train(not training)
+    unmerge(model)
+    assert modes() == {not training}
+
+
 def test_verify_leaves_everything_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
     inject(model, rank=2, target_modules="all", trainable=["1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -268,11 +270,73 @@ def integers() -> nn.Module:
         (pruned, "computed by a forward hook"),
         (integers, "factors need a floating-point weight"),
         (lambda: nn.LazyLinear(4), "it is lazy and has no shape yet"),
+        (lambda: nn.EmbeddingBag(4, 4, sparse=True), "a sparse gradient"),
     ],
 )
 def test_what_cannot_be_adapted_says_why(make, message):
     with pytest.raises(TargetError, match=message):
-        adapted(nn.Sequential(make()), target_modules=nn.Linear)
+        adapted(nn.Sequential(make()), target_modules="0")
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out), as in GPT-2 of transformers."""
+
+    def __init__(self, into: int, out: int):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(into, out)),
+            nn.Parameter(torch.zeros(out)),
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Packed(nn.Module):
+    """A quantised layer, as torchao's or bitsandbytes' own classes are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.ones(4, 4, dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.qweight.to(x.dtype).T
+
+
+def quantised() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice to take torchao
+        return torch.ao.quantization.quantize_dynamic(tiny_vit(), {nn.Linear})
+
+
+@pytest.mark.parametrize(
+    ("make", "keyword", "adapts", "without", "why"),
+    [
+        (quantised, "auto", ["patch_embed.proj"], "blocks.0.attn.qkv", "quantised"),
+        (
+            lambda: nn.Sequential(nn.Embedding(4, 4), Conv1D(4, 4), nn.Linear(4, 2)),
+            "all",
+            ["0", "2"],
+            "1",
+            "Conv1D: no known kind of layer",
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 4), Packed()), "all", ["0"], "1", "Packed: quantised"),
+    ],
+)
+def test_keywords_say_what_they_leave_out_and_why(make, keyword, adapts, without, why):
+    model = make()
+    with pytest.warns(UserWarning, match=f'"{keyword}" adapts .* leaves {without}.*{why}'):
+        report = inject(model, rank=1, target_modules=keyword, trainable=[])
+    assert [row.module for row in report.rows] == adapts
+    assert why in report.left_out[without]
+    assert "left out" in str(report)
+    remove(model)
+    # Whoever names it in a choice of their own is not told.
+    inject(
+        model, rank=1, target_modules=keyword, trainable=[], exclude_modules=list(report.left_out)
+    )
+    with pytest.raises(TargetError, match="cannot be adapted"):
+        inject(model, rank=1, target_modules=[without], trainable=[], name="other")
 
 
 def test_the_report_reads_well_at_80_columns():

@@ -40,6 +40,7 @@ from lora_lightning.lora.fused.plan import (
 )
 from lora_lightning.lora.fused.thin_matmul import ALL, across, exact, pieces
 from lora_lightning.lora.precision import factor_dtype
+from lora_lightning.lora.sharding import is_sharded
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
@@ -56,7 +57,7 @@ def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
         out, into = weight.shape[:2]
         if x.numel() * (into + out) < smallest * into:
             return False
-    if transformed() or torch.overrides.has_torch_function((x, weight)):
+    if transformed() or torch.overrides.has_torch_function((x, weight)) or is_sharded(weight):
         return False
     if low.dropout and is_captured(x):
         return False  # a graph would replay one seed

@@ -59,6 +59,7 @@ def load_adapter(
     name = name or str(header["name"])
     view = View(model)
     state = injection.check_free(view, name)
+    view.check_whole("load_adapter", "load the file before fully_shard")
     if name in state.configs and not overwrite:
         raise AdapterExistsError(
             f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"

@@ -21,6 +21,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import find, join
+from lora_lightning.lora.sharding import reshard, whole, writes
 from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import XSFactors
 from lora_lightning.model import state as states
@@ -44,7 +45,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """Write the adapter `name` (default: the active one) of `model` to a safetensors file.
 
     The write goes to a temporary file beside `path` that then takes its place, so a killed
-    write leaves the old file. A merged model is saved as if unmerged.
+    write leaves the old file. A merged model is saved as if unmerged. The tensors of a sharded
+    model (`fully_shard`) are gathered: every process must call this, and the first one writes.
 
     Raises:
         AdapterNotFoundError: there is no such adapter.
@@ -53,6 +55,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """
     view = View(model)
     states.check_home(view, "save_adapter")
+    reshard(view.modules)
     root, state, name = states.holder(view, name, "to save")
     with switching.unmerged(root):
         tensors, header = _contents(View(root), state, name)
@@ -62,7 +65,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             f"tensors): the training has diverged. {path} was not written; lower the learning rate"
         )
     check_header(header, Path(path))
-    return write(Path(path), tensors, header)
+    return write(Path(path), tensors, header) if writes(view.modules) else Path(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -76,13 +79,13 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     factors = states.named_factors(view, name)
-    tensors = {f"{p}.{k}": v for p, f in factors.items() for k, v in f.tensors().items()}
-    owned = _owned(view, state, name)
-    whole = [n for n in owned if n in view.parameters]
+    tensors = {f"{p}.{k}": whole(v) for p, f in factors.items() for k, v in f.tensors().items()}
+    owned = {n: whole(t) for n, t in _owned(view, state, name).items()}
+    full = [n for n in owned if n in view.parameters]
     buffers = [n for n in owned if n not in view.parameters]
     with source_values(view, state):  # another adapter's head is no part of the base
         now = fingerprint(view, all_extras(view, state))
-        base = fingerprint(view, whole) | statistics(view, buffers)
+        base = fingerprint(view, full) | statistics(view, buffers)
     if now != state.fingerprint:
         rounded = any(p.dtype == torch.float16 for p in view.parameters.values())
         also = " (or were only rounded to float16: then load it with check='structure')"
@@ -99,7 +102,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
         "base": base,
         "config": state.configs[name].to_dict(),
         "targets": [_target(view.model, row, factors) for row in state.reports[name].rows],
-        "extras": whole,
+        "extras": full,
         "buffers": buffers,
         "versions": versions(),
     }

@@ -30,6 +30,7 @@ from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
 
 SETTLED = 0.99  # overlap of a layer's subspace with the one before, from which it counts as settled
+_BEFORE = "inject with data= before fully_shard, or start in one process and load its adapter file"
 SAMPLE = 2048  # rows of each layer's input for a factorisation
 
 
@@ -159,6 +160,7 @@ def start_from_data(
     model, state, name = holder(model, name, "to start")
     if View(model).merged:
         raise AdapterError("the model is merged; call unmerge(model) before its adapters start")
+    View(model).check_whole("start_from_data", _BEFORE)
     method = METHODS[state.configs[name].init]
     if method.needs == "nothing":
         raise ConfigError(f"init={state.configs[name].init!r} needs no data: it has started")

@@ -69,6 +69,7 @@ def choose_ranks(
         raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
     if View(root).merged:
         raise AdapterError("the model is merged; call unmerge(model) before ranks are chosen")
+    View(root).check_whole("choose_ranks", "inject with data= before fully_shard")
     factors = states.named_factors(root, name)
     spectra = _spectra(root, factors, config, shown(batches, max_batches, progress), forward)
     budget = config.parameter_budget
