@@ -24,6 +24,7 @@ from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.merging import raw_parameters
 from lora_lightning.lora.module_tree import join
 from lora_lightning.model import state as states
+from lora_lightning.model.absent_base import AbsentBase
 from lora_lightning.model.compression import update_report
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
@@ -102,21 +103,29 @@ def _complete(
     strict: bool,
     *_: Any,
 ) -> None:
-    own = factor_keys(module)
+    view, own = View(module), factor_keys(module)
+    noted = [k for k, v in state_dict.items() if isinstance(v, AbsentBase) and k.startswith(prefix)]
+    bases = [state_dict.pop(key) for key in noted]
     given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None
-    view = View(module)
     base = view.tensors
     any_factor = any(_FACTOR_KEY.search(k) for k in given)
+    if any_factor and view.merged:
+        raise AdapterError(
+            "the model is merged and has no factors to load the checkpoint's adapters into: call "
+            "unmerge(model) first"
+        )
+    for absent in bases:
+        absent.check(view)
     state.loads_source = set() if any_factor else given & base.keys()
     _take_ranks(view, state, {k: state_dict[prefix + k] for k in factors})
     whole = all_extras(view, state)
     trained = {id(base[n]) for n in whole}  # a tied parameter has several names
     frozen = {n for n, p in view.parameters.items() if id(p) not in trained}
     state.loads_base = bool(given & frozen)
-    if strict:
+    if strict or (any_factor and not factors):
         _check(module, state_dict, prefix, given, own)
     state.settle({m[1] for k in factors if (m := _FACTOR_KEY.search(k))})
     if not factors:

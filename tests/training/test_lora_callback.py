@@ -29,6 +29,7 @@ from lora_lightning import (
 from lora_lightning.errors import (
     AdapterError,
     AdapterFileError,
+    BaseMismatchError,
     ConfigError,
     TargetError,
     VerificationError,
@@ -45,6 +46,7 @@ from tests.helpers.training import (
     loader,
     lora,
     same,
+    saved,
     tiny_vit,
     trainer,
     weights,
@@ -246,7 +248,7 @@ def test_checkpoint_holds_no_base_weight_and_resumes_bit_for_bit(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", filename="half", every_n_epochs=2, save_top_k=-1)
     fitted(tmp_path, half, lora(), saver, enable_checkpointing=True)
     path = Path(saver.best_model_path)
-    keys = torch.load(path, weights_only=True)["state_dict"].keys()
+    keys = saved(torch.load(path, weights_only=True)).keys()
     assert keys
     assert all(".lora." in k or ".head." in k for k in keys)
     fitted(tmp_path, resumed, lora(), saver, ckpt=path, enable_checkpointing=True, max_epochs=4)
@@ -310,7 +312,7 @@ def test_weight_averaging(tmp_path):
     fit(module, saver, enable_checkpointing=True)
     checkpoint = torch.load(saver.best_model_path, weights_only=True)
     for part in ("state_dict", "current_model_state"):
-        assert all(".lora." in k or ".head." in k for k in checkpoint[part])
+        assert all(".lora." in k or ".head." in k for k in saved(checkpoint, part))
     fit(resumed, saver, enable_checkpointing=True, max_epochs=3, ckpt=saver.best_model_path)
     fit(straight, max_epochs=3)
     assert same(weights(resumed), weights(straight))
@@ -376,7 +378,7 @@ def test_two_callbacks_of_one_class(tmp_path):
     callbacks = [lora(output_dir=tmp_path), lora(backbone="second", name="b", output_dir=tmp_path)]
     assert callbacks[0].state_key != callbacks[1].state_key
     fitted(tmp_path, module, *callbacks).save_checkpoint(tmp_path / "two.ckpt")
-    keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    keys = saved(torch.load(tmp_path / "two.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys)
     assert (tmp_path / "b.safetensors").exists()
 
@@ -464,3 +466,56 @@ def test_names_that_differ_in_case_alone_would_share_a_file(tmp_path):
     pair = [lora(name=name, backbone=path) for name, path in (("a", "model"), ("A", "model.norm"))]
     with pytest.raises(ConfigError, match="would write the same adapter file"):
         fitted(tmp_path, fresh(), *pair)
+
+
+class Injected(Module):
+    """With the adapter in ``__init__``, as for loading without a callback; a seed for the base."""
+
+    def __init__(self, seed: int = 0, **options):
+        torch.manual_seed(seed)
+        super().__init__()
+        inject(self.model, **{"rank": 2, "seed": 0, **options})
+
+
+def _load_by_hand(cls, path, **options):
+    module = cls(**{k: v for k, v in options.items() if k != "strict"})
+    state = torch.load(path, weights_only=True)["state_dict"]
+    module.load_state_dict(state, strict=options.get("strict", True))
+    return module
+
+
+def _load_and_test(cls, path, strict=True, **options):
+    module = cls(**options)
+    module.strict_loading = strict
+    trainer(path.parent).test(module, loader(), ckpt_path=path, verbose=False)
+    return module
+
+
+def _load_and_fit(cls, path, strict=True, **options):
+    module = cls(**options)
+    module.strict_loading = strict
+    fitted(path.parent, module, ckpt=path)
+    return module
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda cls, path, **options: cls.load_from_checkpoint(path, **options),
+        _load_by_hand,
+        _load_and_test,
+        _load_and_fit,
+    ],
+    ids=["load_from_checkpoint", "load_state_dict", "test", "fit"],
+)
+def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
+    module, path = fresh(), tmp_path / "c.ckpt"
+    fitted(tmp_path, module, lora()).save_checkpoint(path)
+    assert same(load(Injected, path, strict=strict).state_dict(), module.state_dict())
+    with pytest.raises(BaseMismatchError, match="Checkpoints hold no base weights"):
+        load(Injected, path, strict=strict, seed=77)
+    with pytest.raises(AdapterError, match=r"call inject\(self.model, ...\) in the mod"):
+        load(Module, path, strict=strict)
+    with pytest.raises(AdapterFileError, match="no place for"):
+        load(Injected, path, strict=strict, name="other")
