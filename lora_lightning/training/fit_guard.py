@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.training import checks
 from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
+from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.training.rank_schedule import lower_rank
 from lora_lightning.training.steps import gradient_scale, loss_in
@@ -35,7 +36,7 @@ TINY = 50  # training items; below, a lower rank is tried
 PRIOR = 1.0  # training items that L2-SP weighs as much as
 
 
-class FitGuard(Callback):
+class FitGuard(LaunchedCallback):
     """Early stopping on held-out loss; shrinks towards the source; lowers the rank.
 
         Trainer(callbacks=[LoRACallback(rank=8), FitGuard()]).fit(module, data)

@@ -16,10 +16,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lora_lightning import (
+    FitGuard,
     LoRACallback,
     LoRAConfig,
+    adapters,
     disabled,
     inject,
     load_adapter,
@@ -519,3 +522,38 @@ def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
         load(Module, path, strict=strict)
     with pytest.raises(AdapterFileError, match="no place for"):
         load(Injected, path, strict=strict, name="other")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5},
+        {"init": "pissa"},
+        {"dora": True, "batch_norm": "reset", "name": "b"},
+    ],
+    ids=str,
+)
+def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tmp_path, options):
+    module, base = (fresh(model=efficientnet()) for _ in range(2))
+    adapter, data = lora(output_dir=tmp_path, **options), loader(size=64)
+    guard = FitGuard() if "dora" in options else None
+    callbacks = [c for c in (adapter, guard) if c]
+    started = {"strategy": "ddp_fork", "devices": 1}
+    t = fitted(tmp_path, module, *callbacks, data=data, held_out=data, **started)
+    load_adapter(base.model, adapter.adapter_path_)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(module.eval()(x), base.eval()(x))
+    assert adapters(module.model) == [adapter.name]
+    ranks = {p: f.spec.rank for p, f in named_factors(base.model, adapter.name).items()}
+    assert ranks == {f"{r.module}.{r.tensor}": r.rank for r in adapter.report_.rows}
+    assert guard is None or len(guard.history_) == 3
+    (got,) = t.test(module, data, verbose=False)
+    (expected,) = trainer(tmp_path).test(base, data, verbose=False)
+    assert got == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_processes_that_could_not_give_the_adapter_back_are_refused(tmp_path):
+    with pytest.raises(ProcessRaisedException, match=r"ConfigError: .* build the network in its"):
+        fitted(tmp_path, Late(), lora(), strategy="ddp_fork", devices=1)
