@@ -146,6 +146,7 @@ def check_free(view: View, name: str) -> ModelState:
             raise AdapterError(
                 f"{inner[0]!r} inside this model has adapters; inject into that module"
             )
+        states.check_whole(view)
         return ModelState()
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
