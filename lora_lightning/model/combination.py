@@ -23,6 +23,7 @@ from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
+@states.one_at_a_time
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
     r"""A new adapter with :math:`\Delta W = \sum_i w_i\,s_i\,B_i A_i`, exactly, for any scaling.
 

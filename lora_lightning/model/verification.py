@@ -71,6 +71,7 @@ class Verification:
     merge_error: float = 0.0
 
 
+@states.one_at_a_time
 def verify(
     model: nn.Module,
     example_batch: Any,
