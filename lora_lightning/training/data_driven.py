@@ -17,7 +17,7 @@ from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
-from lora_lightning.training.steps import outside_training, step_loss
+from lora_lightning.training.steps import check_lasting, outside_training, own_pass, step_loss
 
 
 def start_in_trainer(
@@ -123,7 +123,7 @@ class _Moved:
         self.batches, self.strategy, self.plugin = batches, trainer.strategy, plugin
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
+        for batch in own_pass(self.batches):
             yield self.strategy.batch_to_device(self.plugin.convert_input(batch))
 
     def __len__(self) -> int:
@@ -151,6 +151,7 @@ def _single(loader: Any) -> Iterable[Any]:
             "the trainer has several training loaders: give LoRACallback(data=…) the one with the "
             "target's batches to start from"
         )
+    check_lasting(loader)
     found: Iterable[Any] = loader
     return found
 

@@ -24,7 +24,7 @@ from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
 from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.training.rank_schedule import lower_rank
-from lora_lightning.training.steps import gradient_scale, loss_in
+from lora_lightning.training.steps import check_lasting, gradient_scale, loss_in, own_pass
 from lora_lightning.training.validation_losses import (
     Loss,
     held_out_batches,
@@ -242,7 +242,8 @@ class FitGuard(LaunchedCallback):
 def _some(batches: Any) -> Iterator[Any]:
     """The first batches: enough to know the source model's loss on the training items."""
     # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
-    yield from itertools.islice(batches, 16)
+    check_lasting(batches)
+    yield from itertools.islice(own_pass(batches), 16)
 
 
 def _rank(network: nn.Module) -> int:

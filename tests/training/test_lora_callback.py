@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader
 
 from lora_lightning import (
     FitGuard,
@@ -557,3 +558,15 @@ def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tm
 def test_processes_that_could_not_give_the_adapter_back_are_refused(tmp_path):
     with pytest.raises(ProcessRaisedException, match=r"ConfigError: .* build the network in its"):
         fitted(tmp_path, Late(), lora(), strategy="ddp_fork", devices=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("callbacks", [[lora(init="eva")], [lora(), FitGuard(lower_rank=False)]])
+def test_a_pass_before_the_training_takes_no_batch_from_it(tmp_path, callbacks):
+    """Persistent workers serve one pass at a time: the first epoch would be lost."""
+    module, data = fresh(), loader()
+    lasting = DataLoader(data.dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    t = fitted(tmp_path, module, *callbacks, data=lasting, held_out=data)
+    assert t.global_step == 4
+    with pytest.raises(ConfigError, match="the training loader is an iterator"):
+        fitted(tmp_path, fresh(), *callbacks, data=iter([*data]), held_out=data)
