@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lora_lightning.errors import DataError
+from lora_lightning.lora.module_tree import unwrapped
 
 Forward = Callable[[nn.Module, Any], Any]  # from (model, batch); runs the model
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -43,7 +44,7 @@ def call(model: nn.Module, batch: Any, network: nn.Module | None = None) -> Any:
     Raises:
         DataError: the batch is of a type that the rule above does not cover.
     """
-    if network is None or not _takes_all(_parameters(_unwrapped(model).forward)):
+    if network is None or not _takes_all(_parameters(unwrapped(model).forward)):
         network = model
     args, kwargs = call_of(network, batch)
     return model(*args, **kwargs)
@@ -62,7 +63,7 @@ def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Cal
         return _recorded(model, batch, forward)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
         batch = batch[0]
-    parameters = _parameters(_unwrapped(model).forward)
+    parameters = _parameters(unwrapped(model).forward)
     if isinstance(batch, Tensor):
         found: Call = ((batch,), {})
     elif isinstance(batch, Mapping):
@@ -87,15 +88,6 @@ def on_inputs(model: nn.Module, forward: Callable[..., Any] | None) -> Callable[
     if _required(_parameters(given)) < 2:
         return forward
     return lambda inputs: forward(model, inputs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model within `torch.compile` or data parallelism, whose forwards take anything."""
-    children = model._modules  # TorchScript's has no `get`
-    inner = children["_orig_mod"] if "_orig_mod" in children else None  # noqa: SIM401
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = model.module
-    return model if inner is None else _unwrapped(inner)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -32,6 +32,7 @@ from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.targets import select
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import look_through
 
 
 def inject(
@@ -108,6 +109,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
             "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
         )
+    look_through(model)
     view = View(model)
     state = check_free(view, name)
     if name in state.configs:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import join, unwrapped
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.view import View
 
@@ -129,7 +129,7 @@ def kind_of(config: LoRAConfig, report: InjectionReport) -> Kind:
 
 def state_of(model: nn.Module) -> ModelState | None:
     """The state kept on this very module, or ``None``."""
-    own = model.__dict__
+    own = unwrapped(model).__dict__
     state: ModelState | None = own.get(_ATTRIBUTE)
     if state is None and isinstance(meta := own.get("meta"), dict):
         state = meta.get(_PRESERVED, {}).get(_ATTRIBUTE)

@@ -22,7 +22,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import TENSORS, Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.merging import raw_parameters
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import every_name, join
 from lora_lightning.model import state as states
 from lora_lightning.model.absent_base import AbsentBase
 from lora_lightning.model.compression import update_report
@@ -30,13 +30,14 @@ from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.owned_tensors import all_extras, snapshot
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import to_own, to_plain
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
 
 def register(model: nn.Module) -> None:
     """Install the hooks on the injected module."""
-    model.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_before)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_renew)  # type: ignore[no-untyped-call]
     model.register_state_dict_pre_hook(_check_ties)  # type: ignore[no-untyped-call]
 
@@ -44,7 +45,7 @@ def register(model: nn.Module) -> None:
 def unregister(model: nn.Module) -> None:
     """Remove the hooks."""
     pre: Any = model._load_state_dict_pre_hooks
-    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _complete]:
+    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _before]:
         del pre[key]
     post: Any = model._load_state_dict_post_hooks
     for key in [k for k, h in post.items() if h is _renew]:
@@ -89,13 +90,13 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
 def factor_keys(model: nn.Module) -> dict[str, Tensor]:
     """State-dict key → tensor of every factor in the model, under each name of its module."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, _, module in every_name(model):
         if isinstance(module, Factors):
             found |= {f"{path}.{n}": t for n, t in module.tensors().items()}
     return found
 
 
-def _complete(
+def _before(
     module: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
@@ -103,6 +104,12 @@ def _complete(
     strict: bool,
     *_: Any,
 ) -> None:
+    own = to_plain(module, state_dict, prefix)
+    _complete(module, state_dict, prefix, strict)
+    to_own(state_dict, prefix, own)
+
+
+def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
     view, own = View(module), factor_keys(module)
     noted = [k for k, v in state_dict.items() if isinstance(v, AbsentBase) and k.startswith(prefix)]
     bases = [state_dict.pop(key) for key in noted]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import every_name, join, unwrapped
 from lora_lightning.model.absent_base import AbsentBase
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import all_extras
@@ -93,8 +93,11 @@ def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list
         return []
     own = View(backbone).parameters.items()
     frozen = [n for n, p in own if not p.requires_grad and n not in extras]
-    places = pl_module.named_modules(remove_duplicate=False)
-    return [join(path, n) for path, m in places if m is backbone for n in frozen]
+    inner = unwrapped(backbone)
+    # As in the state dict: with what wraps the backbone, or parts of it.
+    within = {p: w for p, w, _ in every_name(inner)}
+    whole = [join(within[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in frozen]
+    return [join(w, n) for _, w, m in every_name(pl_module) if m is inner for n in whole]
 
 
 class LoadHook(_Hook):
@@ -104,14 +107,19 @@ class LoadHook(_Hook):
 
     def then(self, checkpoint: dict[str, Any]) -> None:
         """Edit the checkpoint in place."""
+        for part in _PARTS:
+            held = checkpoint.get(part, {})
+            if held and not any(isinstance(value, AbsentBase) for value in held.values()):
+                checkpoint[part] = self._absent(checkpoint.get(_NOTES, {}), held) | held
+
+    def _absent(self, notes: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+        absent = {}
         for key, own in self.adapters.items():
-            note, found = checkpoint.get(_NOTES, {}).get(key), self.adapted(own.backbone)
-            if note is None or found is None:
-                continue
-            frozen, absent = _frozen(self.pl_module, *found), AbsentBase(note["base"], found[1])
-            for part in _PARTS:
-                if part in checkpoint and frozen and checkpoint[part].keys().isdisjoint(frozen):
-                    checkpoint[part] = {frozen[0]: absent} | checkpoint[part]
+            if key in notes and (found := self.adapted(own.backbone)) is not None:
+                frozen = _frozen(self.pl_module, *found)
+                if frozen and held.keys().isdisjoint(frozen):
+                    absent[frozen[0]] = AbsentBase(notes[key]["base"], found[1])
+        return absent
 
 
 def install(pl_module: LightningModule, key: str, adapter: Adapter) -> None:

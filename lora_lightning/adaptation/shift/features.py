@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.module_tree import find
 from lora_lightning.model.introspection import block_list
 
 HEAD = "head"  # name of the classifier's input
@@ -62,7 +63,7 @@ def _watched(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in found]
+    handles = [find(model, n).register_forward_hook(keep(n)) for n in found]
     try:
         yield found
     finally:

@@ -23,6 +23,7 @@ from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import look_through
 
 
 @one_at_a_time
@@ -57,6 +58,7 @@ def load_adapter(
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
     header, tensors = read(Path(path))
     name = name or str(header["name"])
+    look_through(model)
     view = View(model)
     state = injection.check_free(view, name)
     if name in state.configs and not overwrite:
