@@ -17,16 +17,19 @@ _SAMPLES = 16
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module | View, exclude: Iterable[str] = (), prefix: str = ""
+) -> dict[str, str]:
     """Hashes of the base's structure and of a sample of its weights.
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
     values of each, rounded to bfloat16 so that a base kept in bfloat16 still counts as the
     same (float16 rounds otherwise: load with ``check="structure"`` there).
     `exclude` names the tensors that an adapter trains in full: they are no part of the base.
+    `prefix` goes before each name.
     """
     view, whole = View.of(model), set(exclude)
-    names, weights = _sampled({n: p for n, p in view.parameters.items() if n not in whole})
+    names, weights = _sampled({prefix + n: p for n, p in view.parameters.items() if n not in whole})
     found = {"structure": names, "architecture": architecture(view.model)}
     return found | ({"weights": weights} if weights else {})
 

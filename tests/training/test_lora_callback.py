@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from lora_lightning import (
+    AdapterBank,
     FitGuard,
     LoRACallback,
     LoRAConfig,
     adapters,
+    combine,
     disabled,
     inject,
     load_adapter,
@@ -570,3 +574,43 @@ def test_a_pass_before_the_training_takes_no_batch_from_it(tmp_path, callbacks):
     assert t.global_step == 4
     with pytest.raises(ConfigError, match="the training loader is an iterator"):
         fitted(tmp_path, fresh(), *callbacks, data=iter([*data]), held_out=data)
+
+
+def _blocks_compiled(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+    return model
+
+
+WRAPS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "blocks": _blocks_compiled,
+}
+
+
+@torch.compiler.set_stance("force_eager")  # names are what matters
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_a_wrapper_adds_to_names_is_no_part_of_files_and_checkpoints(tmp_path, wrap):
+    base, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    kinds = {"plain": lambda m: m, wrap: WRAPS[wrap]}
+    made = {k: lambda k=k: kinds[k](copy.deepcopy(base)).eval() for k in kinds}
+    for kind, other in itertools.permutations(kinds):
+        module, path = Module(made[kind]()), tmp_path / f"{kind}.ckpt"
+        fitted(tmp_path, module, lora(output_dir=tmp_path / kind)).save_checkpoint(path)
+        stored, file = torch.load(path, weights_only=True), tmp_path / kind / "default.safetensors"
+        assert all(".lora." in k or ".head." in k for k in saved(stored))
+        learnt = module.model.eval()(x)
+        load_adapter(model := made[other](), file)
+        assert torch.allclose(model(x), learnt, atol=1e-6)
+        assert len(combine(model, {"default": 1.0}, "sum").rows) == 8
+        if other == "plain":
+            with AdapterBank(model := made[other](), {"a": file})[["a", "a"]], torch.no_grad():
+                assert torch.allclose(model(x), learnt, atol=1e-6)
+        inject(model := made[other](), rank=2, seed=0)
+        Module(model).load_state_dict(stored["state_dict"])
+        assert torch.allclose(model(x), learnt, atol=1e-6)
+        tested = Module(made[other]())
+        trainer(tmp_path, lora()).test(tested, loader(), ckpt_path=path, verbose=False)
+        assert torch.allclose(tested.model.eval()(x), learnt, atol=1e-6)

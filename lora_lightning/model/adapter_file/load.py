@@ -16,7 +16,7 @@ from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model import injection, switching
-from lora_lightning.model.adapter_file.checks import checked
+from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
@@ -56,10 +56,10 @@ def load_adapter(
     """
     if check not in ("weights", "structure"):
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
-    header, tensors = read(Path(path))
+    view = View(model)
+    header, tensors = plain_names(view, *read(Path(path)))
     name = name or str(header["name"])
     look_through(model)
-    view = View(model)
     state = injection.check_free(view, name)
     if name in state.configs and not overwrite:
         raise AdapterExistsError(
