@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from lora_lightning.adaptation.resumable_loader import Position, ResumableLoader
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.module_tree import find
 from lora_lightning.model.calling import logits_of, moved
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.model.probing import evaluating
@@ -162,7 +163,7 @@ class HeadInput:
 
     def __init__(self, model: nn.Module):
         heads = sorted(classifier_modules(model))
-        self._head = model.get_submodule(heads[0]) if heads else None
+        self._head = find(model, heads[0]) if heads else None
         self.batches: list[Tensor] = []
 
     def __enter__(self) -> HeadInput:

@@ -23,6 +23,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.merging import is_merged
+from lora_lightning.lora.module_tree import find
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import Call
 from lora_lightning.model.view import View
@@ -56,7 +57,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.paths = sorted({path for parts in self.adapters.values() for path in parts})
         owners = {path.rpartition(".")[0] for path in self.paths}
-        self._modules = {path: self.model.get_submodule(path) for path in owners}
+        self._modules = {path: find(self.model, path) for path in owners}
         self._raw = {path: self._source(path) for path in self.paths}
         self.grouped: set[str] = set()  # paths of the modules that run in groups
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -115,7 +116,7 @@ class Batch:
         self.grouped = {self.places.around[p] for p in self.paths if p in self.places.around}
         # The model itself always: it may be found during a call that it has to run in groups.
         for path in sorted({"", *self.now, *self.grouped}):
-            module = self._modules.get(path) or self.model.get_submodule(path)
+            module = self._modules.get(path) or find(self.model, path)
             self._classes.append((module, type(module)))
             module.__dict__[ATTRIBUTE] = (self, path)
             tensors = tuple(sorted(self.now.get(path, ())))

@@ -20,6 +20,7 @@ from lora_lightning.bank.calls import (
 from lora_lightning.bank.probe import Places
 from lora_lightning.bank.watch import Watch, run
 from lora_lightning.errors import AdapterError
+from lora_lightning.lora.module_tree import find
 from lora_lightning.model.calling import Call
 
 
@@ -79,7 +80,7 @@ def _around(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
         parts = path.split(".")[:-1]
         for end in range(1, len(parts) + 1):
             name = ".".join(parts[:end])
-            found[name] = model.get_submodule(name)
+            found[name] = find(model, name)
     return found
 
 

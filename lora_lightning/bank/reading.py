@@ -18,7 +18,7 @@ from lora_lightning.lora.factors import TENSORS
 from lora_lightning.lora.module_tree import join
 from lora_lightning.lora.precision import factor_dtype
 from lora_lightning.lora.xs import Basis
-from lora_lightning.model.adapter_file.checks import checked
+from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.view import View
 
@@ -33,7 +33,7 @@ def parts_of(
         AdapterFileError: it is damaged, does not fit, or holds NaN.
         BaseMismatchError: it was made for another base.
     """
-    header, tensors = read(path)
+    header, tensors = plain_names(view, *read(path))
     model = view.model
     _, bases, _ = checked(view, header, tensors, check, path, known)
     own = _owned(view, header, tensors, path)

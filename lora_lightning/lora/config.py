@@ -11,7 +11,15 @@ from typing import Any
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.rank_rules import RULES
-from lora_lightning.lora.values import check_choice, is_real, is_whole, keyed, patterns, plain
+from lora_lightning.lora.values import (
+    check_choice,
+    check_plain,
+    is_real,
+    is_whole,
+    keyed,
+    patterns,
+    plain,
+)
 from lora_lightning.registry import unknown
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
@@ -121,6 +129,7 @@ class LoRAConfig:
         if not self.target_modules:
             raise ConfigError('target_modules is empty; "auto" lets the library choose')
         self._check_flags()
+        check_plain(self.to_dict())
 
     def _check_ranks(self) -> None:
         given = {"max_rank": self.max_rank, **keyed("rank_pattern", self.rank_pattern)}

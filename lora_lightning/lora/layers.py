@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, jit, nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora import factorised, parametrizations
@@ -99,6 +100,8 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
         return "it has an attribute 'lora' of its own, where the factors would go"
     if isinstance(module, jit.ScriptModule):
         return "it is compiled TorchScript, whose code cannot change; adapt before scripting"
+    if isinstance(module, GraphModule):
+        return "it is a traced graph, whose class cannot change; adapt layers within it"
     if is_lazy(weight):
         return "it is lazy and has no shape yet; run one batch through the model first"
     if not isinstance(weight, Tensor):

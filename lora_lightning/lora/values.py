@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError
 
 LONGEST_NAME = 150  # of an adapter: file names hold 255 bytes, and a step is added
+LONGEST_TEXT = 1000  # in a header; a longer pattern can be split into several
 # What Windows takes for a device, whatever the ending.
 _DEVICES = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 
@@ -64,6 +67,31 @@ def is_whole(value: Any) -> bool:
 def is_real(value: Any) -> bool:
     """Whether this is a number; True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether the header of a file can hold this: finite numbers, printable texts, not too long."""
+    if isinstance(value, str):
+        return (
+            len(value) <= LONGEST_TEXT and value.replace("\n", "").replace("\t", "").isprintable()
+        )
+    if isinstance(value, (list, dict)) and depth:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(is_plain(part, depth - 1) for part in parts)
+    if is_whole(value):
+        return -(2**63) < int(value) < 2**63
+    return value is None or isinstance(value, bool) or (is_real(value) and math.isfinite(value))
+
+
+def check_plain(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that a file could not hold after the training."""
+    for key, value in settings.items():
+        if not is_plain(value):
+            raise ConfigError(
+                f"{key} cannot be written to an adapter's file, which takes finite numbers below "
+                f"2**63 and printable texts of at most {LONGEST_TEXT} characters; got "
+                f"{reprlib.repr(value)}"
+            )
 
 
 def check_adapter_name(name: Any) -> None:

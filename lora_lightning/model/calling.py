@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.module_tree import unwrapped
 
 Forward = Callable[[nn.Module, Any], Any]  # from (model, batch); runs the model
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -57,7 +58,7 @@ def call(model: nn.Module, batch: Any, network: nn.Module | None = None) -> Any:
     Raises:
         DataError: the batch is of a type that the rule above does not cover.
     """
-    if network is None or not _hands_on(_parameters(_unwrapped(model).forward)):
+    if network is None or not _hands_on(_parameters(unwrapped(model).forward)):
         network = model
     args, kwargs = call_of(network, batch)
     try:
@@ -83,7 +84,7 @@ def call_of(model: nn.Module, batch: Any, forward: Forward | None = None) -> Cal
     """
     if forward is not None:
         return _recorded(model, batch, forward)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     parameters = _parameters(model.forward)
     batch = _inputs_of((batch,) if isinstance(batch, Tensor) else batch, parameters)
     if isinstance(batch, Mapping):
@@ -148,15 +149,6 @@ def logits_of(output: Any) -> Tensor:
         "Give forward=, a function to them from (model, inputs) or inputs alone, such as "
         f"forward=lambda x: {way}"
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model within `torch.compile` or data parallelism, whose forwards take anything."""
-    children = model._modules  # TorchScript's has no `get`
-    inner = children["_orig_mod"] if "_orig_mod" in children else None  # noqa: SIM401
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = model.module
-    return model if inner is None else _unwrapped(inner)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

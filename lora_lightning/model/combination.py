@@ -12,6 +12,7 @@ from lora_lightning.errors import AdapterError, AdapterNotFoundError, ConfigErro
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.model import state as states
 from lora_lightning.model.injection import check_free, register
@@ -23,6 +24,7 @@ from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
+@states.one_at_a_time
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
     r"""A new adapter with :math:`\Delta W = \sum_i w_i\,s_i\,B_i A_i`, exactly, for any scaling.
 
@@ -46,7 +48,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> Inject
         rows = []
         for path, parts in stacks.items():
             owner, _, tensor = path.rpartition(".")
-            rows.append(_place(model.get_submodule(owner), name, tensor, parts, owner))
+            rows.append(_place(find(model, owner), name, tensor, parts, owner))
         report = InjectionReport(name, tuple(rows), whole, total)
         register(view, state, config, report, state.frozen)
         state.parked[name] = values

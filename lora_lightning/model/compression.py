@@ -51,6 +51,7 @@ class Compression:
     parameters: int
 
 
+@states.one_at_a_time
 @torch.no_grad()
 def compress(
     model: nn.Module,
@@ -87,6 +88,7 @@ def compress(
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
     root, state, name = states.holder(model, name, "to compress")
+    states.check_home(View(root), "compress")
     if View(root).merged:
         raise AdapterError("the model is merged; call unmerge(model) before compressing")
     View(root).check_whole("compress")

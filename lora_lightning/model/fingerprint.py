@@ -18,7 +18,9 @@ _SAMPLES = 16
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module | View, exclude: Iterable[str] = (), prefix: str = ""
+) -> dict[str, str]:
     """Hashes of the base's structure and of a sample of its weights.
 
     ``structure`` covers names and shapes of the parameters, ``weights`` 16 evenly spaced
@@ -26,9 +28,10 @@ def fingerprint(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[st
     same (float16 rounds otherwise: load with ``check="structure"`` there). Of a sharded model every
     process must ask.
     `exclude` names the tensors that an adapter trains in full: they are no part of the base.
+    `prefix` goes before each name.
     """
     view, left = View.of(model), set(exclude)
-    names, weights = _sampled({n: p for n, p in view.parameters.items() if n not in left})
+    names, weights = _sampled({prefix + n: p for n, p in view.parameters.items() if n not in left})
     found = {"structure": names, "architecture": architecture(view.model)}
     return found | ({"weights": weights} if weights else {})
 

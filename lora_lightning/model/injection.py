@@ -34,6 +34,7 @@ from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.targets import select
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import look_through
 
 
 def inject(
@@ -110,6 +111,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
             "xs=True needs a frozen base: what stands around its core is computed from the base's "
             "weights, which freeze=False lets train. Leave freeze at True, or xs at False"
         )
+    look_through(model)
     view = View(model)
     state = check_free(view, name)
     if name in state.configs:
@@ -151,6 +153,7 @@ def check_free(view: View, name: str) -> ModelState:
             raise AdapterError(
                 f"{inner[0]!r} inside this model has adapters; inject into that module"
             )
+        states.check_whole(view)
         return ModelState()
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")

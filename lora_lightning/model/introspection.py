@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.lora import layers
-from lora_lightning.lora.module_tree import Modules, join, walk
+from lora_lightning.lora.module_tree import Modules, find, join, walk
 from lora_lightning.model.family_tables import TORCHAUDIO_HEADS
 from lora_lightning.model.patterns import matches
 from lora_lightning.model.view import View
@@ -48,7 +48,7 @@ def classifier_modules(model: nn.Module | View) -> set[str]:
         n
         for n in last
         if n  # a model that is one layer has no head
-        and isinstance(model.get_submodule(n), nn.Linear)
+        and isinstance(find(model, n), nn.Linear)
         and n.count(".") < 2
         and not n.startswith(blocks or ("\0",))
     }

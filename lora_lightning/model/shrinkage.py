@@ -18,6 +18,7 @@ from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
 
 
+@states.one_at_a_time
 @torch.no_grad()
 def shrink(model: nn.Module, share: float) -> None:
     r"""Interpolate towards the source: keep this share of the active adapter's changes.
@@ -80,6 +81,7 @@ def _source_magnitude(view: View, path: str, factors: Factors) -> Tensor:
 def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, str]:
     root, state, name = states.holder(model, None, purpose)
     view = View(root)
+    states.check_home(view, f"using adapter {name!r} {purpose}")
     if view.merged:
         raise AdapterError("the model is merged; call unmerge(model) first")
     if purpose != "to copy":
@@ -93,6 +95,7 @@ def adapter_values(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in own_tensors(model).items()}
 
 
+@states.one_at_a_time
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy `adapter_values` back into the model."""
@@ -136,6 +139,7 @@ def squared_change(factors: Iterable[Factors]) -> Tensor:
     return torch.stack([s**2 * ((B.T @ B) * (A @ A.T)).sum() for s, B, A in each]).sum()
 
 
+@states.one_at_a_time
 @torch.no_grad()
 def pull_to_source(model: nn.Module, strength: float) -> None:
     r"""Add the gradient of L2-SP to the gradients of the active adapter.

@@ -8,19 +8,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from threading import RLock, get_ident
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import join, unwrapped
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.view import View
 
 _ATTRIBUTE = "_lora_state"
+_HOOKS = "_state_dict_pre_hooks"
+_PRESERVED = "_user_preserved_attributes"  # of `torch.fx`
 Kind = tuple[tuple[str, ...], frozenset[str]]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,18 +129,49 @@ def kind_of(config: LoRAConfig, report: InjectionReport) -> Kind:
 
 def state_of(model: nn.Module) -> ModelState | None:
     """The state kept on this very module, or ``None``."""
-    state: ModelState | None = model.__dict__.get(_ATTRIBUTE)
+    own = unwrapped(model).__dict__
+    state: ModelState | None = own.get(_ATTRIBUTE)
+    if state is None and isinstance(meta := own.get("meta"), dict):
+        state = meta.get(_PRESERVED, {}).get(_ATTRIBUTE)
     return state
 
 
 def attach(model: nn.Module, state: ModelState) -> None:
     """Keep `state` on `model`."""
     model.__dict__[_ATTRIBUTE] = state
+    if isinstance(model, GraphModule):
+        _preserve(model, {_ATTRIBUTE: state, _HOOKS: model.__dict__[_HOOKS]})
 
 
 def detach(model: nn.Module) -> None:
     """Forget the state of `model`."""
     model.__dict__.pop(_ATTRIBUTE, None)
+    if isinstance(model, GraphModule):
+        _preserve(model, {})
+
+
+def _preserve(model: GraphModule, own: dict[str, Any]) -> None:
+    """List attributes that copies keep: a copy is made of what its graph refers to, and of these.
+
+    In new dicts, as copies share them.
+    """
+    meta = model.__dict__.get("meta", {})
+    others = {k: v for k, v in meta.get(_PRESERVED, {}).items() if k not in (_ATTRIBUTE, _HOOKS)}
+    model.__dict__["meta"] = {**meta, _PRESERVED: {**others, **own}}
+
+
+def check_whole(view: View) -> None:
+    """Refuse layers whose adapters are registered elsewhere, or nowhere.
+
+    Raises:
+        AdapterError: a layer has adapters, and no module of the view has their state.
+    """
+    loose = next(iter({**view.adapted, **view.merged}), None)
+    if loose is not None and not states_in(view):
+        raise AdapterError(
+            f"{loose or 'this module'} has adapters that were put on a larger model, or on the one "
+            "from which this was made: pass that model, or remove(model) before taking layers of it"
+        )
 
 
 def states_in(view: View) -> list[tuple[nn.Module, ModelState]]:
@@ -154,6 +188,7 @@ def roots(model: nn.Module | View) -> list[tuple[nn.Module, ModelState]]:
     view = View.of(model)
     found = states_in(view)
     if not found:
+        check_whole(view)
         raise AdapterNotFoundError(
             f"{type(view.model).__name__} has no adapter: call inject(model, LoRAConfig(...)) or "
             "load_adapter(model, path) first, and pass the same model here"

@@ -22,20 +22,22 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import TENSORS, Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.merging import raw_parameters
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import every_name, join
 from lora_lightning.model import state as states
+from lora_lightning.model.absent_base import AbsentBase
 from lora_lightning.model.compression import update_report
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.owned_tensors import all_extras, snapshot
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import to_own, to_plain
 
 _FACTOR_KEY = re.compile(rf"(?:^|\.)lora\.([^.]+)\.[^.]+\.(?:{'|'.join(TENSORS)})$")
 
 
 def register(model: nn.Module) -> None:
     """Install the hooks on the injected module."""
-    model.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_before)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_renew)  # type: ignore[no-untyped-call]
     model.register_state_dict_pre_hook(_check_ties)  # type: ignore[no-untyped-call]
 
@@ -43,7 +45,7 @@ def register(model: nn.Module) -> None:
 def unregister(model: nn.Module) -> None:
     """Remove the hooks."""
     pre: Any = model._load_state_dict_pre_hooks
-    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _complete]:
+    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _before]:
         del pre[key]
     post: Any = model._load_state_dict_post_hooks
     for key in [k for k, h in post.items() if h is _renew]:
@@ -88,13 +90,13 @@ def all_factors(model: nn.Module) -> list[tuple[str, Factors]]:
 def factor_keys(model: nn.Module) -> dict[str, Tensor]:
     """State-dict key → tensor of every factor in the model, under each name of its module."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, _, module in every_name(model):
         if isinstance(module, Factors):
             found |= {f"{path}.{n}": t for n, t in module.tensors().items()}
     return found
 
 
-def _complete(
+def _before(
     module: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
@@ -102,21 +104,35 @@ def _complete(
     strict: bool,
     *_: Any,
 ) -> None:
-    own = factor_keys(module)
+    own = to_plain(module, state_dict, prefix)
+    _complete(module, state_dict, prefix, strict)
+    to_own(state_dict, prefix, own)
+
+
+def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
+    view, own = View(module), factor_keys(module)
+    noted = [k for k, v in state_dict.items() if isinstance(v, AbsentBase) and k.startswith(prefix)]
+    bases = [state_dict.pop(key) for key in noted]
     given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None
-    view = View(module)
     base = view.tensors
     any_factor = any(_FACTOR_KEY.search(k) for k in given)
+    if any_factor and view.merged:
+        raise AdapterError(
+            "the model is merged and has no factors to load the checkpoint's adapters into: call "
+            "unmerge(model) first"
+        )
+    for absent in bases:
+        absent.check(view)
     state.loads_source = set() if any_factor else given & base.keys()
     _take_ranks(view, state, {k: state_dict[prefix + k] for k in factors})
     whole = all_extras(view, state)
     trained = {id(base[n]) for n in whole}  # a tied parameter has several names
     frozen = {n for n, p in view.parameters.items() if id(p) not in trained}
     state.loads_base = bool(given & frozen)
-    if strict:
+    if strict or (any_factor and not factors):
         _check(module, state_dict, prefix, given, own)
     state.settle({m[1] for k in factors if (m := _FACTOR_KEY.search(k))})
     if not factors:

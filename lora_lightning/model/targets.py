@@ -17,6 +17,7 @@ from lora_lightning.errors import TargetError
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.module_tree import every_name, find
 from lora_lightning.model import families
 from lora_lightning.model.introspection import block_list, classifier_modules
 from lora_lightning.model.left_out import reason
@@ -117,7 +118,7 @@ def _named(view: View, pattern: str) -> list[Target]:
             f"(first: {first}, {reasons[first]})"
         )
     if other:
-        kinds = sorted({type(view.model.get_submodule(n)).__name__ for n in other})
+        kinds = sorted({type(find(view.model, n)).__name__ for n in other})
         raise TargetError(
             f"target_modules: {pattern!r} matches only modules without a weight of their own to "
             f"adapt ({', '.join(kinds)}; first: {other[0]}). For the layers inside write "
@@ -129,7 +130,7 @@ def _named(view: View, pattern: str) -> list[Target]:
 def _by_alias(view: View, pattern: str) -> list[Target]:
     """Layers of which this is a further name: the module is in several places."""
     names: dict[int, list[str]] = {}
-    for name, module in view.model.named_modules(remove_duplicate=False):
+    for name, _, module in every_name(view.model):
         names.setdefault(id(module), []).append(name)
     found = [(t, Target(n, t.module, t.tensor)) for t in _layers(view) for n in names[id(t.module)]]
     return [target for target, alias in found if alias.hit_by(pattern)]

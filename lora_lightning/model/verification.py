@@ -74,6 +74,7 @@ class Verification:
     untold: str = ""
 
 
+@states.one_at_a_time
 def verify(
     model: nn.Module,
     example_batch: Any,

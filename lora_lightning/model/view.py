@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.merging import is_merged
-from lora_lightning.lora.module_tree import Children, Modules, walk
+from lora_lightning.lora.module_tree import Children, Modules, unwrapped, walk
 from lora_lightning.lora.sharding import ELSEWHERE, check_whole
 
 
@@ -28,7 +28,7 @@ class View:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = unwrapped(model)
 
     @classmethod
     def of(cls, model: nn.Module | View) -> View:

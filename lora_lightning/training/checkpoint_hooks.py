@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning.errors import AdapterError, BaseMismatchError
-from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.module_tree import every_name, join, unwrapped
+from lora_lightning.model.absent_base import AbsentBase
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import all_extras
 from lora_lightning.model.state import state_of
@@ -67,14 +67,21 @@ class SaveHook(_Hook):
 
     def then(self, checkpoint: dict[str, Any]) -> None:
         """Edit the checkpoint in place."""
-        notes, frozen = checkpoint.setdefault(_NOTES, {}), frozen_names(self.pl_module)
+        notes = checkpoint.setdefault(_NOTES, {})
         for key, own in self.adapters.items():
             if (found := self.adapted(own.backbone)) is not None:
                 notes[key] = {"config": own.config, "base": fingerprint(*found)}
-        for part in _PARTS:
-            if part in checkpoint:
-                kept = {k: v for k, v in checkpoint[part].items() if k not in frozen}
-                checkpoint[part] = kept
+                absent = AbsentBase(notes[key]["base"], found[1])
+                _leave_out(checkpoint, _frozen(self.pl_module, *found), absent)
+
+
+def _leave_out(checkpoint: dict[str, Any], frozen: list[str], absent: AbsentBase) -> None:
+    """Drop these tensors from each part; the first is replaced."""
+    for part in _PARTS:
+        if part in checkpoint:
+            dropped, first = set(frozen), dict.fromkeys(frozen[:1], absent)
+            kept = {k: v for k, v in checkpoint[part].items() if k not in dropped}
+            checkpoint[part] = first | kept
 
 
 def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list[str]:
@@ -86,8 +93,11 @@ def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list
         return []
     own = View(backbone).parameters.items()
     frozen = [n for n, p in own if not p.requires_grad and n not in extras]
-    places = pl_module.named_modules(remove_duplicate=False)
-    return [join(path, n) for path, m in places if m is backbone for n in frozen]
+    inner = unwrapped(backbone)
+    # As in the state dict: with what wraps the backbone, or parts of it.
+    within = {p: w for p, w, _ in every_name(inner)}
+    whole = [join(within[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in frozen]
+    return [join(w, n) for _, w, m in every_name(pl_module) if m is inner for n in whole]
 
 
 def frozen_names(pl_module: LightningModule) -> set[str]:
@@ -99,26 +109,25 @@ def frozen_names(pl_module: LightningModule) -> set[str]:
 
 
 class LoadHook(_Hook):
-    """Refuses a checkpoint whose adapters were trained on another base."""
+    """Puts an `AbsentBase` into checkpoints of versions that wrote the fingerprint aside alone."""
 
     method = "on_load_checkpoint"
 
     def then(self, checkpoint: dict[str, Any]) -> None:
-        """Raises `BaseMismatchError`, or `AdapterError` for a merged backbone."""
+        """Edit the checkpoint in place."""
+        for part in _PARTS:
+            held = checkpoint.get(part, {})
+            if held and not any(isinstance(value, AbsentBase) for value in held.values()):
+                checkpoint[part] = self._absent(checkpoint.get(_NOTES, {}), held) | held
+
+    def _absent(self, notes: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+        absent = {}
         for key, own in self.adapters.items():
-            note, found = checkpoint.get(_NOTES, {}).get(key), self.adapted(own.backbone)
-            if note is not None and found is not None and View(found[0]).merged:
-                raise AdapterError(
-                    f"{own.backbone or 'the backbone'} is merged and has no factors to load the "
-                    f"checkpoint's adapter {own.name!r} into: call unmerge on it first"
-                )
-            if note is None or found is None or (base := fingerprint(*found)) == note["base"]:
-                continue
-            raise BaseMismatchError(
-                f"the checkpoint's adapter {own.name!r} was trained on {note['base']}, and the "
-                f"module's backbone is {base}. Checkpoints hold no base weights: build the module "
-                "with the same pretrained weights as in the run that wrote it"
-            )
+            if key in notes and (found := self.adapted(own.backbone)) is not None:
+                frozen = _frozen(self.pl_module, *found)
+                if frozen and held.keys().isdisjoint(frozen):
+                    absent[frozen[0]] = AbsentBase(notes[key]["base"], found[1])
+        return absent
 
 
 def install(pl_module: LightningModule, key: str, adapter: Adapter) -> None:

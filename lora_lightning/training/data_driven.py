@@ -18,7 +18,14 @@ from lora_lightning.model.data_driven.initialise import start_from_data
 from lora_lightning.model.data_driven.rank_choice import choose_ranks, set_ranks
 from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors, state_of
-from lora_lightning.training.steps import outside_training, run_module, step, step_loss
+from lora_lightning.training.steps import (
+    check_lasting,
+    outside_training,
+    own_pass,
+    run_module,
+    step,
+    step_loss,
+)
 
 
 def start_in_trainer(
@@ -124,7 +131,7 @@ class _Moved:
         self.batches, self.strategy, self.plugin = batches, trainer.strategy, plugin
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
+        for batch in own_pass(self.batches):
             yield self.strategy.batch_to_device(self.plugin.convert_input(batch))
 
     def __len__(self) -> int:
@@ -150,6 +157,7 @@ def _single(loader: Any, given: Forward | None) -> Iterable[Any]:
     """The training loader; of several, which a user's function may know, the batches of them."""
     loaders = loader.iterables if isinstance(loader, CombinedLoader) else loader
     if not isinstance(loaders, (dict, list, tuple)):
+        check_lasting(loaders)
         found: Iterable[Any] = loaders
         return found
     if given is None:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -21,9 +21,10 @@ from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.training import checks
 from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
+from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.training.rank_schedule import lower_rank
-from lora_lightning.training.steps import gradient_scale, loss_in
+from lora_lightning.training.steps import check_lasting, gradient_scale, loss_in, own_pass
 from lora_lightning.training.validation_losses import (
     Loss,
     held_out_batches,
@@ -35,7 +36,7 @@ TINY = 50  # training items; below, a lower rank is tried
 PRIOR = 1.0  # training items that L2-SP weighs as much as
 
 
-class FitGuard(Callback):
+class FitGuard(LaunchedCallback):
     """Early stopping on held-out loss; shrinks towards the source; lowers the rank.
 
         Trainer(callbacks=[LoRACallback(rank=8), FitGuard()]).fit(module, data)
@@ -241,7 +242,8 @@ class FitGuard(Callback):
 def _some(batches: Any) -> Iterator[Any]:
     """The first batches: enough to know the source model's loss on the training items."""
     # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
-    yield from itertools.islice(batches, 16)
+    check_lasting(batches)
+    yield from itertools.islice(own_pass(batches), 16)
 
 
 def _rank(network: nn.Module) -> int:

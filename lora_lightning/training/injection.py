@@ -17,6 +17,7 @@ from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.switching import set_active
 from lora_lightning.model.view import View
 from lora_lightning.training import checks
+from lora_lightning.training.launch import check_returned
 
 
 def inject_in_trainer(
@@ -40,15 +41,31 @@ def inject_in_trainer(
         if trainer.training:
             raise AdapterError("the model is merged; call unmerge(model) before training it")
         return state.reports[name]
-    report = place(network, config, name)
-    # It may have been there, inactive.
-    set_active(network, name)
+    if state is None or name not in state.configs:
+        check_returned(trainer, backbone)
+    report = _placed(network, config, name)
     # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
     unranked = name in state_in(network).unranked
     if unranked and trainer.training and checks.is_new(trainer):
         from lora_lightning.training.data_driven import choose_in_trainer
 
         return choose_in_trainer(trainer, pl_module, network, name, data, forward)
+    return report
+
+
+def inject_before_launch(
+    pl_module: LightningModule, backbone: str, config: LoRAConfig, name: str
+) -> InjectionReport | None:
+    """`inject`, where the network is there already, in the process that starts the others."""
+    if not checks.has_backbone(pl_module, backbone):
+        return None
+    network = checks.find_backbone(pl_module, backbone)
+    return None if View(network).merged else _placed(network, config, name)
+
+
+def _placed(network: nn.Module, config: LoRAConfig, name: str) -> InjectionReport:
+    report = place(network, config, name)
+    set_active(network, name)  # it may have been there, inactive
     return report
 
 

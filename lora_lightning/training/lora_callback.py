@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_lightning.errors import ConfigError
@@ -21,10 +21,11 @@ from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
 from lora_lightning.training import checkpoint_hooks, checks, injection, sharded
 from lora_lightning.training.last_finite import LastFinite
+from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
-class LoRACallback(Callback):
+class LoRACallback(LaunchedCallback):
     """Adapt the backbone of a LightningModule with low-rank adapters.
 
         Trainer(callbacks=[LoRACallback(rank=8, target_modules="auto", backbone="model")])
@@ -104,6 +105,11 @@ class LoRACallback(Callback):
         return self._generate_state_key(backbone=self.backbone, name=self.name)
 
     # ---- before training -------------------------------------------------------------------
+
+    def before_launch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Inject here already, where the strategy is about to start processes by itself."""
+        place = (pl_module, self.backbone, self.config, self.name)
+        self.report_ = injection.inject_before_launch(*place)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, or do so after ``configure_model``, where that builds the network."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.utils.data import DataLoader
 
+from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.torch_settings import forked_rng
 from lora_lightning.model.calling import call
 
@@ -31,6 +34,32 @@ def outside_training(pl_module: LightningModule) -> Iterator[None]:
         finally:
             del own["log"], own["log_dict"]
             own |= kept
+
+
+def own_pass(batches: Iterable[Any]) -> Iterable[Any]:
+    """The same batches, for a pass over them beside the trainer's own.
+
+    A DataLoader with persistent workers has one iterator, so that another pass would end the first.
+    """
+    if not isinstance(batches, DataLoader) or not batches.persistent_workers:
+        return batches
+    twin = copy.copy(batches)
+    vars(twin).update(persistent_workers=False, _iterator=None)  # past its `__setattr__`
+    return twin
+
+
+def check_lasting(batches: Any) -> None:
+    """Refuse a training loader that a pass before the training would use up.
+
+    Raises:
+        ConfigError: it is an iterator.
+    """
+    if hasattr(batches, "__next__"):
+        raise ConfigError(
+            f"the training loader is an iterator ({type(batches).__name__}), and what is read "
+            "before the training would be missing in it: give the fit a DataLoader or a list, or "
+            "LoRACallback(data=…) other batches to start from"
+        )
 
 
 def gradient_scale(trainer: Trainer, optimizer: Any) -> float:

@@ -143,6 +143,11 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in module.state_dict().items()}
 
 
+def saved(checkpoint: dict, part: str = "state_dict") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, without what names the base that is left out."""
+    return {k: v for k, v in checkpoint[part].items() if isinstance(v, torch.Tensor)}
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 

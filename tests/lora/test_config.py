@@ -31,6 +31,9 @@ from lora_lightning.errors import ConfigError, LoRALightningError
         ({"blocks": "0-3"}, "blocks must be a list of whole numbers"),
         ({"blocks": []}, "blocks must be a list of whole numbers"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**63}, "seed cannot be written to an adapter's file"),
+        ({"target_modules": ["re:" + "a|" * 600]}, "target_modules cannot be .* at most 1000 char"),
+        ({"rank_pattern": {"\x1b": 2}}, "rank_pattern cannot be written to an adapter's file"),
         ({"dora": "yes"}, "dora must be true or false, got 'yes'"),
     ],
 )

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning import AdapterBank, inject, load_adapter, save_adapter
 from lora_lightning.errors import BaseMismatchError
+from lora_lightning.model.fingerprint import fingerprint
+from tests.helpers.files import rewrite
 from tests.helpers.training import randomise
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -71,3 +73,24 @@ def test_files_without_the_hash_of_buffers_load_as_before(saved, tmp_path):
     other = convnet()
     load_adapter(other, old)
     assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_files_written_of_a_wrapped_model_once(saved, wrapper):
+    """Their names, and the hash of them, begin with the wrapper's."""
+    model, path, _ = saved
+
+    def rename(tensors, header):
+        for name in list(tensors):
+            tensors[wrapper + name] = tensors.pop(name)
+        for target in header["targets"]:
+            target["module"] = wrapper + target["module"]
+        for kind in ("extras", "buffers"):
+            header[kind] = [wrapper + name for name in header[kind]]
+        header["base"]["structure"] = fingerprint(model, header["extras"], wrapper)["structure"]
+
+    rewrite(path, rename)
+    for wrap in (lambda m: m, torch.nn.DataParallel):
+        other = wrap(convnet())
+        load_adapter(other, path)
+        assert torch.equal(other.eval()(X), model(X))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
+import pickle
 import random
 import sys
 from collections.abc import Callable
@@ -12,8 +14,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.fx import symbolic_trace
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lora_lightning import (
+    adapters,
     inject,
     load_adapter,
     merge,
@@ -22,6 +28,7 @@ from lora_lightning import (
     set_active,
     unmerge,
 )
+from lora_lightning.errors import AdapterError, TargetError
 from tests.helpers.training import randomise
 
 FEW, MANY = 4, 20
@@ -195,3 +202,89 @@ def test_the_number_of_adapters_costs_nothing(work, files):
 def test_counting_calls_can_fail(files):
     counts = [calls(lambda n=n: list(loaded(files[:n]).named_parameters())) for n in (FEW, MANY)]
     assert counts[1] > 1.5 * counts[0]
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def saved_whole(model: nn.Module) -> nn.Module:
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+KINDS = {
+    "plain": lambda: base(),
+    "compiled in place": lambda: compiled_in_place(base()),
+    "traced": lambda: symbolic_trace(base()),
+    "extractor": lambda: create_feature_extractor(base(), {"head": "out"}).eval(),
+}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_whole,
+    "average": lambda model: AveragedModel(model).module,
+}
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    y = model(X)
+    return y["out"] if isinstance(y, dict) else y
+
+
+@pytest.mark.filterwarnings("ignore:.*fx.Graph.*")
+@pytest.mark.parametrize(
+    ("kind", "how"),  # torchvision's extractors cannot be pickled
+    [(k, h) for k in KINDS for h in COPIES if k != "extractor" or h in ("deepcopy", "average")],
+)
+def test_a_copy_has_the_adapters_and_is_independent(tmp_path, kind, how):
+    model = KINDS[kind]()
+    source = output(model)
+    inject(model, rank=2, target_modules=["blocks.*"])
+    randomise(model, 0.5)
+    learnt, twin = output(model), COPIES[how](model).eval()
+    assert adapters(twin) == ["default"]
+    assert torch.equal(output(twin), learnt)
+    inject(twin, rank=2, target_modules=["blocks.*"], name="second")
+    assert torch.equal(output(twin), source)
+    assert (adapters(twin), adapters(model)) == (["default", "second"], ["default"])
+    set_active(twin, "default")
+    save_adapter(twin, tmp_path / "file")
+    load_adapter(other := base(), tmp_path / "file")
+    assert torch.equal(other(X), learnt)
+    remove(twin)
+    assert torch.equal(output(twin), source)
+    assert torch.equal(output(model), learnt)
+
+
+def test_a_shallow_copy_shares_its_adapters():
+    for kind in ("plain", "traced"):
+        model = KINDS[kind]()
+        inject(model, rank=2, target_modules=["blocks.*"])
+        twin = copy.copy(model)
+        inject(twin, rank=2, target_modules=["blocks.*"], name="second")
+        assert adapters(twin) == adapters(model) == ["default", "second"]
+
+
+def test_layers_of_an_adapted_model_are_no_model_of_their_own():
+    inject(model := base(), rank=2, target_modules=["blocks.*"])
+    for part in (model.blocks, nn.Sequential(*model.children())):
+        for change in (lambda m: inject(m, rank=2), merge, remove):
+            with pytest.raises(AdapterError, match="put on a larger model, or on the one from"):
+                change(part)
+    assert adapters(model) == ["default"]
+
+
+def test_tensors_of_a_traced_graph_itself_take_no_adapter():
+    class Positions(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.positions = nn.Parameter(torch.zeros(6, 6))
+
+        def forward(self, x):
+            return super().forward(x + x @ self.positions)
+
+    with pytest.raises(TargetError, match="traced graph, whose class cannot change"):
+        inject(symbolic_trace(Positions()), rank=2, target_modules=["positions"])

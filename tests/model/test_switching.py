@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Waiting
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from torch import nn
 from lora_lightning import (
     AdapterBank,
     adapters,
+    combine,
+    compress,
     disabled,
     inject,
     load_adapter,
@@ -25,9 +28,12 @@ from lora_lightning import (
     save_adapter,
     set_active,
     unmerge,
+    verify,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError
+from lora_lightning.model import state as states
 from lora_lightning.model.probing import difference
+from lora_lightning.model.shrinkage import adapter_values, restore, shrink
 from tests.helpers.interrupt import ERRORS, everything, lines_of, same
 from tests.helpers.training import randomise, tiny_vit
 
@@ -372,12 +378,30 @@ def test_threads_wait_or_are_refused_at_once(tmp_path):
             for name, output in expected.items():
                 set_active(model, name)
                 assert torch.equal(model(x), output)
+        set_active(model, "a")
+        values = adapter_values(model)
+        changes = [
+            lambda: restore(model, values),
+            lambda: shrink(model, 1.0),
+            lambda: compress(model, "a", rank=2),
+            lambda: verify(model, x),
+            lambda: combine(model, {"a": 0.5, "b": 0.5}, "c"),
+        ]
+        for change in changes:
+            with states._lock:
+                waiting = pool.submit(change)
+                with pytest.raises(Waiting):
+                    waiting.result(0.02)
+            waiting.result()
+        remove(model, "c")
+        set_active(model, "a")
         blocks = [lambda: disabled(model), lambda: AdapterBank(model.eval(), tmp_path)["a"]]
         for block in blocks:
             with block():
                 for call in (
                     lambda: set_active(model, "a"),
                     lambda: load_adapter(model, tmp_path / "a.safetensors", "c"),
+                    *changes,
                     *(lambda other=other: other().__enter__() for other in blocks),
                 ):
                     with pytest.raises(AdapterError, match="another thread"):

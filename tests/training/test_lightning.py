@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from lora_lightning import LoRACallback
-from tests.helpers.training import Module, loader, trainer
+from tests.helpers.training import Module, loader, saved, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +133,7 @@ def test_ddp_on_two_cpu_processes(tmp_path):
     assert float(digests[0]) > 0
     files = [p.name for p in tmp_path.rglob("*.safetensors")]
     assert files == ["default.safetensors"]
-    keys = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    keys = saved(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys)
 
 

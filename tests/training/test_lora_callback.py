@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -16,10 +18,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils.data import DataLoader
 
 from lora_lightning import (
+    AdapterBank,
+    FitGuard,
     LoRACallback,
     LoRAConfig,
+    adapters,
+    combine,
     disabled,
     inject,
     load_adapter,
@@ -29,6 +37,7 @@ from lora_lightning import (
 from lora_lightning.errors import (
     AdapterError,
     AdapterFileError,
+    BaseMismatchError,
     ConfigError,
     TargetError,
     VerificationError,
@@ -45,6 +54,7 @@ from tests.helpers.training import (
     loader,
     lora,
     same,
+    saved,
     tiny_vit,
     trainer,
     weights,
@@ -246,7 +256,7 @@ def test_checkpoint_holds_no_base_weight_and_resumes_bit_for_bit(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", filename="half", every_n_epochs=2, save_top_k=-1)
     fitted(tmp_path, half, lora(), saver, enable_checkpointing=True)
     path = Path(saver.best_model_path)
-    keys = torch.load(path, weights_only=True)["state_dict"].keys()
+    keys = saved(torch.load(path, weights_only=True)).keys()
     assert keys
     assert all(".lora." in k or ".head." in k for k in keys)
     fitted(tmp_path, resumed, lora(), saver, ckpt=path, enable_checkpointing=True, max_epochs=4)
@@ -310,7 +320,7 @@ def test_weight_averaging(tmp_path):
     fit(module, saver, enable_checkpointing=True)
     checkpoint = torch.load(saver.best_model_path, weights_only=True)
     for part in ("state_dict", "current_model_state"):
-        assert all(".lora." in k or ".head." in k for k in checkpoint[part])
+        assert all(".lora." in k or ".head." in k for k in saved(checkpoint, part))
     fit(resumed, saver, enable_checkpointing=True, max_epochs=3, ckpt=saver.best_model_path)
     fit(straight, max_epochs=3)
     assert same(weights(resumed), weights(straight))
@@ -376,7 +386,7 @@ def test_two_callbacks_of_one_class(tmp_path):
     callbacks = [lora(output_dir=tmp_path), lora(backbone="second", name="b", output_dir=tmp_path)]
     assert callbacks[0].state_key != callbacks[1].state_key
     fitted(tmp_path, module, *callbacks).save_checkpoint(tmp_path / "two.ckpt")
-    keys = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    keys = saved(torch.load(tmp_path / "two.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys)
     assert (tmp_path / "b.safetensors").exists()
 
@@ -464,3 +474,143 @@ def test_names_that_differ_in_case_alone_would_share_a_file(tmp_path):
     pair = [lora(name=name, backbone=path) for name, path in (("a", "model"), ("A", "model.norm"))]
     with pytest.raises(ConfigError, match="would write the same adapter file"):
         fitted(tmp_path, fresh(), *pair)
+
+
+class Injected(Module):
+    """With the adapter in ``__init__``, as for loading without a callback; a seed for the base."""
+
+    def __init__(self, seed: int = 0, **options):
+        torch.manual_seed(seed)
+        super().__init__()
+        inject(self.model, **{"rank": 2, "seed": 0, **options})
+
+
+def _load_by_hand(cls, path, **options):
+    module = cls(**{k: v for k, v in options.items() if k != "strict"})
+    state = torch.load(path, weights_only=True)["state_dict"]
+    module.load_state_dict(state, strict=options.get("strict", True))
+    return module
+
+
+def _load_and_test(cls, path, strict=True, **options):
+    module = cls(**options)
+    module.strict_loading = strict
+    trainer(path.parent).test(module, loader(), ckpt_path=path, verbose=False)
+    return module
+
+
+def _load_and_fit(cls, path, strict=True, **options):
+    module = cls(**options)
+    module.strict_loading = strict
+    fitted(path.parent, module, ckpt=path)
+    return module
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda cls, path, **options: cls.load_from_checkpoint(path, **options),
+        _load_by_hand,
+        _load_and_test,
+        _load_and_fit,
+    ],
+    ids=["load_from_checkpoint", "load_state_dict", "test", "fit"],
+)
+def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
+    module, path = fresh(), tmp_path / "c.ckpt"
+    fitted(tmp_path, module, lora()).save_checkpoint(path)
+    assert same(load(Injected, path, strict=strict).state_dict(), module.state_dict())
+    with pytest.raises(BaseMismatchError, match="Checkpoints hold no base weights"):
+        load(Injected, path, strict=strict, seed=77)
+    with pytest.raises(AdapterError, match=r"call inject\(self.model, ...\) in the mod"):
+        load(Module, path, strict=strict)
+    with pytest.raises(AdapterFileError, match="no place for"):
+        load(Injected, path, strict=strict, name="other")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5},
+        {"init": "pissa"},
+        {"dora": True, "batch_norm": "reset", "name": "b"},
+    ],
+    ids=str,
+)
+def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tmp_path, options):
+    module, base = (fresh(model=efficientnet()) for _ in range(2))
+    adapter, data = lora(output_dir=tmp_path, **options), loader(size=64)
+    guard = FitGuard() if "dora" in options else None
+    callbacks = [c for c in (adapter, guard) if c]
+    started = {"strategy": "ddp_fork", "devices": 1}
+    t = fitted(tmp_path, module, *callbacks, data=data, held_out=data, **started)
+    load_adapter(base.model, adapter.adapter_path_)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(module.eval()(x), base.eval()(x))
+    assert adapters(module.model) == [adapter.name]
+    ranks = {p: f.spec.rank for p, f in named_factors(base.model, adapter.name).items()}
+    assert ranks == {f"{r.module}.{r.tensor}": r.rank for r in adapter.report_.rows}
+    assert guard is None or len(guard.history_) == 3
+    (got,) = t.test(module, data, verbose=False)
+    (expected,) = trainer(tmp_path).test(base, data, verbose=False)
+    assert got == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_processes_that_could_not_give_the_adapter_back_are_refused(tmp_path):
+    with pytest.raises(ProcessRaisedException, match=r"ConfigError: .* build the network in its"):
+        fitted(tmp_path, Late(), lora(), strategy="ddp_fork", devices=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("callbacks", [[lora(init="eva")], [lora(), FitGuard(lower_rank=False)]])
+def test_a_pass_before_the_training_takes_no_batch_from_it(tmp_path, callbacks):
+    """Persistent workers serve one pass at a time: the first epoch would be lost."""
+    module, data = fresh(), loader()
+    lasting = DataLoader(data.dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    t = fitted(tmp_path, module, *callbacks, data=lasting, held_out=data)
+    assert t.global_step == 4
+    with pytest.raises(ConfigError, match="the training loader is an iterator"):
+        fitted(tmp_path, fresh(), *callbacks, data=iter([*data]), held_out=data)
+
+
+def _blocks_compiled(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+    return model
+
+
+WRAPS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "blocks": _blocks_compiled,
+}
+
+
+@torch.compiler.set_stance("force_eager")  # names are what matters
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_a_wrapper_adds_to_names_is_no_part_of_files_and_checkpoints(tmp_path, wrap):
+    base, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    kinds = {"plain": lambda m: m, wrap: WRAPS[wrap]}
+    made = {k: lambda k=k: kinds[k](copy.deepcopy(base)).eval() for k in kinds}
+    for kind, other in itertools.permutations(kinds):
+        module, path = Module(made[kind]()), tmp_path / f"{kind}.ckpt"
+        fitted(tmp_path, module, lora(output_dir=tmp_path / kind)).save_checkpoint(path)
+        stored, file = torch.load(path, weights_only=True), tmp_path / kind / "default.safetensors"
+        assert all(".lora." in k or ".head." in k for k in saved(stored))
+        learnt = module.model.eval()(x)
+        load_adapter(model := made[other](), file)
+        assert torch.allclose(model(x), learnt, atol=1e-6)
+        assert len(combine(model, {"default": 1.0}, "sum").rows) == 8
+        if other == "plain":
+            with AdapterBank(model := made[other](), {"a": file})[["a", "a"]], torch.no_grad():
+                assert torch.allclose(model(x), learnt, atol=1e-6)
+        inject(model := made[other](), rank=2, seed=0)
+        Module(model).load_state_dict(stored["state_dict"])
+        assert torch.allclose(model(x), learnt, atol=1e-6)
+        tested = Module(made[other]())
+        trainer(tmp_path, lora()).test(tested, loader(), ckpt_path=path, verbose=False)
+        assert torch.allclose(tested.model.eval()(x), learnt, atol=1e-6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.target import Predict, Predicted, Target, predicted
+from lora_lightning.lora.module_tree import find
 from lora_lightning.model.calling import classifier
 from lora_lightning.model.introspection import block_list
 
@@ -45,7 +46,7 @@ def _watched(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in found]
+    handles = [find(model, n).register_forward_hook(keep(n)) for n in found]
     try:
         yield found
     finally:

@@ -22,6 +22,8 @@ from lora_lightning.model.owned_tensors import source_values
 from lora_lightning.model.state import state_of
 from lora_lightning.model.view import View
 
+# Before the names in files that were written of a wrapped model, once.
+_WRAPPERS = ("_orig_mod.", "module.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +51,23 @@ def checked(
     return config, _bases(view.model, header, check, path, known), base
 
 
+def plain_names(
+    view: View, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors by the names of an unwrapped model, as files are written today."""
+    for wrapper in _WRAPPERS:
+        places = [f"{t['module']}." for t in header["targets"]]
+        named = [*places, *header["extras"], *header["buffers"]]
+        own = wrapper[:-1] in view.model._modules
+        if named and not own and all(name.startswith(wrapper) for name in named):
+            cut = len(wrapper)
+            targets = [{**t, "module": t["module"][cut:]} for t in header["targets"]]
+            whole = {key: [n[cut:] for n in header[key]] for key in ("extras", "buffers")}
+            header = {**header, **whole, "targets": targets}
+            tensors = {name.removeprefix(wrapper): t for name, t in tensors.items()}
+    return header, tensors
+
+
 def check_base(
     model: nn.Module | View, header: dict[str, Any], check: str, path: Path
 ) -> dict[str, str]:
@@ -62,7 +81,8 @@ def check_base(
     with source_values(view, state) if state else nullcontext():
         own = fingerprint(view, header["extras"])
         kept = statistics(view, header["buffers"])
-    if own["structure"] != made_for["structure"]:
+    wrapped = (fingerprint(view, header["extras"], w)["structure"] for w in _WRAPPERS)
+    if own["structure"] != made_for["structure"] and made_for["structure"] not in wrapped:
         raise BaseMismatchError(
             f"{path} was made for {made_for['architecture']}, and this model is "
             f"{own['architecture']} with other parameters or shapes. Build the base that it was "

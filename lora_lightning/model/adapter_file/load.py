@@ -16,13 +16,14 @@ from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model import injection, switching
-from lora_lightning.model.adapter_file.checks import checked
+from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
+from lora_lightning.model.wrapped_keys import look_through
 
 
 @one_at_a_time
@@ -55,9 +56,10 @@ def load_adapter(
     """
     if check not in ("weights", "structure"):
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
-    header, tensors = read(Path(path))
-    name = name or str(header["name"])
     view = View(model)
+    header, tensors = plain_names(view, *read(Path(path)))
+    name = name or str(header["name"])
+    look_through(model)
     state = injection.check_free(view, name)
     view.check_whole("load_adapter", "load the file before fully_shard")
     if name in state.configs and not overwrite:

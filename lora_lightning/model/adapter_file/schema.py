@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.lora.values import is_real, is_whole
+from lora_lightning.lora.values import is_plain, is_real, is_whole
 
 SIZE = 2**31  # of a dimension, at most
 _SHOWN = 4  # mistakes in a message, at most
@@ -145,18 +145,7 @@ def one_of(*values: Any) -> Leaf:
 FLAG = Leaf("true or false", lambda v: v is True or v is False)
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, str):
-        return len(value) <= 1000 and value.replace("\n", "").replace("\t", "").isprintable()
-    if isinstance(value, (list, dict)) and depth:
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return all(_is_plain(part, depth - 1) for part in parts)
-    if is_whole(value):
-        return -(2**63) < int(value) < 2**63
-    return value is None or isinstance(value, bool) or (is_real(value) and math.isfinite(value))
-
-
-PLAIN = Leaf("finite numbers, printable texts, lists and mappings of them", _is_plain)
+PLAIN = Leaf("finite numbers, printable texts, lists and mappings of them", is_plain)
 
 
 def check(schema: Kind, value: Any, what: str, path: Path) -> None:

@@ -13,6 +13,7 @@ from lora_lightning.lora import rank_rules
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.rank_rules import Spectrum
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import Forward, call
@@ -120,7 +121,7 @@ def _fixed(root: nn.Module, config: LoRAConfig, factors: dict[str, Factors]) -> 
     found = set()
     for path in factors:
         owner, _, tensor = path.rpartition(".")
-        target = Target(owner, root.get_submodule(owner), tensor)
+        target = Target(owner, find(root, owner), tensor)
         if any(target.hit_by(p) for p in config.rank_pattern):
             found.add(path)
     return found
