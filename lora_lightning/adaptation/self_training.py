@@ -30,6 +30,11 @@ class Course:
     changed_in_: Any = _read("changed_in_", "The accepted round in which each item got its label.")
     termination_condition_: Any = _read("termination_condition_", 'Why it ended; "" before.')
 
+    @property
+    def keeps_source(self) -> bool:
+        """Whether the source model was kept: then `LoRACallback` writes no file."""
+        return bool(self.history_) and not self.accepted_
+
 
 class SelfTraining(Course, Callback):
     """Rounds within a fit: predict the target, check, keep the best state, label the next round.

@@ -54,9 +54,11 @@ class TrainSettings(EpochTraining):
 
     Args:
         label_smoothing: Part of the target spread over all classes.
+        least_steps: Optimizer steps at least: a small set gets more passes; 0: `epochs` alone.
     """
 
     label_smoothing: float = 0.0
+    least_steps: int = 0
 
 
 @dataclass

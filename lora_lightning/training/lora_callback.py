@@ -59,7 +59,8 @@ class LoRACallback(Callback):
 
     Attributes:
         report_: what was adapted; set in `setup`.
-        adapter_path_: the file written at the end of the fit.
+        adapter_path_: the file written at the end of the fit; None where another callback (a
+            `FitGuard`, self-training) kept the source model.
 
     Raises:
         ConfigError: a bad value, or a combination of callbacks that cannot work.
@@ -212,9 +213,9 @@ class LoRACallback(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / f"{self.name}.safetensors"
-        if trainer.is_global_zero:
+        self.adapter_path_ = None if checks.source_kept(trainer, path) else path
+        if self.adapter_path_ and trainer.is_global_zero:
             save_adapter(backbone, path, self.name)
-        self.adapter_path_ = path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the LightningModule's own hooks."""

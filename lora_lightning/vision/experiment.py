@@ -103,6 +103,8 @@ class Pictures(Experiment[Config]):
         """Raise ConfigError for an invalid value."""
         stages, trained = self.config.train, ("source", "lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
+        with_steps = (n for n in trained if hasattr(getattr(stages, n), "least_steps"))
+        at_least(self.config, 0, (f"train.{name}.least_steps" for name in with_steps))
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
