@@ -21,9 +21,9 @@ class Limits:
             classes collapse.
         class_share: A class may be predicted at most so many times as often as by the source
             (or as by chance, where the source hardly predicts it).
-        agreement: Least part of the items that keep the source's label; or four fifths of the
-            source's mean confidence, where that is more: its expected accuracy, if it is
-            somewhat overconfident.
+        agreement: Least part of the items that keep the source's label, as a part of the source's
+            mean confidence, which stands for its accuracy on them: a perfect model agrees with a
+            source that is right on a third of the items on that third.
         steadiness: Least part of the items that keep the label of the last accepted round, once
             there is one: a learning rate that is too high changes many.
         sure_flips: Largest part of the source's most confident items (the upper half) that may
@@ -33,7 +33,7 @@ class Limits:
 
     marginal_entropy: float = 0.5
     class_share: float = 3.0
-    agreement: float = 0.4
+    agreement: float = 0.6
     steadiness: float = 0.85
     sure_flips: float = 0.5
     cohesion: float = 0.25
@@ -53,10 +53,12 @@ class Verdict:
     Attributes:
         scores: Name → value of each score.
         alarms: Messages of what is wrong; empty where nothing is.
+        final: Whether further training cannot mend it.
     """
 
     scores: dict[str, float]
     alarms: list[str] = field(default_factory=list)
+    final: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -95,7 +97,8 @@ class Guard:
             accepted: Of the last accepted round; None: there was none.
         """
         if not bool(torch.isfinite(probabilities).all()):
-            return Verdict({}, ["the predictions are NaN: the learning rate is too high"])
+            nan = "the predictions are NaN: the learning rate is too high"
+            return Verdict({}, [nan], final=True)
         now = score.check_probabilities(probabilities)
         labels = now.argmax(dim=1)
         found = {
@@ -109,7 +112,8 @@ class Guard:
         }
         if accepted is not None:
             found["steadiness"] = score.agreement(now, accepted)
-        return Verdict(found, list(self._alarms(found)))
+        alarms = list(self._alarms(found))
+        return Verdict(found, alarms, final=any("collapse" in text for text in alarms))
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:
         limits = self.limits
@@ -124,7 +128,7 @@ class Guard:
                 f"a class is predicted {found['class_share']:.1f} times as often as before, above "
                 f"{limits.class_share:g}"
             )
-        least = limits.agreement and max(limits.agreement, 0.8 * self.confidence)
+        least = limits.agreement * self.confidence
         if found["agreement"] < least:
             kept = f"{found['agreement']:.0%} of the items keep the source's label"
             yield f"{kept}, below {least:.0%}"

@@ -35,6 +35,7 @@ class Round:
         alarms: What the guard found wrong; such a round is not kept.
         labelled: Items whose pseudo-label was accepted for the round; None without labels.
         histogram: Those by class.
+        final: Whether further training cannot mend what is wrong.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Round:
     alarms: list[str] = field(default_factory=list)
     labelled: int | None = None
     histogram: list[int] = field(default_factory=list)
+    final: bool = False
 
     def line(self, items: int) -> str:
         """The guard's result as one line of text."""
@@ -120,11 +122,10 @@ class Rounds(Generic[Answers]):
         accepted = self.answers_ if self.accepted_ != SOURCE_ROUND else None
         verdict = verdict or self.check(now, accepted)
         index = len(self.history_)
-        found = Round(index, verdict.scores, verdict.alarms, labelled, list(histogram))
+        told = verdict.scores, verdict.alarms, labelled, list(histogram), verdict.final
+        found = Round(index, *told)
         self.history_.append(found)
-        if found.alarms:
-            self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
-        else:
+        if not found.alarms:
             self.note(found.index, now)
             self.accepted_, self.answers_ = found.index, now
             self._best = Snapshot(model)
@@ -137,7 +138,9 @@ class Rounds(Generic[Answers]):
     def finish(self, model: nn.Module) -> None:
         """Restore the best accepted state, and log why training ended."""
         self.restore(model)
-        self.termination_condition_ = self.termination_condition_ or DONE
+        last = self.history_[-1]
+        done = f"{DONE}, the last one with an alarm: {last.alarms[0]}" if last.alarms else DONE
+        self.termination_condition_ = self.termination_condition_ or done
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
         """Write a plot of the rounds: scores, alarms, and the classes of the pseudo-labels."""
@@ -154,7 +157,9 @@ class Rounds(Generic[Answers]):
             "history": [asdict(r) for r in self.history_],
             "accepted": self.accepted_,
             "changed_in": self.changed_in_,
-            "stopped": "" if self.termination_condition_ == DONE else self.termination_condition_,
+            "stopped": ""
+            if self.termination_condition_.startswith(DONE)
+            else self.termination_condition_,
             "best": self._best.state_dict(),
         }
 
@@ -225,14 +230,15 @@ class PredictionRounds(Rounds[Tensor]):
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
         found = self.guard.check(now, accepted)
         alarms = found.alarms if self.limits is not None else []
+        final = found.final and bool(alarms)
         if self.canary is None:
-            return Verdict(found.scores, alarms)
+            return Verdict(found.scores, alarms, final)
         accuracy = self.canary()
         before = self.history_[SOURCE_ROUND].scores["canary"] if self.history_ else accuracy
         if accuracy < before:
             fall = f"the canary's accuracy falls from {before:.1%} to {accuracy:.1%}"
             alarms = [*alarms, fall]
-        return Verdict({**found.scores, "canary": accuracy}, alarms)
+        return Verdict({**found.scores, "canary": accuracy}, alarms, final)
 
     def note(self, index: int, now: Tensor) -> None:
         """Record the round in which each item got its present label."""

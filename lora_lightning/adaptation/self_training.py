@@ -53,6 +53,7 @@ class SelfTraining(Course, Callback):
     """
 
     broken = ""  # the alarm where predictions are invalid; "": the error's message
+    stops_at_alarm = True  # else only where further training cannot mend it
     teacher_decay: float | None = None
     plot: Any = None
 
@@ -184,8 +185,10 @@ class SelfTraining(Course, Callback):
         try:
             now = self.look(module)
         except (ConfigError, DataError) as error:
-            verdict = Verdict({}, [self.broken or str(error)])
-        if self.judge(module, now, verdict).alarms:
+            verdict = Verdict({}, [self.broken or str(error)], final=True)
+        found = self.judge(module, now, verdict)
+        if found.alarms and (self.stops_at_alarm or found.final):
+            self.rounds_.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
             trainer.should_stop = True
 
     def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:

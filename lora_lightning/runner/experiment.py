@@ -8,7 +8,6 @@ kind shares, `lora_lightning.runner.runner` runs them for every seed.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -215,9 +214,8 @@ class Experiment(ABC, Generic[Config]):
 
 def _passes(stage: Any, data: Callable[[], LightningDataModule]) -> int:
     """A stage's epochs, or more for its least number of steps."""
-    epochs: int = stage.epochs
-    if not (least := getattr(stage, "least_steps", 0)):
-        return epochs
+    if not getattr(stage, "least_steps", 0):
+        return int(stage.epochs)
     found = data()
     found.setup("fit")
-    return max(epochs, math.ceil(least / max(len(found.train_dataloader()), 1)))
+    return int(stage.passes(len(found.train_dataloader())))

@@ -13,6 +13,7 @@ TINY = [
     "train.lora.epochs=1",
     "train.full.epochs=1",
     "train.label_free.epochs=1",
+    "train.label_free.least_steps=0",
     "lora.rank=1",
     "accelerator=cpu",
 ]
