@@ -43,7 +43,6 @@ class Case:
         strangers: (M, 3, S, S) pictures of no class, for an open set.
         flip: Whether a mirrored picture is of the same class.
         batch_size: Of the adaptation.
-        ordered: Whether the items come class by class.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Case:
     strangers: Tensor
     flip: bool = True
     batch_size: int = 32
-    ordered: bool = False
 
 
 CONDITIONS = (
@@ -69,30 +67,32 @@ OF_TRAINING_ONLY = ("batches of 8", "batches of 64", "class order")
 
 def under(case: Case, condition: str, seed: int = 0) -> Case:
     """The case under one of `CONDITIONS`."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    target, count = case.target, len(case.classes)
+    target = case.target
     if condition.startswith("batches of "):
         return replace(case, batch_size=int(condition.split()[-1]))
-    if condition == "class order":
-        order = target.labels.argsort(stable=True)
-        return replace(case, target=target.at(order), ordered=True)
     if condition == "open set":
         few = case.strangers[: len(target) // 4]
         labels = torch.full((len(few),), STRANGER)
         mixed = Pictures(torch.cat([target.pictures, few]), torch.cat([target.labels, labels]))
         return replace(case, target=mixed)
     if condition == "noise":
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randint(0, 256, target.pictures.shape, generator=generator)
         labels = torch.full_like(target.labels, STRANGER)
         return replace(case, target=Pictures(noise.to(torch.uint8), labels))
     if condition == "upside down":
         return replace(case, target=Pictures(target.pictures.flip(2), target.labels))
-    return replace(case, target=target.at(_kept(target.labels, count, condition, generator)))
+    return replace(case, target=target.at(kept(case, condition, seed)))
 
 
-def _kept(labels: Tensor, count: int, condition: str, generator: torch.Generator) -> Tensor:
+def kept(case: Case, condition: str, seed: int) -> Tensor:
+    """Which items of the target, in which order, a condition leaves as they are."""
+    labels, count = case.target.labels, len(case.classes)
+    generator = torch.Generator().manual_seed(1000 + seed)
     order = torch.randperm(count, generator=generator).tolist()
     mixed = torch.randperm(len(labels), generator=generator)
+    if condition == "class order":
+        return labels.argsort(stable=True)
     if condition == "30 items":
         return mixed[:30].sort().values
     if condition.endswith(" classes"):
@@ -104,5 +104,4 @@ def _kept(labels: Tensor, count: int, condition: str, generator: torch.Generator
     else:
         raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}; got {condition!r}")
     of = {c: mixed[labels[mixed] == c] for c in parts}
-    kept = [rows[: max(1, round(parts[c] * len(rows)))] for c, rows in of.items()]
-    return torch.cat(kept).sort().values
+    return torch.cat([x[: max(1, round(parts[c] * len(x)))] for c, x in of.items()]).sort().values

@@ -18,7 +18,7 @@ from benchmarks.suites.fetch import FASHION, debian
 CLASSES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip
-TRAIN, HELD, TARGET, LABELLED = 2000, 400, 400, 1000
+TRAIN, HELD, TARGET, LABELLED = 2000, 300, 300, 1000
 
 
 def names() -> list[str]:
@@ -27,14 +27,14 @@ def names() -> list[str]:
 
 
 def load(name: str, seed: int) -> Case:
-    """The case of this name; the seed draws items and noise."""
+    """The case of this name; the seed draws the target's items and noise, one source for all."""
     kind, severity = name.split("/")[1].split("-")
     pictures, labels = read("train")
     test, test_labels = read("t10k")
-    order = np.random.default_rng(seed).permutation(len(labels))
-    train, labelled, _ = np.split(order, [TRAIN, TRAIN + LABELLED])
-    chosen = np.random.default_rng(seed).permutation(len(test_labels))
-    held, target = np.split(chosen[: HELD + TARGET], [HELD])
+    train, others = np.split(np.random.default_rng(0).permutation(len(labels)), [TRAIN])
+    held, asked = np.split(np.random.default_rng(0).permutation(len(test_labels)), [HELD])
+    rng = np.random.default_rng(seed)
+    target, labelled = rng.permutation(asked)[:TARGET], rng.permutation(others)[:LABELLED]
 
     def bad(x: Any) -> Any:
         return corrupted(x, kind, int(severity), seed)
@@ -42,7 +42,7 @@ def load(name: str, seed: int) -> Case:
     from benchmarks.suites.digits import printed
 
     return Case(
-        name, f"fashion-{seed}", CLASSES, _of(pictures[train], labels[train]),
+        name, "fashion", CLASSES, _of(pictures[train], labels[train]),
         _of(test[held], test_labels[held]), _of(bad(test[target]), test_labels[target]),
         _of(bad(pictures[labelled]), labels[labelled]),
         coloured(bad(printed(seed, 100)[0])),

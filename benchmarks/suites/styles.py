@@ -32,10 +32,10 @@ STYLES = {
     "3d": "@lobehub/fluent-emoji-3d",
 }
 CLASSES = (
-    "animal-mammal", "animal-bird", "transport-ground", "clothing", "sky & weather",
-    "place-building", "office", "food-fruit", "food-prepared", "sport", "tool", "face-concerned",
+    "animal-mammal", "transport-ground", "clothing", "sky & weather", "place-building",
+    "food-fruit", "tool", "geometric", "heart", "face-concerned",
 )  # fmt: skip
-OTHERS = ("music", "musical-instrument", "game", "mail", "plant-flower", "award-medal", "sound")
+OTHERS = ("musical-instrument", "game", "mail", "office", "plant-flower", "award-medal", "sound")
 
 
 def names() -> list[str]:

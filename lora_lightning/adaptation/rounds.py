@@ -61,6 +61,10 @@ class Round:
         print_wrapped(module, self.line(items))
 
 
+def _alarm(of: Round) -> str:
+    return f"alarm in round {of.index}: {of.alarms[0]}"
+
+
 def print_wrapped(module: LightningModule, text: str) -> None:
     """Print a text wrapped to the terminal, on rank 0."""
     module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
@@ -123,7 +127,7 @@ class Rounds(Generic[Answers]):
         found = Round(index, verdict.scores, verdict.alarms, labelled, list(histogram))
         self.history_.append(found)
         if found.alarms:
-            self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
+            self.termination_condition_ = _alarm(found)
         else:
             self.note(found.index, now)
             self.accepted_, self.answers_ = found.index, now
@@ -137,7 +141,9 @@ class Rounds(Generic[Answers]):
     def finish(self, model: nn.Module) -> None:
         """Restore the best accepted state, and log why training ended."""
         self.restore(model)
-        self.termination_condition_ = self.termination_condition_ or DONE
+        # Alarms that did not stop the training count where no later round was accepted.
+        why = _alarm(self.history_[self.accepted_ + 1]) if self.history_[-1].alarms else DONE
+        self.termination_condition_ = self.termination_condition_ or why
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
         """Write a plot of the rounds: scores, alarms, and the classes of the pseudo-labels."""

@@ -173,14 +173,15 @@ class SelfTraining(Course, Callback):
     # ---- rounds ----------------------------------------------------------------------------
 
     def end_round(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check a round; stop at an alarm."""
+        """Check a round; stop where its alarm ended the rounds."""
         self._judged_at = trainer.global_step
         now, verdict = None, None
         try:
             now = self.look(module)
         except (ConfigError, DataError) as error:
             verdict = Verdict({}, [self.broken or str(error)])
-        if self.judge(module, now, verdict).alarms:
+        self.judge(module, now, verdict)
+        if self.termination_condition_:
             trainer.should_stop = True
 
     def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:

@@ -10,22 +10,19 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.guard import Limits
+from lora_lightning.adaptation.guard import Limits, Verdict
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
-from lora_lightning.adaptation.rounds import PredictionRounds
+from lora_lightning.adaptation.rounds import PredictionRounds, Round, print_wrapped
 from lora_lightning.adaptation.self_training import PredictionSelfTraining
+from lora_lightning.adaptation.soft_centroids import complete, statistics_gain, statistics_help
 from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
-from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.introspection import classifier_modules
 
 BATCH_NORM = ("auto", "source", "target")
-# Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
-# predictions lack: a smaller gain also comes where classes are missing, or where nothing helps.
-GAIN = 0.18
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 
 
@@ -43,8 +40,9 @@ class TransductiveTask(TaskInRounds):
     factors only: the source model's head is the fixed reference for its features.
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
-    source model's. At the first alarm training stops, and the last accepted state is restored; if
-    there is none, the source model.
+    source model's. A round with an alarm is not kept. It ends the training where the learning rate
+    is constant; where it falls, later rounds may be better than those at its peak. At the end the
+    last accepted state is restored; if there is none, the source model.
 
     Args:
         model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
@@ -67,9 +65,9 @@ class TransductiveTask(TaskInRounds):
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
-            gain information by it and the guard accepts them; where not, the target is near the
-            source, or so far that its own predictions are useless: the source model stays.
-            They are frozen during training. Without BatchNorm all three are the same.
+            gain information by it and the guard accepts them. Where not, it keeps the source's, and
+            where the target seems to lack classes as well, the source model stays. They are frozen
+            during training. Without BatchNorm all three are the same.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -196,6 +194,13 @@ class _Course(TaskRounds, PredictionSelfTraining):
         self._labels = self.loss.state_dict()  # which changes within a round
         return super().state_dict()
 
+    def judge(self, module: Any, now: Any, verdict: Verdict | None = None) -> Round:
+        """As of a trajectory: at the peak of the learning rate an alarm does not end it."""
+        found = super().judge(module, now, verdict)
+        if now is not None and module.schedule != "constant":
+            self.rounds_.termination_condition_ = ""
+        return found
+
     def _choose_statistics(self, module: Any, source: Predicted) -> None:
         if module.batch_norm == "source" or not statistics_of(module, self.target):
             return
@@ -203,16 +208,18 @@ class _Course(TaskRounds, PredictionSelfTraining):
             self.judge(module, self.look(module))
             return
         now, rounds = self.look(module), self.rounds_
-        start = information(source.probabilities)
-        gain = (information(now.probabilities) - start) / max(1 - start, 1e-6)
         alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        if gain >= GAIN and not alarms:
+        if statistics_help(source, now) and not alarms:
             self.judge(module, now)
             return
         rounds.restore(self.network(module))
-        why = alarms[0] if alarms else f"they bring {gain:.2f} of what is lacking, below {GAIN:g}"
+        gain = f"they bring {statistics_gain(source, now):.2f} of what is lacking"
+        told = f"BatchNorm's statistics of the target do not help ({(alarms or [gain])[0]})"
+        if complete(source):
+            print_wrapped(module, f"{told}: training goes on with the source's")
+            return
         rounds.termination_condition_ = (
-            f"BatchNorm's statistics of the target do not help ({why}): the source model stays; "
+            f"{told}, and it seems to lack classes: the source model stays; "
             'batch_norm="source" or "target" trains all the same'
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask, disabled
+from lora_lightning.adaptation.guard import Guard
 from lora_lightning.adaptation.teacher import Snapshot, Teacher, trained
 from lora_lightning.errors import ConfigError, DataError
 from tests.helpers.training import trainer
@@ -285,15 +287,41 @@ def test_the_order_of_the_items_does_not_matter_to_batchnorm(tmp_path, source, t
     torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
 
 
-def test_where_batchnorm_brings_nothing_the_source_stays(tmp_path, source):
+def test_where_batchnorm_brings_nothing_the_sources_statistics_train(tmp_path, source, capsys):
     near = points(128, 5)  # the source's own domain
     task = adapted(tmp_path, source, near[0])
-    assert "BatchNorm's statistics of the target do not help" in task.rounds_.termination_condition_
+    assert "training goes on with the source's" in " ".join(capsys.readouterr().out.split())
+    assert len(task.rounds_.history_) == 7
+    assert accuracy(task.model, near) >= accuracy(source, near) - 0.01
+    torch.testing.assert_close(task.model.body[1].running_var, source.body[1].running_var)
+
+
+def test_where_classes_seem_to_lack_the_source_stays(tmp_path, source):
+    x = points(128, 5)[0][points(128, 5)[1] == 1]
+    task = adapted(tmp_path, source, x)
+    assert "it seems to lack classes: the source model stays" in task.rounds_.termination_condition_
     assert task.rounds_.accepted_ == 0
     with torch.no_grad():
-        assert torch.equal(task.model.eval()(near[0]), source(near[0]))
+        assert torch.equal(task.model.eval()(x), source(x))
     # On request it trains all the same.
-    assert len(adapted(tmp_path, source, near[0], batch_norm="source").rounds_.history_) == 7
+    assert len(adapted(tmp_path, source, x, batch_norm="source").rounds_.history_) == 7
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rounds", "end"),
+    [("one-cycle", 6, "all rounds done"), ("constant", 2, "alarm in round 2: at the peak")],
+)
+def test_an_alarm_ends_the_rounds_of_a_constant_learning_rate_alone(
+    tmp_path, source, target, monkeypatch, schedule, rounds, end
+):
+    """One that falls is judged by its end."""
+    looks = count()
+    peak = lambda self, found: iter(["at the peak"] if next(looks) == 2 else [])  # noqa: E731
+    monkeypatch.setattr(Guard, "_alarms", peak)
+    found = adapted(tmp_path, source, target[0], schedule=schedule, batch_norm="source").rounds_
+    assert len(found.history_) == 1 + rounds
+    assert found.termination_condition_ == end
+    assert found.accepted_ == (6 if rounds == 6 else 1)
 
 
 def test_a_canary_stops_what_does_harm(tmp_path, source, target):
