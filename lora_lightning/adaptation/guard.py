@@ -28,7 +28,8 @@ class Limits:
             there is one: a learning rate that is too high changes many.
         sure_flips: Largest part of the source's most confident items (the upper half) that may
             change their label.
-        cohesion: How much less than by the source's labels neighbours may agree, see `cohesion`.
+        cohesion: How much less than at the start of training neighbours may agree on their labels,
+            see `cohesion`; neighbours by the source's features.
     """
 
     marginal_entropy: float = 0.5
@@ -36,7 +37,7 @@ class Limits:
     agreement: float = 0.6
     steadiness: float = 0.85
     sure_flips: float = 0.5
-    cohesion: float = 0.25
+    cohesion: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
@@ -88,6 +89,10 @@ class Guard:
         self.neighbours, self.limits = neighbours, limits or Limits()
         self.evenness = score.marginal_entropy(self.source)
         self.cohesion = self._cohesion(self.labels)
+
+    def begin_at(self, probabilities: Tensor) -> None:
+        """Compare the cohesion with that of these predictions, from which training starts."""
+        self.cohesion = self._cohesion(probabilities.cpu().argmax(dim=1))
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K).
@@ -143,7 +148,7 @@ class Guard:
         least = self.cohesion - limits.cohesion
         if found["cohesion"] < least:
             yield (
-                f"neighbours agree less than by the source's labels: {found['cohesion']:.2f}, "
+                f"neighbours agree less on their labels than before: {found['cohesion']:.2f}, "
                 f"below {least:.2f}"
             )
 

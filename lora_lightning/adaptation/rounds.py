@@ -203,6 +203,7 @@ class PredictionRounds(Rounds[Tensor]):
         super().__init__(self._check_of)
         self.limits = limits
         self.canary: Callable[[], float] | None = None
+        self._begin: Tensor | None = None
         self._near: Tensor | None = None
 
     @property
@@ -215,6 +216,7 @@ class PredictionRounds(Rounds[Tensor]):
         """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
+        self._begin = None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
@@ -225,7 +227,14 @@ class PredictionRounds(Rounds[Tensor]):
 
     def _check_of(self, source: Tensor) -> Check:
         self.guard = Guard(source, self._near, self.limits)
+        if self._begin is not None:
+            self.guard.begin_at(self._begin)
         return self._verdict
+
+    def begin_at(self, probabilities: Tensor) -> None:
+        """Take other predictions than the source's for those at the start of training."""
+        self._begin = probabilities
+        self.guard.begin_at(probabilities)
 
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
         found = self.guard.check(now, accepted)
@@ -248,9 +257,9 @@ class PredictionRounds(Rounds[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {**super().state_dict(), "neighbours": self._near}
+        return {**super().state_dict(), "neighbours": self._near, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self._near = state["neighbours"]
+        self._near, self._begin = state["neighbours"], state.get("begin")
         super().load_state_dict(state)

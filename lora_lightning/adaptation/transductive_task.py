@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lora_lightning.adaptation.guard import Limits
-from lora_lightning.adaptation.label_propagation import lame
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
 from lora_lightning.adaptation.rounds import PredictionRounds, print_wrapped
 from lora_lightning.adaptation.self_training import PredictionSelfTraining
+from lora_lightning.adaptation.soft_centroids import COMPLETE, spread, unhelpful
 from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
-from lora_lightning.adaptation.validators import information, marginal_entropy, mean_entropy
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.introspection import classifier_modules
 
 BATCH_NORM = ("auto", "source", "target")
-# Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
-# predictions lack: a smaller gain also comes where nothing helps.
-GAIN = 0.12
-# Least entropy of the classes that LAME predicts, as a part of log K: below, classes are missing,
-# or the source confuses them, and the source's own predictions teach it nothing better.
-SPREAD = 0.8
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 
 
@@ -48,9 +40,9 @@ class TransductiveTask(TaskInRounds):
     factors only: the source model's head is the fixed reference for its features.
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
-    source model's. A round with an alarm is not kept; training goes on, as the learning rate
-    falls, unless the predictions have collapsed. At the end the last accepted state is restored;
-    if there is none, the source model.
+    source model's. A round with an alarm is not kept; training goes on, unless the learning
+    rate is constant, or the predictions have collapsed. At the end the last accepted state is
+    restored; if there is none, the source model.
 
     Args:
         model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
@@ -74,9 +66,9 @@ class TransductiveTask(TaskInRounds):
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
             gain information by it and the guard accepts them. Where not, or without BatchNorm, it
-            trains on the source's, if the predictions spread over the classes (by LAME's, see
-            `lame`); if they do not, classes are missing or the target is too far, and the source
-            model stays. They are frozen during training.
+            trains on the source's, if the predictions spread over the classes; if they do not,
+            classes are missing or the target is too far, and the source model stays. They are
+            frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -163,14 +155,14 @@ class TransductiveTask(TaskInRounds):
 class _Course(TaskRounds, PredictionSelfTraining):
     """The rounds of a `TransductiveTask`, which is the module in training."""
 
-    stops_at_alarm = False  # a round in the middle of a schedule is judged too early
-
     def __init__(self, loss: Loss, *target: Any):
         super().__init__(*target)
         self.loss = loss
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         super().check(trainer, module)
+        # Where the learning rate falls, a round at its peak is judged too early.
+        self.stops_at_alarm = module.schedule == "constant"
         network = self.network(module)
         if any(
             p.requires_grad
@@ -212,9 +204,10 @@ class _Course(TaskRounds, PredictionSelfTraining):
             return False
         now, rounds = self.look(module), self.rounds_
         alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        why = alarms[0] if alarms else _unhelpful(source.probabilities, now.probabilities)
+        why = alarms[0] if alarms else unhelpful(source, now)
         if module.batch_norm == "target" or not why:
             self.judge(module, now)
+            rounds.begin_at(now.probabilities)
             return True
         rounds.restore(self.network(module))
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
@@ -224,25 +217,12 @@ class _Course(TaskRounds, PredictionSelfTraining):
         """Leave the source model where its predictions cannot teach it anything."""
         if module.batch_norm != "auto" or self.rounds_.limits is None:
             return
-        said = lame(source.features, source.probabilities)
-        classes = source.probabilities.shape[1]
-        labels = nn.functional.one_hot(said.argmax(dim=1), classes).float()
-        spread = marginal_entropy(labels) / math.log(min(classes, len(labels)))
-        if spread < SPREAD:
+        if (even := spread(source)) < COMPLETE:
             self.rounds_.termination_condition_ = (
                 f"the source's predictions, smoothed over neighbours, spread over too few classes "
-                f"({spread:.2f} of an even spread, below {SPREAD:g}): classes are missing, or the "
+                f"({even:.2f} of an even spread, below {COMPLETE:g}): classes are missing, or the "
                 'target is too far; the source model stays. batch_norm="source" trains all the same'
             )
-
-
-def _unhelpful(before: Tensor, after: Tensor) -> str:
-    """Why BatchNorm's statistics of the target do not help, by predictions; "" where they do."""
-    if mean_entropy(after) > mean_entropy(before):
-        return "the predictions are less certain, as where classes are missing"
-    start = information(before)
-    gain = (information(after) - start) / max(1 - start, 1e-6)
-    return "" if gain >= GAIN else f"they gain {gain:.2f} of what they lack, below {GAIN:g}"
 
 
 def check_settings(batch_norm: str, batch_size: int) -> None:

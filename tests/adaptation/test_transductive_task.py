@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask, disabled
+from lora_lightning.adaptation.guard import Guard
 from lora_lightning.adaptation.teacher import Snapshot, Teacher, trained
 from lora_lightning.errors import ConfigError, DataError
 from tests.helpers.training import trainer
@@ -317,6 +319,23 @@ def test_where_classes_are_missing_the_source_stays(tmp_path, source):
         assert torch.equal(task.model.eval()(one), source(one))
     # On request it trains all the same.
     assert len(adapted(tmp_path, source, one, batch_norm="source").rounds_.history_) > 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rounds", "end"),
+    [("one-cycle", 6, "all rounds done"), ("constant", 2, "alarm in round 2: at the peak")],
+)
+def test_an_alarm_ends_the_rounds_of_a_constant_learning_rate_alone(
+    tmp_path, source, target, monkeypatch, schedule, rounds, end
+):
+    """One that falls is judged by its end."""
+    looks = count()
+    peak = lambda self, found: iter(["at the peak"] if next(looks) == 2 else [])  # noqa: E731
+    monkeypatch.setattr(Guard, "_alarms", peak)
+    found = adapted(tmp_path, source, target[0], schedule=schedule, batch_norm="source").rounds_
+    assert len(found.history_) == 1 + rounds
+    assert found.termination_condition_ == end
+    assert found.accepted_ == (6 if rounds == 6 else 1)
 
 
 def test_a_canary_stops_what_does_harm(tmp_path, source, target):
