@@ -25,9 +25,10 @@ class Limits:
             mean confidence, which stands for its accuracy on them: a perfect model agrees with a
             source that is right on a third of the items on that third.
         steadiness: Least part of the items that keep the label of the last accepted round, once
-            there is one: a learning rate that is too high changes many.
+            there is one: a learning rate that is too high changes many. Not asked for where it
+            falls, and the last round decides.
         sure_flips: Largest part of the source's most confident items (the upper half) that may
-            change their label.
+            change their label, of those that are right by its mean confidence in them.
         cohesion: How much less than at the start of training neighbours may agree on their labels,
             see `cohesion`; neighbours by the source's features.
     """
@@ -85,7 +86,9 @@ class Guard:
         self.source = score.check_probabilities(source, "the source's predictions")
         self.labels = self.source.argmax(dim=1)
         self.classes = self.source.shape[1]
-        self.confidence = float(self.source.amax(dim=1).mean())
+        sure = self.source.amax(dim=1)
+        self.upper = sure >= sure.median()
+        self.confidence, self.surest = float(sure.mean()), float(sure[self.upper].mean())
         self.neighbours, self.limits = neighbours, limits or Limits()
         self.evenness = score.marginal_entropy(self.source)
         self.cohesion = self._cohesion(self.labels)
@@ -140,10 +143,11 @@ class Guard:
         if found.get("steadiness", 1.0) < limits.steadiness:
             kept = f"{found['steadiness']:.0%} of the items keep the label of the round before"
             yield f"{kept}, below {limits.steadiness:.0%}: the learning rate is too high"
-        if found["sure_flips"] > limits.sure_flips:
+        most = 1 - (1 - limits.sure_flips) * self.surest
+        if found["sure_flips"] > most:
             yield (
                 f"{found['sure_flips']:.0%} of the items that the source was surest of change "
-                f"their label, above {limits.sure_flips:.0%}"
+                f"their label, above {most:.0%}"
             )
         least = self.cohesion - limits.cohesion
         if found["cohesion"] < least:
@@ -161,9 +165,7 @@ class Guard:
         return float((now / before.clamp_min(len(labels) / self.classes)).max())
 
     def _flips(self, labels: Tensor) -> float:
-        sure = self.source.amax(dim=1)
-        upper = sure >= sure.median()
-        return float((labels[upper] != self.labels[upper]).double().mean())
+        return float((labels[self.upper] != self.labels[self.upper]).double().mean())
 
     def _cohesion(self, labels: Tensor) -> float:
         if self.neighbours is None:

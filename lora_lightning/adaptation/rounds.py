@@ -109,6 +109,7 @@ class Rounds(Generic[Answers]):
         verdict: Verdict | None = None,
         labelled: int | None = None,
         histogram: Sequence[int] = (),
+        keep: bool = True,
     ) -> Round:
         """Check a round; its state is kept where the guard accepts it.
 
@@ -118,18 +119,28 @@ class Rounds(Generic[Answers]):
             verdict: In place of the guard's.
             labelled: Items whose pseudo-label the round was trained with.
             histogram: Those by class.
+            keep: Whether its state may be kept; if not, `keep_last` may do so.
         """
-        accepted = self.answers_ if self.accepted_ != SOURCE_ROUND else None
+        accepted = self.answers_ if keep and self.accepted_ != SOURCE_ROUND else None
         verdict = verdict or self.check(now, accepted)
         index = len(self.history_)
         told = verdict.scores, verdict.alarms, labelled, list(histogram), verdict.final
         found = Round(index, *told)
         self.history_.append(found)
-        if not found.alarms:
-            self.note(found.index, now)
-            self.accepted_, self.answers_ = found.index, now
-            self._best = Snapshot(model)
+        if keep and not found.alarms:
+            self._keep(model, now)
         return found
+
+    def _keep(self, model: nn.Module, now: Any) -> None:
+        index = self.history_[-1].index
+        self.note(index, now)
+        self.accepted_, self.answers_ = index, now
+        self._best = Snapshot(model)
+
+    def keep_last(self, model: nn.Module, now: Any) -> None:
+        """Keep the state of the last round, with these predictions, unless it has an alarm."""
+        if not self.history_[-1].alarms:
+            self._keep(model, now)
 
     def restore(self, model: nn.Module) -> None:
         """Restore the best accepted state."""
@@ -224,6 +235,10 @@ class PredictionRounds(Rounds[Tensor]):
         """Check a round by the model's predictions of the target, a `Predicted`."""
         probabilities = None if now is None else now.probabilities
         return super().end_round(model, probabilities, *args, **labelled)
+
+    def keep_last(self, model: nn.Module, now: Any) -> None:
+        """See `Rounds.keep_last`; of a `Predicted`."""
+        super().keep_last(model, now.probabilities)
 
     def _check_of(self, source: Tensor) -> Check:
         self.guard = Guard(source, self._near, self.limits)

@@ -15,18 +15,17 @@ from lora_lightning.adaptation.neighbours import (
     check_count,
     check_features,
     check_probabilities,
-    nearest,
     unit_rows,
 )
 from lora_lightning.adaptation.target import Predicted
-from lora_lightning.adaptation.validators import cohesion, information, mean_entropy
+from lora_lightning.adaptation.validators import information, mean_entropy
 from lora_lightning.errors import ConfigError
 
 TEMPERATURE = 0.1  # of the cosines
 NEIGHBOURS = 5
 # Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
-# predictions lack: a smaller gain also comes where classes are missing, or where nothing helps.
-SURE, LIKELY = 0.18, 0.12  # the lower one where neighbours agree at least as much as before
+# predictions lack: a smaller gain also comes where nothing helps.
+GAIN = 0.12
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
 COMPLETE = 0.8
@@ -110,9 +109,9 @@ def unhelpful(source: Predicted, restated: Predicted) -> str:
     if mean_entropy(restated.probabilities) > mean_entropy(source.probabilities):
         return "the predictions are less certain, as where classes are missing"
     gain = statistics_gain(source, restated)
-    if gain >= SURE or (gain >= LIKELY and _cohesion(restated) >= _cohesion(source)):
+    if gain >= GAIN:
         return ""
-    return f"the predictions gain {gain:.2f} of the information that they lack, below {SURE:g}"
+    return f"the predictions gain {gain:.2f} of the information that they lack, below {GAIN:g}"
 
 
 def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Tensor, str]:
@@ -130,9 +129,3 @@ def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Te
     if complete(source):
         return soft_centroids(source.features, source.probabilities), "source statistics"
     return source.probabilities, "source"
-
-
-def _cohesion(said: Predicted) -> float:
-    """Of the labels among neighbours in the model's own features."""
-    near = nearest(said.features, NEIGHBOURS)[0]
-    return cohesion(said.probabilities.argmax(dim=1), near, said.probabilities.shape[1])

@@ -35,14 +35,16 @@ class TransductiveTask(TaskInRounds):
 
     The loss of a batch is
     :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p \| \pi) + w\,CE(p_i, \hat y_i)`: low entropy of each
-    prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ by the nearest
-    class centroid, updated in each epoch (SHOT, Liang et al. 2020, arXiv:2002.08546). Train the
-    factors only: the source model's head is the fixed reference for its features.
+    prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ, those of
+    `soft_centroids` when training begins, weighted by their probability. As SHOT, Liang et al.
+    2020, arXiv:2002.08546, which renews its labels in each epoch. Train the factors only: the
+    source model's head is the fixed reference for its features.
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
-    source model's. A round with an alarm is not kept; training goes on, unless the learning
-    rate is constant, or the predictions have collapsed. At the end the last accepted state is
-    restored; if there is none, the source model.
+    source model's. Where the learning rate falls, the last round decides, and only a collapse of
+    the predictions ends the training before; if it has an alarm, what was there when training began
+    is restored: the source model, or that with BatchNorm's statistics of the target. Where it is
+    constant, the first alarm ends the training, and the last accepted state is restored.
 
     Args:
         model: The network, from inputs (B, …) to logits (B, K); `LoRACallback` finds it as
@@ -162,7 +164,7 @@ class _Course(TaskRounds, PredictionSelfTraining):
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         super().check(trainer, module)
         # Where the learning rate falls, a round at its peak is judged too early.
-        self.stops_at_alarm = module.schedule == "constant"
+        self.each_counts = module.schedule == "constant"
         network = self.network(module)
         if any(
             p.requires_grad
@@ -186,8 +188,12 @@ class _Course(TaskRounds, PredictionSelfTraining):
         elif not self._choose_statistics(module, source):
             self._check_spread(module, source)
 
+    def due_at_end(self, trainer: Trainer) -> bool:
+        return not self.each_counts and trainer.global_step > self._judged_at
+
     def label(self, now: Predicted) -> dict[str, Any]:
-        self.loss.begin_round(now)
+        # Labels are not renewed while it trains: they would follow its mistakes.
+        self.loss.begin_round(now, label=not self._judged_at)
         return self.loss.state_dict()
 
     def use(self, labels: dict[str, Any]) -> None:
@@ -203,12 +209,13 @@ class _Course(TaskRounds, PredictionSelfTraining):
         if module.batch_norm == "source" or not statistics_of(module, self.target):
             return False
         now, rounds = self.look(module), self.rounds_
+        rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
         alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
         why = alarms[0] if alarms else unhelpful(source, now)
         if module.batch_norm == "target" or not why:
             self.judge(module, now)
-            rounds.begin_at(now.probabilities)
             return True
+        rounds.begin_at(source.probabilities)
         rounds.restore(self.network(module))
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
         return False

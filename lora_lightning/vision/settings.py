@@ -92,7 +92,7 @@ class PictureTraining(EpochTraining):
     """
 
     learning_rate: float = 2e-3
-    least_steps: int = 24
+    least_steps: int = 12
     batch_norm: str = "auto"
     batch_size: int = 32
     jitter: float = 0.4
