@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a mutant may ask for weights from a hub
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # a mutant's `out` may lie anywhere below

@@ -30,6 +30,8 @@ from .rounds import Rounds as Rounds
 from .selection import Candidate as Candidate
 from .selection import Selection as Selection
 from .selection import select as select
+from .soft_centroids import soft_centroids as soft_centroids
+from .soft_centroids import trusted_centroids as trusted_centroids
 from .stream import StreamAdapter as StreamAdapter
 from .transductive_task import TransductiveTask as TransductiveTask
 from .validators import agreement as agreement

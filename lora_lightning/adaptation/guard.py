@@ -21,22 +21,24 @@ class Limits:
             classes collapse.
         class_share: A class may be predicted at most so many times as often as by the source
             (or as by chance, where the source hardly predicts it).
-        agreement: Least part of the items that keep the source's label; or four fifths of the
-            source's mean confidence, where that is more: its expected accuracy, if it is
-            somewhat overconfident.
+        agreement: Least part of the items that keep the source's label, as a part of the source's
+            mean confidence, which stands for its accuracy on them: a perfect model agrees with a
+            source that is right on a third of the items on that third.
         steadiness: Least part of the items that keep the label of the last accepted round, once
-            there is one: a learning rate that is too high changes many.
+            there is one: a learning rate that is too high changes many. Not asked for where it
+            falls, and the last round decides.
         sure_flips: Largest part of the source's most confident items (the upper half) that may
-            change their label.
-        cohesion: How much less than by the source's labels neighbours may agree, see `cohesion`.
+            change their label, of those that are right by its mean confidence in them.
+        cohesion: How much less than at the start of training neighbours may agree on their labels,
+            see `cohesion`; neighbours by the source's features.
     """
 
     marginal_entropy: float = 0.5
     class_share: float = 3.0
-    agreement: float = 0.4
+    agreement: float = 0.6
     steadiness: float = 0.85
     sure_flips: float = 0.5
-    cohesion: float = 0.25
+    cohesion: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
@@ -53,10 +55,12 @@ class Verdict:
     Attributes:
         scores: Name → value of each score.
         alarms: Messages of what is wrong; empty where nothing is.
+        final: Whether further training cannot mend it.
     """
 
     scores: dict[str, float]
     alarms: list[str] = field(default_factory=list)
+    final: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -82,10 +86,16 @@ class Guard:
         self.source = score.check_probabilities(source, "the source's predictions")
         self.labels = self.source.argmax(dim=1)
         self.classes = self.source.shape[1]
-        self.confidence = float(self.source.amax(dim=1).mean())
+        sure = self.source.amax(dim=1)
+        self.upper = sure >= sure.median()
+        self.confidence, self.surest = float(sure.mean()), float(sure[self.upper].mean())
         self.neighbours, self.limits = neighbours, limits or Limits()
         self.evenness = score.marginal_entropy(self.source)
         self.cohesion = self._cohesion(self.labels)
+
+    def begin_at(self, probabilities: Tensor) -> None:
+        """Compare the cohesion with that of these predictions, from which training starts."""
+        self.cohesion = self._cohesion(probabilities.cpu().argmax(dim=1))
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K).
@@ -95,7 +105,8 @@ class Guard:
             accepted: Of the last accepted round; None: there was none.
         """
         if not bool(torch.isfinite(probabilities).all()):
-            return Verdict({}, ["the predictions are NaN: the learning rate is too high"])
+            nan = "the predictions are NaN: the learning rate is too high"
+            return Verdict({}, [nan], final=True)
         now = score.check_probabilities(probabilities)
         labels = now.argmax(dim=1)
         found = {
@@ -109,7 +120,8 @@ class Guard:
         }
         if accepted is not None:
             found["steadiness"] = score.agreement(now, accepted)
-        return Verdict(found, list(self._alarms(found)))
+        alarms = list(self._alarms(found))
+        return Verdict(found, alarms, final=any("collapse" in text for text in alarms))
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:
         limits = self.limits
@@ -124,22 +136,23 @@ class Guard:
                 f"a class is predicted {found['class_share']:.1f} times as often as before, above "
                 f"{limits.class_share:g}"
             )
-        least = limits.agreement and max(limits.agreement, 0.8 * self.confidence)
+        least = limits.agreement * self.confidence
         if found["agreement"] < least:
             kept = f"{found['agreement']:.0%} of the items keep the source's label"
             yield f"{kept}, below {least:.0%}"
         if found.get("steadiness", 1.0) < limits.steadiness:
             kept = f"{found['steadiness']:.0%} of the items keep the label of the round before"
             yield f"{kept}, below {limits.steadiness:.0%}: the learning rate is too high"
-        if found["sure_flips"] > limits.sure_flips:
+        most = 1 - (1 - limits.sure_flips) * self.surest
+        if found["sure_flips"] > most:
             yield (
                 f"{found['sure_flips']:.0%} of the items that the source was surest of change "
-                f"their label, above {limits.sure_flips:.0%}"
+                f"their label, above {most:.0%}"
             )
         least = self.cohesion - limits.cohesion
         if found["cohesion"] < least:
             yield (
-                f"neighbours agree less than by the source's labels: {found['cohesion']:.2f}, "
+                f"neighbours agree less on their labels than before: {found['cohesion']:.2f}, "
                 f"below {least:.2f}"
             )
 
@@ -152,9 +165,7 @@ class Guard:
         return float((now / before.clamp_min(len(labels) / self.classes)).max())
 
     def _flips(self, labels: Tensor) -> float:
-        sure = self.source.amax(dim=1)
-        upper = sure >= sure.median()
-        return float((labels[upper] != self.labels[upper]).double().mean())
+        return float((labels[self.upper] != self.labels[self.upper]).double().mean())
 
     def _cohesion(self, labels: Tensor) -> float:
         if self.neighbours is None:

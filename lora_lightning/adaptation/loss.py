@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.neighbours import check_logits
 from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
-from lora_lightning.adaptation.pseudo_labels import PseudoLabels, centroid
+from lora_lightning.adaptation.pseudo_labels import PseudoLabels
+from lora_lightning.adaptation.soft_centroids import soft_centroids
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.shrinkage import squared_change
@@ -167,10 +168,11 @@ class Loss:
         if isinstance(self.objective, Objective):
             self.objective.begin(source)
 
-    def begin_round(self, now: Predicted) -> None:
-        """Take the predictions at the start of a round, for labels and neighbours."""
-        if self.pseudo_label_weight:
-            self.labels = centroid(now.features, now.probabilities)
+    def begin_round(self, now: Predicted, label: bool = True) -> None:
+        """Take the predictions at the start of a round, for neighbours, and for pseudo-labels."""
+        if label and self.pseudo_label_weight:
+            weights, labels = soft_centroids(now.features, now.probabilities).max(dim=1)
+            self.labels = PseudoLabels(labels, weights, [""] * len(labels))
         if isinstance(self.objective, Objective):
             self.objective.begin_round(now)
 

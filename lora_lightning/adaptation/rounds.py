@@ -35,6 +35,7 @@ class Round:
         alarms: What the guard found wrong; such a round is not kept.
         labelled: Items whose pseudo-label was accepted for the round; None without labels.
         histogram: Those by class.
+        final: Whether further training cannot mend what is wrong.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Round:
     alarms: list[str] = field(default_factory=list)
     labelled: int | None = None
     histogram: list[int] = field(default_factory=list)
+    final: bool = False
 
     def line(self, items: int) -> str:
         """The guard's result as one line of text."""
@@ -107,6 +109,7 @@ class Rounds(Generic[Answers]):
         verdict: Verdict | None = None,
         labelled: int | None = None,
         histogram: Sequence[int] = (),
+        keep: bool = True,
     ) -> Round:
         """Check a round; its state is kept where the guard accepts it.
 
@@ -116,19 +119,28 @@ class Rounds(Generic[Answers]):
             verdict: In place of the guard's.
             labelled: Items whose pseudo-label the round was trained with.
             histogram: Those by class.
+            keep: Whether its state may be kept; if not, `keep_last` may do so.
         """
-        accepted = self.answers_ if self.accepted_ != SOURCE_ROUND else None
+        accepted = self.answers_ if keep and self.accepted_ != SOURCE_ROUND else None
         verdict = verdict or self.check(now, accepted)
         index = len(self.history_)
-        found = Round(index, verdict.scores, verdict.alarms, labelled, list(histogram))
+        told = verdict.scores, verdict.alarms, labelled, list(histogram), verdict.final
+        found = Round(index, *told)
         self.history_.append(found)
-        if found.alarms:
-            self.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
-        else:
-            self.note(found.index, now)
-            self.accepted_, self.answers_ = found.index, now
-            self._best = Snapshot(model)
+        if keep and not found.alarms:
+            self._keep(model, now)
         return found
+
+    def _keep(self, model: nn.Module, now: Any) -> None:
+        index = self.history_[-1].index
+        self.note(index, now)
+        self.accepted_, self.answers_ = index, now
+        self._best = Snapshot(model)
+
+    def keep_last(self, model: nn.Module, now: Any) -> None:
+        """Keep the state of the last round, with these predictions, unless it has an alarm."""
+        if not self.history_[-1].alarms:
+            self._keep(model, now)
 
     def restore(self, model: nn.Module) -> None:
         """Restore the best accepted state."""
@@ -137,7 +149,9 @@ class Rounds(Generic[Answers]):
     def finish(self, model: nn.Module) -> None:
         """Restore the best accepted state, and log why training ended."""
         self.restore(model)
-        self.termination_condition_ = self.termination_condition_ or DONE
+        last = self.history_[-1]
+        done = f"{DONE}, the last one with an alarm: {last.alarms[0]}" if last.alarms else DONE
+        self.termination_condition_ = self.termination_condition_ or done
 
     def draw(self, path: Path | str, classes: Sequence[str] = ()) -> None:
         """Write a plot of the rounds: scores, alarms, and the classes of the pseudo-labels."""
@@ -154,7 +168,9 @@ class Rounds(Generic[Answers]):
             "history": [asdict(r) for r in self.history_],
             "accepted": self.accepted_,
             "changed_in": self.changed_in_,
-            "stopped": "" if self.termination_condition_ == DONE else self.termination_condition_,
+            "stopped": ""
+            if self.termination_condition_.startswith(DONE)
+            else self.termination_condition_,
             "best": self._best.state_dict(),
         }
 
@@ -198,6 +214,7 @@ class PredictionRounds(Rounds[Tensor]):
         super().__init__(self._check_of)
         self.limits = limits
         self.canary: Callable[[], float] | None = None
+        self._begin: Tensor | None = None
         self._near: Tensor | None = None
 
     @property
@@ -210,6 +227,7 @@ class PredictionRounds(Rounds[Tensor]):
         """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
+        self._begin = None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
@@ -218,21 +236,33 @@ class PredictionRounds(Rounds[Tensor]):
         probabilities = None if now is None else now.probabilities
         return super().end_round(model, probabilities, *args, **labelled)
 
+    def keep_last(self, model: nn.Module, now: Any) -> None:
+        """See `Rounds.keep_last`; of a `Predicted`."""
+        super().keep_last(model, now.probabilities)
+
     def _check_of(self, source: Tensor) -> Check:
         self.guard = Guard(source, self._near, self.limits)
+        if self._begin is not None:
+            self.guard.begin_at(self._begin)
         return self._verdict
+
+    def begin_at(self, probabilities: Tensor) -> None:
+        """Take other predictions than the source's for those at the start of training."""
+        self._begin = probabilities
+        self.guard.begin_at(probabilities)
 
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
         found = self.guard.check(now, accepted)
         alarms = found.alarms if self.limits is not None else []
+        final = found.final and bool(alarms)
         if self.canary is None:
-            return Verdict(found.scores, alarms)
+            return Verdict(found.scores, alarms, final)
         accuracy = self.canary()
         before = self.history_[SOURCE_ROUND].scores["canary"] if self.history_ else accuracy
         if accuracy < before:
             fall = f"the canary's accuracy falls from {before:.1%} to {accuracy:.1%}"
             alarms = [*alarms, fall]
-        return Verdict({**found.scores, "canary": accuracy}, alarms)
+        return Verdict({**found.scores, "canary": accuracy}, alarms, final)
 
     def note(self, index: int, now: Tensor) -> None:
         """Record the round in which each item got its present label."""
@@ -242,9 +272,9 @@ class PredictionRounds(Rounds[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {**super().state_dict(), "neighbours": self._near}
+        return {**super().state_dict(), "neighbours": self._near, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self._near = state["neighbours"]
+        self._near, self._begin = state["neighbours"], state.get("begin")
         super().load_state_dict(state)

@@ -81,7 +81,7 @@ def select(
         DataError: predictions that are none.
     """
     _check(candidates)
-    limits = limits or Limits()
+    limits = limits or Limits(cohesion=0.25)  # they need not have begun at the source's labels
     if candidates[0].canary is None:
         # Only the alarm of a collapse; the other candidates replace the comparison with the source.
         collapse = replace(limits, agreement=0.0, sure_flips=1.0, cohesion=math.inf)

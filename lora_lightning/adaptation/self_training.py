@@ -27,6 +27,11 @@ class Course:
     changed_in_: Any = _read("changed_in_", "The accepted round in which each item got its label.")
     termination_condition_: Any = _read("termination_condition_", 'Why it ended; "" before.')
 
+    @property
+    def keeps_source(self) -> bool:
+        """Whether the source model was kept: then `LoRACallback` writes no file."""
+        return bool(self.history_) and not self.accepted_
+
 
 class SelfTraining(Course, Callback):
     """Rounds within a fit: predict the target, check, keep the best state, label the next round.
@@ -45,6 +50,9 @@ class SelfTraining(Course, Callback):
     """
 
     broken = ""  # the alarm where predictions are invalid; "": the error's message
+    # Whether each round may be kept, and an alarm ends the training; else the last round alone is
+    # kept or not, and only what further training cannot mend ends it.
+    each_counts = True
     teacher_decay: float | None = None
     plot: Any = None
 
@@ -147,6 +155,8 @@ class SelfTraining(Course, Callback):
         """End the last round and restore the best state, before an adapter file is written."""
         if self.due_at_end(trainer):
             self.end_round(trainer, pl_module)
+        if not self.each_counts and self._judged_at and not self.history_[-1].alarms:
+            self.rounds_.keep_last(self.network(pl_module), self.look(pl_module))
         self.rounds_.finish(self.network(pl_module))
         if self.plot is not None and trainer.is_global_zero:
             self.rounds_.draw(self.plot)
@@ -176,14 +186,18 @@ class SelfTraining(Course, Callback):
         try:
             now = self.look(module)
         except (ConfigError, DataError) as error:
-            verdict = Verdict({}, [self.broken or str(error)])
-        if self.judge(module, now, verdict).alarms:
+            verdict = Verdict({}, [self.broken or str(error)], final=True)
+        found = self.judge(module, now, verdict, self.each_counts)
+        if found.alarms and (self.each_counts or found.final):
+            self.rounds_.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"
             trainer.should_stop = True
 
-    def judge(self, module: LightningModule, now: Any, verdict: Verdict | None = None) -> Round:
+    def judge(
+        self, module: LightningModule, now: Any, verdict: Verdict | None = None, keep: bool = True
+    ) -> Round:
         """End a round with these predictions; where accepted, they label the next."""
-        network = self.network(module)
-        found: Round = self.rounds_.end_round(network, now, verdict, **self.labelled())
+        network, labels = self.network(module), self.labelled()
+        found: Round = self.rounds_.end_round(network, now, verdict, keep=keep, **labels)
         found.tell(module, len(self.rounds_.source))
         if found.alarms:
             return found

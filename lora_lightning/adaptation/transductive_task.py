@@ -14,19 +14,16 @@ from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
 from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
-from lora_lightning.adaptation.rounds import PredictionRounds
+from lora_lightning.adaptation.rounds import PredictionRounds, print_wrapped
+from lora_lightning.adaptation.soft_centroids import COMPLETE, spread, unhelpful
 from lora_lightning.adaptation.target import Predict, Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
-from lora_lightning.adaptation.validators import information
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.batch_norm import reestimated
 from lora_lightning.model.calling import classifier, moved
 from lora_lightning.model.introspection import classifier_modules
 
 BATCH_NORM = ("auto", "source", "target")
-# Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
-# predictions lack: a smaller gain also comes where classes are missing, or where nothing helps.
-GAIN = 0.18
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 
 
@@ -39,13 +36,16 @@ class TransductiveTask(TaskInRounds):
 
     The loss of a batch is
     :math:`\frac1B\sum_i H(p_i) + d\,KL(\bar p \| \pi) + w\,CE(p_i, \hat y_i)`: low entropy of each
-    prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ by the nearest
-    class centroid, updated in each epoch (SHOT, Liang et al. 2020, arXiv:2002.08546). Train the
-    factors only: the source model's head is the fixed reference for its features.
+    prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ, those of
+    `soft_centroids` when training begins, weighted by their probability. As SHOT, Liang et al.
+    2020, arXiv:2002.08546, which renews its labels in each epoch. Train the factors only: the
+    source model's head is the fixed reference for its features.
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
-    source model's. At the first alarm training stops, and the last accepted state is restored; if
-    there is none, the source model.
+    source model's. Where the learning rate falls, the last round decides, and only a collapse of
+    the predictions ends the training before; if it has an alarm, what was there when training began
+    is restored: the source model, or that with BatchNorm's statistics of the target. Where it is
+    constant, the first alarm ends the training, and the last accepted state is restored.
 
     Args:
         model: The network, a classifier; `LoRACallback` finds it as ``model``.
@@ -69,9 +69,10 @@ class TransductiveTask(TaskInRounds):
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
-            gain information by it and the guard accepts them; where not, the target is near the
-            source, or so far that its own predictions are useless: the source model stays.
-            They are frozen during training. Without BatchNorm all three are the same.
+            gain information by it and the guard accepts them. Where not, or without BatchNorm, it
+            trains on the source's, if the predictions spread over the classes; if they do not,
+            classes are missing or the target is too far, and the source model stays. They are
+            frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -167,6 +168,8 @@ class _Course(TaskRounds, PredictionSelfTraining):
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         super().check(trainer, module)
+        # Where the learning rate falls, a round at its peak is judged too early.
+        self.each_counts = module.schedule == "constant"
         network = self.network(module)
         if any(
             p.requires_grad
@@ -183,14 +186,19 @@ class _Course(TaskRounds, PredictionSelfTraining):
     def start(self, module: Any, source: Predicted) -> None:
         self.loss.begin(source)
         super().start(module, source)
-        self._choose_statistics(module, source)
         if len(self.target) < 2:
             self.rounds_.termination_condition_ = (
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
+        elif not self._choose_statistics(module, source):
+            self._check_spread(module, source)
+
+    def due_at_end(self, trainer: Trainer) -> bool:
+        return not self.each_counts and trainer.global_step > self._judged_at
 
     def label(self, now: Predicted) -> dict[str, Any]:
-        self.loss.begin_round(now)
+        # Labels are not renewed while it trains: they would follow its mistakes.
+        self.loss.begin_round(now, label=not self._judged_at)
         return self.loss.state_dict()
 
     def use(self, labels: dict[str, Any]) -> None:
@@ -201,25 +209,32 @@ class _Course(TaskRounds, PredictionSelfTraining):
         self._labels = self.loss.state_dict()  # which changes within a round
         return super().state_dict()
 
-    def _choose_statistics(self, module: Any, source: Predicted) -> None:
+    def _choose_statistics(self, module: Any, source: Predicted) -> bool:
+        """Take BatchNorm's statistics from the target, where that helps; whether it did."""
         if module.batch_norm == "source" or not statistics_of(module, self.target):
-            return
-        if module.batch_norm == "target":
-            self.judge(module, self.look(module))
-            return
+            return False
         now, rounds = self.look(module), self.rounds_
-        start = information(source.probabilities)
-        gain = (information(now.probabilities) - start) / max(1 - start, 1e-6)
+        rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
         alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        if gain >= GAIN and not alarms:
+        why = alarms[0] if alarms else unhelpful(source, now)
+        if module.batch_norm == "target" or not why:
             self.judge(module, now)
-            return
+            return True
+        rounds.begin_at(source.probabilities)
         rounds.restore(self.network(module))
-        why = alarms[0] if alarms else f"they bring {gain:.2f} of what is lacking, below {GAIN:g}"
-        rounds.termination_condition_ = (
-            f"BatchNorm's statistics of the target do not help ({why}): the source model stays; "
-            'batch_norm="source" or "target" trains all the same'
-        )
+        print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
+        return False
+
+    def _check_spread(self, module: Any, source: Predicted) -> None:
+        """Leave the source model where its predictions cannot teach it anything."""
+        if module.batch_norm != "auto" or self.rounds_.limits is None:
+            return
+        if (even := spread(source)) < COMPLETE:
+            self.rounds_.termination_condition_ = (
+                f"the source's predictions, smoothed over neighbours, spread over too few classes "
+                f"({even:.2f} of an even spread, below {COMPLETE:g}): classes are missing, or the "
+                'target is too far; the source model stays. batch_norm="source" trains all the same'
+            )
 
 
 def check_settings(batch_norm: str, batch_size: int) -> None:

@@ -11,6 +11,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -99,7 +100,7 @@ class Experiment(ABC, Generic[Config]):
 
     def length(self, case: Case, stage: Any) -> dict[str, int]:
         """The length of a training on a case, as arguments of a trainer."""
-        return {"max_epochs": stage.epochs}
+        return {"max_epochs": _passes(stage, partial(self.fit_data, case, stage))}
 
     @abstractmethod
     def unlabelled(self, model: Any, case: Case) -> Unlabelled:
@@ -158,6 +159,8 @@ class Experiment(ABC, Generic[Config]):
     def adapter(self, lora: LoRAConfig, case: Case, *what: str, batch_norm: str) -> LoRACallback:
         """The callback of an adapter for this case, with its own file."""
         name = adapter_name(self.named(self.separator.join((case.name, *what))))
+        # An earlier run's: it would pass for this one's where the source model is kept.
+        (self.adapters / f"{name}.safetensors").unlink(missing_ok=True)
         return LoRACallback(lora, name=name, batch_norm=batch_norm, output_dir=self.adapters)
 
     def bar(self, title: str) -> Ticks:
@@ -182,7 +185,13 @@ class Experiment(ABC, Generic[Config]):
         """Fit the source model."""
         stage: Any = self.config.train  # type: ignore[attr-defined]
         bar = self.bar("training the source model")
-        self.train(self.task(model, stage.source), data, [bar], max_epochs=stage.source.epochs)
+        passes = _passes(stage.source, lambda: data)
+        if passes > stage.source.epochs:
+            self.run.notes.append(
+                f"The source model is trained for {passes} passes over its few items, in place of "
+                f"{stage.source.epochs}: train.source.least_steps={stage.source.least_steps}."
+            )
+        self.train(self.task(model, stage.source), data, [bar], max_epochs=passes)
 
     def rows(self, label: str, case: Case, adapted: Adapted) -> list[Row]:
         """The measurements of an adapted model, as rows."""
@@ -201,3 +210,12 @@ class Experiment(ABC, Generic[Config]):
             Row(label, domain, self.seed, metric, value, *costs)
             for domain, metric, value in measured
         ]
+
+
+def _passes(stage: Any, data: Callable[[], LightningDataModule]) -> int:
+    """A stage's epochs, or more for its least number of steps."""
+    if not getattr(stage, "least_steps", 0):
+        return int(stage.epochs)
+    found = data()
+    found.setup("fit")
+    return int(stage.passes(len(found.train_dataloader())))

@@ -152,9 +152,10 @@ def _bars(experiment: Experiment[Any], label: str) -> list[Any]:
 
 
 def _merged(model: nn.Module, seconds: float, callback: LoRACallback) -> Adapted:
-    """The adapted model merged, as in deployment: at the speed of the source model."""
+    """The adapted model merged, as in deployment; with no adapter where the source was kept."""
     assert callback.report_ is not None
-    assert callback.adapter_path_ is not None
     merge(model)
+    if callback.adapter_path_ is None:
+        return Adapted(model, seconds)
     size = callback.adapter_path_.stat().st_size
     return Adapted(model, seconds, callback.report_.trainable_parameters, size)

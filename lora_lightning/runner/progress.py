@@ -83,6 +83,11 @@ class Ticks(Callback):
         """Counts a training batch."""
         self.tick(trainer.global_step, int(trainer.estimated_stepping_batches))
 
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        """Ends the bar, also of a training that stops early."""
+        done = max(trainer.global_step, 1)
+        self.tick(done, done)
+
     def on_predict_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,15 @@ class EpochTraining(Scheduled):
 
     Args:
         epochs: Passes over the training items.
+        least_steps: Optimizer steps at least: a small set gets more passes; 0: `epochs` alone.
     """
 
     epochs: int = 4
+    least_steps: int = 0
+
+    def passes(self, batches: int) -> int:
+        """The epochs of so many batches each, or more for the least number of steps."""
+        return max(self.epochs, math.ceil(self.least_steps / max(batches, 1)))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -151,6 +152,15 @@ def watched(trainer: Trainer, guard: Callback, kind: type[Any]) -> Any:
             "prune_to out (it lowers ranks itself, lower_rank=True), or the guard"
         )
     return found[0]
+
+
+def source_kept(trainer: Trainer, path: Path) -> bool:
+    """Whether a callback has kept the source model, so that there is no adapter to write."""
+    kept = any(getattr(c, "keeps_source", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if kept:
+        old = f"; {path} is of an earlier fit" if path.exists() else ""
+        rank_zero_info(f"The source model is kept: no adapter file is written{old}.")
+    return kept
 
 
 def check_all_within(pl_module: LightningModule, path: str, who: str) -> None:

@@ -127,10 +127,15 @@ def _dealt(count: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[
 
 
 def _settle(pl_module: LightningModule, network: nn.Module, choice: Choice) -> None:
-    """Shrink, log the choice, and rewrite the last fit's adapter file."""
+    """Shrink, log the choice, and rewrite the last fit's adapter file, or remove it."""
     shrink(network, choice.share)
     choice.say("cross_fit")
     callbacks: list[Any] = getattr(pl_module._trainer, "callbacks", [])
     for callback in callbacks:
-        if isinstance(callback, LoRACallback) and callback.adapter_path_ is not None:
+        if not isinstance(callback, LoRACallback) or callback.adapter_path_ is None:
+            continue
+        if choice.share:
             save_adapter(network, callback.adapter_path_, callback.name)
+        else:  # as `LoRACallback` does where another callback keeps the source model
+            callback.adapter_path_.unlink(missing_ok=True)
+            callback.adapter_path_ = None

@@ -111,6 +111,11 @@ class FitGuard(LaunchedCallback):
         self._epoch: list[Tensor] = []  # training losses of this epoch
         self._pull = 0.0
 
+    @property
+    def keeps_source(self) -> bool:
+        """Whether the source model was kept: then `LoRACallback` writes no file."""
+        return self.shrinkage_ == 0
+
     # ---- before training -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,7 +134,7 @@ class FitGuard(LaunchedCallback):
         self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
         if self.history_ and not checks.is_new(trainer):
             return
-        self.termination_condition_ = ""
+        self.termination_condition_, self.shrinkage_ = "", None
         with disabled(self._network(pl_module)):
             self._source = self._evaluate(trainer, pl_module)
             training = losses_of(pl_module, _some(trainer.train_dataloader), None)

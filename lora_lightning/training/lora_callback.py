@@ -61,7 +61,8 @@ class LoRACallback(LaunchedCallback):
 
     Attributes:
         report_: what was adapted; set in `setup`.
-        adapter_path_: the file written at the end of the fit.
+        adapter_path_: the file written at the end of the fit; None where another callback (a
+            `FitGuard`, self-training) kept the source model.
 
     Raises:
         ConfigError: a bad value, or a combination of callbacks that cannot work.
@@ -222,9 +223,10 @@ class LoRACallback(LaunchedCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / f"{self.name}.safetensors"
-        if trainer.is_global_zero or sharded.is_sharded_fit(trainer):
+        self.adapter_path_ = None if checks.source_kept(trainer, path) else path
+        writes = trainer.is_global_zero or sharded.is_sharded_fit(trainer)
+        if self.adapter_path_ and writes:
             save_adapter(backbone, path, self.name)
-        self.adapter_path_ = path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the LightningModule's own hooks."""

@@ -5,6 +5,7 @@ One adapter is trained on all target domains together: there is one case.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Pictures(Experiment[Config]):
         """Raise ConfigError for an invalid value."""
         stages, trained = self.config.train, ("source", "lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
+        at_least(self.config, 0, (f"train.{name}.least_steps" for name in trained))
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
@@ -161,7 +163,8 @@ class Pictures(Experiment[Config]):
         settings, pictures = self.config.train.label_free, self.data.on(train=case.train)
         training = pictures.unlabelled(True, settings.jitter)
         task: LightningModule = self.transductive(model, pictures.unlabelled(), training)
-        length = {"max_epochs": settings.epochs}
+        batches = math.ceil(len(pictures.training_pictures()) / settings.batch_size)
+        length = {"max_epochs": settings.passes(batches)}
         return Unlabelled(task, lambda: self.tell(task), trainer=length)
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lora_lightning.adaptation import closed_form
 from lora_lightning.adaptation.closed_form import recentred
 from lora_lightning.adaptation.label_propagation import lame
-from lora_lightning.adaptation.target import Target, predicted
-from lora_lightning.model.batch_norm import BatchNormKeeper
+from lora_lightning.adaptation.soft_centroids import trusted_centroids
+from lora_lightning.adaptation.target import Predicted, Target, predicted
+from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.model.batch_norm import BatchNormKeeper, reestimated
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
@@ -76,6 +78,33 @@ def lame_row(experiment: Pictures) -> list[Row]:
     answers = [lame(p.features, p.probabilities) for p in (source.said, target.said)]
     seconds = source.seconds + target.seconds + time.perf_counter() - start
     return experiment.score("LAME", torch.cat(answers), seconds)
+
+
+@METHODS.register("soft_centroids")
+def soft_centroids_row(experiment: Pictures) -> list[Row]:
+    """The source model's predictions and the target's class centroids, where they are trusted."""
+    answers, seconds, told = [], 0.0, ""
+    for which in ("source", "target"):
+        now = seen(experiment, which)
+        start = time.perf_counter()
+        again = restated(experiment, which)
+        found, told = trusted_centroids(now.said, again)
+        answers.append(found)
+        seconds += now.seconds + time.perf_counter() - start
+    experiment.run.notes.append(f"Soft centroids of the target are by: {told}.")
+    return experiment.score("soft centroids", torch.cat(answers), seconds)
+
+
+def restated(experiment: Pictures, which: str) -> Predicted | None:
+    """Held-out images of a set with BatchNorm's statistics of these; None without BatchNorm."""
+    model, data = experiment.fresh(), experiment.data
+    data = data.on(test=[data.source] if which == "source" else data.target)
+    target = Target(data.predict_dataloader().dataset)
+    device = next(model.parameters()).device
+    mixed = target.loader(2 * data.batch_size, shuffle=True)
+    if not reestimated(model, model, (x.to(device) for x, _ in mixed), SOURCE_ITEMS):
+        return None
+    return predicted(model, model, target.loader(2 * data.batch_size, shuffle=False), device)
 
 
 def aligned(name: str, align: Aligned) -> Method:

@@ -172,5 +172,4 @@ class _Course(TaskRounds, SelfTraining):
         now = self.look(module)
         scores = self.rounds_.check(now, None).scores
         self.judge(module, now, Verdict(scores) if module.batch_norm == "target" else None)
-        self.rounds_.termination_condition_ = ""  # without them training continues
         self.rounds_.restore(module.model)

@@ -90,6 +90,7 @@ class Classification(Pictures):
         model, size = self.fresh(), 2 * data.batch_size
         pictures = data.predict_dataloader().dataset
         source = SourceStatistics.of(model, pictures, self.labels(items), batch_size=size)
+        self._check_source(source.accuracy or 0.0, len(items))
         source.save(Path(self.config.out) / f"{self.named('source_statistics')}.safetensors")
         tick = self.stages.stage("how far are the targets?", "domains")
         found = {}
@@ -101,11 +102,28 @@ class Classification(Pictures):
         if far := {name: s for name, s in found.items() if s.verdict == NAMES[-1]}:
             self._warn(far)
 
-    def _warn(self, far: dict[str, Shift]) -> None:
-        where = "" if self.first else f" (seed {self.seed})"
+    def _check_source(self, accuracy: float, count: int) -> None:
+        """Warn of a poor source model, by its own held-out pictures."""
+        chance = 1 / self.outputs()
+        if accuracy >= (1 + chance) / 2:
+            return
         text = (
-            f"May be too far to adapt to without labels{where}: {', '.join(far)}. Label some "
-            f"items, or do not answer there. {next(iter(far.values())).caveat}"
+            f"The source model is poor{self._where()}: {accuracy:.0%} of its own {count} held-out "
+            f"pictures are right, where chance is {chance:.0%}. What it teaches without labels is "
+            "no better. Give it more pictures, train it longer (train.source.epochs, "
+            "train.source.least_steps), or start from a trained one (model.checkpoint)."
         )
+        self._note(text)
+
+    def _where(self) -> str:
+        return "" if self.first else f" (seed {self.seed})"
+
+    def _note(self, text: str) -> None:
         self.run.notes.append(text)
         self.stages.console.print(text, style="yellow")
+
+    def _warn(self, far: dict[str, Shift]) -> None:
+        self._note(
+            f"May be too far to adapt to without labels{self._where()}: {', '.join(far)}. Label "
+            f"some items, or do not answer there. {next(iter(far.values())).caveat}"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
+from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainSettings, TrainStages
 
 
 @dataclass
@@ -92,6 +92,7 @@ class PictureTraining(EpochTraining):
     """
 
     learning_rate: float = 2e-3
+    least_steps: int = 12
     batch_norm: str = "auto"
     batch_size: int = 32
     jitter: float = 0.4
@@ -118,9 +119,11 @@ class ClassifierStages(TrainStages):
     """The trainings of a run.
 
     Args:
+        source: Of the source model, on the source domain; 80 steps at least.
         label_free: Of the adapter, on the target domains without labels.
     """
 
+    source: TrainSettings = field(default_factory=lambda: TrainSettings(least_steps=80))
     label_free: LabelFreeSettings = field(default_factory=LabelFreeSettings)
 
 

@@ -10,6 +10,13 @@ from torch import nn
 
 from lora_lightning.adaptation.closed_form import recentred
 from lora_lightning.adaptation.label_propagation import lame, propagate
+from lora_lightning.adaptation.soft_centroids import (
+    complete,
+    soft_centroids,
+    statistics_help,
+    trusted_centroids,
+)
+from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError, DataError
 
 # Two items that lie together, one of them wrong, and one alone.
@@ -30,6 +37,50 @@ def test_lame_is_a_fixed_point_and_corrects_the_odd_one():
         lame(FEATURES, SAID, iterations=0)
     with pytest.raises(DataError, match="same items"):
         lame(FEATURES[:2], SAID)
+
+
+def test_soft_centroids_are_their_equation_and_correct_the_odd_one():
+    q = soft_centroids(FEATURES, SAID)
+    assert q.argmax(1).tolist() == [0, 0, 1, 1]
+    z = nn.functional.normalize(FEATURES - FEATURES.mean(0), dim=1)
+    expected = SAID
+    for _ in range(3):
+        centres = nn.functional.normalize(expected.T @ z, dim=1)
+        expected = SAID * (z @ centres.T / 0.1).exp()
+        expected = expected / expected.sum(1, keepdim=True)
+    torch.testing.assert_close(q, expected)
+    torch.testing.assert_close(soft_centroids(FEATURES[:1], SAID[:1]), SAID[:1])
+    for wrong in ({"rounds": 0}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            soft_centroids(FEATURES, SAID, **wrong)
+
+
+def groups(shares, spread=0.3):
+    """Groups around the axes, and predictions by their distances."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(torch.tensor(shares))
+    x = torch.eye(4)[labels] + spread * torch.randn(len(labels), 4, generator=generator)
+    return Predicted((3 * x).softmax(1), x)
+
+
+def test_centroids_are_trusted_where_all_classes_are_there():
+    full, lacking = groups([20] * 4), groups([40, 0, 0, 0])
+    blind = Predicted(full.probabilities * 0 + 0.25, full.features)
+    assert complete(full)
+    assert not complete(lacking)
+    assert statistics_help(blind, full)
+    assert not statistics_help(full, full)
+    for source, again, by in (
+        (blind, full, "target statistics"),
+        (full, full, "source statistics"),
+        (full, None, "source statistics"),
+        (lacking, None, "source"),
+    ):
+        found, told = trusted_centroids(source, again)
+        assert told == by
+        used = again if by == "target statistics" else source
+        want = soft_centroids(used.features, used.probabilities)
+        assert torch.equal(found, source.probabilities if by == "source" else want)
 
 
 def test_features_are_moved_to_the_sources_mean():

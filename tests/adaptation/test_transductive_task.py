@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask, disabled
+from lora_lightning.adaptation.guard import Guard
 from lora_lightning.adaptation.teacher import Snapshot, Teacher, trained
 from lora_lightning.errors import ConfigError, DataError
 from tests.helpers.training import trainer
@@ -110,7 +112,10 @@ def test_at_an_alarm_the_source_comes_back(tmp_path, source, target):
     )  # fmt: skip
     rounds = bad.rounds_
     assert rounds.accepted_ == 0
-    assert rounds.termination_condition_.startswith("alarm in round 1")
+    # None of the rounds ended it: the learning rate falls, and the last one might have been good.
+    assert len(rounds.history_) == 7
+    assert "the last one with an alarm" in rounds.termination_condition_
+    assert "keep the source's label" in rounds.termination_condition_
     assert accuracy(bad.model, target) == accuracy(source, target)
     with torch.no_grad():
         assert torch.equal(bad.model.eval()(target[0]), source(target[0]))
@@ -285,15 +290,52 @@ def test_the_order_of_the_items_does_not_matter_to_batchnorm(tmp_path, source, t
     torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
 
 
-def test_where_batchnorm_brings_nothing_the_source_stays(tmp_path, source):
+def test_a_collapse_ends_it(tmp_path, source, target):
+    """Of all into one class: no falling learning rate mends that."""
+    bad = adapted(tmp_path, source, target[0], objective=lambda logits: -logits[:, 0].mean(),
+                  learning_rate=1.0, pseudo_label_weight=0.0, batch_norm="source")  # fmt: skip
+    assert bad.rounds_.termination_condition_.startswith("alarm in round 1: the predictions coll")
+    assert len(bad.rounds_.history_) == 2
+    assert accuracy(bad.model, target) == accuracy(source, target)
+
+
+def test_where_batchnorm_brings_nothing_it_trains_on_the_sources_statistics(tmp_path, source):
     near = points(128, 5)  # the source's own domain
     task = adapted(tmp_path, source, near[0])
-    assert "BatchNorm's statistics of the target do not help" in task.rounds_.termination_condition_
-    assert task.rounds_.accepted_ == 0
+    assert len(task.rounds_.history_) == 7  # none of them for the statistics
+    assert task.rounds_.accepted_ == 6
+    assert accuracy(task.model, near) >= accuracy(source, near)
+    kept = dict(source.named_buffers())
+    for name, buffer in task.model.named_buffers():
+        assert torch.equal(buffer, kept[name.replace("0.base_layer", "0")])
+
+
+def test_where_classes_are_missing_the_source_stays(tmp_path, source):
+    data, labels = points(128, 5)
+    one = data[labels < 2]
+    task = adapted(tmp_path, source, one)
+    assert "classes are missing" in task.rounds_.termination_condition_
     with torch.no_grad():
-        assert torch.equal(task.model.eval()(near[0]), source(near[0]))
+        assert torch.equal(task.model.eval()(one), source(one))
     # On request it trains all the same.
-    assert len(adapted(tmp_path, source, near[0], batch_norm="source").rounds_.history_) == 7
+    assert len(adapted(tmp_path, source, one, batch_norm="source").rounds_.history_) > 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rounds", "end"),
+    [("one-cycle", 6, "all rounds done"), ("constant", 2, "alarm in round 2: at the peak")],
+)
+def test_an_alarm_ends_the_rounds_of_a_constant_learning_rate_alone(
+    tmp_path, source, target, monkeypatch, schedule, rounds, end
+):
+    """One that falls is judged by its end."""
+    looks = count()
+    peak = lambda self, found: iter(["at the peak"] if next(looks) == 2 else [])  # noqa: E731
+    monkeypatch.setattr(Guard, "_alarms", peak)
+    found = adapted(tmp_path, source, target[0], schedule=schedule, batch_norm="source").rounds_
+    assert len(found.history_) == 1 + rounds
+    assert found.termination_condition_ == end
+    assert found.accepted_ == (6 if rounds == 6 else 1)
 
 
 def test_a_canary_stops_what_does_harm(tmp_path, source, target):

@@ -9,9 +9,11 @@ TINY = [
     "data.size=32",
     "data.batch_size=8",
     "train.source.epochs=1",
+    "train.source.least_steps=0",
     "train.lora.epochs=1",
     "train.full.epochs=1",
     "train.label_free.epochs=1",
+    "train.label_free.least_steps=0",
     "lora.rank=1",
     "accelerator=cpu",
 ]

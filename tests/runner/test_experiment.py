@@ -1,13 +1,13 @@
 """A user's own kind of recipe by an `Experiment`; devices and loggers; the common methods."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +17,7 @@ from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.experiment import Experiment, Method
 from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
+from lora_lightning.runner.progress import Ticks
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
@@ -158,3 +159,41 @@ def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
 def test_every_recipe_has_devices_and_logger():
     config = load_recipe("speaker")
     assert (config.devices, config.logger) == (1, None)
+
+
+class Keeps(Callback):
+    """Keeps the source model at the first step, as a guard does."""
+
+    keeps_source = True
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = True
+
+
+def test_where_the_source_is_kept_there_is_no_adapter(recipe, monkeypatch):
+    """No file, also none of an earlier run; no parameters in the row; the bar is at its end."""
+    bars = []
+    real = PointsExperiment.unlabelled
+
+    def kept(self, model, case):
+        bar = Ticks(lambda done, total: bars.append((done, total)))
+        return replace(real(self, model, case), callbacks=[Keeps(), bar])
+
+    adapters = recipe / "out/adapters"
+    adapters.mkdir(parents=True)
+    (adapters / "near-no-labels.safetensors").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(PointsExperiment, "unlabelled", kept)
+    run = run_recipe(recipe, ["methods=[label_free]"], recipe / "out")
+    assert not list(adapters.iterdir())
+    assert {(r.trainable_parameters, r.file_bytes) for r in run.rows} == {(0, None)}
+    assert bars[-1] == (1, 1)
+    assert bars[0] == (1, 2)
+
+
+def test_a_small_source_gets_more_passes(recipe):
+    """16 items in batches of 8: two steps a pass."""
+    stages = ["train.source.epochs=2", "train.source.least_steps=9", "logger=csv"]
+    run = run_recipe(recipe, ["methods=[source_only]", *stages], recipe / "out")
+    [logged] = (recipe / "out/logs").glob("*/metrics.csv")
+    assert max(int(row.split(",")[0]) for row in logged.read_text().splitlines()[1:]) == 4
+    assert "trained for 5 passes" in run.notes[1]

@@ -420,6 +420,8 @@ def test_a_run_says_how_far_each_target_is(tmp_path, capsys):
     target = torch.zeros(8, 3, 32, 32)
     found = shift(model, tmp_path / "out/source_statistics.safetensors", target, repeats=2)
     assert found.source_accuracy == told["night"]["source_accuracy"]
+    poor = found.source_accuracy < 0.75  # half of the way from chance, of two classes
+    assert poor == any("The source model is poor" in note for note in result.notes)
     page = (tmp_path / "out/report.html").read_text()
     assert "How far are the targets?" in page
     assert page.count(told["night"]["verdict"]) >= 1

@@ -1,0 +1,131 @@
+"""Answers from class centroids of the target's features; and whether they can be trusted.
+
+Nothing is trained. Legend of shapes: N items, K classes, D features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adaptation.label_propagation import lame
+from lora_lightning.adaptation.neighbours import (
+    check_count,
+    check_features,
+    check_probabilities,
+    unit_rows,
+)
+from lora_lightning.adaptation.target import Predicted
+from lora_lightning.adaptation.validators import information, mean_entropy
+from lora_lightning.errors import ConfigError
+
+TEMPERATURE = 0.1  # of the cosines
+NEIGHBOURS = 5
+# Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
+# predictions lack: a smaller gain also comes where nothing helps.
+GAIN = 0.12
+# Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
+# neighbours: below, the centroids of the merged classes would split what belongs together.
+COMPLETE = 0.8
+
+
+@torch.no_grad()
+def soft_centroids(
+    features: Tensor, probabilities: Tensor, rounds: int = 3, temperature: float = TEMPERATURE
+) -> Tensor:
+    r"""The head's probabilities times the similarity to the target's class centroids.
+
+    With :math:`q = p` at first, and :math:`z_i` the unit vector along :math:`f_i - \bar f`,
+
+    .. math:: c_k \propto \sum_i q_{ik} z_i, \quad \|c_k\| = 1, \qquad
+              q_{ik} \propto p_{ik} \exp(z_i^T c_k / \tau)
+
+    `rounds` times. It assumes that all classes are there, see `complete`: those that the target
+    lacks get a centroid as well, which takes items from the others. The centroids are SHOT's, Liang
+    et al. 2020, arXiv:2002.08546, here soft and beside the head, whose opinion SHOT leaves out.
+
+    Args:
+        features: (N, D), the head's inputs.
+        probabilities: (N, K), the head's, rows that sum to one.
+        rounds: At least 1.
+        temperature: τ, above 0.
+
+    Returns:
+        (N, K), rows that sum to one. N = 1 keeps its prediction.
+
+    Raises:
+        ConfigError: `rounds` or `temperature` is out of range.
+        DataError: features or probabilities are none, or not of the same items.
+    """
+    check_count(rounds, "rounds")
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be above 0, got {temperature}")
+    p = check_probabilities(probabilities)
+    f = check_features(features, len(p)).to(p)
+    z = unit_rows(f - f.mean(dim=0))
+    log_p = p.clamp_min(1e-10).log()
+    q = p
+    for _ in range(rounds):
+        q = (log_p + z @ unit_rows(q.T @ z).T / temperature).softmax(dim=1)
+    return q
+
+
+def spread(said: Predicted) -> float:
+    """Entropy of LAME's labels, which drop the classes that the target lacks, in units of log K.
+
+    Of fewer items than classes log N takes the place of log K.
+    """
+    k = said.probabilities.shape[1]
+    labels = lame(said.features, said.probabilities, NEIGHBOURS).argmax(dim=1)
+    shares = torch.bincount(labels, minlength=k).double() / len(labels)
+    return float(torch.special.entr(shares).sum()) / math.log(min(k, max(len(labels), 2)))
+
+
+def complete(said: Predicted) -> bool:
+    """Whether the target seems to hold all classes: a `spread` of `COMPLETE` or more."""
+    return spread(said) >= COMPLETE
+
+
+def statistics_gain(source: Predicted, restated: Predicted) -> float:
+    """Gain of information by BatchNorm's statistics of the target, of what the source lacks."""
+    before = information(source.probabilities)
+    return (information(restated.probabilities) - before) / max(1 - before, 1e-6)
+
+
+def statistics_help(source: Predicted, restated: Predicted) -> bool:
+    """Whether BatchNorm's statistics of the target can be trusted to help, see `unhelpful`."""
+    return not unhelpful(source, restated)
+
+
+def unhelpful(source: Predicted, restated: Predicted) -> str:
+    """Why BatchNorm's statistics of the target do not help; "" where they can be trusted to.
+
+    Args:
+        source: Of the target's items, by the source model.
+        restated: The same items with statistics re-estimated on them.
+    """
+    if mean_entropy(restated.probabilities) > mean_entropy(source.probabilities):
+        return "the predictions are less certain, as where classes are missing"
+    gain = statistics_gain(source, restated)
+    if gain >= GAIN:
+        return ""
+    return f"the predictions gain {gain:.2f} of the information that they lack, below {GAIN:g}"
+
+
+def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Tensor, str]:
+    """`soft_centroids` where they can be trusted, and else the source model's predictions.
+
+    Args:
+        source: Of the target's items, by the source model.
+        restated: The same with BatchNorm's statistics of the target; None without BatchNorm.
+
+    Returns:
+        (N, K) probabilities, and ``"target statistics"``, ``"source statistics"`` or ``"source"``.
+    """
+    if restated is not None and statistics_help(source, restated):
+        return soft_centroids(restated.features, restated.probabilities), "target statistics"
+    if complete(source):
+        return soft_centroids(source.features, source.probabilities), "source statistics"
+    return source.probabilities, "source"
