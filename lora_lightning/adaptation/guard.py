@@ -38,7 +38,7 @@ class Limits:
     agreement: float = 0.6
     steadiness: float = 0.85
     sure_flips: float = 0.5
-    cohesion: float = 0.03
+    cohesion: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
