@@ -24,8 +24,8 @@ class Limits:
         agreement: Least part of the items that keep the source's label; or four fifths of the
             source's mean confidence, where that is more: its expected accuracy, if it is
             somewhat overconfident.
-        steadiness: Least part of the items that keep the label of the last accepted round, once
-            there is one: a learning rate that is too high changes many.
+        steadiness: Least part of the items that keep the label of the round before: a learning
+            rate that is too high changes many.
         sure_flips: Largest part of the source's most confident items (the upper half) that may
             change their label.
         cohesion: How much less than by the source's labels neighbours may agree, see `cohesion`.
@@ -87,12 +87,12 @@ class Guard:
         self.evenness = score.marginal_entropy(self.source)
         self.cohesion = self._cohesion(self.labels)
 
-    def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
+    def check(self, probabilities: Tensor, before: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K).
 
         Args:
             probabilities: Of the round.
-            accepted: Of the last accepted round; None: there was none.
+            before: Of the round before; None: it is the first.
         """
         if not bool(torch.isfinite(probabilities).all()):
             return Verdict({}, ["the predictions are NaN: the learning rate is too high"])
@@ -107,8 +107,8 @@ class Guard:
             "sure_flips": self._flips(labels),
             "cohesion": self._cohesion(labels),
         }
-        if accepted is not None:
-            found["steadiness"] = score.agreement(now, accepted)
+        if before is not None:
+            found["steadiness"] = score.agreement(now, before)
         return Verdict(found, list(self._alarms(found)))
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:

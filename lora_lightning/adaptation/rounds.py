@@ -205,6 +205,7 @@ class PredictionRounds(Rounds[Tensor]):
         self.limits = limits
         self.canary: Callable[[], float] | None = None
         self._near: Tensor | None = None
+        self._before: Tensor | None = None  # predictions of the round before, kept or not
 
     @property
     def probabilities_(self) -> Tensor:
@@ -216,6 +217,7 @@ class PredictionRounds(Rounds[Tensor]):
         """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
+        self._before = None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
@@ -229,7 +231,8 @@ class PredictionRounds(Rounds[Tensor]):
         return self._verdict
 
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
-        found = self.guard.check(now, accepted)
+        found = self.guard.check(now, self._before)
+        self._before = now if self.history_ else None
         alarms = found.alarms if self.limits is not None else []
         if self.canary is None:
             return Verdict(found.scores, alarms)
@@ -248,9 +251,9 @@ class PredictionRounds(Rounds[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {**super().state_dict(), "neighbours": self._near}
+        return {**super().state_dict(), "neighbours": self._near, "before": self._before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self._near = state["neighbours"]
+        self._near, self._before = state["neighbours"], state.get("before")
         super().load_state_dict(state)
