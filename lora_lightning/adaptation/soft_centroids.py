@@ -30,6 +30,7 @@ SURE, LIKELY = 0.18, 0.12  # the lower one where neighbours agree at least as mu
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
 COMPLETE = 0.8
+COMPLETE_RESTATED = 0.75  # on BatchNorm's statistics of the target, beside the gain
 
 
 @torch.no_grad()
@@ -73,12 +74,12 @@ def soft_centroids(
     return q
 
 
-def complete(said: Predicted) -> bool:
+def complete(said: Predicted, least: float = COMPLETE) -> bool:
     """Whether the target seems to hold all classes: by LAME's labels, which drop those it lacks."""
     k = said.probabilities.shape[1]
     labels = lame(said.features, said.probabilities, NEIGHBOURS).argmax(dim=1)
     shares = torch.bincount(labels, minlength=k).double() / len(labels)
-    return float(torch.special.entr(shares).sum()) >= COMPLETE * math.log(k)
+    return float(torch.special.entr(shares).sum()) >= least * math.log(k)
 
 
 def statistics_gain(source: Predicted, restated: Predicted) -> float:
@@ -95,7 +96,9 @@ def statistics_help(source: Predicted, restated: Predicted) -> bool:
         restated: The same items with statistics re-estimated on them.
     """
     gain = statistics_gain(source, restated)
-    return gain >= SURE or (gain >= LIKELY and _cohesion(restated) >= _cohesion(source))
+    if gain < LIKELY or not complete(restated, COMPLETE_RESTATED):
+        return False
+    return gain >= SURE or _cohesion(restated) >= _cohesion(source)
 
 
 def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Tensor, str]:
