@@ -1,6 +1,6 @@
 """Answers without training on the suites, and what tells without labels which one is better.
 
-    python benchmarks/soft_centroids.py --part development --networks efficientnet convnext
+    python -m benchmarks.soft_centroids --part development --networks efficientnet convnext
 
 For each case and condition: accuracy in % of the source model, of the source model with BatchNorm's
 statistics of the target, of LAME, of the head's probabilities times the cosine to soft centroids
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import Table, setting
 from benchmarks.suites import DEVELOPMENT, FINAL, SUITES, load, part
+from benchmarks.suites.case import Case
 from benchmarks.suites.features import of_case
 from benchmarks.suites.networks import networks
 from lora_lightning.adaptation.label_propagation import lame
@@ -47,9 +48,9 @@ def product(said: Predicted) -> Tensor:
     return q / q.sum(dim=1, keepdim=True)
 
 
-def measure(name: str, condition: str, seed: int, network: str) -> dict[str, Any]:
+def measure(case: Case, condition: str, seed: int, network: str) -> dict[str, Any]:
     """One row."""
-    found = of_case(load(name, seed), condition, seed, network)
+    found = of_case(case, condition, seed, network)
     features, probabilities, again = found["target"]
     source = Predicted(probabilities, features)
     restated = None if again is None else Predicted(again[1], again[0])
@@ -62,7 +63,7 @@ def measure(name: str, condition: str, seed: int, network: str) -> dict[str, Any
 
     answers, by = trusted_centroids(source, restated)
     row = {
-        "case": name, "condition": condition, "network": network, "items": len(labels),
+        "case": case.name, "condition": condition, "network": network, "items": len(labels),
         "held_out": round(100 * right, 2), "source": accuracy(probabilities),
         "lame": accuracy(lame(features, probabilities)),
         "product_lame": accuracy(lame(features, product(source))),
@@ -123,9 +124,10 @@ def main() -> None:
     table = Table("soft-centroids", {**setting(), "part": given.part, "seed": seed})
     with torch.no_grad():
         for name in given.cases or part(seed, *given.suites):
-            for network in set(given.networks) & set(networks(load(name, seed))):
+            case = load(name, seed)
+            for network in [n for n in networks(case) if n in given.networks]:
                 for condition in given.conditions:
-                    table.add(**measure(name, condition, seed, network))
+                    table.add(**measure(case, condition, seed, network))
     report(table.rows)
     print(table.path)
 

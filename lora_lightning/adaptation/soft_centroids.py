@@ -28,7 +28,7 @@ NEIGHBOURS = 5
 GAIN = 0.12
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
-COMPLETE = 0.8
+COMPLETE, COMPLETE_RESTATED = 0.8, 0.75  # on the source's statistics, and on the target's
 
 
 @torch.no_grad()
@@ -109,9 +109,12 @@ def unhelpful(source: Predicted, restated: Predicted) -> str:
     if mean_entropy(restated.probabilities) > mean_entropy(source.probabilities):
         return "the predictions are less certain, as where classes are missing"
     gain = statistics_gain(source, restated)
-    if gain >= GAIN:
-        return ""
-    return f"the predictions gain {gain:.2f} of the information that they lack, below {GAIN:g}"
+    if gain < GAIN:
+        return f"the predictions gain {gain:.2f} of the information that they lack, below {GAIN:g}"
+    if (even := spread(restated)) < COMPLETE_RESTATED:
+        least = f"below {COMPLETE_RESTATED:g}"
+        return f"the spread over classes is {even:.2f}, {least}, as where some are missing"
+    return ""
 
 
 def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Tensor, str]:

@@ -91,7 +91,7 @@ def soft_centroids_row(experiment: Pictures) -> list[Row]:
         found, told = trusted_centroids(now.said, again)
         answers.append(found)
         seconds += now.seconds + time.perf_counter() - start
-    experiment.run.notes.append(f"Soft centroids of the target are by: {told}.")
+    experiment.run.notes.append(f"Soft centroids, seed {experiment.seed}: by the {told}.")
     return experiment.score("soft centroids", torch.cat(answers), seconds)
 
 

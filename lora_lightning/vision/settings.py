@@ -145,8 +145,8 @@ class Config(RunConfig):
     out: str = "runs/classification"
     methods: list[str] = field(
         default_factory=lambda: [
-            "source_only", "recentre", "lame", "nearest_centroid", "subspace", "nmf_subspace",
-            "coral", "batchnorm", "label_free", "lora", "full",
+            "source_only", "recentre", "lame", "soft_centroids", "nearest_centroid", "subspace",
+            "nmf_subspace", "coral", "batchnorm", "label_free", "lora", "full",
         ]
     )  # fmt: skip
     batch_norm: str = "frozen"
