@@ -127,7 +127,10 @@ class Pictures(Experiment[Config]):
 
     def _backbone(self, outputs: int, notices: list[str]) -> nn.Module:
         m = self.config.model
-        return create_backbone(m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices)
+        return create_backbone(
+            m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices,
+            prefix=m.prefix, size=self.config.data.size,
+        )  # fmt: skip
 
     def source(self) -> nn.Module:
         """Trained on the source domain, for each seed."""
