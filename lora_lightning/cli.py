@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ examples:
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
   lora-lightning sweep lighting --ranks 1 2 4 8 auto
+  lora-lightning adapt-images --model convnext_tiny --checkpoint mine.pth --images night/ \
+      --out night.safetensors
   lora-lightning adapt-speaker --model spoken --enroll alice/ --out alice.safetensors
   lora-lightning transcribe --model spoken --adapter alice.safetensors message.wav
 """
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
@@ -224,6 +228,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "made with": versions,
         "settings": settings,
         "in full": whole,
+        **_data(header.get("data", {})),
     }.items():
         facts.add_row(Text(key, style="bold"), Text(value))
     console.print(facts)
@@ -237,6 +242,22 @@ def _inspect(arguments: argparse.Namespace) -> None:
         shape = "×".join(map(str, t["shape"]))
         table.add_row(*map(Text, (where, t["kind"], t["path"], shape, str(t["rank"]))))
     console.print(table)
+
+
+def _data(data: dict[str, Any]) -> dict[str, str]:
+    """What a header says of classes and pictures."""
+    facts: dict[str, str] = {}
+    if names := data.get("class_names", []):
+        more = " …" if len(names) > 20 else ""
+        facts["classes"] = f"{len(names)}: {', '.join(names[:20])}{more}"
+    if "input_size" in data:
+        _, height, width = data["input_size"]
+        others = [f"{key} {_as_typed(data[key])}" for key in ("mean", "std") if key in data]
+        if "crop_pct" in data:
+            others.insert(0, f"{data['crop_pct']:g} of the resized side")
+        resized = [data["interpolation"]] if "interpolation" in data else []
+        facts["pictures"] = ", ".join([f"{height} × {width} pixels", *resized, *others])
+    return facts
 
 
 if __name__ == "__main__":

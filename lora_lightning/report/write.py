@@ -171,7 +171,7 @@ def write_report(run: Run, out: Path) -> None:
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
         atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
-    atomic_write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
+    atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:

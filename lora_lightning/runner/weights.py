@@ -91,8 +91,8 @@ def _harmless() -> list[Any]:
     """What training checkpoints hold beside tensors, and what runs no code when it is read."""
     from lightning.fabric.utilities.data import AttributeDict
 
-    numbers = [np.float64(0), np.float32(0), np.int64(0)]
-    types = [type(np.dtype(n.dtype)) for n in numbers]
+    numbers: list[Any] = [np.float64(0), np.float32(0), np.int64(0)]
+    types = [type(n.dtype) for n in numbers]
     paths = [type(Path()), PurePosixPath]
     return [argparse.Namespace, AttributeDict, *paths, np.dtype, numbers[0].__reduce__()[0], *types]
 

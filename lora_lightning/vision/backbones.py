@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def create_backbone(
         raise ConfigError("give model.checkpoint or model.pretrained=true, not both")
     if checkpoint is not None:
         found = read_checkpoint(Path(checkpoint))
+        size = size or _side(found.settings)
         model = _create(name, 2 if num_classes is None else num_classes, size=size)
         weights = own_weights(model, found.weights, str(checkpoint), prefix, notices)
         if num_classes is None and (num_classes := _classes(model, weights, checkpoint)) != 2:
@@ -72,6 +74,12 @@ def create_backbone(
             "to start from random weights"
         )
     return _packaged(name, 1000 if num_classes is None else num_classes)
+
+
+def _side(settings: Mapping[str, Any]) -> int | None:
+    """The side of the pictures that a checkpoint was trained on, where it says so."""
+    given = settings.get("img_size") or (settings.get("input_size") or [None])[-1]
+    return given if isinstance(given, int) else None
 
 
 def _classes(model: nn.Module, weights: dict[str, Any], checkpoint: Path | str) -> int:
@@ -98,20 +106,23 @@ def _load(
         )
     given = {k: v for k in PREPARED if (v := found.settings.get(k)) is not None}
     if given:
-        prepared = timm.data.resolve_data_config(given, model=model)
+        from timm.data.config import resolve_data_config
+
+        prepared = resolve_data_config(given, model=model)  # type: ignore[no-untyped-call]
         model.pretrained_cfg = {**model.pretrained_cfg, **prepared}
 
 
 def _create(
     name: str, num_classes: int | None, pretrained: bool = False, size: int | None = None
 ) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
+    elsewhere = ":" in name  # "hf-hub:user/name", "local-dir:folder"
+    if not elsewhere and not timm.is_model(name.partition(".")[0]):
         known = timm.list_models()
         raise ConfigError(
             f"model.name: timm has no such model: {unknown('key', name, known)[:400]}"
         )
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = None if elsewhere else timm.get_pretrained_cfg(name)
     if size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = size
     try:

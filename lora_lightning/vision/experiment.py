@@ -72,6 +72,10 @@ class Pictures(Experiment[Config]):
     def outputs(self) -> int:
         """The number of outputs of the network."""
 
+    def class_names(self) -> Sequence[str]:
+        """Of the outputs, where those are classes."""
+        return ()
+
     @abstractmethod
     def labels(self, items: Sequence[Item]) -> Tensor:
         """The labels of images, as numbers."""
@@ -138,6 +142,7 @@ class Pictures(Experiment[Config]):
         notices: list[str] = []
         model = self._backbone(self.outputs(), notices)
         self.run.notes += [n for n in notices if n not in self.run.notes]
+        self.data.prepared.describe(model, self.class_names())
         self.train_source(model, self.data.on(train=[self.data.source]))
         # The adapter can be used only with the model that it was trained on.
         save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")

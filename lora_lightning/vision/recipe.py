@@ -31,6 +31,10 @@ class Classification(Pictures):
         """One for each class."""
         return len(self.data.classes)
 
+    def class_names(self) -> Sequence[str]:
+        """The classes."""
+        return self.data.classes
+
     def task(self, model: nn.Module, stage: Any) -> Classifier:
         """A `Classifier`."""
         return Classifier(model, **stage.arguments())

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError, DataNotFoundError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 TEST_NAMES = ("test", "val", "validation")  # the first that exists is the held-out part
 
 
@@ -73,14 +73,28 @@ def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[
     for split, name in splits.items():
         for folder in _subfolders(top / name):
             if classes is None or folder.name in classes:
-                pictures = sorted(p for p in folder.rglob("*") if _is_image(p, folder))
-                items += [Item(p, domain, folder.name, split) for p in pictures]
+                items += [Item(p, domain, folder.name, split) for p in pictures_below(folder)]
     if not items:
         raise DataError(
             f"domain {domain!r} is empty: no pictures ({', '.join(sorted(SUFFIXES))}) under "
             f"{top}/<class>/" + (f" for data.classes={list(classes)}" if classes else "")
         )
     return items
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder, flat or nested, sorted."""
+    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+
+
+def other_files(folder: Path) -> list[tuple[Path, str]]:
+    """The files in a folder that are not read, and why; without hidden ones."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p, folder))
+    return [
+        (p, f"ending {p.suffix.lower() or 'missing'}: not read as a picture")
+        for p in files
+        if p.suffix.lower() not in SUFFIXES
+    ]
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
@@ -139,8 +153,13 @@ def common_classes(
     return shared
 
 
-def read_picture(path: Path, side: int) -> Tensor:
+def read_picture(path: Path, side: int, interpolation: str = "bicubic") -> Tensor:
     """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
+
+    Args:
+        path: Of its file.
+        side: In pixels.
+        interpolation: Of resizing, one of Pillow's.
 
     Raises:
         DataError: it cannot be read; says why.
@@ -153,7 +172,10 @@ def read_picture(path: Path, side: int) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), path.name) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
-    picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    # timm's training has "random" as well.
+    known = Image.Resampling.__members__
+    method = known.get(interpolation.upper(), Image.Resampling.BICUBIC)
+    picture = ImageOps.fit(picture, (side, side), method)
     pixels: Tensor = v2.functional.pil_to_tensor(picture)
     return pixels
 
@@ -178,8 +200,11 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path, below: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(below).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not _hidden(path, below) and path.is_file()
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def _names(folders: list[Path], most: int = 12) -> str:
