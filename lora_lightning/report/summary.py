@@ -78,12 +78,18 @@ class Summary:
         others = [d for d in domains if d != self.source]
         # A caller's own average is used only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
+        self._without = set(domains) - {r.domain for r in self._rows if not math.isnan(r.value)}
         self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
 
     @property
     def apart(self) -> bool:
         """Whether each target is reported separately, such as each speaker; not where graded."""
         return self.lower and not self.graded
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether nothing could be measured on any target."""
+        return bool(self.targets) and self._without.issuperset(self.targets)
 
     @property
     def seeds(self) -> int:
@@ -96,6 +102,7 @@ class Summary:
         A seed that lacks one of the domains is left out and counted: an average over fewer
         domains would not compare.
         """
+        domains = [d for d in domains if d not in self._without]
         seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
         found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
         if not any(v is not None for values in found for v in values):
@@ -189,9 +196,10 @@ class Summary:
 
 
 def target_items(run: Run) -> list[Prediction]:
-    """The held-out items of the target."""
+    """The held-out items of the target that have a label."""
     source = Summary(run).source
-    return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
+    found = (p for p in run.predictions if p.domain != source and p.split == HELD_OUT)
+    return [p for p in found if p.label]
 
 
 def _source_of(run: Run) -> Any:

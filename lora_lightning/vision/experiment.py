@@ -105,8 +105,11 @@ class Pictures(Experiment[Config]):
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""
-        stages, trained = self.config.train, ("source", "lora", "full", "label_free")
+        stages, trained = self.config.train, ("lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
+        # One's own model, trained elsewhere, can be the source as it is.
+        own = self.config.model.checkpoint is not None
+        at_least(self.config, 0 if own else 1, ["train.source.epochs"])
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
@@ -129,7 +132,7 @@ class Pictures(Experiment[Config]):
             "pictures, which no training sees.",
         ]
 
-    def _backbone(self, outputs: int, notices: list[str]) -> nn.Module:
+    def _backbone(self, outputs: int | None, notices: list[str]) -> nn.Module:
         m = self.config.model
         return create_backbone(
             m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices,
@@ -140,10 +143,18 @@ class Pictures(Experiment[Config]):
         """Trained on the source domain, for each seed."""
         seed_everything(self.seed, verbose=False)
         notices: list[str] = []
-        model = self._backbone(self.outputs(), notices)
+        trained = self.config.train.source.epochs > 0
+        model: Any = self._backbone(self.outputs() if trained else None, notices)
+        if not trained and model.num_classes != self.outputs():
+            raise ConfigError(
+                f"{self.config.model.checkpoint} has {model.num_classes} outputs, and the data "
+                f"ask for {self.outputs()} ({', '.join(self.data.classes)[:200]}): with "
+                "train.source.epochs=0 its classifier is used as it is, its classes sorted by name"
+            )
         self.run.notes += [n for n in notices if n not in self.run.notes]
         self.data.prepared.describe(model, self.class_names())
-        self.train_source(model, self.data.on(train=[self.data.source]))
+        if trained:
+            self.train_source(model, self.data.on(train=[self.data.source]))
         # The adapter can be used only with the model that it was trained on.
         save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")
         return model
@@ -158,7 +169,12 @@ class Pictures(Experiment[Config]):
     def cases(self, what: str) -> list[Case]:
         """All target domains together, evaluated on the source too."""
         given = {LABELS: "target labels", NO_LABELS: "no labels"}.get(what, "")
-        return [Case("adapter", self.data.target, [self.data.source, *self.data.target], given)]
+        train = self.data.labelled_target if what == LABELS else self.data.target
+        return [Case("adapter", train, [self.data.source, *self.data.target], given)]
+
+    def lacks_data(self, case: Case) -> bool:
+        """Where labels are asked for and no target domain has any."""
+        return not case.train
 
     def fit_data(self, case: Case, stage: Any) -> ImageDomains:
         """The labelled training images."""

@@ -33,7 +33,7 @@ class Item:
 
     path: Path
     domain: str
-    class_name: str
+    class_name: str  # "" without a label
     split: str  # "train", "test", or "" where the layout has no splits
 
 
@@ -58,8 +58,17 @@ def find_domains(root: Path, wanted: Iterable[str] | None = None) -> list[str]:
     return there if wanted is None else list(dict.fromkeys(wanted))
 
 
-def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[Item]:
+def scan(
+    root: Path, domain: str, classes: Sequence[str] | None = None, unlabelled: bool = False
+) -> list[Item]:
     """Every image of a domain, sorted by path.
+
+    Args:
+        root: Folder of the domains.
+        domain: Its name.
+        classes: Those to use; None: all.
+        unlabelled: Where there are no folders of classes, take the pictures in the domain's own
+            folder; their class is "".
 
     Raises:
         DataError: there is none.
@@ -74,6 +83,8 @@ def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[
         for folder in _subfolders(top / name):
             if classes is None or folder.name in classes:
                 items += [Item(p, domain, folder.name, split) for p in pictures_below(folder)]
+    if not items and unlabelled and not any(map(pictures_below, children)):
+        items = [Item(p, domain, "", "") for p in pictures_below(top)]
     if not items:
         raise DataError(
             f"domain {domain!r} is empty: no pictures ({', '.join(sorted(SUFFIXES))}) under "
@@ -87,14 +98,29 @@ def pictures_below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
 
 
-def other_files(folder: Path) -> list[tuple[Path, str]]:
-    """The files in a folder that are not read, and why; without hidden ones."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p, folder))
-    return [
-        (p, f"ending {p.suffix.lower() or 'missing'}: not read as a picture")
-        for p in files
-        if p.suffix.lower() not in SUFFIXES
-    ]
+def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
+    """The files in a folder that are not read, and why; without hidden ones.
+
+    Args:
+        folder: Searched at any depth.
+        used: The pictures that are; None: all.
+    """
+    known = None if used is None else set(used)
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if _hidden(path, folder) or not path.is_file():
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            ending = path.suffix.lower() or "missing"
+            found.append((path, f"ending {ending}: not read as a picture"))
+        elif known is not None and path not in known:
+            found.append((path, "in no folder of a class"))
+    return found
+
+
+def is_labelled(item: Item) -> bool:
+    """Whether it has a class."""
+    return bool(item.class_name)
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
@@ -107,6 +133,8 @@ def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]
     for (domain, name), group in _grouped(items).items():
         if not group[0].split:
             if len(group) < 2:
+                if not name:
+                    raise DataError(f"domain {domain!r} has one readable picture: add some")
                 raise DataError(
                     f"class {name!r} of domain {domain!r} has one readable picture; training "
                     "and held-out part need one each: add pictures, or leave the class out "

@@ -21,6 +21,7 @@ from lora_lightning.vision.data.folders import (
     Item,
     common_classes,
     find_domains,
+    is_labelled,
     other_files,
     scan,
     split_items,
@@ -56,6 +57,7 @@ class ImageDomains(LightningDataModule):
     """
 
     fewest_classes = 2
+    may_lack_labels = True  # a target domain without folders of classes
 
     def __init__(
         self,
@@ -104,20 +106,34 @@ class ImageDomains(LightningDataModule):
             return
         self.target = self._targets()
         domains = [self.source, *self.target]
-        found = [i for d in domains for i in scan(self.root, d, self.wanted_classes)]
+        found = [
+            item
+            for d in domains
+            for item in scan(
+                self.root, d, self.wanted_classes, self.may_lack_labels and d != self.source
+            )
+        ]
         # Classes are checked before images are read: most mistakes are in the folders.
-        common_classes(found, self.wanted_classes, self.fewest_classes)
+        common_classes(filter(is_labelled, found), self.wanted_classes, self.fewest_classes)
         readable, unread, self._pictures = checked(
             found, self.prepared, self.root, self.cache_mb, self.tick
         )
-        others = [pair for d in domains for pair in other_files(self.root / d)]
+        used = None if self.wanted_classes else [item.path for item in found]
+        others = [pair for d in domains for pair in other_files(self.root / d, used)]
         self.skipped += [(str(p.relative_to(self.root)), why) for p, why in others]
         self.skipped += unread
         if empty := [d for d in domains if not any(i.domain == d for i in readable)]:
             raise DataError(f"domain {', '.join(map(repr, empty))}: no picture can be read")
-        self.classes = common_classes(readable, self.wanted_classes, self.fewest_classes)
+        self.classes = common_classes(
+            filter(is_labelled, readable), self.wanted_classes, self.fewest_classes
+        )
         self.items = split_items(readable, self.test_fraction, self.seed)
         self.test_on = self.test_on or self.target
+
+    @property
+    def labelled_target(self) -> list[str]:
+        """The target domains that have labels."""
+        return [d for d in self.target if any(i.domain == d and i.class_name for i in self.items)]
 
     def _targets(self) -> list[str]:
         wanted = None if self.wanted_target is None else [self.source, *self.wanted_target]
