@@ -25,11 +25,11 @@ from lora_lightning.runner.checks import at_least
 from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.runner.weights import save_weights
-from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
 from lora_lightning.vision.settings import Config
+from lora_lightning.vision.source_model import backbone, source_model
 
 NAME = "LoRA, no labels"
 
@@ -107,9 +107,8 @@ class Pictures(Experiment[Config]):
         """Raise ConfigError for an invalid value."""
         stages, trained = self.config.train, ("lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
-        # One's own model, trained elsewhere, can be the source as it is.
-        own = self.config.model.checkpoint is not None
-        at_least(self.config, 0 if own else 1, ["train.source.epochs"])
+        least = 0 if self.config.model.checkpoint else 1  # one's own can be the source as it is
+        at_least(self.config, least, ["train.source.epochs"])
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
@@ -120,7 +119,7 @@ class Pictures(Experiment[Config]):
     def load(self) -> None:
         """Read the images; without a folder of the user's own they are rendered."""
         # The backbone first: a mistake in its name is found before the images are read.
-        known: Any = getattr(self._backbone(2, []), "pretrained_cfg", None) or {}
+        known: Any = getattr(backbone(self.config, 2), "pretrained_cfg", None) or {}
         self.data = data = read_pictures(self.domains, self.config.data, known, self.stages)
         self.run.classes, self.run.data_root = data.classes, data.root
         self.run.skipped = data.skipped
@@ -132,28 +131,13 @@ class Pictures(Experiment[Config]):
             "pictures, which no training sees.",
         ]
 
-    def _backbone(self, outputs: int | None, notices: list[str]) -> nn.Module:
-        m = self.config.model
-        return create_backbone(
-            m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices,
-            prefix=m.prefix, size=self.config.data.size,
-        )  # fmt: skip
-
     def source(self) -> nn.Module:
-        """Trained on the source domain, for each seed."""
+        """Trained on the source domain, for each seed; or one's own, trained elsewhere."""
         seed_everything(self.seed, verbose=False)
-        notices: list[str] = []
-        trained = self.config.train.source.epochs > 0
-        model: Any = self._backbone(self.outputs() if trained else None, notices)
-        if not trained and model.num_classes != self.outputs():
-            raise ConfigError(
-                f"{self.config.model.checkpoint} has {model.num_classes} outputs, and the data "
-                f"ask for {self.outputs()} ({', '.join(self.data.classes)[:200]}): with "
-                "train.source.epochs=0 its classifier is used as it is, its classes sorted by name"
-            )
+        model, notices = source_model(self.config, self.outputs(), self.data.classes)
         self.run.notes += [n for n in notices if n not in self.run.notes]
         self.data.prepared.describe(model, self.class_names())
-        if trained:
+        if self.config.train.source.epochs:
             self.train_source(model, self.data.on(train=[self.data.source]))
         # The adapter can be used only with the model that it was trained on.
         save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")
