@@ -61,7 +61,8 @@ def _facts(run: Run, summary: Summary) -> str:
         (len(summary.targets), "target domain", "target domains"),
         (summary.seeds, "seed", "seeds"),
     )
-    facts = [f"{number} {one if number == 1 else many}" for number, one, many in counts]
+    told = ((number, one if number == 1 else many) for number, one, many in counts if number)
+    facts = [f"{number} {noun}" for number, noun in told]
     hardware = run.versions.get("hardware")
     return " · ".join([*facts, str(hardware)] if hardware else facts)
 

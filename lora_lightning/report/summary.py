@@ -192,6 +192,8 @@ class Summary:
         lost = any(self.cell(m, c.domains).lost for m in self.methods for c in self.columns())
         note = f"In {self.unit.name}, {spread}{targets}. "
         note += "Bold: best on the target, with and without its labels."
+        if self._without.intersection(self.targets):
+            note += " –: a domain without labels, in no mean."
         return note + " *: seeds without a value for each domain are left out." * lost
 
 

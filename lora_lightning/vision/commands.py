@@ -90,7 +90,7 @@ def adapt(arguments: argparse.Namespace) -> int:
         def tell(found: Any, learnt: Any, far: Any, file: Path | None) -> None:
             folder = report_folder(files[found.name])
             stages.left_out(f"files of {found.name} are", found.skipped)
-            write_image_report(base, found, learnt, far, settings, folder, arguments.typed)
+            write_image_report(base, found, learnt, far, settings, file, folder, arguments.typed)
 
         outcomes = adapt_images(
             base, targets, files, settings, stages.stage, tell, arguments.overwrite

@@ -28,6 +28,7 @@ def write_image_report(
     learnt: Learnt,
     far: Shift | None,
     settings: ImageSettings,
+    file: Path | None,
     folder: Path,
     command: str,
 ) -> None:
@@ -39,6 +40,7 @@ def write_image_report(
         learnt: The result.
         far: How far the target is, where that was asked for.
         settings: Of the training.
+        file: The adapter's; None where the source model is kept.
         folder: Of the report.
         command: That repeats the run.
     """
@@ -53,7 +55,7 @@ def write_image_report(
         name="adapt-images",
         title=f"{base.name} on {found.name}",
         metric="accuracy",
-        rows=list(_rows(found, learnt, seed)),
+        rows=list(_rows(found, learnt, file, seed)),
         predictions=list(_predictions(base, found, learnt, seed)),
         classes=base.classes,
         spectra={},
@@ -70,12 +72,14 @@ def write_image_report(
     write_report(run, folder)
 
 
-def _rows(found: Found, learnt: Learnt, seed: int) -> Iterator[Row]:
+def _rows(found: Found, learnt: Learnt, file: Path | None, seed: int) -> Iterator[Row]:
     if learnt.accuracies is None:
         return
     before, after = learnt.accuracies
     yield Row("source only", found.name, seed, "accuracy", before, 0, 0.0)
-    costs = learnt.parameters, learnt.seconds, None, learnt.learnt
+    size = file.stat().st_size if file else None
+    # Labelled items are counted where they were learnt from.
+    costs = learnt.parameters, learnt.seconds, size, None if learnt.rounds else learnt.learnt
     yield Row(learnt.method, found.name, seed, "accuracy", after, *costs)
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import load_adapter, shift
+from lora_lightning import load_adapter, read_header, shift
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 from lora_lightning.report.write import print_table
 from lora_lightning.runner.comments import comments, yaml_comments
@@ -172,6 +172,8 @@ def test_the_adapter_fits_the_source_model(ran):
     model = create_backbone("test_efficientnet", 2, out / "source.safetensors")
     report = load_adapter(model, out / "adapter.safetensors")
     assert len(report.rows) == len(result.spectra)
+    told = read_header(out / "adapter.safetensors")["data"]
+    assert (told["class_names"], told["input_size"]) == (result.classes, [3, 32, 32])
 
 
 def test_the_same_seed_gives_the_same_table(ran, tmp_path):

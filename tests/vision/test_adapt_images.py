@@ -19,6 +19,12 @@ from tests.helpers.miniature import photos
 VIT = ["--model", "test_vit", "--size", "32", "--accelerator", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Plots have tests of their own, and docs/your-pictures.md draws these."""
+    monkeypatch.setattr("lora_lightning.report.plots.draw", lambda run: [])
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
