@@ -78,7 +78,9 @@ class Summary:
         others = [d for d in domains if d != self.source]
         # A caller's own average is used only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
-        self._without = set(domains) - {r.domain for r in self._rows if not math.isnan(r.value)}
+        measured = {r.domain for r in self._rows if not math.isnan(r.value)}
+        # Without any value at all a run has failed; that says nothing of labels.
+        self._without = set(domains) - measured if measured else set[str]()
         self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
 
     @property

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
     from lora_lightning.vision.image_training import ImageSettings
@@ -63,7 +63,8 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
     settings.training.batch_size = arguments.batch
     for stage in (settings.training, settings.labelled_training):
         stage.epochs = stage.epochs if arguments.epochs is None else arguments.epochs
-        stage.learning_rate = arguments.learning_rate or stage.learning_rate
+        if arguments.learning_rate is not None:
+            stage.learning_rate = arguments.learning_rate
         if stage.epochs < 1:
             raise ConfigError(f"--epochs must be at least 1, got {stage.epochs}")
     return settings
@@ -176,13 +177,15 @@ def merge(arguments: argparse.Namespace) -> None:
     from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.runner.weights import save_weights
     from lora_lightning.vision.backbones import create_backbone
-    from lora_lightning.vision.named_classifier import classes_for_merging
+    from lora_lightning.vision.named_classifier import head_and_size
 
-    classes = arguments.num_classes
-    if classes is None:
-        classes = classes_for_merging(arguments.model, arguments.adapter, arguments.checkpoint)
-    # Without a checkpoint of theirs, weights that no adapter was made for: a refusal.
-    model: Any = create_backbone(arguments.model, classes, arguments.checkpoint)
+    classes, size = head_and_size(arguments.model, arguments.adapter)
+    if arguments.num_classes is not None:
+        classes = arguments.num_classes
+    elif classes is None and arguments.checkpoint is None:
+        raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
+    # Random weights where no checkpoint is given: load_adapter refuses them.
+    model: Any = create_backbone(arguments.model, classes, arguments.checkpoint, size=size)
     load_adapter(model, arguments.adapter)
     switching.merge(model)
     weights = save_weights(model, arguments.out)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterFileError, ConfigError, DataError
+from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.adapter_file.load import load_adapter
+from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import unknown
 from lora_lightning.runner.tables import read_text
@@ -94,12 +95,11 @@ def named_classifier(
     Raises:
         ConfigError: there is no such model, or the files do not fit it.
     """
-    header, tensors = ({}, {}) if adapter is None else read(Path(adapter))
-    told: dict[str, Any] = header.get("data", {})
-    if num_classes is None and adapter is not None:
-        num_classes = _head_of(name, tensors)
-    if size is None and "input_size" in told:
-        size = told["input_size"][-1]
+    told: dict[str, Any] = {}
+    if adapter is not None:
+        told = read_header(adapter).get("data", {})
+        head, side = head_and_size(name, Path(adapter))
+        num_classes, size = num_classes or head, size or side
     notices: list[str] = []
     pretrained = checkpoint is None and name.partition(".")[0] != PACKAGED
     model = create_backbone(
@@ -145,13 +145,13 @@ def _names(file: Path | str | None, model: nn.Module, told: dict[str, Any]) -> l
     return names
 
 
-def classes_for_merging(name: str, adapter: Path, checkpoint: Path | None) -> int | None:
-    """The size of the head for ``merge``: the adapter's; None: the checkpoint says it.
+def head_and_size(name: str, adapter: Path) -> tuple[int | None, int | None]:
+    """The number of classes, and the side of the pictures, where an adapter file says them.
 
-    Raises:
-        AdapterFileError: neither holds a classifier.
+    Args:
+        name: Of the model in timm.
+        adapter: The file.
     """
-    found = _head_of(name, read(adapter)[1])
-    if found is None and checkpoint is None:
-        raise AdapterFileError(f"{adapter} holds no classifier: give --num-classes")
-    return found
+    header, tensors = read(adapter)
+    side = header.get("data", {}).get("input_size", [None])[-1]
+    return _head_of(name, tensors), side
