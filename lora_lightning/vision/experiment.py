@@ -66,8 +66,6 @@ class Pictures(Experiment[Config]):
     domains: ClassVar[type[ImageDomains]] = ImageDomains
     data: ImageDomains
 
-    # ---- labels ------------------------------------------------------------------------------
-
     @abstractmethod
     def outputs(self) -> int:
         """The number of outputs of the network."""
@@ -107,8 +105,8 @@ class Pictures(Experiment[Config]):
         """Raise ConfigError for an invalid value."""
         stages, trained = self.config.train, ("lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
-        least = 0 if self.config.model.checkpoint else 1  # one's own can be the source as it is
-        at_least(self.config, least, ["train.source.epochs"])
+        # A checkpoint can be the source as it is.
+        at_least(self.config, int(not self.config.model.checkpoint), ["train.source.epochs"])
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
@@ -121,10 +119,10 @@ class Pictures(Experiment[Config]):
         # The backbone first: a mistake in its name is found before the images are read.
         known: Any = getattr(backbone(self.config, 2), "pretrained_cfg", None) or {}
         self.data = data = read_pictures(self.domains, self.config.data, known, self.stages)
-        self.run.classes, self.run.data_root = data.classes, data.root
-        self.run.skipped = data.skipped
+        run = self.run
+        run.classes, run.data_root, run.skipped = data.classes, data.root, data.skipped
         train, test = (sum(i.split == s for i in data.items) for s in ("train", "test"))
-        self.run.notes += [
+        run.notes += [
             f"One adapter for all target domains together; {len(data.classes)} classes, "
             f"{train} training and {test} held-out pictures.",
             "Every method starts from the same source model and is measured on the same held-out "
@@ -169,8 +167,7 @@ class Pictures(Experiment[Config]):
         settings, pictures = self.config.train.label_free, self.data.on(train=case.train)
         training = pictures.unlabelled(True, settings.jitter)
         task: LightningModule = self.transductive(model, pictures.unlabelled(), training)
-        length = {"max_epochs": settings.epochs}
-        return Unlabelled(task, lambda: self.tell(task), trainer=length)
+        return Unlabelled(task, lambda: self.tell(task), trainer={"max_epochs": settings.epochs})
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
         """The metric on the held-out images of the source and of each target domain."""
@@ -204,8 +201,6 @@ class Pictures(Experiment[Config]):
             "LoRA, target labels": "LoRA with target labels",
             "full, target labels": "full fine-tuning with target labels",
         }.get(label, label)
-
-    # ---- examples ----------------------------------------------------------------------------
 
     def shown(self) -> Sequence[str]:
         """The rows from which predictions are shown."""
