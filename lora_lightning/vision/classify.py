@@ -76,4 +76,5 @@ def write_table(answers: Iterable[Answer], top: int) -> None:
     for path, best in answers:
         cells = chain.from_iterable((name, f"{100 * p:.1f}") for name, p in best)
         table.add_row(*map(Text, (str(path), *cells)))
-    PlainConsole().print(table)
+    if table.row_count:
+        PlainConsole().print(table)
