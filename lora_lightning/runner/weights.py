@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterFileError, ConfigError
 from lora_lightning.lora.values import not_finite
 from lora_lightning.model.adapter_file.container import contents
+from lora_lightning.model.adapter_file.data_config import DATA, data_config
 from lora_lightning.model.adapter_file.format import checksum, parsed, verify
 from lora_lightning.model.adapter_file.schema import Kind, check, one_of
 from lora_lightning.report.files import atomic_write
 
 Made = TypeVar("Made", bound=nn.Module)
+_DATA = "data"  # key in the header of `save_weights`
 FORMAT = 1  # of the files of `save_built`
 
 
@@ -33,10 +35,13 @@ class Checkpoint:
         weights: A state dict without the prefixes of DDP and of torch.compile.
         settings: Arguments of the training, as timm's scripts write them: ``"model"``,
             ``"img_size"``, ``"mean"`` …; empty where the file has none.
+        data: Of files that `save_weights` wrote: class names, and how pictures are prepared, see
+            `lora_lightning.model.adapter_file.data_config`.
     """
 
     weights: dict[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise ConfigError(f"model.checkpoint: there is no file {path}")
-    found = _loaded(path)
+    found, data = _loaded(path)
     if not isinstance(found, dict):
         raise ConfigError(f"model.checkpoint: {path} holds no state dict of tensors")
     given = found.get("args")
@@ -68,19 +73,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"model.checkpoint: {path} holds more than tensors ({', '.join(odd[:4])}), and no "
             "state dict under 'state_dict' or 'model'"
         )
-    return Checkpoint({_plain(key): value for key, value in found.items()}, settings)
+    return Checkpoint({_plain(key): value for key, value in found.items()}, settings, data)
 
 
 def _plain(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def _loaded(path: Path) -> Any:
+def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and the data in its header."""
     try:
         if path.suffix == ".safetensors":
-            return contents(path)[1]
+            metadata, weights = contents(path)
+            data = parsed(metadata, _DATA, path) or {}
+            check(DATA, data, "the header", path)
+            return weights, data
         with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     except AdapterFileError as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -121,11 +130,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Write a model's weights to safetensors; returns them."""
+    """Write a model's weights to safetensors; returns them.
+
+    The header says what a timm model's ``pretrained_cfg`` does of classes and pictures.
+    """
     from safetensors.torch import save
 
-    weights = weights_of(model)
-    atomic_write(path, save(weights))
+    weights, data = weights_of(model), data_config(model)
+    atomic_write(path, save(weights, {_DATA: json.dumps(data)} if data else None))
     return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,12 @@ def create_backbone(
         raise ConfigError("give model.checkpoint or model.pretrained=true, not both")
     if checkpoint is not None:
         found = read_checkpoint(Path(checkpoint))
-        size = size or _side(found.settings)
+        size = size or _side({**found.settings, **found.data})
         model = _create(name, 2 if num_classes is None else num_classes, size=size)
         weights = own_weights(model, found.weights, str(checkpoint), prefix, notices)
         if num_classes is None and (num_classes := _classes(model, weights, checkpoint)) != 2:
             model = _create(name, num_classes, size=size)
-        _load(model, Checkpoint(weights, found.settings), name, str(checkpoint), notices)
+        _load(model, replace(found, weights=weights), name, str(checkpoint), notices)
         return model
     if pretrained or imagenet == "none":
         return _create(name, num_classes, pretrained, size)
@@ -104,6 +105,10 @@ def _load(
             f"{path} has a classifier of another size ({', '.join(dropped)}): "
             f"left out, the one for {model.num_classes} classes starts at random."
         )
+    if found.data:
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in found.data.items()}
+        names = own.pop("class_names", ())
+        model.pretrained_cfg = {**model.pretrained_cfg, **own, "label_names": names}
     given = {k: v for k in PREPARED if (v := found.settings.get(k)) is not None}
     if given:
         from timm.data.config import resolve_data_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ def named_classifier(
     )
     if adapter is not None:
         load_adapter(model, adapter)
-    prepared = Preparation.of({**data_config(model), **told}, size)
+    prepared = described(model, told, size)
     found = NamedClassifier(name, model.eval(), [], prepared, True, notices)
-    found.classes = _names(classes, model, told)
+    found.classes = _names(classes, model)
     if not found.classes:
         found.classes = [str(i) for i in range(_outputs(model))]
         found.named = False
@@ -130,10 +130,9 @@ def _outputs(model: Any) -> int:
     return int(model.num_classes)
 
 
-def _names(file: Path | str | None, model: nn.Module, told: dict[str, Any]) -> list[str]:
+def _names(file: Path | str | None, model: nn.Module) -> list[str]:
     if file is None:
-        names = list(told.get("class_names") or data_config(model).get("class_names") or [])
-        return names if len(names) == _outputs(model) else []
+        return list(data_config(model).get("class_names", []))
     names = [line.strip() for line in read_text(Path(file)).splitlines() if line.strip()]
     if len(names) != _outputs(model):
         raise ConfigError(
@@ -143,6 +142,20 @@ def _names(file: Path | str | None, model: nn.Module, told: dict[str, Any]) -> l
     if len(set(names)) < len(names):
         raise ConfigError(f"{file} names a class twice; each line must be another name")
     return names
+
+
+def described(model: nn.Module, told: Mapping[str, Any], size: int | None = None) -> Preparation:
+    """How a model's pictures are prepared; the model says it and the names of its classes then.
+
+    Args:
+        model: Of timm.
+        told: The data in an adapter's header, over the model's own.
+        size: Side of the pictures, over both.
+    """
+    known = {**data_config(model), **told}
+    prepared = Preparation.of(known, size)
+    prepared.describe(model, known.get("class_names", ()))
+    return prepared
 
 
 def head_and_size(name: str, adapter: Path) -> tuple[int | None, int | None]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning import load_adapter, read_header, shift
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.report.write import print_table
 from lora_lightning.runner.comments import comments, yaml_comments
 from lora_lightning.runner.loading import (
@@ -174,6 +175,7 @@ def test_the_adapter_fits_the_source_model(ran):
     assert len(report.rows) == len(result.spectra)
     told = read_header(out / "adapter.safetensors")["data"]
     assert (told["class_names"], told["input_size"]) == (result.classes, [3, 32, 32])
+    assert data_config(model) == told  # the source's own file says it too
 
 
 def test_the_same_seed_gives_the_same_table(ran, tmp_path):

@@ -90,6 +90,15 @@ def test_a_folder_becomes_an_adapter_answers_and_a_report(model, pictures, capsy
         assert float(mine["probability"]) == pytest.approx(
             float(theirs["adapted_confidence"]), abs=2e-4
         )
+    # So does the merged file, whose header says the same.
+    merged = out.with_name("merged.safetensors")
+    common = ["--model", "test_vit", "--checkpoint", str(model), "--adapter", str(out)]
+    assert main(["merge", *common, "--out", str(merged)]) == 0
+    capsys.readouterr()
+    common = ["classify", "--model", "test_vit", "--checkpoint", str(merged), "--csv"]
+    assert main([*common, "--accelerator", "cpu", str(pictures / "night")]) == 1
+    again = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [r["class"] for r in again] == [r["adapted"] for r in answers]
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "2: cat, dog" in shown
