@@ -102,7 +102,8 @@ def _harmless() -> list[Any]:
 
     numbers: list[Any] = [np.float64(0), np.float32(0), np.int64(0)]
     types = [type(n.dtype) for n in numbers]
-    paths = [type(Path()), PurePosixPath]
+    own = type(Path())  # which newer versions of Python define elsewhere
+    paths = [own, (own, f"pathlib.{own.__name__}"), PurePosixPath]
     return [argparse.Namespace, AttributeDict, *paths, np.dtype, numbers[0].__reduce__()[0], *types]
 
 

@@ -17,6 +17,7 @@ def add_commands(commands: Any) -> None:
     merge = commands.add_parser("merge", help="write a timm model with an adapter merged in")
     merge.add_argument("--model", required=True, metavar="NAME", help="the base's name in timm")
     merge.add_argument("--checkpoint", metavar="FILE", type=Path, help="the base's weights")
+    merge.add_argument("--prefix", help="of the network's names in it, such as model.")
     merge.add_argument("--adapter", required=True, metavar="FILE", type=Path)
     merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
     merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")

@@ -186,7 +186,9 @@ def merge(arguments: argparse.Namespace) -> None:
     elif classes is None and arguments.checkpoint is None:
         raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
     # Random weights where no checkpoint is given: load_adapter refuses them.
-    model: Any = create_backbone(arguments.model, classes, arguments.checkpoint, size=size)
+    model: Any = create_backbone(
+        arguments.model, classes, arguments.checkpoint, prefix=arguments.prefix, size=size
+    )
     load_adapter(model, arguments.adapter)
     switching.merge(model)
     described(model, read_header(arguments.adapter).get("data", {}), size)
