@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.sentences import sentence
@@ -33,6 +34,8 @@ examples:
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
   lora-lightning sweep lighting --ranks 1 2 4 8 auto
+  lora-lightning adapt-images --model convnext_tiny --checkpoint mine.pth --images night/ \
+      --out night.safetensors
   lora-lightning adapt-speaker --model spoken --enroll alice/ --out alice.safetensors
   lora-lightning transcribe --model spoken --adapter alice.safetensors message.wav
 """
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
@@ -156,6 +160,7 @@ def _help(arguments: argparse.Namespace) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from lora_lightning.runner.adapter_facts import as_typed
     from lora_lightning.runner.comments import comments
     from lora_lightning.runner.loading import apply_overrides, load_recipe, settings
 
@@ -163,19 +168,10 @@ def _help(arguments: argparse.Namespace) -> None:
     said = comments(arguments.name)
     console.print(f"\nsettings of {arguments.name}, with their values:")
     for key, value in settings(config).items():
-        console.print(Text.assemble("  ", (key, "bold"), f"={_as_typed(value)}"))
+        console.print(Text.assemble("  ", (key, "bold"), f"={as_typed(value)}"))
         if key in said:
             console.print(Padding(Text(said[key], style="dim"), (0, 0, 0, 6)))
     return None
-
-
-def _as_typed(value: Any) -> str:
-    """A value as it is written after ``key=``."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(_as_typed, value))}]"
-    return str(value)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -205,38 +201,9 @@ def _copy(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
+    from lora_lightning.runner.adapter_facts import print_facts
 
-    from lora_lightning.model.adapter_file.save import read_header
-
-    header = read_header(arguments.adapter)
-    console = _console()
-    facts = Table(Column(), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
-    versions = ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items())
-    base = ", ".join(f"{k} {v}" for k, v in header["base"].items())
-    settings = ", ".join(f"{k}={_as_typed(v)}" for k, v in header["config"].items())
-    whole = ", ".join([*header["extras"], *header["buffers"]]) or "–"
-    for key, value in {
-        "file": f"{arguments.adapter} ({arguments.adapter.stat().st_size:,} bytes)",
-        "adapter": f"{header['name']} (format {header['format_version']})",
-        "base": base,
-        "made with": versions,
-        "settings": settings,
-        "in full": whole,
-    }.items():
-        facts.add_row(Text(key, style="bold"), Text(value))
-    console.print(facts)
-    table = Table(title=f"{len(header['targets'])} adapted tensors", title_justify="left")
-    for column in ("tensor", "kind", "path"):
-        table.add_column(column, overflow="fold")
-    for column in ("shape", "rank"):
-        table.add_column(column, justify="right")
-    for t in header["targets"]:
-        where = f"{t['module']}.{t['tensor']}".lstrip(".")
-        shape = "×".join(map(str, t["shape"]))
-        table.add_row(*map(Text, (where, t["kind"], t["path"], shape, str(t["rank"]))))
-    console.print(table)
+    print_facts(arguments.adapter, _console())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
@@ -60,7 +61,8 @@ def _facts(run: Run, summary: Summary) -> str:
         (len(summary.targets), "target domain", "target domains"),
         (summary.seeds, "seed", "seeds"),
     )
-    facts = [f"{number} {one if number == 1 else many}" for number, one, many in counts]
+    told = ((number, one if number == 1 else many) for number, one, many in counts if number)
+    facts = [f"{number} {noun}" for number, noun in told]
     hardware = run.versions.get("hardware")
     return " · ".join([*facts, str(hardware)] if hardware else facts)
 
@@ -125,7 +127,7 @@ def _shifts(run: Run, summary: Summary) -> str:
         accuracy = (s["expected_accuracy"], measured.get(domain))
         cells = [
             s["verdict"],
-            *("–" if a is None else f"{100 * a:.1f}" for a in accuracy),
+            *("–" if a is None or math.isnan(a) else f"{100 * a:.1f}" for a in accuracy),
             *(f"{s[name]['value']:.2f}" for name in ("proxy_a", "frechet")),
             str(s["entry"] or "–"),
         ]

@@ -110,6 +110,7 @@ class Run:
         versions: name → version, hardware included.
         skipped: (path, reason) of each input that was left out.
         command: the command that repeats the run; made from the name where empty.
+        verdict: the sentence at the top of the page; made from the rows where empty.
         texts: the kind of `transcripts`, and the name of their file.
         read_audio: gives the samples (T,) of a transcript's audio file at a sampling rate in Hz;
             raises DataError where it cannot. None: recordings are not played.
@@ -132,6 +133,7 @@ class Run:
     rounds: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     texts: str = "transcripts"
     shifts: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    verdict: str = ""
     read_audio: Callable[[str, int], Tensor] | None = None
 
     def heard(self) -> list[Transcript]:

@@ -78,12 +78,20 @@ class Summary:
         others = [d for d in domains if d != self.source]
         # A caller's own average is used only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
+        measured = {r.domain for r in self._rows if not math.isnan(r.value)}
+        # Without any value at all a run has failed; that says nothing of labels.
+        self._without = set(domains) - measured if measured else set[str]()
         self.graded = bool(self.targets) and all(severity(d) for d in self.targets)
 
     @property
     def apart(self) -> bool:
         """Whether each target is reported separately, such as each speaker; not where graded."""
         return self.lower and not self.graded
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether nothing could be measured on any target."""
+        return bool(self.targets) and self._without.issuperset(self.targets)
 
     @property
     def seeds(self) -> int:
@@ -96,6 +104,7 @@ class Summary:
         A seed that lacks one of the domains is left out and counted: an average over fewer
         domains would not compare.
         """
+        domains = [d for d in domains if d not in self._without]
         seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
         found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
         if not any(v is not None for values in found for v in values):
@@ -185,13 +194,16 @@ class Summary:
         lost = any(self.cell(m, c.domains).lost for m in self.methods for c in self.columns())
         note = f"In {self.unit.name}, {spread}{targets}. "
         note += "Bold: best on the target, with and without its labels."
+        if self._without.intersection(self.targets):
+            note += " –: a domain without labels, in no mean."
         return note + " *: seeds without a value for each domain are left out." * lost
 
 
 def target_items(run: Run) -> list[Prediction]:
-    """The held-out items of the target."""
+    """The held-out items of the target that have a label."""
     source = Summary(run).source
-    return [p for p in run.predictions if p.domain != source and p.split == HELD_OUT]
+    found = (p for p in run.predictions if p.domain != source and p.split == HELD_OUT)
+    return [p for p in found if p.label]
 
 
 def _source_of(run: Run) -> Any:

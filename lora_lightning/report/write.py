@@ -76,6 +76,11 @@ def _table(run: Run, summary: Summary) -> Table:
 def verdict(run: Run) -> str:
     """LoRA's gain on the target, compared with full fine-tuning, and the domains that got worse."""
     summary = Summary(run)
+    if summary.unlabelled:
+        return (
+            "The target has no labels, so nothing is measured there; predictions.csv has the "
+            "answers to its items before and after."
+        )
     known = [m for m in summary.headline_methods() if not math.isnan(summary.target(m).mean)]
     before = summary.before()
     tuned = [m for m in known if "lora" in m.lower()] or [m for m in known if m != before]
@@ -171,7 +176,7 @@ def write_report(run: Run, out: Path) -> None:
         (out / "plots" / f"{name}.png").unlink(missing_ok=True)
     for plot in drawn:
         atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
-    atomic_write(out / "report.html", html.page(run, drawn, verdict(run)).encode())
+    atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:

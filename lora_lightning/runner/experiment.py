@@ -8,6 +8,7 @@ kind shares, `lora_lightning.runner.runner` runs them for every seed.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -109,6 +110,15 @@ class Experiment(ABC, Generic[Config]):
     @abstractmethod
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterable[tuple[str, str, float]]:
         """Yield (domain, metric, value); stores the predictions by the row's label."""
+
+    def lacks_data(self, case: Case) -> bool:
+        """Whether there is nothing to train on: then its rows are without values."""
+        return False
+
+    def without_values(self, label: str, case: Case) -> list[Row]:
+        """The rows of a case that lacks data."""
+        values = [(str(d), self.metric, math.nan) for d in case.tested[1:]]
+        return self.table(label, case, Adapted(None), values)
 
     def shows(self, case: Case, rank: int | str | None) -> bool:
         """Whether the report shows the spectra of this adapter."""

@@ -76,15 +76,21 @@ def each(
         what: Data of the target: `NOTHING`, `LABELS` or `NO_LABELS`.
         method: From a case and the row's name to rows.
     """
+
+    def of(case: Case, label: str) -> list[Row]:
+        if experiment.lacks_data(case):
+            return experiment.without_values(label, case)
+        return method(case, label)
+
     rows: list[Row] = []
     for given, group in groupby(experiment.cases(what), key=attrgetter("given")):
         cases, label = list(group), f"{name}, {given}" if given else name
         if experiment.counts_batches:  # the trainers have their own bars
-            rows += [row for case in cases for row in method(case, label)]
+            rows += [row for case in cases for row in of(case, label)]
             continue
         tick = experiment.stages.stage(label, "targets")
         for done, case in enumerate(cases, 1):
-            rows += method(case, label)
+            rows += of(case, label)
             tick(done, len(cases))
     return _averaged(rows)
 

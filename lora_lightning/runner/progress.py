@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,9 +67,11 @@ class Stages:
         return tick
 
     def left_out(self, what: str, skipped: Sequence[tuple[str, str]]) -> None:
-        """Print the inputs that are left out: (path, reason) of each."""
+        """Print the inputs that are left out, counted by reason: (path, reason) of each."""
         if skipped:
-            self.console.print(f"{len(skipped)} {what} left out:", style="yellow")
+            count = Counter(reason.partition(":")[0] for _, reason in skipped)
+            told = ", ".join(f"{reason} × {number}" for reason, number in count.most_common())
+            self.console.print(f"{len(skipped)} {what} left out ({told}):", style="yellow")
             for path, reason in skipped[:5]:
                 self.console.print(f"  {path}: {reason}")
 

@@ -51,7 +51,9 @@ class EpochTraining(Scheduled):
     least_steps: int = 0
 
     def passes(self, batches: int) -> int:
-        """The epochs of so many batches each, or more for the least number of steps."""
+        """The epochs of so many batches each, or more for the least number of steps; 0 stays 0."""
+        if not self.epochs:
+            return 0
         return max(self.epochs, math.ceil(self.least_steps / max(batches, 1)))
 
 

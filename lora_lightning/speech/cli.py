@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import DataError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lora_lightning.speech.data.utterances import Utterance
-    from lora_lightning.speech.enrolment import Outcome
     from lora_lightning.speech.tasks.lexicon import Lexicon
 
 _MODEL = (
     "the recogniser: spoken (the small one that comes with the package), a recipe's "
     "source.safetensors, or a bundle of torchaudio.pipelines, such as WAV2VEC2_ASR_BASE_960H"
 )
+
+_COLUMNS = ("speaker", "learnt\nfrom", "held\nout", "WER %\nbefore", "WER %\nafter")
 
 
 def add_commands(commands: Any) -> None:
@@ -93,9 +92,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _adapt(arguments: argparse.Namespace) -> int:
     from lora_lightning.lora.config import LoRAConfig
-    from lora_lightning.report.console import PlainConsole
+    from lora_lightning.runner.each_target import adapter_files, shown
     from lora_lightning.runner.progress import Stages, interruptible
-    from lora_lightning.speech.enrolment import FAILED, SpeakerSettings
+    from lora_lightning.speech.enrolment import SpeakerSettings
     from lora_lightning.speech.speakers import adapt_speakers
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
@@ -112,26 +111,19 @@ def _adapt(arguments: argparse.Namespace) -> int:
         arguments.untranscribed,
         _lexicon(arguments.lexicon),
     )
-    outcomes: list[Outcome] = []
     with Stages() as stages, interruptible():
         speakers = _speakers(arguments.enroll, stages)
-        files = _files(arguments.out, speakers)
+        files = adapter_files(arguments.out, speakers, "speakers")
         base = named_recogniser(arguments.model, arguments.checkpoint)
-        try:
-            for outcome in adapt_speakers(
-                base,
-                speakers,
-                files,
-                settings,
-                lambda name: stages.stage(name, "steps"),
-                arguments.overwrite,
-            ):
-                outcomes.append(outcome)
-        finally:
-            stages.stop()
-            if outcomes:
-                PlainConsole().print(_table(outcomes))
-    return int(any(o.status == FAILED for o in outcomes))
+        outcomes = adapt_speakers(
+            base,
+            speakers,
+            files,
+            settings,
+            lambda name: stages.stage(name, "steps"),
+            arguments.overwrite,
+        )
+        return shown(outcomes, stages, _COLUMNS)
 
 
 def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
@@ -147,46 +139,6 @@ def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
         raise DataError(f"{path}: none of the {len(skipped)} recordings can be used")
     named = [u.speaker for u in found]
     return by_speaker(found) if any(named) else {path.stem: found}
-
-
-def _files(out: Path, speakers: dict[str, list[Utterance]]) -> dict[str, Path]:
-    from lora_lightning.report.files import check_writable
-    from lora_lightning.runner.file_names import file_names
-
-    check_writable(out.parent)  # before minutes of training
-    if out.suffix == ".safetensors":
-        if out.is_dir():
-            raise ConfigError(f"{out} is a folder: give a file, or a folder of another ending")
-        if len(speakers) > 1:
-            raise ConfigError(
-                f"{len(speakers)} speakers need a file each: give a folder as --out, not {out}"
-            )
-        return dict.fromkeys(speakers, out)
-    if out.is_file():
-        raise ConfigError(f"{out} is a file; --out takes a .safetensors file or a folder")
-    check_writable(out)
-    return {name: out / f"{stem}.safetensors" for name, stem in file_names(speakers).items()}
-
-
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("speaker", overflow="fold")
-    for name in ("learnt\nfrom", "held\nout", "WER %\nbefore", "WER %\nafter"):
-        table.add_column(name, justify="right")
-    table.add_column("result", overflow="fold")
-    for o in outcomes:
-        rates = ["–" if r is None else f"{100 * r:.1f}" for r in (o.before, o.after)]
-        if o.path is not None:
-            result = f"{o.status}: {o.path} ({o.path.stat().st_size / 1000:.0f} kB)"
-        else:
-            result = f"{o.status}: {o.reason}" if o.reason else o.status
-        counts = [str(n) if n else "–" for n in (o.learnt, o.held_out)]
-        table.add_row(*map(Text, (o.speaker, *counts, *rates, result)))
-    return table
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Adapting to one speaker, with or without transcripts: settings, outcome, acceptance."""
+"""Adapting to one speaker, with or without transcripts: settings and acceptance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torchmetrics.functional.text import word_error_rate
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.switching import disabled
+from lora_lightning.runner.each_target import ADAPTED, KEPT, Outcome
 from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.ctc import CTCRecognition
@@ -20,34 +21,6 @@ from lora_lightning.speech.tasks.lexicon import Lexicon
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 
 FEWEST_TO_SPLIT = 10  # of fewer recordings none is held out: a WER of one or two is too noisy
-ADAPTED, KEPT, THERE, FAILED = "adapted", "kept source", "already there", "failed"
-Tick = Callable[[int, int], None]
-
-
-@dataclass
-class Outcome:
-    """The result of adapting to a speaker.
-
-    Attributes:
-        status: ``"adapted"``, ``"kept source"`` (the adapter did harm on the held-out
-            recordings, or the guard accepted no round: no file), ``"already there"`` (an earlier
-            run's file) or ``"failed"``.
-        learnt: Number of training recordings.
-        held_out: Number of recordings that decided whether the adapter is kept.
-        before: WER of the source on those; None without any.
-        after: WER of the adapter on those.
-        path: The file.
-        reason: Of a failure, or why the source is kept.
-    """
-
-    speaker: str
-    status: str
-    learnt: int = 0
-    held_out: int = 0
-    before: float | None = None
-    after: float | None = None
-    path: Path | None = None
-    reason: str = ""
 
 
 @dataclass

@@ -5,8 +5,6 @@ The implementation of ``lora-lightning adapt-speaker``.
 
 from __future__ import annotations
 
-import errno
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,34 +14,16 @@ from tempfile import TemporaryDirectory
 from lightning.pytorch import seed_everything
 from torch import nn
 
-from lora_lightning.errors import (
-    AdapterFileError,
-    BaseMismatchError,
-    ConfigError,
-    MissingDependencyError,
-    TargetError,
-)
-from lora_lightning.model.adapter_file.checks import check_base
-from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
-from lora_lightning.report.sentences import sentence
+from lora_lightning.runner.each_target import KEPT, Outcome, Tick, each_target
 from lora_lightning.runner.file_names import adapter_name
 from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
-from lora_lightning.speech.enrolment import (
-    FAILED,
-    KEPT,
-    THERE,
-    Outcome,
-    SpeakerSettings,
-    Tick,
-    judged,
-    split,
-)
+from lora_lightning.speech.enrolment import SpeakerSettings, judged, split
 from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
@@ -62,8 +42,6 @@ class _Training:
     batch_norm: str
 
 
-# Of the output's folder, or of the whole file system.
-_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _TRANSCRIBED = _Training(150, 4, 4e-3, "one-cycle", "frozen")
 _UNTRANSCRIBED = _Training(200, 8, 8e-3, "cosine", "adapt")
 
@@ -84,49 +62,13 @@ def adapt_speakers(
         files: Name → adapter file to write.
         settings: How.
         stage: Begins a progress bar; returns a function of (done, total).
-        overwrite: Adapt again where a file exists. Otherwise a file of the same base is kept, so
-            that an interrupted run is resumed.
-
-    Yields:
-        The outcome of each; one that fails does not stop the others.
+        overwrite: Adapt again where a file exists, see `each_target`.
     """
-    for name, utterances in speakers.items():
-        if not overwrite and files[name].exists():
-            yield _there(base, name, files[name])
-            continue
-        try:
-            outcome = _one(base, name, utterances, files[name], settings, stage)
-        except Exception as error:
-            outcome = Outcome(name, FAILED, reason=_reason(error))
-        yield outcome
 
+    def one(name: str) -> Outcome:
+        return _one(base, name, speakers[name], files[name], settings, stage)
 
-def _reason(error: Exception) -> str:
-    """Why a speaker failed; raises what the next speaker would fail for as well."""
-    if isinstance(error, ConfigError | TargetError | MissingDependencyError) or (
-        isinstance(error, OSError) and error.errno in _NO_WRITING
-    ):
-        raise error
-    if said := sentence(error):
-        return said
-    traceback.print_exception(error)  # a fault of ours
-    return f"{type(error).__name__}: {error} (its traceback is above)"
-
-
-def _there(base: NamedRecogniser, name: str, path: Path) -> Outcome:
-    """The outcome of an earlier run's file, or of what is there instead.
-
-    Raises:
-        BaseMismatchError: another base's, as those of the other speakers will be.
-    """
-    hint = "The file was there before: give another --out, or --overwrite"
-    try:
-        check_base(base.model, read_header(path), "weights", path)
-    except BaseMismatchError as error:
-        raise BaseMismatchError(f"{error}. {hint}") from error
-    except AdapterFileError as error:
-        return Outcome(name, FAILED, reason=f"{error}. {hint}")
-    return Outcome(name, THERE, path=path)
+    return each_target(base.model, {name: files[name] for name in speakers}, one, overwrite)
 
 
 def _one(

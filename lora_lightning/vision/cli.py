@@ -1,4 +1,4 @@
-"""The command ``merge``."""
+"""The commands of pictures: ``adapt-images``, ``classify``, ``shift`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -6,42 +6,109 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.vision import commands as run
 
 
 def add_commands(commands: Any) -> None:
-    """Add it to the command's parser."""
+    """Add them to the command's parser."""
+    _add_adapt(commands)
+    _add_classify(commands)
+    _add_shift(commands)
     merge = commands.add_parser("merge", help="write a timm model with an adapter merged in")
     merge.add_argument("--model", required=True, metavar="NAME", help="the base's name in timm")
     merge.add_argument("--checkpoint", metavar="FILE", type=Path, help="the base's weights")
+    merge.add_argument("--prefix", help="of the network's names in it, such as model.")
     merge.add_argument("--adapter", required=True, metavar="FILE", type=Path)
     merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
     merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")
-    merge.set_defaults(command=_merge)
+    merge.set_defaults(command=run.merge)
 
 
-def _merge(arguments: argparse.Namespace) -> None:
-    from lora_lightning.model.adapter_file.format import read
-    from lora_lightning.model.adapter_file.load import load_adapter
-    from lora_lightning.model.introspection import classifier_modules
-    from lora_lightning.model.switching import merge
-    from lora_lightning.report.console import PlainConsole
-    from lora_lightning.runner.weights import save_weights
-    from lora_lightning.vision.backbones import create_backbone
-
-    _, tensors = read(arguments.adapter)
-    classes = arguments.num_classes
-    if classes is None:
-        heads = classifier_modules(create_backbone(arguments.model, 2))
-        sizes = [tensors[f"{h}.weight"].shape[0] for h in heads if f"{h}.weight" in tensors]
-        if not sizes:
-            raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
-        classes = sizes[0]
-    model = create_backbone(arguments.model, classes, arguments.checkpoint)
-    load_adapter(model, arguments.adapter)
-    merge(model)
-    weights = save_weights(model, arguments.out)
-    PlainConsole().print(
-        f"{arguments.out}: {arguments.model} with {classes} classes, {len(weights)} tensors",
-        soft_wrap=True,
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="NAME",
+        help="the classifier's name in timm; or hf-hub:user/name, local-dir:folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="its weights: a state dict, or a training checkpoint of timm or Lightning; default: "
+        "timm's own, from a hub",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix", help='of the network\'s names in the checkpoint, such as "model."; found if not'
     )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE",
+        help="names of the classes, one a line, in the order of the head",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="side of its pictures; default: as trained"
+    )
+    parser.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
+
+
+def _add_adapt(commands: Any) -> None:
+    adapt = commands.add_parser("adapt-images", help="learn an adapter for a folder of pictures")
+    _add_model(adapt)
+    adapt.add_argument(
+        "--images", required=True, nargs="+", type=Path, metavar="DIR|MANIFEST",
+        help="pictures without labels: folders, flat or nested, an adapter for each; or a .csv, "
+        ".tsv or .jsonl with the columns path and, for several adapters, domain",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--out", required=True, type=Path, metavar="FILE|DIR",
+        help="the adapter file (.safetensors); a folder for several. The report is beside it",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--canary", type=Path, metavar="DIR|CSV",
+        help="a few labelled pictures, in folders of their classes: an adapter that does worse on "
+        "them than the source is not kept; nothing is learnt from them",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--labels", type=Path, metavar="DIR|CSV",
+        help="labelled pictures to learn from, in folders of their classes, or a table with the "
+        "columns path and label",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--source-statistics", type=Path, metavar="FILE",
+        help="of a recipe or of the command shift: tells how far each folder is",
+    )  # fmt: skip
+    for name, kind, default, text in (
+        ("rank", int, 4, "inner dimension of the factors"),
+        ("alpha", float, 8.0, "numerator of the scaling alpha/rank"),
+        ("batch", int, 32, "pictures in a batch"),
+        ("seed", int, 0, "of factors, order, and what is held out"),
+    ):
+        adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default:g})")
+    for name, kind, text in (
+        ("epochs", int, "passes over the pictures (4; with labels 10)"),
+        ("learning-rate", float, "peak learning rate (0.002; with labels 0.004)"),
+    ):
+        adapt.add_argument(f"--{name}", type=kind, help=text)
+    adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
+    adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
+    adapt.set_defaults(command=run.adapt)
+
+
+def _add_classify(commands: Any) -> None:
+    classify = commands.add_parser("classify", help="say what pictures show")
+    _add_model(classify)
+    classify.add_argument("--adapter", type=Path, metavar="FILE", help="of adapt-images")
+    classify.add_argument("--csv", action="store_true", help="print CSV in place of a table")
+    classify.add_argument("--top", type=int, default=1, help="classes for each picture (1)")
+    classify.add_argument("files", nargs="+", type=Path, metavar="FILE|DIR")
+    classify.set_defaults(command=run.classify)
+
+
+def _add_shift(commands: Any) -> None:
+    shift = commands.add_parser("shift", help="tell how far pictures are from a model's source")
+    _add_model(shift)
+    shift.add_argument("--adapter", type=Path, metavar="FILE", help="measured as well")
+    shift.add_argument(
+        "--source", required=True, type=Path, metavar="FILE|DIR",
+        help="the source's statistics, of a recipe or of --save; or pictures of it that the model "
+        "was not trained on, in folders of their classes",
+    )  # fmt: skip
+    shift.add_argument("--save", type=Path, metavar="FILE", help="write the source's statistics")
+    shift.add_argument("--images", required=True, nargs="+", type=Path, metavar="DIR|MANIFEST")
+    shift.set_defaults(command=run.shift)

@@ -26,11 +26,11 @@ from lora_lightning.runner.checks import at_least
 from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.runner.weights import save_weights
-from lora_lightning.vision.backbones import create_backbone
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.recipe_data import read_pictures
 from lora_lightning.vision.settings import Config
+from lora_lightning.vision.source_model import backbone, source_model
 
 NAME = "LoRA, no labels"
 
@@ -67,11 +67,13 @@ class Pictures(Experiment[Config]):
     domains: ClassVar[type[ImageDomains]] = ImageDomains
     data: ImageDomains
 
-    # ---- labels ------------------------------------------------------------------------------
-
     @abstractmethod
     def outputs(self) -> int:
         """The number of outputs of the network."""
+
+    def class_names(self) -> Sequence[str]:
+        """Of the outputs, where those are classes."""
+        return ()
 
     @abstractmethod
     def labels(self, items: Sequence[Item]) -> Tensor:
@@ -102,9 +104,11 @@ class Pictures(Experiment[Config]):
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""
-        stages, trained = self.config.train, ("source", "lora", "full", "label_free")
+        stages, trained = self.config.train, ("lora", "full", "label_free")
         at_least(self.config, 1, (f"train.{name}.epochs" for name in trained))
-        at_least(self.config, 0, (f"train.{name}.least_steps" for name in trained))
+        at_least(self.config, 0, (f"train.{name}.least_steps" for name in ("source", *trained)))
+        # A checkpoint can be the source as it is.
+        at_least(self.config, int(not self.config.model.checkpoint), ["train.source.epochs"])
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
         if not 0 <= (jitter := stages.label_free.jitter) <= 1:
@@ -115,29 +119,26 @@ class Pictures(Experiment[Config]):
     def load(self) -> None:
         """Read the images; without a folder of the user's own they are rendered."""
         # The backbone first: a mistake in its name is found before the images are read.
-        known: Any = getattr(self._backbone(2, []), "pretrained_cfg", None) or {}
+        known: Any = getattr(backbone(self.config, 2), "pretrained_cfg", None) or {}
         self.data = data = read_pictures(self.domains, self.config.data, known, self.stages)
-        self.run.classes, self.run.data_root = data.classes, data.root
-        self.run.skipped = data.skipped
+        run = self.run
+        run.classes, run.data_root, run.skipped = data.classes, data.root, data.skipped
         train, test = (sum(i.split == s for i in data.items) for s in ("train", "test"))
-        self.run.notes += [
+        run.notes += [
             f"One adapter for all target domains together; {len(data.classes)} classes, "
             f"{train} training and {test} held-out pictures.",
             "Every method starts from the same source model and is measured on the same held-out "
             "pictures, which no training sees.",
         ]
 
-    def _backbone(self, outputs: int, notices: list[str]) -> nn.Module:
-        m = self.config.model
-        return create_backbone(m.name, outputs, m.checkpoint, m.pretrained, m.imagenet, notices)
-
     def source(self) -> nn.Module:
-        """Trained on the source domain, for each seed."""
+        """Trained on the source domain, for each seed; or one's own, trained elsewhere."""
         seed_everything(self.seed, verbose=False)
-        notices: list[str] = []
-        model = self._backbone(self.outputs(), notices)
+        model, notices = source_model(self.config, self.outputs(), self.data.classes)
         self.run.notes += [n for n in notices if n not in self.run.notes]
-        self.train_source(model, self.data.on(train=[self.data.source]))
+        self.data.prepared.describe(model, self.class_names())
+        if self.config.train.source.epochs:
+            self.train_source(model, self.data.on(train=[self.data.source]))
         # The adapter can be used only with the model that it was trained on.
         save_weights(model, Path(self.config.out) / f"{self.named('source')}.safetensors")
         return model
@@ -152,7 +153,12 @@ class Pictures(Experiment[Config]):
     def cases(self, what: str) -> list[Case]:
         """All target domains together, evaluated on the source too."""
         given = {LABELS: "target labels", NO_LABELS: "no labels"}.get(what, "")
-        return [Case("adapter", self.data.target, [self.data.source, *self.data.target], given)]
+        train = self.data.labelled_target if what == LABELS else self.data.target
+        return [Case("adapter", train, [self.data.source, *self.data.target], given)]
+
+    def lacks_data(self, case: Case) -> bool:
+        """Where labels are asked for and no target domain has any."""
+        return not case.train
 
     def fit_data(self, case: Case, stage: Any) -> ImageDomains:
         """The labelled training images."""
@@ -199,8 +205,6 @@ class Pictures(Experiment[Config]):
             "LoRA, target labels": "LoRA with target labels",
             "full, target labels": "full fine-tuning with target labels",
         }.get(label, label)
-
-    # ---- examples ----------------------------------------------------------------------------
 
     def shown(self) -> Sequence[str]:
         """The rows from which predictions are shown."""

@@ -31,17 +31,23 @@ class Classification(Pictures):
         """One for each class."""
         return len(self.data.classes)
 
+    def class_names(self) -> Sequence[str]:
+        """The classes."""
+        return self.data.classes
+
     def task(self, model: nn.Module, stage: Any) -> Classifier:
         """A `Classifier`."""
         return Classifier(model, **stage.arguments())
 
     def labels(self, items: Sequence[Item]) -> Tensor:
         """The classes of images, as numbers."""
-        return torch.tensor([self.data.classes.index(i.class_name) for i in items], device="cpu")
+        index = {"": -1} | {name: i for i, name in enumerate(self.data.classes)}
+        return torch.tensor([index[i.class_name] for i in items], device="cpu")
 
     def values(self, answers: Tensor, items: Sequence[Item]) -> Tensor:
-        """Whether each prediction is correct."""
-        return answers.argmax(1) == self.labels(items)
+        """Whether each prediction is correct; NaN where there is no label."""
+        labels = self.labels(items)
+        return (answers.argmax(1) == labels).double().masked_fill(labels < 0, torch.nan)
 
     def label(self, item: Item) -> str:
         """Its class."""

@@ -69,13 +69,16 @@ class ModelSettings:
         name: A name that timm knows.
         imagenet: "package": the ImageNet weights that pip brings, for tf_efficientnet_lite0;
             "none": random weights.
-        checkpoint: Local state dict (.pth, .pt, .safetensors), in place of `imagenet`.
+        checkpoint: Local weights in place of `imagenet`: a state dict (.pth, .pt, .safetensors) or
+            a training checkpoint of timm or Lightning. With train.source.epochs=0 it is the source.
+        prefix: Of the network's names in the checkpoint, such as "model."; null: found.
         pretrained: Fetch timm's own weights from a hub, in place of `imagenet`.
     """
 
     name: str = "tf_efficientnet_lite0"
     imagenet: str = "package"
     checkpoint: str | None = None
+    prefix: str | None = None
     pretrained: bool = False
 
 

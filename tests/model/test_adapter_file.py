@@ -114,6 +114,18 @@ def test_header_says_what_it_is(trained):
     assert header["extras"] == ["head.weight", "head.bias"]
     assert header["versions"].keys() == {"lora_lightning", "python", "torch"}
     assert {t["module"] for t in header["targets"]} >= {"", "blocks.0.attn.qkv"}
+    assert header["data"]["input_size"] == [3, *trained[0].patch_embed.img_size]
+    assert "class_names" not in header["data"]
+
+
+def test_class_names_are_written_where_there_is_one_for_each_class(base, tmp_path):
+    whole = ("b\x1b", "猫", *"cdefghij")[: base.num_classes]
+    for names, written in ((whole, ["b\\x1b", *whole[1:]]), (whole[1:], None)):
+        model = copy.deepcopy(base)
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+        inject(model, rank=1)
+        save_adapter(model, tmp_path / "a.safetensors")
+        assert read_header(tmp_path / "a.safetensors")["data"].get("class_names") == written
 
 
 def test_a_merged_model_saves_the_same_file(trained, tmp_path):
@@ -255,6 +267,17 @@ DAMAGE = {
                     "versions": ([], None),
                     "extras": ({}, "head.bias"),
                     "format_version": (True, 1.0, 0, "1"),
+                }.items()
+                for value in values
+            ),
+            *(
+                (f"data.{key}", value, lambda t, h, k=key, v=value: h["data"].update({k: v}))
+                for key, values in {
+                    "class_names": ("cat", {}),
+                    "input_size": ([3, 32], 224),
+                    "mean": ("x", None),
+                    "interpolation": (7, ""),
+                    "crop_pct": (0, math.inf),
                 }.items()
                 for value in values
             ),

@@ -11,8 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import load_adapter, shift
+from lora_lightning import load_adapter, read_header, shift
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.model.adapter_file.data_config import data_config
+from lora_lightning.report.write import print_table
 from lora_lightning.runner.comments import comments, yaml_comments
 from lora_lightning.runner.loading import (
     apply_overrides,
@@ -193,6 +195,9 @@ def test_the_adapter_fits_the_source_model(ran):
     model = create_backbone("test_efficientnet", 2, out / "source.safetensors")
     report = load_adapter(model, out / "adapter.safetensors")
     assert len(report.rows) == len(result.spectra)
+    told = read_header(out / "adapter.safetensors")["data"]
+    assert (told["class_names"], told["input_size"]) == (result.classes, [3, 32, 32])
+    assert data_config(model) == told  # the source's own file says it too
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -435,3 +440,60 @@ def test_too_few_pictures_of_the_source_are_told(ran):
     out, result = ran
     assert any("held-out pictures: with fewer than 8" in note for note in result.notes)
     assert not (out / "shift.json").exists()
+
+
+# ---- one's own model and pictures without labels ----------------------------------------------
+
+
+def test_ones_own_model_is_the_source_and_a_flat_folder_a_target(tmp_path, capsys):
+    root = photos(tmp_path / "photos", ("day", "dusk"))
+    (root / "night").mkdir()
+    for i, file in enumerate(sorted((root / "dusk").rglob("*.png"))[::3]):
+        file.rename(root / f"night/{i}.png")
+    (root / "day/loose.png").write_bytes(b"")
+    (root / "day/cat/notes.txt").write_text("")
+    torch.manual_seed(0)
+    own = timm.create_model("test_efficientnet", num_classes=2)
+    torch.save(own.state_dict(), tmp_path / "own.pth")
+    mine = [f"model.checkpoint={tmp_path}/own.pth", "train.source.epochs=0"]
+    given = [*TINY, *mine, f"data.root={root}", "data.source=day"]
+    methods = "methods=[source_only,recentre,batchnorm,label_free,lora]"
+    result = run_recipe("lighting", [*given, methods], tmp_path / "out")
+    saved = load_file(tmp_path / "out/source.safetensors")
+    assert all(torch.equal(saved[k], v) for k, v in own.state_dict().items())
+    values = {(r.method, r.domain): r.value for r in result.rows}
+    assert all((v != v) == (domain == "night") for (_, domain), v in values.items())
+    assert {m for m, _ in values} >= {"LoRA, no labels", "LoRA, target labels"}
+    assert {r.domain for r in result.rows} == {"day", "dusk", "night"}
+    told = {p.domain for p in result.predictions if p.split == "target"}
+    assert told == {"dusk", "night"}
+    assert sorted(reason.partition(":")[0] for _, reason in result.skipped) == [
+        "ending .txt", "in no folder of a class",
+    ]  # fmt: skip
+    print_table(result)
+    table = capsys.readouterr().out
+    assert "–" in table
+    assert ">nan" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_where_no_target_has_labels_only_answers_are_left(tmp_path, capsys):
+    root = photos(tmp_path / "photos", ("day",), count=4)
+    photos(tmp_path / "other", ("x",), ("y",), count=4)
+    (tmp_path / "other/x/y").rename(root / "night")
+    given = [*TINY, f"data.root={root}", "data.source=day", "methods=[source_only,label_free,lora]"]
+    result = run_recipe("lighting", given, tmp_path / "out")
+    labelled = [r for r in result.rows if r.method == "LoRA, target labels"]
+    assert [(r.domain, r.value != r.value) for r in labelled] == [("night", True)]
+    assert "predictions.csv has the answers" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_head_of_another_size_is_no_source(tmp_path):
+    root = photos(tmp_path / "photos", count=2)
+    torch.save(
+        timm.create_model("test_efficientnet", num_classes=3).state_dict(), tmp_path / "w.pth"
+    )
+    mine = [f"model.checkpoint={tmp_path}/w.pth", "train.source.epochs=0"]
+    with pytest.raises(ConfigError, match="has 3 outputs, and the data ask for 2"):
+        run_recipe("lighting", [*TINY, *mine, f"data.root={root}", "data.source=day"], tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.source\.epochs must be at least 1"):
+        run_recipe("lighting", [*TINY, mine[1], f"data.root={root}"], tmp_path)

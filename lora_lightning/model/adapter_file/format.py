@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.lora.config import LARGEST_ALPHA
 from lora_lightning.model.adapter_file.container import LARGEST_HEADER, contents
+from lora_lightning.model.adapter_file.data_config import DATA
 from lora_lightning.model.adapter_file.schema import (
     FLAG,
     PLAIN,
@@ -62,7 +63,7 @@ _SCHEMA = Record(
         "extras": _NAMES,
         "buffers": _NAMES,
     },
-    {"versions": Record({}, others=text()), "checksum": text()},
+    {"versions": Record({}, others=text()), "data": DATA, "checksum": text()},
 )
 
 

@@ -2,7 +2,8 @@
 
 The file holds the factors (``blocks.0.attn.qkv.weight.lora_A`` …), what the adapter trains in
 full and the buffers that it changed, both under the base's own names. The header is JSON: format
-version, base (architecture and fingerprint), configuration, targets, versions of the libraries.
+version, base (architecture and fingerprint), configuration, targets, versions of the libraries,
+and of a timm model its class names and how pictures are prepared for it.
 Nothing in it is executed. Writing is atomic; loading checks everything before it changes the
 model.
 """
@@ -26,6 +27,7 @@ from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import XSFactors
 from lora_lightning.model import state as states
 from lora_lightning.model import switching
+from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import (
     FORMAT_VERSION,
     check_header,
@@ -106,6 +108,8 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
         "buffers": buffers,
         "versions": versions(),
     }
+    if data := data_config(view.model):
+        header["data"] = data
     return {**tensors, **owned}, header
 
 

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError, DataNotFoundError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 TEST_NAMES = ("test", "val", "validation")  # the first that exists is the held-out part
 
 
@@ -33,7 +33,7 @@ class Item:
 
     path: Path
     domain: str
-    class_name: str
+    class_name: str  # "" without a label
     split: str  # "train", "test", or "" where the layout has no splits
 
 
@@ -58,8 +58,17 @@ def find_domains(root: Path, wanted: Iterable[str] | None = None) -> list[str]:
     return there if wanted is None else list(dict.fromkeys(wanted))
 
 
-def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[Item]:
+def scan(
+    root: Path, domain: str, classes: Sequence[str] | None = None, unlabelled: bool = False
+) -> list[Item]:
     """Every image of a domain, sorted by path.
+
+    Args:
+        root: Folder of the domains.
+        domain: Its name.
+        classes: Those to use; None: all.
+        unlabelled: Where there are no folders of classes, take the pictures in the domain's own
+            folder; their class is "".
 
     Raises:
         DataError: there is none.
@@ -73,14 +82,45 @@ def scan(root: Path, domain: str, classes: Sequence[str] | None = None) -> list[
     for split, name in splits.items():
         for folder in _subfolders(top / name):
             if classes is None or folder.name in classes:
-                pictures = sorted(p for p in folder.rglob("*") if _is_image(p, folder))
-                items += [Item(p, domain, folder.name, split) for p in pictures]
+                items += [Item(p, domain, folder.name, split) for p in pictures_below(folder)]
+    if not items and unlabelled and not any(map(pictures_below, children)):
+        items = [Item(p, domain, "", "") for p in pictures_below(top)]
     if not items:
         raise DataError(
             f"domain {domain!r} is empty: no pictures ({', '.join(sorted(SUFFIXES))}) under "
             f"{top}/<class>/" + (f" for data.classes={list(classes)}" if classes else "")
         )
     return items
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder, flat or nested, sorted."""
+    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+
+
+def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
+    """The files in a folder that are not read, and why; without hidden ones.
+
+    Args:
+        folder: Searched at any depth.
+        used: The pictures that are; None: all.
+    """
+    known = None if used is None else set(used)
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if _hidden(path, folder) or not path.is_file():
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            ending = path.suffix.lower() or "missing"
+            found.append((path, f"ending {ending}: not read as a picture"))
+        elif known is not None and path not in known:
+            found.append((path, "in no folder of a class"))
+    return found
+
+
+def is_labelled(item: Item) -> bool:
+    """Whether it has a class."""
+    return bool(item.class_name)
 
 
 def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
@@ -93,6 +133,8 @@ def split_items(items: Sequence[Item], fraction: float, seed: int) -> list[Item]
     for (domain, name), group in _grouped(items).items():
         if not group[0].split:
             if len(group) < 2:
+                if not name:
+                    raise DataError(f"domain {domain!r} has one readable picture: add some")
                 raise DataError(
                     f"class {name!r} of domain {domain!r} has one readable picture; training "
                     "and held-out part need one each: add pictures, or leave the class out "
@@ -139,8 +181,13 @@ def common_classes(
     return shared
 
 
-def read_picture(path: Path, side: int) -> Tensor:
+def read_picture(path: Path, side: int, interpolation: str = "bicubic") -> Tensor:
     """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
+
+    Args:
+        path: Of its file.
+        side: In pixels.
+        interpolation: Of resizing, one of Pillow's.
 
     Raises:
         DataError: it cannot be read; says why.
@@ -153,7 +200,10 @@ def read_picture(path: Path, side: int) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), path.name) or type(error).__name__
         raise DataError(f"cannot be read: {reason}") from error
-    picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    # timm's training has "random" as well.
+    known = Image.Resampling.__members__
+    method = known.get(interpolation.upper(), Image.Resampling.BICUBIC)
+    picture = ImageOps.fit(picture, (side, side), method)
     pixels: Tensor = v2.functional.pil_to_tensor(picture)
     return pixels
 
@@ -178,8 +228,11 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path, below: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(below).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not _hidden(path, below) and path.is_file()
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def _names(folders: list[Path], most: int = 12) -> str:

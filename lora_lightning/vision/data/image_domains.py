@@ -12,23 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.vision.data.folders import (
     Item,
     common_classes,
     find_domains,
-    read_picture,
+    is_labelled,
+    other_files,
     scan,
     split_items,
 )
-
-CROP = 0.875  # part of the stored image's side that the network sees
+from lora_lightning.vision.data.pictures import PictureData, Preparation, checked
 
 
 class ImageDomains(LightningDataModule):
@@ -59,6 +57,7 @@ class ImageDomains(LightningDataModule):
     """
 
     fewest_classes = 2
+    may_lack_labels = True  # a target domain without folders of classes
 
     def __init__(
         self,
@@ -86,7 +85,8 @@ class ImageDomains(LightningDataModule):
         self.size, self.test_fraction, self.seed = size, test_fraction, seed
         self.batch_size, self.num_workers, self.cache_mb = batch_size, num_workers, cache_mb
         self.tick = tick or (lambda done, total: None)
-        self.train_transform, self.test_transform = _transforms(size, mean, std, horizontal_flip)
+        self.prepared, self.flip = Preparation(size, mean, std), horizontal_flip
+        self.train_transform, self.test_transform = self.prepared.transforms(horizontal_flip)
         self.target: list[str] = []
         self.classes: list[str] = []
         self.items: list[Item] = []
@@ -98,7 +98,7 @@ class ImageDomains(LightningDataModule):
     @property
     def stored_side(self) -> int:
         """Side of the images in memory, in pixels."""
-        return round(self.size / CROP)
+        return self.prepared.stored_side
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and split the images; a second call does nothing."""
@@ -106,15 +106,34 @@ class ImageDomains(LightningDataModule):
             return
         self.target = self._targets()
         domains = [self.source, *self.target]
-        found = [i for d in domains for i in scan(self.root, d, self.wanted_classes)]
+        found = [
+            item
+            for d in domains
+            for item in scan(
+                self.root, d, self.wanted_classes, self.may_lack_labels and d != self.source
+            )
+        ]
         # Classes are checked before images are read: most mistakes are in the folders.
-        common_classes(found, self.wanted_classes, self.fewest_classes)
-        readable = self._check(found)
+        common_classes(filter(is_labelled, found), self.wanted_classes, self.fewest_classes)
+        readable, unread, self._pictures = checked(
+            found, self.prepared, self.root, self.cache_mb, self.tick
+        )
+        used = None if self.wanted_classes else [item.path for item in found]
+        others = [pair for d in domains for pair in other_files(self.root / d, used)]
+        self.skipped += [(str(p.relative_to(self.root)), why) for p, why in others]
+        self.skipped += unread
         if empty := [d for d in domains if not any(i.domain == d for i in readable)]:
             raise DataError(f"domain {', '.join(map(repr, empty))}: no picture can be read")
-        self.classes = common_classes(readable, self.wanted_classes, self.fewest_classes)
+        self.classes = common_classes(
+            filter(is_labelled, readable), self.wanted_classes, self.fewest_classes
+        )
         self.items = split_items(readable, self.test_fraction, self.seed)
         self.test_on = self.test_on or self.target
+
+    @property
+    def labelled_target(self) -> list[str]:
+        """The target domains that have labels."""
+        return [d for d in self.target if any(i.domain == d and i.class_name for i in self.items)]
 
     def _targets(self) -> list[str]:
         wanted = None if self.wanted_target is None else [self.source, *self.wanted_target]
@@ -124,22 +143,6 @@ class ImageDomains(LightningDataModule):
         if not target:
             raise DataError(f"there is no target domain beside the source {self.source!r}")
         return target
-
-    def _check(self, items: list[Item]) -> list[Item]:
-        """Decode each image once; cache it if all fit, list it if it cannot be read."""
-        keep = len(items) * 3 * self.stored_side**2 <= self.cache_mb * 2**20
-        readable = []
-        for done, item in enumerate(items, start=1):
-            try:
-                picture = read_picture(item.path, self.stored_side)
-            except DataError as error:
-                self.skipped.append((str(item.path.relative_to(self.root)), str(error)))
-            else:
-                readable.append(item)
-                if keep:
-                    self._pictures[item.path] = picture
-            self.tick(done, len(items))
-        return readable
 
     def on(self, train: Sequence[str] = (), test: Sequence[str] = ()) -> ImageDomains:
         """The same images, with other domains to train on and to test on."""
@@ -166,11 +169,8 @@ class ImageDomains(LightningDataModule):
             jitter: With `augmented`, `ColorJitter` of brightness, contrast and saturation by this
                 factor, of the hue by an eighth of it; in [0, 1].
         """
-        transform = self.train_transform if augmented else self.test_transform
-        if augmented and jitter:
-            change = v2.ColorJitter(jitter, jitter, jitter, jitter / 8)
-            transform = v2.Compose([change, transform])
-        return self._dataset(self.training_pictures(), transform)
+        train, test = self.prepared.transforms(self.flip, jitter)
+        return self._dataset(self.training_pictures(), train if augmented else test)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images of `train_on`, shuffled and augmented."""
@@ -205,40 +205,4 @@ class ImageDomains(LightningDataModule):
         )
 
     def _dataset(self, items: list[Item], transform: Any) -> Dataset[Any]:
-        return _Pictures(items, self.classes, transform, self._pictures, self.stored_side)
-
-
-class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as (tensor, class index), from memory where cached."""
-
-    def __init__(
-        self,
-        items: list[Item],
-        classes: list[str],
-        transform: Any,
-        pictures: dict[Path, Tensor],
-        side: int,
-    ):
-        self.items, self.transform, self.pictures, self.side = items, transform, pictures, side
-        self.index = {name: i for i, name in enumerate(classes)}
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        item = self.items[i]
-        picture = self.pictures.get(item.path)
-        picture = read_picture(item.path, self.side) if picture is None else picture
-        return self.transform(picture), self.index[item.class_name]
-
-
-def _transforms(
-    size: int, mean: Sequence[float], std: Sequence[float], flip: bool
-) -> tuple[v2.Compose, v2.Compose]:
-    """The transforms of training and of testing."""
-    # A list, since torchvision refuses the tuples of OmegaConf and timm alike.
-    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    mirror = [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([v2.RandomCrop(size), *mirror, *last]), v2.Compose(
-        [v2.CenterCrop(size), *last]
-    )
+        return PictureData(items, self.classes, transform, self._pictures, self.prepared)

@@ -96,6 +96,7 @@ class PoseDomains(ImageDomains):
         DataError: as `ImageDomains`, or an image has no azimuth.
     """
 
+    may_lack_labels = False
     fewest_classes = 1
 
     def __init__(self, root: Path | str, *args: Any, horizontal_flip: bool = True, **settings: Any):

@@ -41,7 +41,7 @@ def read_pictures(
         **{key: model[key] for key in ("mean", "std") if key in model},
     )
     data.setup()
-    stages.left_out("pictures cannot be read and are", data.skipped)
+    stages.left_out("files are", data.skipped)
     return data
 
 

@@ -1,0 +1,192 @@
+"""One adapter for each of several targets, the base loaded once: what the commands for it share.
+
+A command gives the targets' names, the function that adapts to one, and the columns of its table.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_lightning.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    MissingDependencyError,
+    TargetError,
+)
+from lora_lightning.model.adapter_file.checks import check_base
+from lora_lightning.model.adapter_file.save import read_header
+from lora_lightning.report.files import check_writable
+from lora_lightning.report.sentences import sentence
+from lora_lightning.runner.file_names import file_names
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_lightning.runner.progress import Stages
+
+ADAPTED, KEPT, THERE, FAILED = "adapted", "kept source", "already there", "failed"
+Tick = Callable[[int, int], None]
+# Of the output's folder, or of the whole file system.
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass
+class Outcome:
+    """The result of adapting to a target: a speaker, a folder of pictures.
+
+    Attributes:
+        name: Of the target.
+        status: ``"adapted"``, ``"kept source"`` (the adapter did harm on the held-out items, or the
+            guard accepted no round: no file), ``"already there"`` (an earlier run's file) or
+            ``"failed"``.
+        learnt: Number of training items.
+        held_out: Number of labelled items that decided whether the adapter is kept.
+        before: The source's metric on those; None without any.
+        after: The adapter's metric on those.
+        path: The file.
+        reason: Of a failure, why the source is kept, or how the training ended.
+    """
+
+    name: str
+    status: str
+    learnt: int = 0
+    held_out: int = 0
+    before: float | None = None
+    after: float | None = None
+    path: Path | None = None
+    reason: str = ""
+
+
+def each_target(
+    model: nn.Module,
+    files: Mapping[str, Path],
+    adapt: Callable[[str], Outcome],
+    overwrite: bool = False,
+) -> Iterator[Outcome]:
+    """Adapt to each target in turn.
+
+    Args:
+        model: The base, as it is before and after each.
+        files: Name → adapter file to write.
+        adapt: From a name to its outcome; writes the file.
+        overwrite: Adapt again where a file exists. Otherwise a file of the same base is kept, so
+            that an interrupted run is resumed.
+
+    Yields:
+        The outcome of each; one that fails does not stop the others.
+    """
+    for name, path in files.items():
+        if not overwrite and path.exists():
+            yield _there(model, name, path)
+            continue
+        try:
+            outcome = adapt(name)
+        except Exception as error:
+            outcome = Outcome(name, FAILED, reason=_reason(error))
+        yield outcome
+
+
+def _reason(error: Exception) -> str:
+    """Why a target failed; raises what the next one would fail for as well."""
+    if isinstance(error, ConfigError | TargetError | MissingDependencyError) or (
+        isinstance(error, OSError) and error.errno in _NO_WRITING
+    ):
+        raise error
+    if said := sentence(error):
+        return said
+    traceback.print_exception(error)  # a fault of ours
+    return f"{type(error).__name__}: {error} (its traceback is above)"
+
+
+def _there(model: nn.Module, name: str, path: Path) -> Outcome:
+    """The outcome of an earlier run's file, or of what is there instead.
+
+    Raises:
+        BaseMismatchError: another base's, as those of the other targets will be.
+    """
+    hint = "The file was there before: give another --out, or --overwrite"
+    try:
+        check_base(model, read_header(path), "weights", path)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(f"{error}. {hint}") from error
+    except AdapterFileError as error:
+        return Outcome(name, FAILED, reason=f"{error}. {hint}")
+    return Outcome(name, THERE, path=path)
+
+
+def adapter_files(out: Path, names: Collection[str], what: str) -> dict[str, Path]:
+    """Name → adapter file: `out`, or for several one each in the folder `out`.
+
+    Args:
+        out: A .safetensors file, or a folder.
+        names: Of the targets.
+        what: They are, in the plural, for messages.
+
+    Raises:
+        ConfigError: several for one file, or a folder for a file.
+        OSError: nothing can be written there.
+    """
+    check_writable(out.parent)  # before minutes of training
+    if out.suffix == ".safetensors":
+        if out.is_dir():
+            raise ConfigError(f"{out} is a folder: give a file, or a folder of another ending")
+        if len(names) > 1:
+            raise ConfigError(
+                f"{len(names)} {what} need a file each: give a folder as --out, not {out}"
+            )
+        return dict.fromkeys(names, out)
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; --out takes a .safetensors file or a folder")
+    check_writable(out)
+    return {name: out / f"{stem}.safetensors" for name, stem in file_names(names).items()}
+
+
+def shown(outcomes: Iterable[Outcome], stages: Stages, columns: Sequence[str]) -> int:
+    """Go through outcomes, and print a table of those there are, also where one is interrupted.
+
+    Args:
+        outcomes: Of `each_target`.
+        stages: The progress bars, stopped for the table.
+        columns: Heads of the name, the numbers of items, and the metric before and after.
+
+    Returns:
+        The exit code: 1 where one failed.
+    """
+    from lora_lightning.report.console import PlainConsole
+
+    found: list[Outcome] = []
+    try:
+        for outcome in outcomes:
+            found.append(outcome)
+    finally:
+        stages.stop()
+        if found:
+            PlainConsole().print(_table(found, columns))
+    return int(any(o.status == FAILED for o in found))
+
+
+def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    table.add_column("result", overflow="fold")
+    for o in outcomes:
+        rates = ["–" if r is None else f"{100 * r:.1f}" for r in (o.before, o.after)]
+        file = "" if o.path is None else f"{o.path} ({o.path.stat().st_size / 1000:.0f} kB)"
+        result = ": ".join(part for part in (o.status, file, o.reason) if part)
+        counts = [str(n) if n else "–" for n in (o.learnt, o.held_out)]
+        table.add_row(*map(Text, (o.name, *counts, *rates, result)))
+    return table

@@ -1,0 +1,199 @@
+"""What the commands of pictures do; their arguments are in `lora_lightning.vision.cli`.
+
+Modules that take long to import are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lightning.errors import AdapterFileError, ConfigError
+
+if TYPE_CHECKING:
+    from lora_lightning.vision.image_training import ImageSettings
+    from lora_lightning.vision.named_classifier import NamedClassifier
+
+_COLUMNS = ("pictures of", "learnt\nfrom", "held\nout", "right %\nbefore", "right %\nafter")
+
+
+def _classifier(arguments: argparse.Namespace) -> NamedClassifier:
+    from lora_lightning.report.console import PlainConsole
+    from lora_lightning.runner.progress import quiet_lightning
+    from lora_lightning.runner.settings import RunConfig
+    from lora_lightning.runner.trainer import make_trainer
+    from lora_lightning.vision.named_classifier import named_classifier
+
+    found = named_classifier(
+        arguments.model,
+        arguments.checkpoint,
+        prefix=arguments.prefix,
+        classes=arguments.classes,
+        size=arguments.size,
+        adapter=getattr(arguments, "adapter", None),
+    )
+    for notice in found.notices:
+        PlainConsole(stderr=True).print(notice, style="yellow", soft_wrap=True)
+    with quiet_lightning():
+        trainer = make_trainer(RunConfig(accelerator=arguments.accelerator))
+    found.model.to(trainer.strategy.root_device)
+    return found
+
+
+def _settings(arguments: argparse.Namespace) -> ImageSettings:
+    from lora_lightning.lora.config import LoRAConfig
+    from lora_lightning.vision.data.folder_targets import labelled
+    from lora_lightning.vision.image_training import ImageSettings
+
+    if arguments.canary and arguments.labels:
+        raise ConfigError(
+            "give --canary or --labels: of labelled pictures to learn from, some are held out"
+        )
+    settings = ImageSettings(
+        LoRAConfig(
+            rank=arguments.rank, alpha=arguments.alpha, target_modules=arguments.target_modules
+        ),
+        canary=arguments.canary and labelled(arguments.canary),
+        labels=arguments.labels and labelled(arguments.labels),
+        statistics=arguments.source_statistics,
+        seed=arguments.seed,
+        accelerator=arguments.accelerator,
+    )
+    settings.training.batch_size = arguments.batch
+    for stage in (settings.training, settings.labelled_training):
+        stage.epochs = stage.epochs if arguments.epochs is None else arguments.epochs
+        if arguments.learning_rate is not None:
+            stage.learning_rate = arguments.learning_rate
+        if stage.epochs < 1:
+            raise ConfigError(f"--epochs must be at least 1, got {stage.epochs}")
+    return settings
+
+
+def adapt(arguments: argparse.Namespace) -> int:
+    """An adapter for each target of pictures; the exit code."""
+    from lora_lightning.runner.each_target import adapter_files, shown
+    from lora_lightning.runner.progress import Stages, interruptible
+    from lora_lightning.vision.adapt_images import adapt_images
+    from lora_lightning.vision.data.folder_targets import unlabelled_targets
+    from lora_lightning.vision.image_report import report_folder, write_image_report
+
+    targets = unlabelled_targets(arguments.images)
+    files = adapter_files(arguments.out, targets, "folders")
+    settings = _settings(arguments)
+    if len(targets) > 1 and (settings.canary or settings.labels):
+        raise ConfigError(
+            f"--canary and --labels are of one target, and --images has {len(targets)}"
+        )
+    base = _classifier(arguments)
+    with Stages() as stages, interruptible():
+
+        def tell(found: Any, learnt: Any, far: Any, file: Path | None) -> None:
+            folder = report_folder(files[found.name])
+            stages.left_out(f"files of {found.name} are", found.skipped)
+            write_image_report(base, found, learnt, far, settings, file, folder, arguments.typed)
+
+        outcomes = adapt_images(
+            base, targets, files, settings, stages.stage, tell, arguments.overwrite
+        )
+        code = shown(outcomes, stages, _COLUMNS)
+    reports = sorted(
+        {str(p / "report.html") for f in files.values() if (p := report_folder(f)).is_dir()}
+    )
+    _say("\n".join(f"open {path}" for path in reports))
+    return code
+
+
+def _say(text: str) -> None:
+    from lora_lightning.report.console import PlainConsole
+
+    PlainConsole().print(text, soft_wrap=True)
+
+
+def classify(arguments: argparse.Namespace) -> int:
+    """Print what pictures show; the exit code."""
+    from lora_lightning.vision.classify import classified, write_csv, write_table
+    from lora_lightning.vision.data.folder_targets import single_pictures
+
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, got {arguments.top}")
+    paths, skipped = single_pictures(arguments.files)
+    base = _classifier(arguments)
+    answers = classified(base, paths, arguments.top, skipped)
+    (write_csv if arguments.csv else write_table)(answers, arguments.top)
+    return _left_out(skipped)
+
+
+def _left_out(skipped: list[tuple[str, str]]) -> int:
+    """Print what could not be read; the exit code."""
+    from lora_lightning.runner.progress import Stages
+
+    Stages().left_out("files are", skipped)
+    return int(any(not reason.startswith("ending") for _, reason in skipped))
+
+
+def shift(arguments: argparse.Namespace) -> int:
+    """Print how far pictures are from the source."""
+    import torch
+
+    from lora_lightning.adaptation.shift.measure import shift as measured
+    from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
+    from lora_lightning.model.switching import adapters, disabled
+    from lora_lightning.report.console import PlainConsole
+    from lora_lightning.runner.progress import Stages
+    from lora_lightning.vision.data.folder_targets import labelled, unlabelled_targets
+
+    targets = unlabelled_targets(arguments.images)
+    base = _classifier(arguments)
+    with Stages() as stages:
+        if arguments.source.is_dir():
+            own = labelled(arguments.source)
+            base.check_labels(own.items, "source")
+            own.read(base.prepared, stages.stage("reading the source", "pictures"))
+            data = own.data(base.prepared, base.classes)
+            labels = torch.tensor([data.index[i.class_name] for i in own.items])
+            with disabled(base.model) if adapters(base.model) else torch.no_grad():
+                source = SourceStatistics.of(base.model, data, labels)
+        else:
+            source = SourceStatistics.load(arguments.source)
+        if arguments.save is not None:
+            source.save(arguments.save)
+        found = {}
+        for name, target in targets.items():
+            target.read(base.prepared, stages.stage(f"reading {name}", "pictures"))
+            found[name] = measured(base.model, source, target.data(base.prepared, base.classes))
+            target.pictures = {}
+            stages.left_out(f"files of {name} are", target.skipped)
+    console = PlainConsole()
+    for name, result in found.items():
+        console.print(f"\n{name}", style="bold")
+        console.print(result.table())
+    return 0
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Write a model with an adapter merged in."""
+    from lora_lightning.model import switching
+    from lora_lightning.model.adapter_file.load import load_adapter
+    from lora_lightning.model.adapter_file.save import read_header
+    from lora_lightning.runner.weights import save_weights
+    from lora_lightning.vision.backbones import create_backbone
+    from lora_lightning.vision.named_classifier import described, head_and_size
+
+    classes, size = head_and_size(arguments.model, arguments.adapter)
+    if arguments.num_classes is not None:
+        classes = arguments.num_classes
+    elif classes is None and arguments.checkpoint is None:
+        raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
+    # Random weights where no checkpoint is given: load_adapter refuses them.
+    model: Any = create_backbone(
+        arguments.model, classes, arguments.checkpoint, prefix=arguments.prefix, size=size
+    )
+    load_adapter(model, arguments.adapter)
+    switching.merge(model)
+    described(model, read_header(arguments.adapter).get("data", {}), size)
+    weights = save_weights(model, arguments.out)
+    _say(
+        f"{arguments.out}: {arguments.model} with {model.num_classes} classes, "
+        f"{len(weights)} tensors"
+    )
