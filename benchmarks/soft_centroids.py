@@ -25,15 +25,15 @@ from benchmarks.suites import DEVELOPMENT, FINAL, SUITES, load, part
 from benchmarks.suites.case import Case
 from benchmarks.suites.features import of_case
 from benchmarks.suites.networks import networks
-from lora_lightning.adaptation.label_propagation import lame
-from lora_lightning.adaptation.neighbours import unit_rows
-from lora_lightning.adaptation.soft_centroids import (
+from lora_lightning.adaptation.class_centroids import (
     complete,
     soft_centroids,
     statistics_gain,
     statistics_help,
     trusted_centroids,
 )
+from lora_lightning.adaptation.label_propagation import lame
+from lora_lightning.adaptation.neighbours import unit_rows
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.adaptation.validators import agreement, thresholded_confidence
 

@@ -1,3 +1,5 @@
+from .class_centroids import soft_centroids as soft_centroids
+from .class_centroids import trusted_centroids as trusted_centroids
 from .closed_form import coral as coral
 from .closed_form import nearest_centroid as nearest_centroid
 from .closed_form import nmf_subspace as nmf_subspace
@@ -30,8 +32,6 @@ from .rounds import Rounds as Rounds
 from .selection import Candidate as Candidate
 from .selection import Selection as Selection
 from .selection import select as select
-from .soft_centroids import soft_centroids as soft_centroids
-from .soft_centroids import trusted_centroids as trusted_centroids
 from .stream import StreamAdapter as StreamAdapter
 from .transductive_task import TransductiveTask as TransductiveTask
 from .validators import agreement as agreement

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.class_centroids import soft_centroids
 from lora_lightning.adaptation.neighbours import check_logits
 from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
-from lora_lightning.adaptation.soft_centroids import soft_centroids
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.shrinkage import squared_change

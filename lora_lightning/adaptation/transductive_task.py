@@ -10,12 +10,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lora_lightning.adaptation.class_centroids import COMPLETE, spread, unhelpful
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
 from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.rounds import PredictionRounds, print_wrapped
-from lora_lightning.adaptation.soft_centroids import COMPLETE, spread, unhelpful
 from lora_lightning.adaptation.target import Predict, Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.errors import ConfigError

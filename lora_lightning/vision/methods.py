@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adaptation import closed_form
+from lora_lightning.adaptation.class_centroids import trusted_centroids
 from lora_lightning.adaptation.closed_form import recentred
 from lora_lightning.adaptation.label_propagation import lame
-from lora_lightning.adaptation.soft_centroids import trusted_centroids
 from lora_lightning.adaptation.target import Predicted, Target, predicted
 from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
 from lora_lightning.model.batch_norm import BatchNormKeeper, reestimated

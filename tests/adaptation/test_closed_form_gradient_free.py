@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.adaptation.closed_form import recentred
-from lora_lightning.adaptation.label_propagation import lame, propagate
-from lora_lightning.adaptation.soft_centroids import (
+from lora_lightning.adaptation.class_centroids import (
     complete,
     soft_centroids,
     statistics_help,
     trusted_centroids,
 )
+from lora_lightning.adaptation.closed_form import recentred
+from lora_lightning.adaptation.label_propagation import lame, propagate
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError, DataError
 

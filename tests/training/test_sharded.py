@@ -17,7 +17,7 @@ from lora_lightning import FitGuard, LoRACallback, load_adapter, merge
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.training.sharded import check_sharded, check_strategy
-from tests.helpers.training import tiny_vit
+from tests.helpers.training import saved, tiny_vit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -151,7 +151,7 @@ def test_two_processes_equal_ddp(tmp_path):
     (own, merged), (wanted, _) = outputs(tmp_path, "quick"), outputs(tmp_path, "quick-ddp")
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(merged, own, rtol=0, atol=1e-5)
-    keys = torch.load(tmp_path / "quick.ckpt", weights_only=True)["state_dict"]
+    keys = saved(torch.load(tmp_path / "quick.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
     assert "is not sharded over all 2 processes" in (tmp_path / "error.txt").read_text()
 
