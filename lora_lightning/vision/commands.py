@@ -62,7 +62,8 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
     )
     settings.training.batch_size = arguments.batch
     for stage in (settings.training, settings.labelled_training):
-        stage.epochs = stage.epochs if arguments.epochs is None else arguments.epochs
+        if arguments.epochs is not None:  # as said, also where a target is small
+            stage.epochs, stage.least_steps = arguments.epochs, 0
         if arguments.learning_rate is not None:
             stage.learning_rate = arguments.learning_rate
         if stage.epochs < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -134,7 +135,8 @@ def without_labels(
     )
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
-    callback = fit(task, None, without_head(settings.lora, base.model), how.epochs)
+    passes = how.passes(math.ceil(len(found.items) / how.batch_size))
+    callback = fit(task, None, without_head(settings.lora, base.model), passes)
     seconds = time.perf_counter() - start
     course = task.rounds_
     assert course is not None

@@ -29,7 +29,7 @@ def undrawn(monkeypatch):
 def untaught(monkeypatch):
     """What this model, which learnt nothing, says of the classes decides nothing."""
     monkeypatch.setattr("lora_lightning.adaptation.transductive_task.COMPLETE", 0.0)
-    monkeypatch.setattr("lora_lightning.adaptation.guard.Guard._cohesion", lambda *_: 0.0)
+    monkeypatch.setattr("lora_lightning.adaptation.guard.Guard._alarms", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="module")
