@@ -70,7 +70,7 @@ def rows(folder):
 
 
 def test_a_folder_becomes_an_adapter_answers_and_a_report(model, pictures, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     out, named = pictures / "out/night.safetensors", pictures / "classes.txt"
     assert adapt(model, pictures, out, "--classes", named) == 0
     said = capsys.readouterr()
@@ -146,7 +146,7 @@ def test_a_manifest_has_a_domain_for_each_adapter(model, pictures):
 
 
 def test_the_source_is_kept_where_the_canary_falls(model, pictures, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     scores = iter([1.0, 0.5])
     monkeypatch.setattr(
         "lora_lightning.adaptation.target.Canary.accuracy", lambda *_: next(scores, 1.0)
