@@ -138,7 +138,8 @@ def content(path: Path) -> Any:
         return {key: value.numpy().tobytes() for key, value in held.items()}
     if path.suffix == ".ckpt":
         held = torch.load(path, weights_only=False)["state_dict"]
-        return {key: value.numpy().tobytes() for key, value in held.items()}
+        tensors = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
+        return {key: value.numpy().tobytes() for key, value in tensors.items()}
     if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
         rows = rows if isinstance(rows, list) else [rows]
