@@ -10,7 +10,6 @@ below the source model, on the target's items. Development and final part: see `
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -24,9 +23,9 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 
 from benchmarks.machine import Table, setting
-from benchmarks.suites import DEVELOPMENT, FINAL, load, part
-from benchmarks.suites.case import CONDITIONS, Case, Pictures, under
-from benchmarks.suites.networks import Augmented, augmentation, inputs, networks, source_model
+from benchmarks.suites.case import Case, Pictures, under
+from benchmarks.suites.choice import SEEDS, parser, runs
+from benchmarks.suites.networks import Augmented, augmentation, inputs, source_model
 from lora_lightning import LoRACallback, TransductiveTask
 from lora_lightning.runner.progress import quiet_lightning
 from lora_lightning.vision.classifier import Classifier
@@ -113,25 +112,14 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure what the arguments choose; a row of the CSV each, then the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    seeds = {"development": DEVELOPMENT, "final": FINAL}
-    parser.add_argument("--part", default="development", choices=seeds)
-    parser.add_argument("--cases", nargs="+", help="names; default: all of the part")
-    parser.add_argument("--networks", nargs="+", default=["efficientnet", "convnext", "vit"])
-    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, choices=CONDITIONS)
-    parser.add_argument("--labels", action="store_true", help="adapt with labels as well")
-    given = parser.parse_args()
-    seed = seeds[given.part]
-    table = Table("label-free", {**setting(), "part": given.part, "seed": seed})
-    for name in given.cases or part(seed):
-        case = load(name, seed)
-        for network in [n for n in networks(case) if n in given.networks]:
-            for condition in given.conditions:
-                labels = given.labels and condition == "all"
-                table.add(**measure(case, condition, seed, network, labels))
-                print({k: table.rows[-1][k] for k in ("case", "condition", "source", "adapted")})
+    arguments = parser(__doc__)
+    arguments.add_argument("--labels", action="store_true", help="adapt with labels as well")
+    given = arguments.parse_args()
+    table = Table("label-free", {**setting(), "part": given.part, "seed": SEEDS[given.part]})
+    for case, condition, seed, network in runs(given):
+        labels = given.labels and condition == "all"
+        table.add(**measure(case, condition, seed, network, labels))
+        print({k: table.rows[-1][k] for k in ("case", "condition", "source", "adapted")})
     report(table.rows)
     print(table.path)
 

@@ -12,7 +12,6 @@ corruptions and other items.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from statistics import fmean
 from typing import Any
@@ -21,16 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import Table, setting
-from benchmarks.suites import DEVELOPMENT, FINAL, SUITES, load, part
 from benchmarks.suites.case import Case
+from benchmarks.suites.choice import SEEDS, parser, runs
 from benchmarks.suites.features import of_case
-from benchmarks.suites.networks import networks
 from lora_lightning.adaptation.class_centroids import (
     complete,
     soft_centroids,
     statistics_gain,
-    statistics_help,
     trusted_centroids,
+    unhelpful,
 )
 from lora_lightning.adaptation.label_propagation import lame
 from lora_lightning.adaptation.neighbours import unit_rows
@@ -83,7 +81,7 @@ def measure(case: Case, condition: str, seed: int, network: str) -> dict[str, An
                 soft_centroids(restated.features, restated.probabilities)
             ),
             "gain": round(statistics_gain(source, restated), 3),
-            "statistics_help": statistics_help(source, restated),
+            "statistics_help": not unhelpful(source, restated),
             "agreement": round(100 * agreement(probabilities, restated.probabilities), 2),
         }
     return row
@@ -110,24 +108,12 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure what the arguments choose; a row of the CSV each, then the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    seeds = {"development": DEVELOPMENT, "final": FINAL}
-    parser.add_argument("--part", default="development", choices=seeds)
-    parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=SUITES)
-    parser.add_argument("--cases", nargs="+", help="names; default: all of the part")
-    parser.add_argument("--networks", nargs="+", default=["efficientnet", "convnext", "vit"])
-    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, choices=CONDITIONS)
-    given = parser.parse_args()
-    seed = seeds[given.part]
+    given = parser(__doc__, CONDITIONS).parse_args()
+    seed = SEEDS[given.part]
     table = Table("soft-centroids", {**setting(), "part": given.part, "seed": seed})
     with torch.no_grad():
-        for name in given.cases or part(seed, *given.suites):
-            case = load(name, seed)
-            for network in [n for n in networks(case) if n in given.networks]:
-                for condition in given.conditions:
-                    table.add(**measure(case, condition, seed, network))
+        for run in runs(given):
+            table.add(**measure(*run))
     report(table.rows)
     print(table.path)
 

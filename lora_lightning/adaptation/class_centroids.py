@@ -94,11 +94,6 @@ def statistics_gain(source: Predicted, restated: Predicted) -> float:
     return (information(restated.probabilities) - before) / max(1 - before, 1e-6)
 
 
-def statistics_help(source: Predicted, restated: Predicted) -> bool:
-    """Whether BatchNorm's statistics of the target can be trusted to help, see `unhelpful`."""
-    return not unhelpful(source, restated)
-
-
 def unhelpful(source: Predicted, restated: Predicted) -> str:
     """Why BatchNorm's statistics of the target do not help; "" where they can be trusted to.
 
@@ -127,7 +122,7 @@ def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Te
     Returns:
         (N, K) probabilities, and ``"target statistics"``, ``"source statistics"`` or ``"source"``.
     """
-    if restated is not None and statistics_help(source, restated):
+    if restated is not None and not unhelpful(source, restated):
         return soft_centroids(restated.features, restated.probabilities), "target statistics"
     if complete(source):
         return soft_centroids(source.features, source.probabilities), "source statistics"

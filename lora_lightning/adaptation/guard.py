@@ -120,16 +120,19 @@ class Guard:
         }
         if accepted is not None:
             found["steadiness"] = score.agreement(now, accepted)
-        alarms = list(self._alarms(found))
-        return Verdict(found, alarms, final=any("collapse" in text for text in alarms))
+        collapsed = found["marginal_entropy"] < self._least_entropy
+        return Verdict(found, list(self._alarms(found)), final=collapsed)
+
+    @property
+    def _least_entropy(self) -> float:
+        return self.limits.marginal_entropy * self.evenness
 
     def _alarms(self, found: dict[str, float]) -> Iterator[str]:
         limits = self.limits
-        least = limits.marginal_entropy * self.evenness
-        if found["marginal_entropy"] < least:
+        if found["marginal_entropy"] < self._least_entropy:
             yield (
                 f"the predictions collapse: their mean has an entropy of "
-                f"{found['marginal_entropy']:.2f} nats, below {least:.2f}"
+                f"{found['marginal_entropy']:.2f} nats, below {self._least_entropy:.2f}"
             )
         if found["class_share"] > limits.class_share:
             yield (

@@ -163,14 +163,13 @@ class Rounds(Generic[Answers]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types and tensors."""
+        why = self.termination_condition_
         return {
             "answers": [self.packed(a) for a in (self.source, self.answers_)],
             "history": [asdict(r) for r in self.history_],
             "accepted": self.accepted_,
             "changed_in": self.changed_in_,
-            "stopped": ""
-            if self.termination_condition_.startswith(DONE)
-            else self.termination_condition_,
+            "stopped": "" if why.startswith(DONE) else why,
             "best": self._best.state_dict(),
         }
 

@@ -62,6 +62,7 @@ class SelfTraining(Course, Callback):
         self._labels: Any = None
         self._teacher: Teacher | None = None
         self._judged_at = 0
+        self._last: Any = None  # predictions at the end of the last round
         self._resumed: dict[str, Any] | None = None
 
     # ---- what a subclass defines -----------------------------------------------------------
@@ -108,7 +109,7 @@ class SelfTraining(Course, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict the target by the source model, unless the fit is resumed."""
         self.check(trainer, pl_module)
-        self._teacher, self._judged_at = None, 0
+        self._teacher, self._judged_at, self._last = None, 0, None
         if self._resumed is None:
             self.start(pl_module, self.look(pl_module))
             return
@@ -156,7 +157,8 @@ class SelfTraining(Course, Callback):
         if self.due_at_end(trainer):
             self.end_round(trainer, pl_module)
         if not self.each_counts and self._judged_at and not self.history_[-1].alarms:
-            self.rounds_.keep_last(self.network(pl_module), self.look(pl_module))
+            now = self.look(pl_module) if self._last is None else self._last  # None: resumed
+            self.rounds_.keep_last(self.network(pl_module), now)
         self.rounds_.finish(self.network(pl_module))
         if self.plot is not None and trainer.is_global_zero:
             self.rounds_.draw(self.plot)
@@ -187,6 +189,7 @@ class SelfTraining(Course, Callback):
             now = self.look(module)
         except (ConfigError, DataError) as error:
             verdict = Verdict({}, [self.broken or str(error)], final=True)
+        self._last = now
         found = self.judge(module, now, verdict, self.each_counts)
         if found.alarms and (self.each_counts or found.final):
             self.rounds_.termination_condition_ = f"alarm in round {found.index}: {found.alarms[0]}"

@@ -224,8 +224,7 @@ class LoRACallback(LaunchedCallback):
             return
         path = self._folder / f"{self.name}.safetensors"
         self.adapter_path_ = None if checks.source_kept(trainer, path) else path
-        writes = trainer.is_global_zero or sharded.is_sharded_fit(trainer)
-        if self.adapter_path_ and writes:
+        if self.adapter_path_ and sharded.writes(trainer):
             save_adapter(backbone, path, self.name)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -266,7 +265,7 @@ class LoRACallback(LaunchedCallback):
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
         if running:
             self._finite.after_batch(trainer, look=True)  # what is not finite is not saved
-        if running and (trainer.is_global_zero or sharded.is_sharded_fit(trainer)):
+        if running and sharded.writes(trainer):
             stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
             backbone = checks.find_backbone(pl_module, self.backbone)
             save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)

@@ -57,6 +57,11 @@ def is_sharded_fit(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
+def writes(trainer: Trainer) -> bool:
+    """Whether this process takes part in writing an adapter file: all do where it is gathered."""
+    return trainer.is_global_zero or is_sharded_fit(trainer)
+
+
 def check_sharded(trainer: Trainer, pl_module: LightningModule) -> None:
     """What is trained must be sharded over all processes, or its gradients are never averaged.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
@@ -58,3 +60,9 @@ class Classifier(Optimised):
         """Probabilities (B, C)."""
         probabilities: Tensor = self(batch[0]).softmax(dim=1)
         return probabilities
+
+
+def likeliest(probabilities: Tensor, classes: Sequence[str]) -> tuple[str, float]:
+    """The most probable class (K,), and its probability with four places."""
+    index = int(probabilities.argmax())
+    return classes[index], round(float(probabilities[index]), 4)

@@ -176,12 +176,11 @@ def merge(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter merged in."""
     from lora_lightning.model import switching
     from lora_lightning.model.adapter_file.load import load_adapter
-    from lora_lightning.model.adapter_file.save import read_header
     from lora_lightning.runner.weights import save_weights
     from lora_lightning.vision.backbones import create_backbone
-    from lora_lightning.vision.named_classifier import described, head_and_size
+    from lora_lightning.vision.named_classifier import described, told_by
 
-    classes, size = head_and_size(arguments.model, arguments.adapter)
+    classes, size, told = told_by(arguments.model, arguments.adapter)
     if arguments.num_classes is not None:
         classes = arguments.num_classes
     elif classes is None and arguments.checkpoint is None:
@@ -192,7 +191,7 @@ def merge(arguments: argparse.Namespace) -> None:
     )
     load_adapter(model, arguments.adapter)
     switching.merge(model)
-    described(model, read_header(arguments.adapter).get("data", {}), size)
+    described(model, told, size)
     weights = save_weights(model, arguments.out)
     _say(
         f"{arguments.out}: {arguments.model} with {model.num_classes} classes, "

@@ -5,7 +5,6 @@ One adapter is trained on all target domains together: there is one case.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -169,8 +168,7 @@ class Pictures(Experiment[Config]):
         settings, pictures = self.config.train.label_free, self.data.on(train=case.train)
         training = pictures.unlabelled(True, settings.jitter)
         task: LightningModule = self.transductive(model, pictures.unlabelled(), training)
-        batches = math.ceil(len(pictures.training_pictures()) / settings.batch_size)
-        length = {"max_epochs": settings.passes(batches)}
+        length = {"max_epochs": settings.passes_over(len(pictures.training_pictures()))}
         return Unlabelled(task, lambda: self.tell(task), trainer=length)
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
@@ -223,6 +221,11 @@ class Pictures(Experiment[Config]):
     def tell(self, task: Any) -> None:
         """Call `tell_course` with the result of a task of `transductive`."""
 
+    @property
+    def of_seed(self) -> str:
+        """The seed, for a note; "" of the first."""
+        return "" if self.first else f" (seed {self.seed})"
+
     def tell_course(
         self, course: Any, before: Tensor, after: Tensor, changed_in: Sequence[int | None]
     ) -> None:
@@ -236,9 +239,8 @@ class Pictures(Experiment[Config]):
         """
         history: list[Round] = course.history_
         self.run.rounds[self.seed] = [vars(r) for r in history]
-        where = "" if self.first else f" (seed {self.seed})"
         self.run.notes.append(
-            f"{NAME}{where}: {course.termination_condition_}; the state of round "
+            f"{NAME}{self.of_seed}: {course.termination_condition_}; the state of round "
             f"{course.accepted_} of {len(history) - 1} is kept."
         )
         pictures = self.data.on(train=self.data.target).training_pictures()

@@ -6,12 +6,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from lora_lightning.adaptation.shift.verdicts import Shift
 from lora_lightning.report.results import Prediction, Row, Run
 from lora_lightning.report.versions import hardware, versions
 from lora_lightning.report.write import write_report
+from lora_lightning.vision.classifier import likeliest
 from lora_lightning.vision.data.folder_targets import Found
 from lora_lightning.vision.image_training import ImageSettings, Learnt
 from lora_lightning.vision.named_classifier import NamedClassifier
@@ -89,11 +88,6 @@ def _predictions(
     changed = learnt.changed_in or [None] * len(found.items)
     rows = zip(found.items, learnt.before, learnt.after, changed, strict=True)
     for item, old, new, when in rows:
-        said = *_said(base, old), *_said(base, new)
+        said = *likeliest(old, base.classes), *likeliest(new, base.classes)
         name, label = found.told(item), item.class_name
         yield Prediction(name, found.name, label, *said, seed, "target", learnt.method, when)
-
-
-def _said(base: NamedClassifier, probabilities: Tensor) -> tuple[str, float]:
-    index = int(probabilities.argmax())
-    return base.classes[index], round(float(probabilities[index]), 4)

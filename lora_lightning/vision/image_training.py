@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -124,18 +123,13 @@ def without_labels(
     task = TransductiveTask(
         base.model,
         found.data(base.prepared, base.classes),
-        how.objective,
         training=found.data(base.prepared, base.classes, augmented=True, jitter=how.jitter),
-        pseudo_label_weight=how.pseudo_label_weight,
-        diversity=how.diversity,
         canary=canary and canary.data(base.prepared, base.classes),
-        batch_norm=how.batch_norm,
-        batch_size=how.batch_size,
         **how.arguments(),
     )
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
-    passes = how.passes(math.ceil(len(found.items) / how.batch_size))
+    passes = how.passes_over(len(found.items))
     callback = fit(task, None, without_head(settings.lora, base.model), passes)
     seconds = time.perf_counter() - start
     course = task.rounds_

@@ -14,7 +14,6 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.adapter_file.load import load_adapter
-from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import unknown
 from lora_lightning.runner.tables import read_text
@@ -97,8 +96,7 @@ def named_classifier(
     """
     told: dict[str, Any] = {}
     if adapter is not None:
-        told = read_header(adapter).get("data", {})
-        head, side = head_and_size(name, Path(adapter))
+        head, side, told = told_by(name, Path(adapter))
         num_classes, size = num_classes or head, size or side
     notices: list[str] = []
     pretrained = checkpoint is None and name.partition(".")[0] != PACKAGED
@@ -158,13 +156,13 @@ def described(model: nn.Module, told: Mapping[str, Any], size: int | None = None
     return prepared
 
 
-def head_and_size(name: str, adapter: Path) -> tuple[int | None, int | None]:
-    """The number of classes, and the side of the pictures, where an adapter file says them.
+def told_by(name: str, adapter: Path) -> tuple[int | None, int | None, dict[str, Any]]:
+    """What an adapter file says: number of classes, side of the pictures, its header's data.
 
     Args:
         name: Of the model in timm.
         adapter: The file.
     """
     header, tensors = read(adapter)
-    side = header.get("data", {}).get("input_size", [None])[-1]
-    return _head_of(name, tensors), side
+    data = header.get("data", {})
+    return _head_of(name, tensors), data.get("input_size", [None])[-1], data

@@ -13,7 +13,7 @@ from lora_lightning.adaptation.shift.measure import shift
 from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import NAMES, Shift
 from lora_lightning.adaptation.transductive_task import TransductiveTask
-from lora_lightning.vision.classifier import Classifier
+from lora_lightning.vision.classifier import Classifier, likeliest
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.experiment import Pictures
 from lora_lightning.vision.methods import METHODS
@@ -55,23 +55,12 @@ class Classification(Pictures):
 
     def said(self, answer: Tensor) -> tuple[str, float]:
         """The predicted class, and its probability."""
-        index = int(answer.argmax())
-        return self.data.classes[index], round(float(answer[index]), 4)
+        return likeliest(answer, self.data.classes)
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
         """A `TransductiveTask`."""
         settings = self.config.train.label_free
-        return TransductiveTask(
-            model,
-            target,
-            settings.objective,
-            training=training,
-            pseudo_label_weight=settings.pseudo_label_weight,
-            diversity=settings.diversity,
-            batch_norm=settings.batch_norm,
-            batch_size=settings.batch_size,
-            **settings.arguments(),
-        )
+        return TransductiveTask(model, target, training=training, **settings.arguments())
 
     def tell(self, task: TransductiveTask) -> None:
         """See `tell_course`."""
@@ -114,15 +103,12 @@ class Classification(Pictures):
         if accuracy >= (1 + chance) / 2:
             return
         text = (
-            f"The source model is poor{self._where()}: {accuracy:.0%} of its own {count} held-out "
+            f"The source model is poor{self.of_seed}: {accuracy:.0%} of its own {count} held-out "
             f"pictures are right, where chance is {chance:.0%}. What it teaches without labels is "
             "no better. Give it more pictures, train it longer (train.source.epochs, "
             "train.source.least_steps), or start from a trained one (model.checkpoint)."
         )
         self._note(text)
-
-    def _where(self) -> str:
-        return "" if self.first else f" (seed {self.seed})"
 
     def _note(self, text: str) -> None:
         self.run.notes.append(text)
@@ -130,6 +116,6 @@ class Classification(Pictures):
 
     def _warn(self, far: dict[str, Shift]) -> None:
         self._note(
-            f"May be too far to adapt to without labels{self._where()}: {', '.join(far)}. Label "
+            f"May be too far to adapt to without labels{self.of_seed}: {', '.join(far)}. Label "
             f"some items, or do not answer there. {next(iter(far.values())).caveat}"
         )

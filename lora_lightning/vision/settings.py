@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainSettings, TrainStages
 
@@ -100,6 +102,10 @@ class PictureTraining(EpochTraining):
     batch_size: int = 32
     jitter: float = 0.4
 
+    def passes_over(self, items: int) -> int:
+        """The epochs over so many pictures, or more for the least number of steps."""
+        return self.passes(math.ceil(items / self.batch_size))
+
 
 @dataclass
 class LabelFreeSettings(PictureTraining):
@@ -115,6 +121,11 @@ class LabelFreeSettings(PictureTraining):
     objective: str = "information-maximisation"
     pseudo_label_weight: float = 0.3
     diversity: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for a `TransductiveTask`."""
+        own = ("objective", "pseudo_label_weight", "diversity", "batch_norm", "batch_size")
+        return super().arguments() | {name: getattr(self, name) for name in own}
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import nn
 from lora_lightning.adaptation.class_centroids import (
     complete,
     soft_centroids,
-    statistics_help,
     trusted_centroids,
+    unhelpful,
 )
 from lora_lightning.adaptation.closed_form import recentred
 from lora_lightning.adaptation.label_propagation import lame, propagate
@@ -68,8 +68,8 @@ def test_centroids_are_trusted_where_all_classes_are_there():
     blind = Predicted(full.probabilities * 0 + 0.25, full.features)
     assert complete(full)
     assert not complete(lacking)
-    assert statistics_help(blind, full)
-    assert not statistics_help(full, full)
+    assert not unhelpful(blind, full)
+    assert unhelpful(full, full)
     for source, again, by in (
         (blind, full, "target statistics"),
         (full, full, "source statistics"),
