@@ -26,6 +26,7 @@ NEIGHBOURS = 5
 # Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
 # predictions lack: a smaller gain also comes where nothing helps.
 GAIN = 0.12
+CERTAIN_GAIN = 0.2  # from which on they help even where single predictions are less certain
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
 COMPLETE, COMPLETE_RESTATED = 0.8, 0.75  # on the source's statistics, and on the target's
@@ -101,11 +102,12 @@ def unhelpful(source: Predicted, restated: Predicted) -> str:
         source: Of the target's items, by the source model.
         restated: The same items with statistics re-estimated on them.
     """
-    if mean_entropy(restated.probabilities) > mean_entropy(source.probabilities):
-        return "the predictions are less certain, as where classes are missing"
     gain = statistics_gain(source, restated)
     if gain < GAIN:
         return f"the predictions gain {gain:.2f} of the information that they lack, below {GAIN:g}"
+    less = mean_entropy(restated.probabilities) > mean_entropy(source.probabilities)
+    if less and gain < CERTAIN_GAIN:
+        return "the predictions are less certain, as where classes are missing"
     if (even := spread(restated)) < COMPLETE_RESTATED:
         least = f"below {COMPLETE_RESTATED:g}"
         return f"the spread over classes is {even:.2f}, {least}, as where some are missing"

@@ -31,6 +31,8 @@ class Limits:
             change their label, of those that are right by its mean confidence in them.
         cohesion: How much less than at the start of training neighbours may agree on their labels,
             see `cohesion`; neighbours by the source's features.
+        rise: How much more they must agree where nothing but the training speaks for it:
+            `TransductiveTask` without BatchNorm's statistics of the target.
     """
 
     marginal_entropy: float = 0.5
@@ -39,6 +41,7 @@ class Limits:
     steadiness: float = 0.85
     sure_flips: float = 0.5
     cohesion: float = 0.01
+    rise: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
@@ -91,11 +94,17 @@ class Guard:
         self.confidence, self.surest = float(sure.mean()), float(sure[self.upper].mean())
         self.neighbours, self.limits = neighbours, limits or Limits()
         self.evenness = score.marginal_entropy(self.source)
-        self.cohesion = self._cohesion(self.labels)
+        self.least_cohesion = self._cohesion(self.labels) - self.limits.cohesion
 
-    def begin_at(self, probabilities: Tensor) -> None:
-        """Compare the cohesion with that of these predictions, from which training starts."""
-        self.cohesion = self._cohesion(probabilities.cpu().argmax(dim=1))
+    def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
+        """Compare the cohesion with that of these predictions, from which training starts.
+
+        Args:
+            probabilities: (N, K) at the start of training.
+            rises: Whether it has to be larger than theirs, by `Limits.rise`.
+        """
+        change = self.limits.rise if rises else -self.limits.cohesion
+        self.least_cohesion = self._cohesion(probabilities.cpu().argmax(dim=1)) + change
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K).
@@ -152,11 +161,10 @@ class Guard:
                 f"{found['sure_flips']:.0%} of the items that the source was surest of change "
                 f"their label, above {most:.0%}"
             )
-        least = self.cohesion - limits.cohesion
-        if found["cohesion"] < least:
+        if found["cohesion"] < self.least_cohesion:
             yield (
-                f"neighbours agree less on their labels than before: {found['cohesion']:.2f}, "
-                f"below {least:.2f}"
+                f"neighbours agree too little on their labels: {found['cohesion']:.2f}, below "
+                f"{self.least_cohesion:.2f}"
             )
 
     def _share(self, labels: Tensor) -> float:

@@ -213,7 +213,7 @@ class PredictionRounds(Rounds[Tensor]):
         super().__init__(self._check_of)
         self.limits = limits
         self.canary: Callable[[], float] | None = None
-        self._begin: Tensor | None = None
+        self._begin: tuple[Tensor, bool] | None = None
         self._near: Tensor | None = None
 
     @property
@@ -242,13 +242,13 @@ class PredictionRounds(Rounds[Tensor]):
     def _check_of(self, source: Tensor) -> Check:
         self.guard = Guard(source, self._near, self.limits)
         if self._begin is not None:
-            self.guard.begin_at(self._begin)
+            self.guard.begin_at(*self._begin)
         return self._verdict
 
-    def begin_at(self, probabilities: Tensor) -> None:
-        """Take other predictions than the source's for those at the start of training."""
-        self._begin = probabilities
-        self.guard.begin_at(probabilities)
+    def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
+        """Take these predictions for those at the start of training, see `Guard.begin_at`."""
+        self._begin = probabilities, rises
+        self.guard.begin_at(*self._begin)
 
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
         found = self.guard.check(now, accepted)

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.class_centroids import COMPLETE, spread, unhelpful
+from lora_lightning.adaptation.class_centroids import spread, unhelpful
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
@@ -25,6 +25,9 @@ from lora_lightning.model.introspection import classifier_modules
 
 BATCH_NORM = ("auto", "source", "target")
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
+# To train on the source's statistics: fewer items cannot tell a gain from chance; a smaller spread
+# of the predictions over the classes has nothing to teach.
+LEAST_ITEMS, LEAST_SPREAD = 50, 0.4
 
 
 class TransductiveTask(TaskInRounds):
@@ -70,9 +73,9 @@ class TransductiveTask(TaskInRounds):
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
             gain information by it and the guard accepts them. Where not, or without BatchNorm, it
-            trains on the source's, if the predictions spread over the classes; if they do not,
-            classes are missing or the target is too far, and the source model stays. They are
-            frozen during training.
+            trains on the source's, if there are 50 items and the predictions spread over some
+            classes; the result is kept only if neighbours agree more than by the source model, by
+            `Limits.rise`. They are frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -190,8 +193,8 @@ class _Course(TaskRounds, PredictionSelfTraining):
             self.rounds_.termination_condition_ = (
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
-        elif not self._choose_statistics(module, source):
-            self._check_spread(module, source)
+        elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
+            self._train_on_sources(source)
 
     def due_at_end(self, trainer: Trainer) -> bool:
         return not self.each_counts and trainer.global_step > self._judged_at
@@ -225,15 +228,23 @@ class _Course(TaskRounds, PredictionSelfTraining):
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
         return False
 
-    def _check_spread(self, module: Any, source: Predicted) -> None:
-        """Leave the source model where its predictions cannot teach it anything."""
-        if module.batch_norm != "auto" or self.rounds_.limits is None:
+    def _train_on_sources(self, source: Predicted) -> None:
+        """Leave the source model where it has nothing to teach; else ask for a rise of cohesion."""
+        rounds, count = self.rounds_, len(self.target)
+        if rounds.limits is None:
             return
-        if (even := spread(source)) < COMPLETE:
-            self.rounds_.termination_condition_ = (
+        rounds.begin_at(source.probabilities, rises=True)
+        why = ""
+        if count < LEAST_ITEMS:
+            why = f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
+        elif (even := spread(source)) < LEAST_SPREAD:
+            why = (
                 f"the source's predictions, smoothed over neighbours, spread over too few classes "
-                f"({even:.2f} of an even spread, below {COMPLETE:g}): classes are missing, or the "
-                'target is too far; the source model stays. batch_norm="source" trains all the same'
+                f"({even:.2f} of an even spread, below {LEAST_SPREAD:g})"
+            )
+        if why:
+            rounds.termination_condition_ = (
+                f'{why}; the source model stays. batch_norm="source" trains all the same'
             )
 
 

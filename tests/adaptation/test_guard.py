@@ -87,7 +87,7 @@ def test_neighbours_that_part_are_an_alarm():
     mixed = torch.arange(4).repeat(10)
     mixed[::3] = mixed[::3].roll(1)
     found = Guard(SOURCE, near, Limits(agreement=0)).check(said(mixed.tolist()))
-    assert any("neighbours agree less" in x for x in found.alarms)
+    assert any("neighbours agree too little" in x for x in found.alarms)
 
 
 def test_limits_are_checked():

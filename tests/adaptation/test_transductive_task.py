@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lora_lightning import LoRACallback, PseudoLabelCallback, TransductiveTask, disabled
-from lora_lightning.adaptation.guard import Guard
+from lora_lightning.adaptation.guard import Guard, Limits
 from lora_lightning.adaptation.teacher import Snapshot, Teacher, trained
 from lora_lightning.errors import ConfigError, DataError
 from tests.helpers.training import trainer
@@ -299,22 +299,29 @@ def test_a_collapse_ends_it(tmp_path, source, target):
     assert accuracy(bad.model, target) == accuracy(source, target)
 
 
-def test_where_batchnorm_brings_nothing_it_trains_on_the_sources_statistics(tmp_path, source):
+@pytest.mark.parametrize(("rise", "accepted"), [(0.05, 0), (-0.01, 6)])
+def test_where_batchnorm_brings_nothing_it_trains_on_the_sources_statistics(
+    tmp_path, source, rise, accepted
+):
+    """And keeps the result only if neighbours agree more: here they agree from the beginning."""
     near = points(128, 5)  # the source's own domain
-    task = adapted(tmp_path, source, near[0])
+    task = adapted(tmp_path, source, near[0], limits=Limits(rise=rise))
     assert len(task.rounds_.history_) == 7  # none of them for the statistics
-    assert task.rounds_.accepted_ == 6
+    assert task.rounds_.accepted_ == accepted
     assert accuracy(task.model, near) >= accuracy(source, near)
     kept = dict(source.named_buffers())
     for name, buffer in task.model.named_buffers():
         assert torch.equal(buffer, kept[name.replace("0.base_layer", "0")])
 
 
-def test_where_classes_are_missing_the_source_stays(tmp_path, source):
-    data, labels = points(128, 5)
-    one = data[labels < 2]
+@pytest.mark.parametrize(
+    ("classes", "items", "why"), [(1, 60, "over too few classes"), (4, 40, "40 items are too few")]
+)
+def test_where_nothing_can_be_learnt_the_source_stays(tmp_path, source, classes, items, why):
+    data, labels = points(240, 5)
+    one = data[labels < classes][:items]
     task = adapted(tmp_path, source, one)
-    assert "classes are missing" in task.rounds_.termination_condition_
+    assert why in task.rounds_.termination_condition_
     with torch.no_grad():
         assert torch.equal(task.model.eval()(one), source(one))
     # On request it trains all the same.

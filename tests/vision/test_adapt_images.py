@@ -28,7 +28,8 @@ def undrawn(monkeypatch):
 @pytest.fixture(autouse=True)
 def untaught(monkeypatch):
     """What this model, which learnt nothing, says of the classes decides nothing."""
-    monkeypatch.setattr("lora_lightning.adaptation.transductive_task.COMPLETE", 0.0)
+    for least in ("LEAST_SPREAD", "LEAST_ITEMS"):
+        monkeypatch.setattr(f"lora_lightning.adaptation.transductive_task.{least}", 0)
     monkeypatch.setattr("lora_lightning.adaptation.guard.Guard._alarms", lambda *_: iter(()))
 
 
