@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -205,7 +206,14 @@ def _near(pattern: str, view: View) -> str:
     return f"; adaptable layers end in {', '.join(adaptable[:12])}"
 
 
-def without_head(lora: LoRAConfig, model: nn.Module) -> LoRAConfig:
-    """The same adapter without the head, the fixed reference for the features."""
+def without_head(lora: LoRAConfig, model: nn.Module, targets: Any = None) -> LoRAConfig:
+    """The same adapter without the head, the fixed reference for the features.
+
+    Args:
+        lora: The adapter.
+        model: Whose head it is.
+        targets: In place of its `target_modules`; None: the same.
+    """
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
-    return LoRAConfig.make(lora, trainable=[], exclude_modules=left)
+    named = lora.target_modules if targets is None else targets
+    return LoRAConfig.make(lora, trainable=[], exclude_modules=left, target_modules=named)

@@ -60,6 +60,7 @@ class Unlabelled:
         trainer: Settings of the trainer.
         batch_norm: Of the adapter's `LoRACallback`.
         decodings: Suffix of a row's name → decoding; a row for each.
+        target_modules: Of the adapter; None: as with labels.
     """
 
     task: LightningModule
@@ -69,3 +70,4 @@ class Unlabelled:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     batch_norm: str = "frozen"
     decodings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    target_modules: Any = None

@@ -85,7 +85,7 @@ def _add_adapt(commands: Any) -> None:
         ("learning-rate", float, "peak learning rate (0.002; with labels 0.004)"),
     ):
         adapt.add_argument(f"--{name}", type=kind, help=text)
-    adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
+    adapt.add_argument("--target-modules", help="what is adapted (auto; with labels all)")
     adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
     adapt.set_defaults(command=run.adapt)
 

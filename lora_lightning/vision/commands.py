@@ -50,10 +50,9 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         raise ConfigError(
             "give --canary or --labels: of labelled pictures to learn from, some are held out"
         )
+    targets = arguments.target_modules
     settings = ImageSettings(
-        LoRAConfig(
-            rank=arguments.rank, alpha=arguments.alpha, target_modules=arguments.target_modules
-        ),
+        LoRAConfig(rank=arguments.rank, alpha=arguments.alpha, target_modules=targets or "all"),
         canary=arguments.canary and labelled(arguments.canary),
         labels=arguments.labels and labelled(arguments.labels),
         statistics=arguments.source_statistics,
@@ -61,6 +60,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         accelerator=arguments.accelerator,
     )
     settings.training.batch_size = arguments.batch
+    settings.training.target_modules = targets or settings.training.target_modules
     for stage in (settings.training, settings.labelled_training):
         if arguments.epochs is not None:  # as said, also where a target is small
             stage.epochs, stage.least_steps = arguments.epochs, 0

@@ -169,7 +169,8 @@ class Pictures(Experiment[Config]):
         training = pictures.unlabelled(True, settings.jitter)
         task: LightningModule = self.transductive(model, pictures.unlabelled(), training)
         length = {"max_epochs": settings.passes_over(len(pictures.training_pictures()))}
-        return Unlabelled(task, lambda: self.tell(task), trainer=length)
+        targets = getattr(settings, "target_modules", None)  # a pose's training has none
+        return Unlabelled(task, lambda: self.tell(task), trainer=length, target_modules=targets)
 
     def measure(self, label: str, case: Case, adapted: Adapted) -> Iterator[tuple[str, str, float]]:
         """The metric on the held-out images of the source and of each target domain."""

@@ -130,7 +130,7 @@ def without_labels(
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
     passes = how.passes_over(len(found.items))
-    callback = fit(task, None, without_head(settings.lora, base.model), passes)
+    callback = fit(task, None, without_head(settings.lora, base.model, how.target_modules), passes)
     seconds = time.perf_counter() - start
     course = task.rounds_
     assert course is not None

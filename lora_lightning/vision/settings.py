@@ -116,11 +116,13 @@ class LabelFreeSettings(PictureTraining):
         pseudo_label_weight: Of the pseudo-labels by class centroid in the loss.
         diversity: How hard the predictions are spread over the classes; 0 for a target that
             lacks classes.
+        target_modules: What is adapted, in place of `lora.target_modules`; None: the same.
     """
 
     objective: str = "information-maximisation"
     pseudo_label_weight: float = 0.3
     diversity: float = 1.0
+    target_modules: Any = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for a `TransductiveTask`."""
