@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_lightning import LoRACallback, TransductiveTask
-from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.runner.progress import quiet_lightning
 from lora_lightning.speech.data.synthetic.spoken import spoken_set
 from lora_lightning.speech.data.synthetic.voices import source_voices
@@ -173,12 +172,10 @@ def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Pat
 
 
 def fit(task: TransductiveTask, out: Path, epochs: int = 4, verify: bool = True) -> None:
-    """Train the factors of `task`, the head left alone."""
+    """Train the factors of `task` in what "auto" names, as recipes do without labels."""
     adapter = LoRACallback(
         rank=4,
         alpha=8.0,
-        target_modules="all",
-        exclude_modules=sorted(classifier_modules(task.model)),
         trainable=[],
         verify=verify,
         output_dir=out,

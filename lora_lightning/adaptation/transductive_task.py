@@ -91,6 +91,9 @@ class TransductiveTask(TaskInRounds):
         DataError: the target is empty, or the model gives NaN for some of it.
     """
 
+    #: What a user sets to train on the source's statistics all the same, in their interface.
+    setting = 'batch_norm="source"'
+
     def __init__(
         self,
         model: nn.Module,
@@ -194,7 +197,7 @@ class _Course(TaskRounds, PredictionSelfTraining):
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
         elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
-            self._train_on_sources(source)
+            self._train_on_sources(source, module.setting)
 
     def due_at_end(self, trainer: Trainer) -> bool:
         return not self.each_counts and trainer.global_step > self._judged_at
@@ -228,7 +231,7 @@ class _Course(TaskRounds, PredictionSelfTraining):
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
         return False
 
-    def _train_on_sources(self, source: Predicted) -> None:
+    def _train_on_sources(self, source: Predicted, setting: str) -> None:
         """Leave the source model where it has nothing to teach; else ask for a rise of cohesion."""
         rounds, count = self.rounds_, len(self.target)
         if rounds.limits is None:
@@ -244,7 +247,7 @@ class _Course(TaskRounds, PredictionSelfTraining):
             )
         if why:
             rounds.termination_condition_ = (
-                f'{why}; the source model stays. batch_norm="source" trains all the same'
+                f"{why}; the source model stays. {setting} trains all the same"
             )
 
 

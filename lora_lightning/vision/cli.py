@@ -85,6 +85,12 @@ def _add_adapt(commands: Any) -> None:
         ("learning-rate", float, "peak learning rate (0.002; with labels 0.004)"),
     ):
         adapt.add_argument(f"--{name}", type=kind, help=text)
+    adapt.add_argument(
+        "--batch-norm",
+        choices=("auto", "source", "target"),
+        default="auto",
+        help="statistics while it trains without labels (auto: the target's if they help)",
+    )
     adapt.add_argument("--target-modules", help="what is adapted (auto; with labels all)")
     adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
     adapt.set_defaults(command=run.adapt)

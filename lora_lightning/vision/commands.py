@@ -60,6 +60,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         accelerator=arguments.accelerator,
     )
     settings.training.batch_size = arguments.batch
+    settings.training.batch_norm = arguments.batch_norm
     settings.training.target_modules = targets or settings.training.target_modules
     for stage in (settings.training, settings.labelled_training):
         if arguments.epochs is not None:  # as said, also where a target is small

@@ -127,6 +127,7 @@ def without_labels(
         canary=canary and canary.data(base.prepared, base.classes),
         **how.arguments(),
     )
+    task.setting = "--batch-norm source"
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
     passes = how.passes_over(len(found.items))

@@ -60,7 +60,9 @@ class Classification(Pictures):
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
         """A `TransductiveTask`."""
         settings = self.config.train.label_free
-        return TransductiveTask(model, target, training=training, **settings.arguments())
+        task = TransductiveTask(model, target, training=training, **settings.arguments())
+        task.setting = "train.label_free.batch_norm=source"
+        return task
 
     def tell(self, task: TransductiveTask) -> None:
         """See `tell_course`."""
