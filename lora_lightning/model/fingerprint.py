@@ -48,6 +48,11 @@ def statistics(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str
     return {"statistics": values} if values else {}
 
 
+def sample(tensor: Tensor) -> str:
+    """A hash of a sample of this tensor's values."""
+    return _sampled({"": tensor.detach()})[1]
+
+
 def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Hashes of names and shapes, and of a sample of the values; empty where there is none."""
     names, samples = [], []

@@ -111,9 +111,9 @@ def _before(
 
 def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
     view, own = View(module), factor_keys(module)
-    noted = [k for k, v in state_dict.items() if isinstance(v, AbsentBase) and k.startswith(prefix)]
-    bases = [state_dict.pop(key) for key in noted]
-    given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
+    found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+    bases = [state_dict.pop(k) for k, v in found.items() if isinstance(v, AbsentBase)]
+    given = {k[len(prefix) :] for k, v in found.items() if isinstance(v, Tensor)}
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None

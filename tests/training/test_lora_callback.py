@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from pathlib import Path
 
 import pytest
@@ -282,19 +283,85 @@ def test_checkpoint_of_another_rank_is_refused(tmp_path):
         fitted(tmp_path, other, lora(rank=3), max_epochs=3, ckpt=path)
 
 
-@pytest.mark.parametrize("names", [[], ["encoder"]])
-def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path, names):
-    """Under a second name of the backbone the base is not saved either."""
-    module, fresh = alike(2)
-    for name in names:
-        setattr(module, name, module.model)
-        setattr(fresh, name, fresh.model)
+class Aliased(Module):
+    """Has parts of its network under other names too, before it or after."""
+
+    def __init__(self, model, parts, first=False):
+        super().__init__(model)
+        if first:
+            del self.model
+        for name, part in parts.items():
+            setattr(self, name, operator.attrgetter(part)(model) if part else model)
+        if first:
+            self.model = model
+
+
+ALIASES = {
+    "none": {},
+    "the backbone": {"encoder": ""},
+    "a part": {"stem": "patch_embed"},
+    "adapted parts": {"stages": "blocks", "one": "blocks.1"},
+    "a parameter": {"token": "cls_token"},
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("parts", ALIASES.values(), ids=ALIASES)
+def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path, parts, first):
+    """Under a second name of the backbone, or of a part, the base is not saved either."""
+    model = tiny_vit()
+    module, fresh = (Aliased(copy.deepcopy(model), parts, first) for _ in range(2))
     t, path = fitted(tmp_path, module, lora()), tmp_path / "small.ckpt"
     t.save_checkpoint(path, weights_only=True)
+    keys = saved(torch.load(path, weights_only=True))
+    assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
     expected = t.test(module, loader(), verbose=False)
     got = trainer(tmp_path, lora()).test(fresh, loader(), ckpt_path=path, verbose=False)
     assert got == expected
-    assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_was_a_second_name_is_no_tensor_of_its_own(tmp_path, strict):
+    model = tiny_vit()
+    module = Aliased(model, {"stem": "patch_embed", "token": "cls_token"})
+    fitted(tmp_path, module, lora()).save_checkpoint(path := tmp_path / "last.ckpt")
+    other = Aliased(model, {"stem": "patch_embed", "token": "cls_token"})
+    other.stem = tiny_vit().patch_embed
+    held = torch.load(path, weights_only=True)["state_dict"]
+    with pytest.raises(RuntimeError, match="another name of a frozen weight") as raised:
+        other.load_state_dict(held, strict=strict)
+    assert "stem.proj.weight" in str(raised.value)
+    assert "token" not in str(raised.value)
+    with pytest.raises(RuntimeError, match="assign=False"):
+        module.load_state_dict(held, assign=True)
+
+
+def test_a_layer_shared_within_the_backbone_and_between_two(tmp_path):
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.second = tiny_vit()
+            self.second.blocks[1] = self.model.blocks[1]
+            self.second.blocks.append(self.second.blocks[0])
+
+        def forward(self, x):
+            return self.model(x) + self.second(x)
+
+    torch.manual_seed(0)
+    module, path = Two(), tmp_path / "two.ckpt"
+    fresh = copy.deepcopy(module)
+
+    def callbacks():
+        own = {"exclude_modules": "blocks.1.*", "verify": False}
+        return lora(**own), lora(backbone="second", name="b", **own)
+
+    t = fitted(tmp_path, module, *callbacks())
+    t.save_checkpoint(path)
+    keys = saved(torch.load(path, weights_only=True))
+    assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
+    expected = t.test(module, loader(), verbose=False)
+    got = trainer(tmp_path, *callbacks()).test(fresh, loader(), ckpt_path=path, verbose=False)
+    assert got == expected
 
 
 def test_source_checkpoint_loads_strictly_before_and_after_injection(tmp_path):
