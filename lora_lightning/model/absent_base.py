@@ -72,7 +72,7 @@ class AbsentTensor:
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Tensor:
+    ) -> Any:
         """``live.copy_(self)``: leaves it as it is.
 
         Raises:

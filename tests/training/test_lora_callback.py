@@ -27,6 +27,7 @@ from lora_lightning import (
     FitGuard,
     LoRACallback,
     LoRAConfig,
+    PrefixCache,
     adapters,
     combine,
     disabled,
@@ -596,22 +597,39 @@ def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
         load(Injected, path, strict=strict, name="other")
 
 
+def _of_the_source(module, batch):
+    """A loss that only the source model has."""
+    acting = any(getattr(layer, "lora_active", None) for layer in module.modules())
+    return torch.full((len(batch[0]),), float(not acting))
+
+
+class Lowers(FitGuard):
+    """Keeps what was learnt, and lowers the rank to 1."""
+
+    def __init__(self):
+        super().__init__(loss=_of_the_source, lower_rank=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    "options",
+    ("options", "guard"),
     [
-        {"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5},
-        {"init": "pissa"},
-        {"dora": True, "batch_norm": "reset", "name": "b"},
+        ({"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5}, None),
+        ({"init": "pissa"}, None),
+        ({"dora": True, "batch_norm": "reset", "name": "b"}, FitGuard(lower_rank=False)),
+        ({"init": "pissa", "rank": 4}, Lowers()),
+        ({"xs": True, "rank": 4}, Lowers()),
+        pytest.param({"rank": 4}, Lowers(), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tmp_path, options):
+def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(
+    tmp_path, options, guard
+):
     module, base = (fresh(model=efficientnet()) for _ in range(2))
     adapter, data = lora(output_dir=tmp_path, **options), loader(size=64)
-    guard = FitGuard() if "dora" in options else None
     callbacks = [c for c in (adapter, guard) if c]
-    started = {"strategy": "ddp_fork", "devices": 1}
+    started = {"strategy": "ddp_spawn" if options == {"rank": 4} else "ddp_fork", "devices": 1}
     t = fitted(tmp_path, module, *callbacks, data=data, held_out=data, **started)
     load_adapter(base.model, adapter.adapter_path_)
     x = torch.randn(2, 3, 64, 64)
@@ -620,15 +638,39 @@ def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tm
     ranks = {p: f.spec.rank for p, f in named_factors(base.model, adapter.name).items()}
     assert ranks == {f"{r.module}.{r.tensor}": r.rank for r in adapter.report_.rows}
     assert guard is None or len(guard.history_) == 3
+    assert guard is None or guard.rank_ == (1 if guard.lower_rank else max(ranks.values()))
+    assert guard is None or guard.keeps_source is False
     (got,) = t.test(module, data, verbose=False)
     (expected,) = trainer(tmp_path).test(base, data, verbose=False)
     assert got == pytest.approx(expected)
 
 
+class Configures(Module):
+    """Has callbacks that are made where it is trained."""
+
+    def __init__(self, *own):
+        super().__init__()
+        self.own = own
+
+    def configure_callbacks(self):
+        return list(self.own)
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_processes_that_could_not_give_the_adapter_back_are_refused(tmp_path):
-    with pytest.raises(ProcessRaisedException, match=r"ConfigError: .* build the network in its"):
-        fitted(tmp_path, Late(), lora(), strategy="ddp_fork", devices=1)
+@pytest.mark.parametrize(
+    ("module", "callbacks", "says"),
+    [
+        (Late(), [lora()], "build the network in its"),
+        (Configures(lora()), [], "LoRACallback comes from configure_callbacks"),
+        (Configures(FitGuard()), [lora()], "FitGuard comes from configure_callbacks"),
+        (Configures(PrefixCache()), [lora()], "PrefixCache comes from configure_callbacks"),
+    ],
+)
+def test_processes_that_could_not_give_back_what_they_find_are_refused(
+    tmp_path, module, callbacks, says
+):
+    with pytest.raises(ProcessRaisedException, match=f"ConfigError: .*{says}"):
+        fitted(tmp_path, module, *callbacks, strategy="ddp_fork", devices=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
