@@ -70,9 +70,7 @@ class AbsentTensor:
         raise AdapterError("a frozen weight under a second name cannot be assigned: assign=False")
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """``live.copy_(self)``: leaves it as it is.
 
         Raises:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from lora_lightning import disabled, inject, merge, remove, unmerge
 from lora_lightning.errors import AdapterError, WeightWriteError
 from lora_lightning.model.probing import difference
+from tests.helpers.networks import quantise
 from tests.helpers.training import randomise
 
 REFUSALS = (WeightWriteError, AdapterError, AssertionError)  # the last is torch's, with our words
@@ -49,6 +50,7 @@ CALLS = {
     "clone": (linear, assigned(lambda w: w.detach().clone())),
     "transformed": (linear, assigned(lambda w: torch.cat([w[:2], w[2:]]) * 2)),
     "by numpy": (linear, assigned(lambda w: torch.from_numpy(w.detach().numpy().copy()))),
+    "quantised": (linear, lambda m: quantise(m[0])),
     "itself": (linear, assigned(lambda w: w)),
     "under another name": (linear, lambda m: m[0].register_parameter("old", m[0].weight)),
     "none": (linear, lambda m: setattr(m[0], "weight", None)),
@@ -90,6 +92,23 @@ def test_after_merging_they_work(what):
     expected = model(x)
     merge(model)
     assert difference([call(model)(x)], [expected]) < 1e-6
+
+
+def test_a_merged_layer_is_quantised_like_any_other():
+    """As torchao's `quantize_`, with which this was compared on 2026-11-28 (0.18)."""
+    model, x = adapted(linear()), torch.randn(3, 6)
+    expected = model(x)
+    merge(model)
+    plain = linear()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        quantise(each[0])
+    assert torch.equal(model(x), plain(x))
+    assert difference([model(x)], [expected]) < 0.02
+    with pytest.raises(AdapterError, match="changed since merge"):
+        unmerge(model)
+    unmerge(model, discard_changes=True)
+    assert torch.equal(model(x), expected)
 
 
 def test_ways_to_replace_the_raw_weight():
