@@ -8,8 +8,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lora_lightning import disabled, inject, merge, remove, unmerge
 from lora_lightning.errors import AdapterError, WeightWriteError
@@ -46,6 +49,13 @@ def assigned(change: Callable) -> Callable:
     return lambda m: setattr(m[0], "weight", nn.Parameter(change(m[0].weight)))
 
 
+@torch.no_grad()
+def _fused_by_hand(layer, norm):
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    layer.weight.data = layer.weight.data * scale[:, None]
+
+
+X = torch.ones(2, 6)
 CALLS = {
     "clone": (linear, assigned(lambda w: w.detach().clone())),
     "transformed": (linear, assigned(lambda w: torch.cat([w[:2], w[2:]]) * 2)),
@@ -64,6 +74,9 @@ CALLS = {
     "spectral_norm's hook": (linear, lambda m: nn.utils.spectral_norm(m[0])),
     "prune": (linear, lambda m: prune.l1_unstructured(m[0], "weight", 0.5)),
     "symbolic_trace": (linear, torch.fx.symbolic_trace),
+    "create_feature_extractor": (linear, lambda m: create_feature_extractor(m, ["0"])),
+    "prepare_fx": (linear, lambda m: prepare_fx(m, get_default_qconfig_mapping(), (X,))),
+    "fuse by hand": (linear, lambda m: _fused_by_hand(*m)),
     "symbolic_trace of a read": (lambda: vit().blocks[0].attn, torch.fx.symbolic_trace),
     "patch_size": (vit, lambda m: m.set_input_size(patch_size=4), "patch_embed.proj"),
     "img_size": (vit, lambda m: m.set_input_size(img_size=64), "pos_embed"),
