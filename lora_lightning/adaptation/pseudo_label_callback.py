@@ -71,11 +71,20 @@ class Accepted(Sampler[int]):
         return iter(mixed)
 
 
+# Functions with a name, so that processes which a Trainer spawns can be given them.
+def _threshold(features: Tensor, p: Tensor) -> PseudoLabels:
+    return labelling.threshold(p)
+
+
+def _class_balanced(features: Tensor, p: Tensor) -> PseudoLabels:
+    return labelling.class_balanced(p, 0.5)
+
+
 Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
 LABELLERS: Registry[Labeller] = Registry("labeller")
 for name, labeller in {
-    "threshold": lambda features, p: labelling.threshold(p),
-    "class-balanced": lambda features, p: labelling.class_balanced(p, 0.5),
+    "threshold": _threshold,
+    "class-balanced": _class_balanced,
     "centroid": labelling.centroid,
     "vote": vote,
     "reciprocal": reciprocal,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import Position, begin_next_epoch
 from lora_lightning.adaptation.rounds import Round, print_wrapped
 from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.training.launch import LaunchedCallback
 
 
 def _read(name: str, what: str) -> Any:
@@ -33,7 +35,7 @@ class Course:
         return bool(self.history_) and not self.accepted_
 
 
-class SelfTraining(Course, Callback):
+class SelfTraining(Course, LaunchedCallback):
     """Rounds within a fit: predict the target, check, keep the best state, label the next round.
 
     A subclass defines the predictions (`look`), the labels made of them (`label`), their use
@@ -178,6 +180,19 @@ class SelfTraining(Course, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint; applied when the fit starts."""
         self._resumed = state_dict or None
+
+    def held(self) -> dict[str, Any]:
+        """For the process that started this one: a checkpoint, and why the training ended."""
+        state = tree_map_only(Tensor, lambda t: t.detach().cpu(), self.state_dict())
+        return {"state": state, "why": self.termination_condition_}
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, held: dict[str, Any]) -> None:
+        """The rounds and labels of the process that was started."""
+        if state := held["state"]:
+            self.rounds_.load_state_dict(state["rounds"])
+            self.rounds_.termination_condition_ = held["why"]
+            self._labels = state["labels"]
+            self.use(self._labels)
 
     # ---- rounds ----------------------------------------------------------------------------
 

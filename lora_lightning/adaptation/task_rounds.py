@@ -7,15 +7,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lora_lightning.training.launch import COURSE, LaunchedCallback
 from lora_lightning.training.optimised_module import Optimised
 
 
-class TaskRounds(Callback):
+class TaskRounds(LaunchedCallback):
     """Mixin of a `SelfTraining` that belongs to one task."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave a trainer that goes on with another module; Lightning would keep it there."""
-        if getattr(pl_module, "_course", None) is not self:
+        if getattr(pl_module, COURSE, None) is self:
+            super().setup(trainer, pl_module, stage)
+        else:
             trainer.callbacks = [c for c in _callbacks(trainer) if c is not self]  # type: ignore[attr-defined]
 
 

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora import factorised, parametrizations
 from lora_lightning.lora.recurrent import BODY, forget_flat_weights
+from lora_lightning.lora.sharding import is_packed
 from lora_lightning.lora.spec import matrix_shape
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -106,6 +107,11 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
         return "it is lazy and has no shape yet; run one batch through the model first"
     if not isinstance(weight, Tensor):
         return f"it holds no tensor called {tensor!r}"
+    if is_packed(weight):
+        return (
+            f"{tensor} is a {type(weight).__name__}, packed by quantisation, say; adapt the model "
+            "before it is quantised, and merge then"
+        )
     if not weight.is_floating_point():
         return f"{tensor} has dtype {weight.dtype}; factors need a floating-point weight"
     if weight.dim() < 2 or 0 in weight.shape:

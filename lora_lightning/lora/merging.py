@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,19 +36,33 @@ class Merged:
     raw: dict[str, nn.Parameter]
     placed: dict[str, nn.Parameter]
     sums: dict[str, tuple[torch.dtype, Tensor]]
+    written: frozenset[str] = frozenset()  # when the module was copied or saved
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.versions = {key: p._version for key, p in self.placed.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = {key for key, p in self.placed.items() if p._version != self.versions[key]}
+        return {**vars(self), "written": self.written | known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # reading a file counts as writing to the tensors
 
     def changed(self, module: nn.Module) -> list[str]:
         """Parameters written to since the merge.
 
-        A new parameter has version 0; its sum detects writes through ``.data``, which versions do
-        not count. A model that was converted since has other sums rightly.
+        Its version counts them; its sum detects writes through ``.data``, which versions do not
+        count. A model that was converted since has other sums rightly.
         """
         live = {key: _located(module, key) for key in self.placed}
         return [
             k
             for k, p in self.placed.items()
             if live[k] is not p
-            or p._version > 0
+            or k in self.written
+            or p._version != self.versions[k]
             or (p.dtype == self.sums[k][0] and not _close(_sum(p), self.sums[k][1]))
         ]
 

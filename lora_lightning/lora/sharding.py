@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.module_tree import Modules
@@ -38,6 +39,11 @@ def is_sharded(tensor: Any) -> bool:
     # Of a program that shards nothing the module need not be imported.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether the tensor is made of others and not sharded: as torchao's `quantize_` makes them."""
+    return is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

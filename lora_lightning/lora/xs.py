@@ -193,12 +193,22 @@ class XSFactors(Factors):
         self.basis.renew(whole(weight.detach()).reshape(self.matrix))
 
 
-def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Check that the weights have singular vectors.
+def check_weights(weights: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Check that the weights have singular vectors, and keep them.
 
     Raises:
-        TargetError: a weight is zero throughout, or not finite.
+        TargetError: a weight is zero throughout, or not finite, or is among those `trained` in full
+            under another name, as an output layer that is tied to an adapted embedding.
     """
+    names = {id(tensor): name for name, tensor in trained.items()}
+    for path, weight in weights.items():
+        if id(weight) in names:
+            raise TargetError(
+                f"xs=True takes its frozen factors from {path}, which is tied to "
+                f"{names[id(weight)]} and trained in full under that name, so that no state dict "
+                "would hold the weight to compute them from again: leave one of the two out, by "
+                "exclude_modules or trainable"
+            )
     known = {path: w.detach() for path, w in weights.items() if not w.is_meta}
     bad = [path for path, w in known.items() if not bool(w.isfinite().all() and w.any())]
     if bad:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_lightning.errors import AdapterError, BaseMismatchError
-from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.fingerprint import fingerprint, sample
 from lora_lightning.model.view import View
 
 
@@ -46,4 +47,44 @@ class AbsentBase:
             )
 
 
-torch.serialization.add_safe_globals([AbsentBase])  # for torch.load(weights_only=True)
+class AbsentTensor:
+    """Stands in a checkpoint for one frozen weight, under a second name that a module has for it.
+
+    Whoever loads it copies nothing, as the weight is the backbone's own: what is there is compared.
+
+    Args:
+        tensor: The weight.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.sample = tensor.shape, sample(tensor)
+
+    is_meta = False
+
+    def size(self) -> torch.Size:
+        """The weight's."""
+        return self.shape
+
+    def detach(self) -> Any:
+        """What ``load_state_dict(assign=True)`` asks for, which would take the weight away."""
+        raise AdapterError("a frozen weight under a second name cannot be assigned: assign=False")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``live.copy_(self)``: leaves it as it is.
+
+        Raises:
+            BaseMismatchError: it holds other values.
+        """
+        live, absent = args
+        if not live.is_meta and sample(live) != absent.sample:
+            raise BaseMismatchError(
+                "the checkpoint holds no values for this name, since it was another name of a "
+                "frozen weight of the adapted backbone, and here it is a tensor with other values: "
+                "build the module as in the run that wrote the checkpoint"
+            )
+        return live
+
+
+# For torch.load(weights_only=True).
+torch.serialization.add_safe_globals([AbsentBase, AbsentTensor])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,20 +126,39 @@ def _smaller(
     weight: Tensor, factors: Factors, svd: SVD, rank: int, scale: Callable[[int, float], float]
 ) -> Factors:
     """Factors of this rank with the leading part of the product."""
-    # The scaling of the new rank: a state dict holds none, it follows from the ranks.
-    scaling = scale(rank, factors.spec.alpha)
-    spec = dataclasses.replace(
-        factors.spec, rank=rank, scaling=scaling, offset=False, init="zero", xs=False
-    )
-    by = factors.spec.scaling / scaling
-    small = Factors(weight, factors.matrix, spec)
+    small = _unfilled(weight, factors, rank, scale)
+    by = factors.spec.scaling / small.spec.scaling
     lora_B, lora_A = SVD(svd.U[:, :rank], svd.S[:rank] * by, svd.Vh[:rank]).halves()
     small.lora_A.copy_(lora_A)
     small.lora_B.copy_(lora_B)
     if small.magnitude is not None and factors.magnitude is not None:
         small.magnitude.copy_(factors.magnitude)
-    small.require_grad(any(p.requires_grad for p in factors.parameters()))
-    return small.train(factors.training)
+    return small
+
+
+def _unfilled(
+    weight: Tensor, factors: Factors, rank: int, scale: Callable[[int, float], float]
+) -> Factors:
+    """Factors of this rank, without a stored initial product."""
+    # The scaling of the new rank: a state dict holds none, it follows from the ranks.
+    scaling = scale(rank, factors.spec.alpha)
+    spec = dataclasses.replace(
+        factors.spec, rank=rank, scaling=scaling, offset=False, init="zero", xs=False
+    )
+    made = Factors(weight, factors.matrix, spec)
+    made.require_grad(any(p.requires_grad for p in factors.parameters()))
+    return made.train(factors.training)
+
+
+@torch.no_grad()
+def set_ranks(model: nn.Module, name: str, ranks: Mapping[str, int]) -> None:
+    """Give an adapter the form that `compress` leaves at these ranks, for a state dict to fill."""
+    root, state, name = states.holder(model, name, "to resize")
+    for path, factors in states.named_factors(root, name).items():
+        module, tensor = located(root, path)
+        weight, scale = raw_tensor(module, tensor), state.configs[name].scale
+        module.lora[name][tensor] = _unfilled(weight, factors, ranks[path], scale)
+    update_report(state, name, states.named_factors(root, name))
 
 
 def update_report(state: ModelState, name: str, factors: dict[str, Factors]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.layers import base_class
-from lora_lightning.lora.sharding import whole
+from lora_lightning.lora.sharding import is_packed, whole
 from lora_lightning.model.view import View
 
 _SAMPLES = 16
@@ -48,6 +48,11 @@ def statistics(model: nn.Module | View, exclude: Iterable[str] = ()) -> dict[str
     return {"statistics": values} if values else {}
 
 
+def sample(tensor: Tensor) -> str:
+    """A hash of a sample of this tensor's values."""
+    return _sampled({"": tensor.detach()})[1]
+
+
 def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Hashes of names and shapes, and of a sample of the values; empty where there is none."""
     names, samples = [], []
@@ -56,6 +61,9 @@ def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         names.append(f"{name} {shape}")
         if number and not tensor.is_meta:
             tensor = whole(tensor)
+            if is_packed(tensor):
+                samples += _of_parts(tensor)
+                continue
             flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
             values = flat.as_strided((number,), (step,))
             samples.append(values if values.dtype is torch.float32 else values.float())
@@ -63,6 +71,12 @@ def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     if not samples:
         return structure, ""
     return structure, _digest(torch.cat(samples).bfloat16().float().cpu().numpy().tobytes())
+
+
+def _of_parts(packed: Any) -> list[Tensor]:
+    """Samples of the tensors that a packed one is made of."""
+    parts = [getattr(packed, name) for name in packed.__tensor_flatten__()[0]]
+    return [p.reshape(-1)[:: max(p.numel() // _SAMPLES, 1)][:_SAMPLES].float() for p in parts]
 
 
 def architecture(model: nn.Module) -> str:

@@ -125,6 +125,10 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     specs = _specs(targets, config)
     adapted = {t.path for t in targets}
     whole = [n for n in chosen(view, state, config.trainable) if n not in adapted]
+    if config.xs:
+        trained = {*whole, *all_extras(view, state)} - adapted
+        weights = {t.path: raw_tensor(t.module, t.tensor) for t in targets}
+        check_weights(weights, {n: view.tensors[n] for n in trained})
     report = report_of(view, name, _rows(targets, specs), whole)
     report = noted(report, view, config)
     with all_or_nothing(view, name):
@@ -184,8 +188,6 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
             f"rank is larger than these layers allow:\n{lines}\nlower rank, set rank_pattern for "
             "them, exclude them, or set clamp_rank=True to use the largest that fits"
         )
-    if config.xs:
-        check_weights({t.path: raw_tensor(t.module, t.tensor) for t in targets})
     _all_used(config, targets)
     return specs
 

@@ -44,15 +44,12 @@ def register(model: nn.Module) -> None:
 
 def unregister(model: nn.Module) -> None:
     """Remove the hooks."""
-    pre: Any = model._load_state_dict_pre_hooks
-    for key in [k for k, h in pre.items() if getattr(h, "hook", h) is _before]:
-        del pre[key]
-    post: Any = model._load_state_dict_post_hooks
-    for key in [k for k, h in post.items() if h is _renew]:
-        del post[key]
-    saved: Any = model._state_dict_pre_hooks
-    for key in [k for k, h in saved.items() if h is _check_ties]:
-        del saved[key]
+    own = (_before, _renew, _check_ties)
+    before, after = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
+    tables: Any = (before, after, model._state_dict_pre_hooks)
+    for table in tables:
+        for key in [k for k, h in table.items() if getattr(h, "hook", h) in own]:
+            del table[key]
 
 
 def _check_ties(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -111,9 +108,9 @@ def _before(
 
 def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
     view, own = View(module), factor_keys(module)
-    noted = [k for k, v in state_dict.items() if isinstance(v, AbsentBase) and k.startswith(prefix)]
-    bases = [state_dict.pop(key) for key in noted]
-    given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
+    found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+    bases = [state_dict.pop(k) for k, v in found.items() if isinstance(v, AbsentBase)]
+    given = {k[len(prefix) :] for k, v in found.items() if isinstance(v, Tensor)}
     factors = given & own.keys()
     state = states.state_of(module)
     assert state is not None
@@ -223,10 +220,12 @@ def _renew(module: nn.Module, incompatible: Any) -> None:
     if state is None:
         return
     view = View(module)
+    # By another name: not the weight that frozen factors were computed from.
+    trained = {id(view.tensors[n]) for n in all_extras(view, state)}
     for path, factors in all_factors(module):
         if factors.matrices()[0].is_meta:
             _materialise(path, factors, view)
-        if state.loads_base:
+        if state.loads_base and id(_weight(module, path)) not in trained:
             factors.follow(_weight(module, path))
         if state.loads_source:
             factors.rebase(_weight(module, path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,9 @@ class ParallelData(LightningDataModule):
         self.batch_size, self.dropped = batch_size, dropped
         self._order = torch.Generator().manual_seed(seed)
         self._noise = np.random.default_rng(seed)
-        order, noise = self._order, self._noise.bit_generator
+        order, noise = self._order, self._noise
         self.position = Position(
-            (order.get_state, order.set_state),
-            (lambda: noise.state, lambda state: setattr(noise, "state", state)),
+            (order.get_state, order.set_state), (partial(_state, noise), partial(_set_state, noise))
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -134,6 +134,15 @@ class ParallelData(LightningDataModule):
         words = sentence.split()
         kept = [w for w in words if self._noise.random() >= self.dropped]
         return " ".join(kept or words)
+
+
+# Functions with a name, so that processes which a Trainer spawns can be given them.
+def _state(noise: np.random.Generator) -> Any:
+    return noise.bit_generator.state
+
+
+def _set_state(noise: np.random.Generator, state: Any) -> None:
+    noise.bit_generator.state = state
 
 
 def read_pairs(path: Path | str) -> list[Pair]:

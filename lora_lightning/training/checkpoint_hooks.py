@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora.module_tree import every_name, join, unwrapped
-from lora_lightning.model.absent_base import AbsentBase
+from lora_lightning.model.absent_base import AbsentBase, AbsentTensor
 from lora_lightning.model.fingerprint import fingerprint
 from lora_lightning.model.owned_tensors import all_extras
 from lora_lightning.model.state import state_of
@@ -75,29 +75,54 @@ class SaveHook(_Hook):
                 _leave_out(checkpoint, _frozen(self.pl_module, *found), absent)
 
 
-def _leave_out(checkpoint: dict[str, Any], frozen: list[str], absent: AbsentBase) -> None:
-    """Drop these tensors from each part; the first is replaced."""
+class _Frozen(NamedTuple):
+    """Names of frozen base weights in a LightningModule's state dict.
+
+    Attributes:
+        own: those that the backbone itself fills in where they are absent.
+        others: every other name → the weight: of aliases of the backbone's parts, of ties.
+    """
+
+    own: list[str]
+    others: dict[str, nn.Parameter]
+
+
+def _leave_out(checkpoint: dict[str, Any], frozen: _Frozen, absent: AbsentBase) -> None:
+    """Drop these tensors from each part; the first is replaced, and those under other names."""
     for part in _PARTS:
         if part in checkpoint:
-            dropped, first = set(frozen), dict.fromkeys(frozen[:1], absent)
-            kept = {k: v for k, v in checkpoint[part].items() if k not in dropped}
-            checkpoint[part] = first | kept
+            held, dropped = checkpoint[part], set(frozen.own)
+            kept = {k: v for k, v in held.items() if k not in dropped}
+            for name, tensor in frozen.others.items():
+                if isinstance(kept.get(name), Tensor):
+                    kept[name] = AbsentTensor(tensor)
+            checkpoint[part] = dict.fromkeys(frozen.own[:1], absent) | kept
 
 
-def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> list[str]:
-    """Names of its frozen base weights, under each name that the backbone itself has.
+def _frozen(pl_module: nn.Module, backbone: nn.Module, extras: set[str]) -> _Frozen:
+    """The names of its frozen base weights, by whatever path the module has them.
 
     `extras` are kept, even where the user froze them.
     """
+    live = View(backbone).parameters
+    kept = {id(live[n]) for n in extras if n in live}
+    frozen = {n: p for n, p in live.items() if not p.requires_grad and id(p) not in kept}
     if View(backbone).merged:  # without factors the base is all there is
-        return []
-    own = View(backbone).parameters.items()
-    frozen = [n for n, p in own if not p.requires_grad and n not in extras]
+        frozen = {}
     inner = unwrapped(backbone)
     # As in the state dict: with what wraps the backbone, or parts of it.
     within = {p: w for p, w, _ in every_name(inner)}
     whole = [join(within[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in frozen]
-    return [join(w, n) for _, w, m in every_name(pl_module) if m is inner for n in whole]
+    named = list(every_name(pl_module)) if frozen else []
+    own = [join(w, n) for _, w, m in named if m is inner for n in whole]
+    known, ids = set(own), {id(p) for p in frozen.values()}
+    others = {
+        name: p
+        for _, w, m in named
+        for n, p in m._parameters.items()
+        if id(p) in ids and p is not None and (name := join(w, n)) not in known
+    }
+    return _Frozen(own, others)
 
 
 def frozen_names(pl_module: LightningModule) -> set[str]:
@@ -105,7 +130,8 @@ def frozen_names(pl_module: LightningModule) -> set[str]:
     hook: Any = pl_module.__dict__.get(SaveHook.method)
     adapters = hook.adapters.values() if isinstance(hook, SaveHook) else ()
     found = [hook.adapted(own.backbone) for own in adapters]
-    return {n for each in found if each is not None for n in _frozen(pl_module, *each)}
+    frozen = [_frozen(pl_module, *each) for each in found if each is not None]
+    return {name for own, others in frozen for name in (*own, *others)}
 
 
 class LoadHook(_Hook):
@@ -124,7 +150,7 @@ class LoadHook(_Hook):
         absent = {}
         for key, own in self.adapters.items():
             if key in notes and (found := self.adapted(own.backbone)) is not None:
-                frozen = _frozen(self.pl_module, *found)
+                frozen = _frozen(self.pl_module, *found).own
                 if frozen and held.keys().isdisjoint(frozen):
                     absent[frozen[0]] = AbsentBase(notes[key]["base"], found[1])
         return absent

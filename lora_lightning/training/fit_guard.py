@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.compression import compress
+from lora_lightning.model.compression import compress, set_ranks
 from lora_lightning.model.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
@@ -110,6 +110,7 @@ class FitGuard(LaunchedCallback):
         self._best: dict[str, Tensor] = {}  # the adapter after its best epoch
         self._epoch: list[Tensor] = []  # training losses of this epoch
         self._pull = 0.0
+        self._lowered: dict[str, int] = {}  # layer → its rank, where ranks were lowered
 
     @property
     def keeps_source(self) -> bool:
@@ -120,6 +121,7 @@ class FitGuard(LaunchedCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the `LoRACallback` that is watched."""
+        super().setup(trainer, pl_module, stage)
         self._adapter = checks.watched(trainer, self, LoRACallback)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +136,7 @@ class FitGuard(LaunchedCallback):
         self._pull = PRIOR / items if self.l2_sp is None and items else self.l2_sp or 0.0
         if self.history_ and not checks.is_new(trainer):
             return
-        self.termination_condition_, self.shrinkage_ = "", None
+        self.termination_condition_, self.shrinkage_, self._lowered = "", None, {}
         with disabled(self._network(pl_module)):
             self._source = self._evaluate(trainer, pl_module)
             training = losses_of(pl_module, _some(trainer.train_dataloader), None)
@@ -226,9 +228,21 @@ class FitGuard(LaunchedCallback):
             loss, rank = now, rank // 2
         if rank < first:
             lower_rank(network, rank, trainer.optimizers)
+            self._lowered = _ranks(network)
             self._best = adapter_values(network)  # a fit resumed from here has these shapes
 
-    # ---- resuming --------------------------------------------------------------------------
+    # ---- processes that the trainer starts, and resuming -----------------------------------
+
+    def held(self) -> dict[str, Any]:
+        """The results, and the ranks where they were lowered."""
+        return {**super().held(), "_lowered": self._lowered}
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, held: dict[str, Any]) -> None:
+        """Give the adapter the ranks that it got, before its weights come."""
+        super().take(trainer, pl_module, held)
+        if self._lowered:
+            self._adapter = checks.watched(trainer, self, LoRACallback)
+            set_ranks(self._network(pl_module), self._adapter.name, self._lowered)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and the best epoch's adapter, for a checkpoint."""
@@ -252,5 +266,9 @@ def _some(batches: Any) -> Iterator[Any]:
 
 
 def _rank(network: nn.Module) -> int:
+    return max(_ranks(network).values())
+
+
+def _ranks(network: nn.Module) -> dict[str, int]:
     root, _, name = holder(network, None, "to look at")
-    return max(f.spec.rank for f in named_factors(root, name).values())
+    return {path: f.spec.rank for path, f in named_factors(root, name).items()}

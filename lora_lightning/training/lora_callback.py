@@ -114,6 +114,7 @@ class LoRACallback(LaunchedCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, or do so after ``configure_model``, where that builds the network."""
+        super().setup(trainer, pl_module, stage)
         checks.check_callbacks(trainer, self)
         sharded.check_strategy(trainer, self.config)
         sharded.load_without_base(trainer, pl_module)

@@ -10,6 +10,7 @@ never seen a rear makes the same mistake twice, which no such method can detect.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ class _Rounds(Rounds[Twice]):
         return Twice(**state)
 
 
+def _judged(
+    source: Twice, on: Tensor, limits: PoseLimits, now: Twice, accepted: Twice | None
+) -> Verdict:
+    return judge(source.of(on), (accepted or source).of(on), now.of(on), limits)
+
+
 class _Course(TaskRounds, SelfTraining):
     """The rounds of a `TransductivePose`, which is the module in training."""
 
@@ -158,9 +165,7 @@ class _Course(TaskRounds, SelfTraining):
 
     def _check_of(self, source: Twice) -> Check:
         on = torch.arange(0, len(source), JUDGED, device="cpu")
-        return lambda now, accepted: judge(
-            source.of(on), (accepted or source).of(on), now.of(on), self.limits
-        )
+        return partial(_judged, source, on, self.limits)
 
     def look(self, module: Any) -> Twice:
         return seen_twice(module.model, self.target, 2 * module.batch_size, module.device)

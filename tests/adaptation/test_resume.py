@@ -161,7 +161,7 @@ class Saves(Checkpoint):
             trainer.save_checkpoint(path)
 
 
-def fit(tmp_path, kind, seed, ckpt_path=None):
+def fit(tmp_path, kind, seed, ckpt_path=None, **options):
     module, data, own, course = kind(tmp_path)
     targets = ["body.0"] if isinstance(module.model, Net) else "all"
     callbacks = [
@@ -175,7 +175,7 @@ def fit(tmp_path, kind, seed, ckpt_path=None):
     torch.manual_seed(seed)
     length = steps if kind in TEXTS else {"max_epochs": ROUNDS, **OPTIONS.get(kind, {})}
     saving = {"enable_checkpointing": ckpt_path is None}
-    run = trainer(tmp_path, *callbacks, **length, **saving)
+    run = trainer(tmp_path, *callbacks, **length, **saving, **options)
     run.fit(module, data, ckpt_path=ckpt_path)
     return module.state_dict(), course()
 
@@ -203,7 +203,19 @@ def through(tmp_path_factory):
 )
 def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
     folder, weights, course = through(kind)
-    again, resumed = fit(folder, kind, seed=99, ckpt_path=folder / checkpoint)
+    assert_ended_alike(*fit(folder, kind, seed=99, ckpt_path=folder / checkpoint), weights, course)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [task, pose, labels_by_steps, transcripts, translations])
+def test_a_run_in_a_process_that_the_trainer_starts_equals_one_in_its_own(through, kind, start):
+    folder, weights, course = through(kind)
+    options = {"strategy": f"ddp_{start}", "devices": 1, "use_distributed_sampler": False}
+    assert_ended_alike(*fit(folder, kind, seed=2, **options), weights, course)
+
+
+def assert_ended_alike(again, resumed, weights, course):
     assert resumed.history_ == course.history_
     assert len(resumed.history_) >= ROUNDS
     assert resumed.accepted_ == course.accepted_ > 0

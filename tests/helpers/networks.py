@@ -34,3 +34,38 @@ class Sides(nn.Module):
     def forward(self, x):
         left, right = x.chunk(2, dim=-1)
         return self.fc(torch.stack([left.mean((1, 2, 3)), right.mean((1, 2, 3))], dim=1))
+
+
+class PackedTensor(torch.Tensor):
+    """A quantised weight of an ordinary layer, as torchao's `quantize_` makes them."""
+
+    @staticmethod
+    def __new__(cls, data, scale):
+        like = {"dtype": scale.dtype, "device": scale.device, "requires_grad": False}
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, **like)
+
+    def __init__(self, data, scale):
+        self.data8, self.scale = data, scale
+
+    def __tensor_flatten__(self):
+        return ["data8", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, *_):
+        return cls(parts["data8"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].data8, args[0].scale)
+        if func is not torch.ops.aten.t.default:
+            raise NotImplementedError(f"{func} of a packed tensor")
+        return (args[0].data8 * args[0].scale).t()
+
+
+def quantise(layer: nn.Module) -> None:
+    """In place, as `quantize_` does."""
+    weight = layer.weight.detach()
+    scale = weight.abs().max() / 127
+    packed = PackedTensor((weight / scale).round().to(torch.int8), scale)
+    layer.weight = nn.Parameter(packed, requires_grad=False)

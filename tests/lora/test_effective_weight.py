@@ -8,12 +8,16 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lora_lightning import disabled, inject, merge, remove, unmerge
 from lora_lightning.errors import AdapterError, WeightWriteError
 from lora_lightning.model.probing import difference
+from tests.helpers.networks import quantise
 from tests.helpers.training import randomise
 
 REFUSALS = (WeightWriteError, AdapterError, AssertionError)  # the last is torch's, with our words
@@ -45,10 +49,18 @@ def assigned(change: Callable) -> Callable:
     return lambda m: setattr(m[0], "weight", nn.Parameter(change(m[0].weight)))
 
 
+@torch.no_grad()
+def _fused_by_hand(layer, norm):
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    layer.weight.data = layer.weight.data * scale[:, None]
+
+
+X = torch.ones(2, 6)
 CALLS = {
     "clone": (linear, assigned(lambda w: w.detach().clone())),
     "transformed": (linear, assigned(lambda w: torch.cat([w[:2], w[2:]]) * 2)),
     "by numpy": (linear, assigned(lambda w: torch.from_numpy(w.detach().numpy().copy()))),
+    "quantised": (linear, lambda m: quantise(m[0])),
     "itself": (linear, assigned(lambda w: w)),
     "under another name": (linear, lambda m: m[0].register_parameter("old", m[0].weight)),
     "none": (linear, lambda m: setattr(m[0], "weight", None)),
@@ -62,6 +74,9 @@ CALLS = {
     "spectral_norm's hook": (linear, lambda m: nn.utils.spectral_norm(m[0])),
     "prune": (linear, lambda m: prune.l1_unstructured(m[0], "weight", 0.5)),
     "symbolic_trace": (linear, torch.fx.symbolic_trace),
+    "create_feature_extractor": (linear, lambda m: create_feature_extractor(m, ["0"])),
+    "prepare_fx": (linear, lambda m: prepare_fx(m, get_default_qconfig_mapping(), (X,))),
+    "fuse by hand": (linear, lambda m: _fused_by_hand(*m)),
     "symbolic_trace of a read": (lambda: vit().blocks[0].attn, torch.fx.symbolic_trace),
     "patch_size": (vit, lambda m: m.set_input_size(patch_size=4), "patch_embed.proj"),
     "img_size": (vit, lambda m: m.set_input_size(img_size=64), "pos_embed"),
@@ -90,6 +105,23 @@ def test_after_merging_they_work(what):
     expected = model(x)
     merge(model)
     assert difference([call(model)(x)], [expected]) < 1e-6
+
+
+def test_a_merged_layer_is_quantised_like_any_other():
+    """As torchao's `quantize_`, with which this was compared on 2026-11-28 (0.18)."""
+    model, x = adapted(linear()), torch.randn(3, 6)
+    expected = model(x)
+    merge(model)
+    plain = linear()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        quantise(each[0])
+    assert torch.equal(model(x), plain(x))
+    assert difference([model(x)], [expected]) < 0.02
+    with pytest.raises(AdapterError, match="changed since merge"):
+        unmerge(model)
+    unmerge(model, discard_changes=True)
+    assert torch.equal(model(x), expected)
 
 
 def test_ways_to_replace_the_raw_weight():

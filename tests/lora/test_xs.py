@@ -39,6 +39,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.xs import Basis, XSFactors, leading_halves
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors, state_of
+from tests.helpers.networks import Tied
 from tests.helpers.training import Module, fitted, same, tiny_vit
 from tests.helpers.zoo import ZOO, targets, there_and_back
 from tests.model.test_state import calls
@@ -269,6 +270,34 @@ def test_a_whole_state_dict_brings_base_and_core_together():
     trained, model = moved_vit(), xs_vit()
     model.load_state_dict(trained.state_dict(), strict=True)
     assert torch.equal(model(X), trained(X))
+
+
+@pytest.mark.filterwarnings("ignore:a state dict holds the head")
+@pytest.mark.parametrize(("target", "trained"), [("embed", "head"), ("head", "embed")])
+def test_a_weight_that_trains_under_another_name_is_not_what_it_was_computed_from(target, trained):
+    own, words = {"xs": True, "rank": 2, "target_modules": [target]}, torch.arange(9)[None]
+    model = Tied()
+    with pytest.raises(TargetError, match=f"{target}.weight, which is tied to {trained}.weight"):
+        inject(model, trainable=[trained], **own)
+    assert same(model.state_dict(), Tied().state_dict())
+
+    def both():
+        model = Tied()
+        inject(model, trainable=[], **own)
+        inject(model, rank=2, target_modules=["middle"], trainable=[trained], name="other")
+        return model
+
+    model, fresh = both(), both()
+    move(model)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    with pytest.raises(TargetError, match=f"tied to {trained}.weight and trained in full"):
+        inject(model, trainable=[], name="third", **own)
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        set_active(each, "default")
+    assert torch.equal(fresh(words), model(words))
+    assert not torch.equal(fresh(words), Tied()(words))
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -36,6 +36,7 @@ from lora_lightning import (
 )
 from lora_lightning.cli import main
 from lora_lightning.errors import (
+    AdapterError,
     AdapterExistsError,
     AdapterFileError,
     AdapterNotFoundError,
@@ -304,6 +305,19 @@ def test_damaged_contents_leave_the_model_alone(trained, base, damage):
     with pytest.raises((AdapterFileError, ConfigError), match=message):
         load_adapter(model, trained[1])
     assert untouched(model, base)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_written(trained, tmp_path, value):
+    model, path, _ = trained
+    before, names = path.read_bytes(), sorted(tmp_path.iterdir())
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.lora["alice"]["weight"].lora_B[0, 0] = value
+    for given in (path, tmp_path / "new"):
+        with pytest.raises(AdapterError, match=r"holds NaN or infinity .* was not written"):
+            save_adapter(model, given)
+    assert sorted(tmp_path.iterdir()) == names
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("trainable", [["nothing"], ["re:("], ["type:Nothing"], ["re:"]])

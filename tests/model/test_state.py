@@ -229,6 +229,7 @@ COPIES = {
 }
 
 
+@torch.no_grad()
 def output(model: nn.Module) -> torch.Tensor:
     y = model(X)
     return y["out"] if isinstance(y, dict) else y
@@ -257,6 +258,32 @@ def test_a_copy_has_the_adapters_and_is_independent(tmp_path, kind, how):
     remove(twin)
     assert torch.equal(output(twin), source)
     assert torch.equal(output(model), learnt)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"xs": True}, {"init": "pissa"}], ids=str)
+def test_a_copy_of_a_merged_model_unmerges_exactly(how, options):
+    model = base()
+    source = output(model)
+    inject(model, rank=2, target_modules=["blocks.*"], trainable=[], **options)
+    randomise(model, 0.5)
+    before, learnt = {n: p.clone() for n, p in model.named_parameters()}, output(model)
+    merge(model)
+    merged, twin = output(model), COPIES[how](COPIES[how](model)).eval()
+    assert torch.equal(output(twin), merged)
+    unmerge(twin)
+    assert torch.equal(output(twin), learnt)
+    assert all(torch.equal(p, before[n]) for n, p in twin.named_parameters())
+    remove(twin)
+    assert torch.equal(output(twin), source)
+    with torch.no_grad():
+        model.blocks[1].weight.neg_()  # whose sum of magnitudes is the same
+    twin = COPIES[how](model)
+    for written in (model, twin, COPIES[how](twin)):
+        with pytest.raises(AdapterError, match="changed since merge"):
+            unmerge(written)
+    unmerge(twin, discard_changes=True)
+    assert torch.equal(output(twin.eval()), learnt)
 
 
 def test_a_shallow_copy_shares_its_adapters():

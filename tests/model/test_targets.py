@@ -10,12 +10,13 @@ import torch
 import torchvision
 from torch import nn
 
-from lora_lightning import inject, remove
-from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning import inject, load_adapter, remove, save_adapter
+from lora_lightning.errors import BaseMismatchError, ConfigError, TargetError
 from lora_lightning.model.families import TIMM
 from lora_lightning.model.introspection import block_list, classifier_modules
 from lora_lightning.model.patterns import matches
 from lora_lightning.model.view import View
+from tests.helpers.networks import quantise
 from tests.helpers.training import tiny_vit
 
 
@@ -301,6 +302,31 @@ class Packed(nn.Module):
 
     def forward(self, x):
         return x @ self.qweight.to(x.dtype).T
+
+
+def packed_weights() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        quantise(layer)
+    return model
+
+
+def test_a_packed_weight_is_refused_and_another_base_where_it_differs(tmp_path):
+    model, x = packed_weights(), torch.randn(2, 4)
+    model[1] = nn.Linear(4, 4)
+    source = model(x)
+    for targets in (["0"], "all"):
+        with pytest.raises(TargetError, match=r"0.weight: weight is a PackedTensor, packed by"):
+            inject(model, rank=1, target_modules=targets, trainable=[])
+    inject(model, rank=1, target_modules=["1"], trainable=[])
+    save_adapter(model, tmp_path / "file")
+    remove(model)
+    load_adapter(model, tmp_path / "file")
+    remove(model)
+    assert torch.equal(model(x), source)
+    model[0] = packed_weights()[0]
+    with pytest.raises(BaseMismatchError):
+        load_adapter(model, tmp_path / "file")
 
 
 def quantised() -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from lora_lightning import (
     FitGuard,
     LoRACallback,
     LoRAConfig,
+    PrefixCache,
     adapters,
     combine,
     disabled,
@@ -282,19 +284,85 @@ def test_checkpoint_of_another_rank_is_refused(tmp_path):
         fitted(tmp_path, other, lora(rank=3), max_epochs=3, ckpt=path)
 
 
-@pytest.mark.parametrize("names", [[], ["encoder"]])
-def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path, names):
-    """Under a second name of the backbone the base is not saved either."""
-    module, fresh = alike(2)
-    for name in names:
-        setattr(module, name, module.model)
-        setattr(fresh, name, fresh.model)
+class Aliased(Module):
+    """Has parts of its network under other names too, before it or after."""
+
+    def __init__(self, model, parts, first=False):
+        super().__init__(model)
+        if first:
+            del self.model
+        for name, part in parts.items():
+            setattr(self, name, operator.attrgetter(part)(model) if part else model)
+        if first:
+            self.model = model
+
+
+ALIASES = {
+    "none": {},
+    "the backbone": {"encoder": ""},
+    "a part": {"stem": "patch_embed"},
+    "adapted parts": {"stages": "blocks", "one": "blocks.1"},
+    "a parameter": {"token": "cls_token"},
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("parts", ALIASES.values(), ids=ALIASES)
+def test_weights_only_checkpoint_and_test_from_a_fresh_module(tmp_path, parts, first):
+    """Under a second name of the backbone, or of a part, the base is not saved either."""
+    model = tiny_vit()
+    module, fresh = (Aliased(copy.deepcopy(model), parts, first) for _ in range(2))
     t, path = fitted(tmp_path, module, lora()), tmp_path / "small.ckpt"
     t.save_checkpoint(path, weights_only=True)
+    keys = saved(torch.load(path, weights_only=True))
+    assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
     expected = t.test(module, loader(), verbose=False)
     got = trainer(tmp_path, lora()).test(fresh, loader(), ckpt_path=path, verbose=False)
     assert got == expected
-    assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_was_a_second_name_is_no_tensor_of_its_own(tmp_path, strict):
+    model = tiny_vit()
+    module = Aliased(model, {"stem": "patch_embed", "token": "cls_token"})
+    fitted(tmp_path, module, lora()).save_checkpoint(path := tmp_path / "last.ckpt")
+    other = Aliased(model, {"stem": "patch_embed", "token": "cls_token"})
+    other.stem = tiny_vit().patch_embed
+    held = torch.load(path, weights_only=True)["state_dict"]
+    with pytest.raises(RuntimeError, match="another name of a frozen weight") as raised:
+        other.load_state_dict(held, strict=strict)
+    assert "stem.proj.weight" in str(raised.value)
+    assert "token" not in str(raised.value)
+    with pytest.raises(RuntimeError, match="assign=False"):
+        module.load_state_dict(held, assign=True)
+
+
+def test_a_layer_shared_within_the_backbone_and_between_two(tmp_path):
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.second = tiny_vit()
+            self.second.blocks[1] = self.model.blocks[1]
+            self.second.blocks.append(self.second.blocks[0])
+
+        def forward(self, x):
+            return self.model(x) + self.second(x)
+
+    torch.manual_seed(0)
+    module, path = Two(), tmp_path / "two.ckpt"
+    fresh = copy.deepcopy(module)
+
+    def callbacks():
+        own = {"exclude_modules": "blocks.1.*", "verify": False}
+        return lora(**own), lora(backbone="second", name="b", **own)
+
+    t = fitted(tmp_path, module, *callbacks())
+    t.save_checkpoint(path)
+    keys = saved(torch.load(path, weights_only=True))
+    assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
+    expected = t.test(module, loader(), verbose=False)
+    got = trainer(tmp_path, *callbacks()).test(fresh, loader(), ckpt_path=path, verbose=False)
+    assert got == expected
 
 
 def test_source_checkpoint_loads_strictly_before_and_after_injection(tmp_path):
@@ -529,22 +597,39 @@ def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
         load(Injected, path, strict=strict, name="other")
 
 
+def _of_the_source(module, batch):
+    """A loss that only the source model has."""
+    acting = any(getattr(layer, "lora_active", None) for layer in module.modules())
+    return torch.full((len(batch[0]),), float(not acting))
+
+
+class Lowers(FitGuard):
+    """Keeps what was learnt, and lowers the rank to 1."""
+
+    def __init__(self):
+        super().__init__(loss=_of_the_source, lower_rank=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    "options",
+    ("options", "guard"),
     [
-        {"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5},
-        {"init": "pissa"},
-        {"dora": True, "batch_norm": "reset", "name": "b"},
+        ({"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5}, None),
+        ({"init": "pissa"}, None),
+        ({"dora": True, "batch_norm": "reset", "name": "b"}, FitGuard(lower_rank=False)),
+        ({"init": "pissa", "rank": 4}, Lowers()),
+        ({"xs": True, "rank": 4}, Lowers()),
+        pytest.param({"rank": 4}, Lowers(), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tmp_path, options):
+def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(
+    tmp_path, options, guard
+):
     module, base = (fresh(model=efficientnet()) for _ in range(2))
     adapter, data = lora(output_dir=tmp_path, **options), loader(size=64)
-    guard = FitGuard() if "dora" in options else None
     callbacks = [c for c in (adapter, guard) if c]
-    started = {"strategy": "ddp_fork", "devices": 1}
+    started = {"strategy": "ddp_spawn" if options == {"rank": 4} else "ddp_fork", "devices": 1}
     t = fitted(tmp_path, module, *callbacks, data=data, held_out=data, **started)
     load_adapter(base.model, adapter.adapter_path_)
     x = torch.randn(2, 3, 64, 64)
@@ -553,15 +638,39 @@ def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(tm
     ranks = {p: f.spec.rank for p, f in named_factors(base.model, adapter.name).items()}
     assert ranks == {f"{r.module}.{r.tensor}": r.rank for r in adapter.report_.rows}
     assert guard is None or len(guard.history_) == 3
+    assert guard is None or guard.rank_ == (1 if guard.lower_rank else max(ranks.values()))
+    assert guard is None or guard.keeps_source is False
     (got,) = t.test(module, data, verbose=False)
     (expected,) = trainer(tmp_path).test(base, data, verbose=False)
     assert got == pytest.approx(expected)
 
 
+class Configures(Module):
+    """Has callbacks that are made where it is trained."""
+
+    def __init__(self, *own):
+        super().__init__()
+        self.own = own
+
+    def configure_callbacks(self):
+        return list(self.own)
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_processes_that_could_not_give_the_adapter_back_are_refused(tmp_path):
-    with pytest.raises(ProcessRaisedException, match=r"ConfigError: .* build the network in its"):
-        fitted(tmp_path, Late(), lora(), strategy="ddp_fork", devices=1)
+@pytest.mark.parametrize(
+    ("module", "callbacks", "says"),
+    [
+        (Late(), [lora()], "build the network in its"),
+        (Configures(lora()), [], "LoRACallback comes from configure_callbacks"),
+        (Configures(FitGuard()), [lora()], "FitGuard comes from configure_callbacks"),
+        (Configures(PrefixCache()), [lora()], "PrefixCache comes from configure_callbacks"),
+    ],
+)
+def test_processes_that_could_not_give_back_what_they_find_are_refused(
+    tmp_path, module, callbacks, says
+):
+    with pytest.raises(ProcessRaisedException, match=f"ConfigError: .*{says}"):
+        fitted(tmp_path, module, *callbacks, strategy="ddp_fork", devices=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -88,6 +88,16 @@ def test_the_losses_are_those_without_and_each_item_is_computed_once(tmp_path):
     assert counts[2] == counts[1] == counts[0], "nothing is computed twice"
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_what_it_found_comes_back_from_a_process_that_the_trainer_starts(tmp_path):
+    started = {"strategy": "ddp_fork", "devices": 1, "use_distributed_sampler": False}
+    plain, cache = fit(tmp_path, **started), PrefixCache(10)
+    cached = fit(tmp_path, cache, **started)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(cached.state_dict()[key], value)
+    assert cache.summary() == "features before blocks.2, 12 items in 0.1 MB, hit rate 100.0%"
+
+
 def test_a_network_with_batchnorm_and_a_validation(tmp_path):
     val = DataLoader(items(5), batch_size=3)
     settings = {"val": val, "lora": {"target_modules": "all"}, "accumulate_grad_batches": 2}

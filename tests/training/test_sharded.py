@@ -62,6 +62,8 @@ def run(name, strategy, epochs=2, ckpt=None, kind="vit", parts="blocks", late=Fa
     seed_everything(0, verbose=False)
     module = (Module if strategy == "ddp" else Late if late else Sharded)(network(kind))
     module.parts, folder = parts, strategy == "folder"
+    if name.startswith(("file", "folder")):
+        module.stem = module.model.patch_embed  # under a second name
     if late and strategy != "ddp":
         module.model = None
     if strategy != "ddp":
@@ -92,6 +94,9 @@ CASES = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "bf16-true": {"precision": "bf16-true"},
     "dropout": {"dropout": 0.1},
+    "frozen A": {"freeze_a": True},
+    "factors alone": {"trainable": []},
+    "chosen": {"blocks": [1], "rank_pattern": {"qkv": 1}, "alpha": 5},
 }
 for case in which:
     if case == "quick":
@@ -162,13 +167,16 @@ def test_resumed_fits_equal_those_that_never_stopped(tmp_path, kind):
     in_two_processes(tmp_path, kind)
     assert_alike(tmp_path, kind, f"{kind}-ddp")
     assert_alike(tmp_path, f"{kind}-resumed", kind)
+    if kind == "file":
+        keys = saved(torch.load(tmp_path / "file.ckpt", weights_only=True))
+        assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
     parts = [p.stat().st_size for p in (tmp_path / "folder.ckpt").glob("*.distcp")]
     assert len(parts) == (2 if kind == "folder" else 0)
     assert sum(parts) < 4 * sum(p.numel() for p in tiny_vit().blocks.parameters())
 
 
 SLOW = ["layers", "late", "dora", "xs", "pissa", "rank 1, all", "norms", "resnet", "clipped",
-        "bf16-mixed", "bf16-true", "dropout"]  # fmt: skip
+        "bf16-mixed", "bf16-true", "dropout", "frozen A", "factors alone", "chosen"]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.model.verification import verifying
 from lora_lightning.model.view import View
 from lora_lightning.training.checks import find_backbone
+from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.prefix_cache.check import Watch, find_cut, obstacle, same
 from lora_lightning.training.prefix_cache.cut import Cut, Layout, Run, shapes
 from lora_lightning.training.prefix_cache.store import Inputs, Store
 
 
-class PrefixCache(Callback):
+class PrefixCache(LaunchedCallback):
     r"""Compute what comes before the first trained block once per item, not once per epoch.
 
     Features before the first trained block are stored the first time that an item comes, and found
@@ -72,8 +73,8 @@ class PrefixCache(Callback):
 
     def __reduce__(self) -> Any:
         """Copies of the model, and files of it, take nothing along."""
-        options = {"backbone": self.backbone, "eval_prefix": self.eval_prefix}
-        return PrefixCache, (self.budget_mb, self.folder), options
+        kept = ("backbone", "eval_prefix", "_known_there")
+        return PrefixCache, (self.budget_mb, self.folder), {k: getattr(self, k) for k in kept}
 
     def attach(self, model: nn.Module) -> PrefixCache:
         """Begin to serve the forwards of `model`; in a ``with`` block until its end.
