@@ -3,6 +3,7 @@ from .adaptation import TransductiveTask as TransductiveTask
 from .adaptation.shift import SourceStatistics as SourceStatistics
 from .adaptation.shift import shift as shift
 from .bank import AdapterBank as AdapterBank
+from .deploy import export as export
 from .errors import LoRALightningError as LoRALightningError
 from .lora import LoRAConfig as LoRAConfig
 from .lora.fused import fused as fused

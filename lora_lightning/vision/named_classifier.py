@@ -46,6 +46,10 @@ class NamedClassifier:
         """Tell the model, so that files of its adapters say it."""
         self.prepared.describe(self.model, self.classes if self.named else ())
 
+    def example(self) -> Tensor:
+        """Two pictures of noise, as the network takes them."""
+        return torch.randn(2, 3, self.prepared.size, self.prepared.size)
+
     @torch.inference_mode()
     def probabilities(self, pictures: Tensor) -> Tensor:
         """(B, K) of stored pictures (B, 3, side, side), in eval mode."""

@@ -18,6 +18,7 @@ from lora_lightning.lora.xs import Basis
 from lora_lightning.model import injection, switching
 from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.peft_folder import CONFIG, read_peft
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
@@ -39,7 +40,8 @@ def load_adapter(
 
     Args:
         model: The base that the adapter was made for; other adapters on it stay.
-        path: A file that `save_adapter` wrote.
+        path: A file that `save_adapter` wrote, or a folder that PEFT wrote, which says nothing
+            of the base's weights.
         name: Name to give it; default: the one in the file.
         check: ``"weights"``: the base must have the weights that the adapter was trained on
             (a sample of each tensor is compared); ``"structure"``: names and shapes only.
@@ -57,7 +59,7 @@ def load_adapter(
     if check not in ("weights", "structure"):
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
     view = View(model)
-    header, tensors = plain_names(view, *read(Path(path)))
+    header, tensors = plain_names(view, *_read(view, Path(path)))
     name = name or str(header["name"])
     look_through(model)
     state = injection.check_free(view, name)
@@ -79,6 +81,11 @@ def load_adapter(
         state.parked[name] = {n: tensors[n].clone() for n in own}
         switching.switch(view, state, name)
     return report
+
+
+def _read(view: View, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter file, or of PEFT's folder."""
+    return read_peft(view, path) if (path / CONFIG).is_file() else read(path)
 
 
 def _check_trainable(
