@@ -13,6 +13,7 @@ from rich.text import Text
 from lora_lightning.model.adapter_file.container import contents
 from lora_lightning.model.adapter_file.data_config import DATA
 from lora_lightning.model.adapter_file.format import parsed
+from lora_lightning.model.adapter_file.hub import fetched
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.model.adapter_file.schema import check
 
@@ -27,6 +28,7 @@ def print_facts(path: Path, console: Console) -> None:
     Raises:
         AdapterFileError: the file is missing, damaged, or neither.
     """
+    path = fetched(path)
     metadata, weights = contents(path)
     if data := _model_data(metadata, path):
         numbers = sum(tensor.numel() for tensor in weights.values())

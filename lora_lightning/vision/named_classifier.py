@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.hub import fetched
 from lora_lightning.model.adapter_file.load import load_adapter
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import unknown
@@ -100,7 +101,8 @@ def named_classifier(
     """
     told: dict[str, Any] = {}
     if adapter is not None:
-        head, side, told = told_by(name, Path(adapter))
+        adapter = fetched(adapter)
+        head, side, told = told_by(name, adapter)
         num_classes, size = num_classes or head, size or side
     notices: list[str] = []
     pretrained = checkpoint is None and name.partition(".")[0] != PACKAGED

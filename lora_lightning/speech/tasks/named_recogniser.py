@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.hub import fetched
 from lora_lightning.model.adapter_file.load import load_adapter
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.recognisers import load_recogniser
@@ -75,7 +76,8 @@ def named_recogniser(
     """
     found = _base(name, checkpoint)
     if adapter is not None:
-        data = read(Path(adapter))[0].get("data", {})
+        adapter = fetched(adapter)
+        data = read(adapter)[0].get("data", {})
         load_adapter(found.model, adapter)
         found.tell(data)
     return found
