@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.layers import base_class
+from lora_lightning.lora.precision import floating
 from lora_lightning.lora.sharding import whole
 from lora_lightning.model.view import View
 
@@ -55,7 +56,7 @@ def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         shape, number, step = _seen(tensor.shape)
         names.append(f"{name} {shape}")
         if number and not tensor.is_meta:
-            tensor = whole(tensor)
+            tensor = floating(whole(tensor))
             flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
             values = flat.as_strided((number,), (step,))
             samples.append(values if values.dtype is torch.float32 else values.float())
