@@ -6,7 +6,7 @@ Modules that take long to import are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _adapted(arguments: argparse.Namespace) -> NamedClassifier | NamedRecogniser:
     """The model of these arguments, with the adapter on it."""
     name = arguments.model
-    if name == "spoken" or name.isupper() or Path(name).is_file():  # a bundle, a recipe's file
+    if name == "spoken" or name.isupper() or os.path.isfile(name):  # a bundle, a recipe's file
         from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
         return named_recogniser(name, arguments.checkpoint, arguments.adapter)

@@ -87,7 +87,7 @@ def load_adapter(
 
 def _read(view: View, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of an adapter file, or of PEFT's folder."""
-    return read_peft(view, path) if (path / CONFIG).is_file() else read(path)
+    return read_peft(view, path) if os.path.isfile(path / CONFIG) else read(path)
 
 
 def _check_trainable(
