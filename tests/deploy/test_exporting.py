@@ -238,7 +238,7 @@ class Fixed(nn.Module):
 def test_what_cannot_be_exported_is_said(tmp_path):
     model, x = Fixed(), torch.randn(2, 3)
     with pytest.raises(ConfigError, match="Fixed cannot become a graph for batches of any size"):
-        export(model, tmp_path / "x.onnx", "onnx", inputs=x)
+        export(model, tmp_path / "x.pt2", "torch-export", inputs=x)
     with pytest.raises(VerificationError, match="do not use it"):
         export(Fixed(wrong=True), tmp_path / "x.pt2", "torch-export", inputs=x)
     with pytest.raises(ConfigError, match="needs `inputs`"):
