@@ -63,6 +63,7 @@ def export(arguments: argparse.Namespace) -> None:
         arguments.format,
         inputs=found.example(),
         merged=not arguments.unmerged,
+        free=found.free,
     )
     compared = "; it was not run, as the package for it is not installed"
     if done.differences:

@@ -30,7 +30,8 @@ from lora_lightning.report.files import atomic_write, scratch_folder
 
 Inputs = tuple[Tensor, ...]
 Run = Callable[[Inputs], list[Tensor]]  # an exported model's outputs
-Write = Callable[[nn.Module, Path, Inputs], Run | None]
+Free = Sequence[int]  # dimensions of the inputs
+Write = Callable[[nn.Module, Path, Inputs, Free], Run | None]
 FORMATS: Registry[Format] = Registry("format")
 TOLERANCE = 1e-5  # of outputs in single precision, relative to the largest
 
@@ -40,8 +41,9 @@ class Format:
     """A way to export.
 
     Attributes:
-        write: From a model in eval mode, a path and a batch of two items or more: writes it, and
-            returns a function that runs what was written; None where it cannot be run here.
+        write: From a model in eval mode, a path, a batch of two items or more, and the dimensions
+            of it that are free: writes it, and returns a function that runs what was written;
+            None where it cannot be run here.
         whole: Whether it holds the base as well.
         merged: Whether the base must be merged with the adapter for it.
         traced: Whether it needs an example of the input.
@@ -75,6 +77,7 @@ def export(
     *,
     inputs: Tensor | Sequence[Tensor] | None = None,
     merged: bool = True,
+    free: Free = (0,),
 ) -> Exported:
     """Write a model with its active adapter in a format that others load.
 
@@ -90,6 +93,8 @@ def export(
         inputs: What the model is called with for a batch; needed for ``onnx`` and ``torch-export``,
             and to compare by.
         merged: For ``onnx`` and ``torch-export``; False: the graph has the factors in it.
+        free: For these, dimensions of the inputs that may have any size: 0 the batch; of waveforms
+            1, their length.
 
     Raises:
         ConfigError: an unknown format, or no inputs; the model cannot be exported so.
@@ -107,12 +112,12 @@ def export(
     with preserved(model), merging, torch.no_grad():
         model.eval()
         try:
-            run = found.write(model, path, _items(batch, 2))
+            run = found.write(model, path, _items(batch, 2), free)
         except ImportError as error:
             raise MissingDependencyError(
                 f"{format} needs {error.name}: pip install 'lora-lightning[export]'"
             ) from error
-        differences = _compared(model, run, batch) if run and batch else {}
+        differences = _compared(model, run, batch, free) if run and batch else {}
     worst = max(differences.values(), default=0.0)
     if worst > TOLERANCE:
         raise VerificationError(
@@ -122,10 +127,12 @@ def export(
     return Exported(path, differences)
 
 
-def _compared(model: nn.Module, run: Run, batch: Inputs) -> dict[int, float]:
+def _compared(model: nn.Module, run: Run, batch: Inputs, free: Free) -> dict[int, float]:
     found = {}
     for number in (1, 2, 7):
         some = _items(batch, number)
+        for dim in (d for d in free if d and number == 7):  # another size there as well
+            some = tuple(x.narrow(dim, 0, x.shape[dim] * 3 // 4) for x in some)
         found[number] = difference(run(some), list(floats(model(*some))))
     return found
 
@@ -162,7 +169,7 @@ def staged(path: Path) -> Iterator[Path]:
 # ---- formats ---------------------------------------------------------------------------------
 
 
-def _timm(model: nn.Module, path: Path, batch: Inputs) -> Run:
+def _timm(model: nn.Module, path: Path, batch: Inputs, free: Free) -> Run:
     import timm
     from timm.models import save_for_hf
 
@@ -175,7 +182,7 @@ def _timm(model: nn.Module, path: Path, batch: Inputs) -> Run:
     return lambda batch: list(floats(loaded(*batch)))
 
 
-def _peft(model: nn.Module, path: Path, batch: Inputs) -> Run | None:
+def _peft(model: nn.Module, path: Path, batch: Inputs, free: Free) -> Run | None:
     save_peft(model, path)
     if not batch or find_spec("peft") is None:
         return None
@@ -190,11 +197,11 @@ def _peft(model: nn.Module, path: Path, batch: Inputs) -> Run | None:
 def _graph(write: str) -> Write:
     """A function of `lora_lightning.deploy.graphs`, which takes long to import."""
 
-    def written(model: nn.Module, path: Path, batch: Inputs) -> Run | None:
+    def written(model: nn.Module, path: Path, batch: Inputs, free: Free) -> Run | None:
         from lora_lightning.deploy import graphs
 
         with staged(path) as file:
-            getattr(graphs, f"write_{write}")(model, file, batch)
+            getattr(graphs, f"write_{write}")(model, file, batch, free)
         run: Run | None = getattr(graphs, f"run_{write}")(path)
         return run
 

@@ -6,7 +6,7 @@ What the model says of its classes and items goes with the graph, as JSON under 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +20,46 @@ from lora_lightning.model.probing import floats
 _LARGEST = 1.5e9  # bytes of weights within an ONNX file, of which 2 GB are the most
 
 
-def _program(model: nn.Module, batch: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The graph of a model, for any number of items.
+Batch = tuple[Tensor, ...]
+
+
+def _program(model: nn.Module, batch: Batch, free: Sequence[int]) -> torch.export.ExportedProgram:
+    """The graph of a model, for inputs of any size in these dimensions.
 
     Raises:
-        ConfigError: torch cannot make one, or only one for this number of items.
+        ConfigError: torch cannot make one, or only one for these sizes.
     """
-    free = torch.export.Dim("batch")
-    shapes = tuple({0: free} for _ in batch)
+    sizes = {d: torch.export.Dim.DYNAMIC if d else torch.export.Dim("batch") for d in free}
+    shapes = tuple(sizes for _ in batch)
     try:
         return torch.export.export(model, batch, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever a model's own forward makes of symbols
         said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ConfigError(
-            f"{type(model).__name__} cannot become a graph for batches of any size: {said[:300]}"
+            f"{type(model).__name__} cannot become a graph for inputs of any size: {said[:300]}"
         ) from error
 
 
-def write_onnx(model: nn.Module, path: Path, batch: tuple[Tensor, ...]) -> None:
+def write_onnx(model: nn.Module, path: Path, batch: Batch, free: Sequence[int]) -> None:
     """Write an ONNX file."""
     import onnx  # noqa: F401  # that it is missing is said by its name
     import onnxscript  # noqa: F401
 
-    program = torch.onnx.export(_program(model, batch), dynamo=True, verbose=False)
+    program = torch.onnx.export(_program(model, batch, free), dynamo=True, verbose=False)
     assert program is not None
     program.model.metadata_props["data"] = json.dumps(data_config(model))
     size = sum(p.nbytes for p in model.parameters())
     program.save(path, external_data=size > _LARGEST)
 
 
-def run_onnx(path: Path) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
+def run_onnx(path: Path) -> Callable[[Batch], list[Tensor]]:
     """Load an ONNX file, and run it on a CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
-    def run(batch: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(batch: Batch) -> list[Tensor]:
         given = {name: x.cpu().numpy() for name, x in zip(names, batch, strict=True)}
         found: list[Any] = session.run(None, given)
         return [x for x in map(torch.from_numpy, found) if x.is_floating_point()]
@@ -64,14 +67,14 @@ def run_onnx(path: Path) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
     return run
 
 
-def write_program(model: nn.Module, path: Path, batch: tuple[Tensor, ...]) -> None:
+def write_program(model: nn.Module, path: Path, batch: Batch, free: Sequence[int]) -> None:
     """Write a file for ``torch.export.load``."""
     files = {"data": json.dumps(data_config(model))}
     with path.open("wb") as file:
-        torch.export.save(_program(model, batch), file, extra_files=files)
+        torch.export.save(_program(model, batch, free), file, extra_files=files)
 
 
-def run_program(path: Path) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
+def run_program(path: Path) -> Callable[[Batch], list[Tensor]]:
     """Load torch's graph, and run it."""
     module: Any = torch.export.load(path).module()
     return lambda batch: list(floats(module(*batch)))

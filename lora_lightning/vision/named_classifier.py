@@ -43,6 +43,8 @@ class NamedClassifier:
     named: bool
     notices: Sequence[str] = ()
 
+    free = (0,)  # dimensions of the input of any size: pictures
+
     def describe(self) -> None:
         """Tell the model, so that files of its adapters say it."""
         self.prepared.describe(self.model, self.classes if self.named else ())

@@ -12,6 +12,7 @@ from lora_lightning import inject, load_adapter, merge, set_active
 from lora_lightning.deploy import export
 from lora_lightning.errors import AdapterFileError, ConfigError, TargetError, VerificationError
 from lora_lightning.model.probing import difference
+from tests.helpers.speech import wav2vec2
 from tests.helpers.training import randomise
 
 # Of torch's exporter and of the packages of others.
@@ -93,6 +94,24 @@ def test_timm_loads_the_folder(name, tmp_path):
     modes = {f.stat().st_mode for f in (tmp_path / "folder").iterdir()}
     assert modes == {(tmp_path / "plain").stat().st_mode}
     print(f"timm, {name}: {found.differences}")
+
+
+def test_a_recogniser_takes_recordings_of_any_length(tmp_path):
+    import onnxruntime
+
+    model = wav2vec2().eval()
+    inject(model, rank=2, trainable=[])
+    randomise(model)
+    path, sound = tmp_path / "model.onnx", torch.randn(3, 11111)
+    found = export(model, path, "onnx", inputs=torch.randn(1, 16000), merged=False, free=(0, 1))
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    out = torch.from_numpy(session.run(None, {given.name: sound.numpy()})[0])
+    worst = difference([out], [model(sound)[0]])
+    print(f"wav2vec 2.0: {found.differences}, {worst}")
+    assert worst <= 1e-5
+    found = export(model, tmp_path / "peft", "peft", inputs=sound)
+    assert max(found.differences.values()) == 0
 
 
 def mixed():
@@ -237,7 +256,7 @@ class Fixed(nn.Module):
 
 def test_what_cannot_be_exported_is_said(tmp_path):
     model, x = Fixed(), torch.randn(2, 3)
-    with pytest.raises(ConfigError, match="Fixed cannot become a graph for batches of any size"):
+    with pytest.raises(ConfigError, match="Fixed cannot become a graph for inputs of any size"):
         export(model, tmp_path / "x.pt2", "torch-export", inputs=x)
     with pytest.raises(VerificationError, match="do not use it"):
         export(Fixed(wrong=True), tmp_path / "x.pt2", "torch-export", inputs=x)

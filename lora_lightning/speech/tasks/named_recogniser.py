@@ -34,6 +34,8 @@ class NamedRecogniser:
     labels: Labels
     sample_rate: int
 
+    free = (0, 1)  # dimensions of the input of any size: recordings, and their length
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The symbols, by class."""
