@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError, MissingDependencyError, VerificationError
 from lora_lightning.model import switching
 from lora_lightning.model.adapter_file.data_config import data_config
-from lora_lightning.model.adapter_file.peft_folder import save_peft
+from lora_lightning.model.adapter_file.peft_save import save_peft
 from lora_lightning.model.probing import difference, floats, preserved
 from lora_lightning.model.state import one_at_a_time, states_in
 from lora_lightning.model.view import View

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_lightning.errors import AdapterFileError, MissingDependencyError
 from lora_lightning.model.adapter_file.format import read
-from lora_lightning.model.adapter_file.peft_folder import CONFIG, WEIGHTS
+from lora_lightning.model.adapter_file.peft_format import CONFIG, WEIGHTS
 from lora_lightning.model.adapter_file.save import save_adapter
 
 FILE = "adapter.safetensors"

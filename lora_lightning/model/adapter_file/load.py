@@ -19,7 +19,8 @@ from lora_lightning.model import injection, switching
 from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.adapter_file.hub import fetched
-from lora_lightning.model.adapter_file.peft_folder import CONFIG, read_peft
+from lora_lightning.model.adapter_file.peft_format import CONFIG
+from lora_lightning.model.adapter_file.peft_load import read_peft
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
