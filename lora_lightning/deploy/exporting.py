@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError, MissingDependencyError, VerificationError
+from lora_lightning.linalg.torch_settings import ieee
+from lora_lightning.lora.precision import is_half
 from lora_lightning.model import switching
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.peft_save import save_peft
@@ -33,7 +35,8 @@ Run = Callable[[Inputs], list[Tensor]]  # an exported model's outputs
 Free = Sequence[int]  # dimensions of the inputs
 Write = Callable[[nn.Module, Path, Inputs, Free], Run | None]
 FORMATS: Registry[Format] = Registry("format")
-TOLERANCE = 1e-5  # of outputs in single precision, relative to the largest
+# Accepted differences, relative to the largest output; of models in half precision.
+TOLERANCE, HALF = 1e-5, 5e-2
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def export(
         raise ConfigError(f"{format} holds a whole model, merged; its layers have no factors")
     batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
     merging = _merged(model) if found.whole and merged else switching.unmerged(model)
-    with preserved(model), merging, torch.no_grad():
+    with preserved(model), merging, torch.no_grad(), ieee():
         model.eval()
         try:
             run = found.write(model, path, _items(batch, 2), free)
@@ -118,11 +121,11 @@ def export(
                 f"{format} needs {error.name}: pip install 'lora-lightning[export]'"
             ) from error
         differences = _compared(model, run, batch, free) if run and batch else {}
-    worst = max(differences.values(), default=0.0)
-    if worst > TOLERANCE:
+    limit = HALF if any(is_half(p.dtype) for p in model.parameters()) else TOLERANCE
+    if not all(found <= limit for found in differences.values()):  # NaN is not, either
         raise VerificationError(
-            f"{path} gives other outputs than the model: the largest difference is {worst:.1e} of "
-            f"the largest output, and at most {TOLERANCE:g} is accepted; do not use it"
+            f"{path} gives other outputs than the model (items: largest difference, relative to "
+            f"the largest output: {differences}), and at most {limit:g} is accepted; do not use it"
         )
     return Exported(path, differences)
 
@@ -178,7 +181,8 @@ def _timm(model: nn.Module, path: Path, batch: Inputs, free: Free) -> Run:
     with staged(path) as folder:
         named = {"label_names": data_config(model).get("class_names")}
         save_for_hf(model, str(folder), named, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    like = next(model.parameters())
+    loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval().to(like)
     return lambda batch: list(floats(loaded(*batch)))
 
 

@@ -6,7 +6,8 @@ What the model says of its classes and items goes with the graph, as JSON under 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ def _program(model: nn.Module, batch: Batch, free: Sequence[int]) -> torch.expor
     """
     sizes = {d: torch.export.Dim.DYNAMIC if d else torch.export.Dim("batch") for d in free}
     shapes = tuple(sizes for _ in batch)
-    try:
+    with _explained(model):
         return torch.export.export(model, batch, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever a model's own forward makes of symbols
         said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ConfigError(
@@ -45,7 +52,9 @@ def write_onnx(model: nn.Module, path: Path, batch: Batch, free: Sequence[int]) 
     import onnx  # noqa: F401  # that it is missing is said by its name
     import onnxscript  # noqa: F401
 
-    program = torch.onnx.export(_program(model, batch, free), dynamo=True, verbose=False)
+    graph = _program(model, batch, free)
+    with _explained(model):
+        program = torch.onnx.export(graph, dynamo=True, verbose=False)
     assert program is not None
     program.model.metadata_props["data"] = json.dumps(data_config(model))
     size = sum(p.nbytes for p in model.parameters())
@@ -62,7 +71,8 @@ def run_onnx(path: Path) -> Callable[[Batch], list[Tensor]]:
     def run(batch: Batch) -> list[Tensor]:
         given = {name: x.cpu().numpy() for name, x in zip(names, batch, strict=True)}
         found: list[Any] = session.run(None, given)
-        return [x for x in map(torch.from_numpy, found) if x.is_floating_point()]
+        outputs = [torch.from_numpy(x).to(batch[0].device) for x in found]
+        return [x for x in outputs if x.is_floating_point()]
 
     return run
 

@@ -98,7 +98,7 @@ def read_peft(view: View, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
     if isinstance(settings, dict):
