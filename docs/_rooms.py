@@ -22,10 +22,11 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PURPOSE = {
-    "cli": "the command", "vision": "images", "speech": "recordings", "text": "translation",
-    "adaptation": "an unlabelled target", "runner": "runs a recipe", "training": "callbacks",
-    "bank": "an adapter per item", "model": "a whole network", "lora": "one layer",
-    "report": "results, plots, page", "linalg": "decompositions",
+    "cli": "the command", "deploy": "for other programs", "vision": "images",
+    "speech": "recordings", "text": "translation", "adaptation": "an unlabelled target",
+    "runner": "runs a recipe", "training": "callbacks", "bank": "an adapter per item",
+    "model": "a whole network", "lora": "one layer", "report": "results, plots, page",
+    "linalg": "decompositions",
 }  # fmt: skip
 
 # To the side, so that arrows which skip a floor are seen.

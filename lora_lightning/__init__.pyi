@@ -3,6 +3,7 @@ from .adaptation import TransductiveTask as TransductiveTask
 from .adaptation.shift import SourceStatistics as SourceStatistics
 from .adaptation.shift import shift as shift
 from .bank import AdapterBank as AdapterBank
+from .deploy import export as export
 from .errors import LoRALightningError as LoRALightningError
 from .lora import LoRAConfig as LoRAConfig
 from .lora.fused import fused as fused
@@ -19,6 +20,7 @@ from .model import shrink as shrink
 from .model import unmerge as unmerge
 from .model import verify as verify
 from .model.adapter_file import load_adapter as load_adapter
+from .model.adapter_file import push_adapter as push_adapter
 from .model.adapter_file import read_header as read_header
 from .model.adapter_file import save_adapter as save_adapter
 from .model.data_driven import choose_ranks as choose_ranks

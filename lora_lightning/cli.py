@@ -1,6 +1,6 @@
-"""The command ``lora-lightning``: run, list and copy recipes; inspect and merge adapters.
+"""The command ``lora-lightning``: run, list and copy recipes; inspect files.
 
-Commands of one modality are in its own ``cli.py``.
+Commands of one modality are in its own ``cli.py``, those for deployment in ``deploy/cli.py``.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lightning.deploy import cli as deploy
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.sentences import sentence
 from lora_lightning.report.versions import installed
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     vision.add_commands(commands)
     speech.add_commands(commands)
+    deploy.add_commands(commands)
     return parser
 
 

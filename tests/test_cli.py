@@ -130,6 +130,28 @@ def test_merge_writes_a_model_that_needs_nothing_of_ours(adapter, tmp_path, caps
     x = torch.randn(2, 3, 160, 160)
     merge(model)
     assert torch.equal(plain(x), model(x))
+    (tmp_path / "plain").touch()  # as readable as any other file
+    assert {p.stat().st_mode for p in (out, path)} == {(tmp_path / "plain").stat().st_mode}
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "of a whole model" in shown
+    assert "160 × 160 pixels" in shown
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_export(adapter, tmp_path, capsys):
+    path, model = adapter
+    base, out = str(tmp_path / "base.safetensors"), tmp_path / "new/timm"
+    common = ["--model", "test_vit", "--checkpoint", base, str(path), "--out", str(out)]
+    assert main(["export", "--format", "timm", *common]) == 0
+    assert "outputs of batches of 1, 2, 7 differ by at most 0.0e+00" in capsys.readouterr().out
+    plain = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    x = torch.randn(2, 3, 160, 160)
+    merge(model)
+    assert torch.equal(plain(x), model(x))
+    assert main(["export", "--format", "onxx", *common]) == 2
+    assert "did you mean 'onnx'" in capsys.readouterr().err
 
 
 def test_merge_with_another_base(adapter, tmp_path, capsys):

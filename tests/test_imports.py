@@ -99,7 +99,7 @@ def test_each_name_is_told_once_and_typed(stub):
 
 
 def test_the_public_names_are_these_and_the_version():
-    assert len(lora_lightning.__all__) == 29
+    assert len(lora_lightning.__all__) == 31
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", lora_lightning.__version__)
     with pytest.raises(AttributeError, match="no attribute 'adapter'"):
         lora_lightning.adapter  # noqa: B018

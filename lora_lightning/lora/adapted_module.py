@@ -30,6 +30,7 @@ from lora_lightning.lora.effective_weight import EffectiveWeight, WholeWeights, 
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.layers import base_class, has_foreign_lora, overrides, refresh
 from lora_lightning.lora.module_tree import find
+from lora_lightning.lora.precision import floating
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.swapped_class import once, swapped_class
 from lora_lightning.lora.xs import Basis, XSFactors, basis_of
@@ -185,7 +186,7 @@ def adapt(
     factors = adapters.pop(name) if name in adapters else nn.ModuleDict()
     for tensor, spec in specs.items():
         parametrizations.recompute(module, tensor)
-        weight = raw_tensor(module, tensor)
+        weight = floating(raw_tensor(module, tensor))
         matrix, given = matrix_shape(tuple(weight.shape), bare), (values or {}).get(tensor)
         new = _placed(factors._modules.pop(tensor, None), weight, matrix, spec, given)
         if spec.xs:

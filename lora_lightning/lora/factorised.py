@@ -19,6 +19,7 @@ from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.fused import compiled, convolution
 from lora_lightning.lora.fused import linear as ops
 from lora_lightning.lora.fused.plan import LowRank
+from lora_lightning.lora.precision import floating
 
 
 def linear_forward(self: Any, x_BxI: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def _add(self: Any, factors: Factors, out: Tensor, low: Tensor, channel: tuple[i
         if torch.compiler.is_compiling():  # inductor forgets alpha: pytorch/pytorch#167313
             return out + scaling * low
         return torch.add(out, low, alpha=scaling)
-    weight = self._parameters["weight"]
+    weight = floating(self._parameters["weight"])
     ratio = factors.row_scale(weight + factors.delta(weight.shape)).view(channel)
     plain = out if self.bias is None else out - self.bias.view(channel).to(out.dtype)
     # Rounded after the difference, of which little would be left in half precision.

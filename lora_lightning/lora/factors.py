@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.initialisation import METHODS, Setting
-from lora_lightning.lora.precision import factor_dtype, kept_wide
+from lora_lightning.lora.precision import factor_dtype, floating, kept_wide
 from lora_lightning.lora.sharding import assign, is_sharded, whole
 from lora_lightning.lora.spec import FactorSpec
 
@@ -259,7 +259,7 @@ class Factors(nn.Module):
         if dropout and self.training and self.spec.dropout > 0:
             keep = torch.ones_like(whole(self.lora_A)[:1])
             mask = nn.functional.dropout(keep, self.spec.dropout)
-        out: Tensor = whole(weight) + self._product(mask).view(weight.shape)
+        out: Tensor = floating(whole(weight)) + self._product(mask).view(weight.shape)
         if self.magnitude is not None:
             scaled: Tensor = out.reshape(self.matrix) * self.row_scale(out)[:, None]
             out = scaled.view(weight.shape)

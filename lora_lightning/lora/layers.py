@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora import factorised, parametrizations
+from lora_lightning.lora.precision import is_quantised
 from lora_lightning.lora.recurrent import BODY, forget_flat_weights
 from lora_lightning.lora.sharding import is_packed
 from lora_lightning.lora.spec import matrix_shape
@@ -107,7 +108,7 @@ def refusal(module: nn.Module, tensor: str, weight: Any) -> str | None:
         return "it is lazy and has no shape yet; run one batch through the model first"
     if not isinstance(weight, Tensor):
         return f"it holds no tensor called {tensor!r}"
-    if is_packed(weight):
+    if is_packed(weight) and not is_quantised(weight):
         return (
             f"{tensor} is a {type(weight).__name__}, packed by quantisation, say; adapt the model "
             "before it is quantised, and merge then"

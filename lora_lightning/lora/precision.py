@@ -8,6 +8,7 @@ lost. So factors and their gradients stay in float32 on a base in half precision
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +34,13 @@ def kept_wide(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return tensor.to(device=out.device, dtype=torch.float32)
 
     return wide
+
+
+def is_quantised(tensor: Any) -> bool:
+    """Whether it holds integers and scales, and passes for a floating-point one: torchao's."""
+    return type(tensor).__module__.startswith("torchao.")
+
+
+def floating(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor stands for, in a plain one."""
+    return tensor.dequantize() if is_quantised(tensor) else tensor

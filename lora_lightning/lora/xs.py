@@ -17,7 +17,7 @@ from lora_lightning.errors import TargetError
 from lora_lightning.linalg.decompose import checked, signs
 from lora_lightning.lora import parametrizations
 from lora_lightning.lora.factors import Factors
-from lora_lightning.lora.precision import factor_dtype, kept_wide
+from lora_lightning.lora.precision import factor_dtype, floating, kept_wide
 from lora_lightning.lora.sharding import whole
 from lora_lightning.lora.spec import matrix_shape
 
@@ -190,7 +190,7 @@ class XSFactors(Factors):
 
     def follow(self, weight: Tensor) -> None:
         """Compute the frozen factors from another base weight."""
-        self.basis.renew(whole(weight.detach()).reshape(self.matrix))
+        self.basis.renew(floating(whole(weight.detach())).reshape(self.matrix))
 
 
 def check_weights(weights: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
@@ -209,7 +209,7 @@ def check_weights(weights: Mapping[str, Tensor], trained: Mapping[str, Tensor]) 
                 "would hold the weight to compute them from again: leave one of the two out, by "
                 "exclude_modules or trainable"
             )
-    known = {path: w.detach() for path, w in weights.items() if not w.is_meta}
+    known = {path: floating(w.detach()) for path, w in weights.items() if not w.is_meta}
     bad = [path for path, w in known.items() if not bool(w.isfinite().all() and w.any())]
     if bad:
         raise TargetError(
@@ -226,7 +226,7 @@ def basis_of(module: nn.Module, tensor: str, weight: Tensor, rank: int, bare: bo
         DecompositionError: the weight holds NaN or infinity.
     """
     parametrizations.recompute(module, tensor)
-    seen = weight.detach().reshape(matrix_shape(tuple(weight.shape), bare))
+    seen = floating(weight.detach()).reshape(matrix_shape(tuple(weight.shape), bare))
     adapters: Any = module._modules.get("lora") or {}
     for per_tensor in adapters.values():
         other = per_tensor._modules.get(tensor)

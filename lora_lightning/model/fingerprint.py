@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.layers import base_class
+from lora_lightning.lora.precision import floating
 from lora_lightning.lora.sharding import is_packed, whole
 from lora_lightning.model.view import View
 
@@ -60,7 +61,7 @@ def _sampled(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         shape, number, step = _seen(tensor.shape)
         names.append(f"{name} {shape}")
         if number and not tensor.is_meta:
-            tensor = whole(tensor)
+            tensor = floating(whole(tensor))
             if is_packed(tensor):
                 samples += _of_parts(tensor)
                 continue

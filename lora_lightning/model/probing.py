@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.linalg.torch_settings import forked_rng, rounding, without_cudnn
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.precision import floating
 from lora_lightning.lora.sharding import assign, whole
 from lora_lightning.model.calling import Forward, call
 
@@ -186,7 +187,7 @@ def randomise(model: nn.Module, factors: dict[str, Factors], seed: int, part: fl
     generator = torch.Generator().manual_seed(seed)
     torch.clear_autocast_cache()  # it holds casts of what they were
     for path, f in factors.items():
-        raw = whole(raw_tensor(*located(model, path)))
+        raw = floating(whole(raw_tensor(*located(model, path))))
         for parameter in f.matrices():
             drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
             assign(parameter, drawn)

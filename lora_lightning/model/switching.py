@@ -138,6 +138,7 @@ def merge(model: nn.Module) -> None:
         raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
     states.check_home(view, "merge")
     view.check_whole("merge")
+    view.check_floating()
     with all_or_nothing(view):
         adapted = view.adapted.items()
         for _, layer in adapted:

@@ -19,6 +19,7 @@ from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.module_tree import every_name, find
+from lora_lightning.lora.precision import is_quantised
 from lora_lightning.model import families
 from lora_lightning.model.introspection import block_list, classifier_modules
 from lora_lightning.model.left_out import reason
@@ -70,6 +71,11 @@ def trainable_names(view: View, patterns: Iterable[str]) -> list[str]:
                 f"trainable: {pattern!r} matches no module and no parameter{_near(pattern, view)}"
             )
         chosen |= found
+    if packed := [n for n in view.parameters if n in chosen and is_quantised(view.parameters[n])]:
+        raise TargetError(
+            f"{packed[0]} is quantised and cannot be trained in full: pass trainable=[] (the "
+            "factors alone), or leave it out when you quantise (torchao: filter_fn)"
+        )
     return [n for n in view.parameters if n in chosen]
 
 

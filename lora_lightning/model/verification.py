@@ -85,8 +85,8 @@ def verify(
 ) -> list[Verification]:
     """Check every adapter of `model` on one batch; returns one `Verification` each.
 
-    A sharded model (`fully_shard`) cannot be merged: its layers read W + s·BA instead. Every
-    process must call this.
+    A sharded model (`fully_shard`), whose every process must call this, and a quantised one cannot
+    be merged: their layers read W + s·BA instead.
 
     Args:
         model: The injected model.
@@ -215,7 +215,7 @@ def _merged(model: nn.Module, layer: Any = None) -> Iterator[None]:
     """Within the block the model, or this layer alone, is merged."""
     view = View(model)
     with ExitStack() as stack:
-        if any(is_in_pieces(module) for _, module in view.modules):
+        if view.quantised or any(is_in_pieces(module) for _, module in view.modules):
             for each in view.adapted.values() if layer is None else [layer]:
                 if "forward" not in each.__dict__:
                     each.__dict__["forward"] = MethodType(each._adapted_base.forward, each)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import AdaptedModule
 from lora_lightning.lora.merging import is_merged
 from lora_lightning.lora.module_tree import Children, Modules, unwrapped, walk
+from lora_lightning.lora.precision import is_quantised
 from lora_lightning.lora.sharding import ELSEWHERE, check_whole
 
 
@@ -70,6 +72,25 @@ class View:
     def check_whole(self, what: str, instead: str = ELSEWHERE) -> None:
         """Raise `AdapterError` where weights are sharded, see `lora_lightning.lora.sharding`."""
         check_whole(self.modules, what, instead)
+
+    @property
+    def quantised(self) -> list[str]:
+        """Paths of the adapted layers whose own weights are quantised."""
+        return [
+            path
+            for path, layer in self.adapted.items()
+            if any(map(is_quantised, layer._parameters.values()))
+        ]
+
+    def check_floating(self) -> None:
+        """Raise `AdapterError` where W + s·BA cannot take the place of W, which is quantised."""
+        if quantised := self.quantised:
+            raise AdapterError(
+                f"the weights of {len(quantised)} adapted layers ({quantised[0]} …) are quantised, "
+                "and W + s·BA would have to be rounded to them, which loses most of BA: keep the "
+                "adapter beside the base, or merge it into the base from before quantising "
+                "(load_adapter with check='structure') and quantise that"
+            )
 
     @property
     def adapted(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""`print_facts`: what an adapter file holds, for people."""
+"""`print_facts`: what an adapter file, or a model's, holds, for people."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,63 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from lora_lightning.model.adapter_file.container import contents
+from lora_lightning.model.adapter_file.data_config import DATA
+from lora_lightning.model.adapter_file.format import parsed
+from lora_lightning.model.adapter_file.hub import fetched
 from lora_lightning.model.adapter_file.save import read_header
+from lora_lightning.model.adapter_file.schema import check
 
 
 def print_facts(path: Path, console: Console) -> None:
-    """Print what an adapter file holds.
+    """Print what an adapter file holds, or one with a model's weights that says what it is for.
 
     Args:
         path: Of the file.
         console: On which.
+
+    Raises:
+        AdapterFileError: the file is missing, damaged, or neither.
     """
+    path = fetched(path)
+    metadata, weights = contents(path)
+    if data := _model_data(metadata, path):
+        numbers = sum(tensor.numel() for tensor in weights.values())
+        size = f"{len(weights)} tensors of a whole model, {numbers:,} numbers"
+        console.print(_facts(path, {"weights": size, **_data(data)}))
+        return
     header = read_header(path)
-    facts = Table(Column(), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     versions = ", ".join(f"{k} {v}" for k, v in header.get("versions", {}).items())
     base = ", ".join(f"{k} {v}" for k, v in header["base"].items())
     settings = ", ".join(f"{k}={as_typed(v)}" for k, v in header["config"].items())
     whole = ", ".join([*header["extras"], *header["buffers"]]) or "–"
-    for key, value in {
-        "file": f"{path} ({path.stat().st_size:,} bytes)",
+    facts = {
         "adapter": f"{header['name']} (format {header['format_version']})",
         "base": base,
         "made with": versions,
         "settings": settings,
         "in full": whole,
         **_data(header.get("data", {})),
-    }.items():
-        facts.add_row(Text(key, style="bold"), Text(value))
-    console.print(facts)
+    }
+    console.print(_facts(path, facts))
     console.print(_targets(header))
+
+
+def _facts(path: Path, facts: dict[str, str]) -> Table:
+    table = Table(Column(), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
+    for key, value in {"file": f"{path} ({path.stat().st_size:,} bytes)", **facts}.items():
+        table.add_row(Text(key, style="bold"), Text(value))
+    return table
+
+
+def _model_data(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What the file of a whole model says of its items and classes; empty for other files."""
+    data = parsed(metadata, "data", path) or {}
+    if built := parsed(metadata, "recogniser", path):
+        rate = dict(built.get("settings") or {}).get("sample_rate")
+        data = {"labels": built.get("labels"), "sample_rate": rate}
+    check(DATA, data, "the header", path)
+    return data
 
 
 def _targets(header: dict[str, Any]) -> Table:
@@ -65,6 +95,12 @@ def _data(data: dict[str, Any]) -> dict[str, str]:
             others.insert(0, f"{data['crop_pct']:g} of the resized side")
         resized = [data["interpolation"]] if "interpolation" in data else []
         facts["pictures"] = ", ".join([f"{height} × {width} pixels", *resized, *others])
+    if labels := data.get("labels"):
+        symbols = "".join(f"⟨{s}⟩" if len(s) != 1 else s for s in labels["symbols"][:100])
+        blank = labels["blank"]
+        facts["labels"] = f"{len(labels['symbols'])}: {symbols!r}, class {blank} is the blank"
+    if "sample_rate" in data:
+        facts["sound"] = f"{data['sample_rate']:,} Hz"
     return facts
 
 

@@ -142,14 +142,11 @@ def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
-    from lora_lightning.model.adapter_file.load import load_adapter
     from lora_lightning.report.console import visible
     from lora_lightning.speech.enrolment import transcribed
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 
-    base = named_recogniser(arguments.model, arguments.checkpoint)
-    if arguments.adapter is not None:
-        load_adapter(base.model, arguments.adapter)
+    base = named_recogniser(arguments.model, arguments.checkpoint, arguments.adapter)
     lexicon = _lexicon(arguments.lexicon)
     said, heard, failed = [], [], 0
     for utterance in _utterances(arguments.files):

@@ -1,4 +1,4 @@
-"""The commands of pictures: ``adapt-images``, ``classify``, ``shift`` and ``merge``."""
+"""The commands of pictures: ``adapt-images``, ``classify`` and ``shift``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ def add_commands(commands: Any) -> None:
     _add_adapt(commands)
     _add_classify(commands)
     _add_shift(commands)
-    merge = commands.add_parser("merge", help="write a timm model with an adapter merged in")
-    merge.add_argument("--model", required=True, metavar="NAME", help="the base's name in timm")
-    merge.add_argument("--checkpoint", metavar="FILE", type=Path, help="the base's weights")
-    merge.add_argument("--prefix", help="of the network's names in it, such as model.")
-    merge.add_argument("--adapter", required=True, metavar="FILE", type=Path)
-    merge.add_argument("--out", required=True, metavar="FILE", type=Path, help=".safetensors")
-    merge.add_argument("--num-classes", metavar="N", type=int, help="default: the adapter's own")
-    merge.set_defaults(command=run.merge)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import AdapterFileError, ConfigError
+from lora_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_lightning.vision.image_training import ImageSettings
@@ -171,30 +171,3 @@ def shift(arguments: argparse.Namespace) -> int:
         console.print(f"\n{name}", style="bold")
         console.print(result.table())
     return 0
-
-
-def merge(arguments: argparse.Namespace) -> None:
-    """Write a model with an adapter merged in."""
-    from lora_lightning.model import switching
-    from lora_lightning.model.adapter_file.load import load_adapter
-    from lora_lightning.runner.weights import save_weights
-    from lora_lightning.vision.backbones import create_backbone
-    from lora_lightning.vision.named_classifier import described, told_by
-
-    classes, size, told = told_by(arguments.model, arguments.adapter)
-    if arguments.num_classes is not None:
-        classes = arguments.num_classes
-    elif classes is None and arguments.checkpoint is None:
-        raise AdapterFileError(f"{arguments.adapter} holds no classifier: give --num-classes")
-    # Random weights where no checkpoint is given: load_adapter refuses them.
-    model: Any = create_backbone(
-        arguments.model, classes, arguments.checkpoint, prefix=arguments.prefix, size=size
-    )
-    load_adapter(model, arguments.adapter)
-    switching.merge(model)
-    described(model, told, size)
-    weights = save_weights(model, arguments.out)
-    _say(
-        f"{arguments.out}: {arguments.model} with {model.num_classes} classes, "
-        f"{len(weights)} tensors"
-    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.hub import fetched
 from lora_lightning.model.adapter_file.load import load_adapter
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import unknown
@@ -42,9 +43,15 @@ class NamedClassifier:
     named: bool
     notices: Sequence[str] = ()
 
+    free = (0,)  # dimensions of the input of any size: pictures
+
     def describe(self) -> None:
         """Tell the model, so that files of its adapters say it."""
         self.prepared.describe(self.model, self.classes if self.named else ())
+
+    def example(self) -> Tensor:
+        """Two pictures of noise, as the network takes them."""
+        return torch.randn(2, 3, self.prepared.size, self.prepared.size)
 
     @torch.inference_mode()
     def probabilities(self, pictures: Tensor) -> Tensor:
@@ -96,7 +103,8 @@ def named_classifier(
     """
     told: dict[str, Any] = {}
     if adapter is not None:
-        head, side, told = told_by(name, Path(adapter))
+        adapter = fetched(adapter)
+        head, side, told = told_by(name, adapter)
         num_classes, size = num_classes or head, size or side
     notices: list[str] = []
     pretrained = checkpoint is None and name.partition(".")[0] != PACKAGED

@@ -9,6 +9,7 @@ import torchaudio.models as ta
 from torchaudio import pipelines
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.runner.weights import save_weights
 from lora_lightning.speech.tasks.audio_models import load_audio_model
 from lora_lightning.speech.tasks.named_recogniser import named_recogniser
 from tests.helpers import audio_zoo
@@ -70,6 +71,11 @@ def test_a_bundle_is_a_named_recogniser(tiny, tmp_path):
     assert found.labels.normalise("it's me") == "IT'S ME"
     with pytest.raises(ConfigError, match="does not write text"):
         named_recogniser("conv_tasnet_base")
+    # A file of its weights says the labels that they were trained with.
+    found.tell({"labels": {**found.labels.spelt(), "separator": "E"}, "sample_rate": 8000})
+    save_weights(found.model, tmp_path / "own.safetensors")
+    again = named_recogniser("WAV2VEC2_ASR_LARGE_LV60K_960H", tmp_path / "own.safetensors")
+    assert (again.labels.separator, again.sample_rate) == ("E", 8000)
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -4,11 +4,12 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from lora_lightning import inject, load_adapter
+from lora_lightning import inject, load_adapter, read_header
 from lora_lightning.cli import main
 from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.speech import enrolment as run_enrolment
@@ -18,6 +19,7 @@ from lora_lightning.speech.data.manifests import load_utterances, write_manifest
 from lora_lightning.speech.data.synthetic.espeak import Voice
 from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from tests.helpers.files import rewrite
 from tests.helpers.speech import TINY
 
 VOICES = {"anna": Voice("en-us", "f2"), "boris": Voice("de", "m3")}
@@ -241,6 +243,22 @@ def test_transcribe_prints_one_line_a_file(model, enrolment, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 10
     assert "WER" in err
+    # The header knows labels and sample rate; the merged file needs nothing else.
+    own = load_recogniser(model)
+    assert read_header(adapter)["data"] == {"labels": own.labels.spelt(), "sample_rate": 16000}
+    merged = str(tmp_path / "merged.safetensors")
+    assert main(["merge", *command[1:], "--out", merged]) == 0
+    for file, what in ((adapter, "adapted tensors"), (merged, "of a whole model")):
+        assert main(["inspect", file]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in (what, "abcdefg", "16,000 Hz"))
+    assert main(["transcribe", "--model", merged, str(enrolment / LISTING)]) == 0
+    assert main([*command, str(enrolment / LISTING)]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[:10] == found[10:]
+    rewrite(Path(adapter), lambda t, h: h["data"]["labels"]["symbols"].pop())
+    assert main([*command, str(tmp_path / "a.flac")]) == 2
+    assert "29 classes, the labels are 28" in "".join(capsys.readouterr().err.splitlines())
 
 
 def test_a_model_that_does_not_exist(enrolment, tmp_path, capsys):

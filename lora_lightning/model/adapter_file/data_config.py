@@ -1,4 +1,8 @@
-"""What a file's header says of the items and classes of a network: timm's ``pretrained_cfg``."""
+"""What a file's header says of the items and classes of a network.
+
+A network says it by an attribute ``pretrained_cfg``, a mapping: timm's own for pictures; for
+recordings ``{"labels": {"symbols": […], "blank": 0, "separator": " "}, "sample_rate": 16000}``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.model.adapter_file.schema import Kind, Listed, Record, real, text, whole
+from lora_lightning.model.adapter_file.schema import Kind, Leaf, Listed, Record, real, text, whole
 
+# Of any script, invisible joiners included.
+_SYMBOL = Leaf("a text of up to 100 characters", lambda v: isinstance(v, str) and len(v) <= 100)
+LABELS = Record(  # of a recogniser
+    {"symbols": Listed(_SYMBOL, 100_000), "blank": whole(), "separator": _SYMBOL},
+    others=Leaf("no such field", lambda value: False),
+)
+RATE = whole(1000, 200_000)
 _KINDS: dict[str, Kind] = {
     "class_names": Listed(text(), 100_000),
     "input_size": Listed(whole(1, 2**20), 3, exactly=True),
@@ -16,14 +27,17 @@ _KINDS: dict[str, Kind] = {
     "std": Listed(real(1e-6, 1e6), 1000),
     "interpolation": text(40),
     "crop_pct": real(0.01, 10.0),
+    "labels": LABELS,
+    "sample_rate": RATE,
 }
 DATA = Record({}, _KINDS)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Class names, input size, mean, std, interpolation and crop of a timm model, as far as known.
+    """What a network says of its items and classes, as far as it is known.
 
-    The names are its cfg's ``label_names``, where there is one for each class.
+    Of pictures class names, input size, mean, std, interpolation and crop; of recordings labels
+    and sample rate. Class names are ``label_names``, where there is one for each class.
     """
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not isinstance(cfg, Mapping):

@@ -18,6 +18,9 @@ from lora_lightning.lora.xs import Basis
 from lora_lightning.model import injection, switching
 from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
+from lora_lightning.model.adapter_file.hub import fetched
+from lora_lightning.model.adapter_file.peft_format import CONFIG
+from lora_lightning.model.adapter_file.peft_load import read_peft
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
 from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
@@ -39,7 +42,8 @@ def load_adapter(
 
     Args:
         model: The base that the adapter was made for; other adapters on it stay.
-        path: A file that `save_adapter` wrote.
+        path: A file that `save_adapter` wrote; a folder that PEFT wrote, which says nothing of the
+            base's weights; or ``"hf://user/name"``, either of them on a hub.
         name: Name to give it; default: the one in the file.
         check: ``"weights"``: the base must have the weights that the adapter was trained on
             (a sample of each tensor is compared); ``"structure"``: names and shapes only.
@@ -57,7 +61,8 @@ def load_adapter(
     if check not in ("weights", "structure"):
         raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
     view = View(model)
-    header, tensors = plain_names(view, *read(Path(path)))
+    path = fetched(path)
+    header, tensors = plain_names(view, *_read(view, path))
     name = name or str(header["name"])
     look_through(model)
     state = injection.check_free(view, name)
@@ -67,8 +72,8 @@ def load_adapter(
             f"adapter {name!r} exists: pass another name, or overwrite=True to replace it"
         )
     with all_or_nothing(view, name):
-        config, bases, base = checked(view, header, tensors, check, Path(path), {})
-        _check_trainable(view, state, header, config, Path(path))
+        config, bases, base = checked(view, header, tensors, check, path, {})
+        _check_trainable(view, state, header, config, path)
         if name in state.configs:
             _make_way(view, state, name, header)
             state = state_of(model) or ModelState()
@@ -79,6 +84,11 @@ def load_adapter(
         state.parked[name] = {n: tensors[n].clone() for n in own}
         switching.switch(view, state, name)
     return report
+
+
+def _read(view: View, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter file, or of PEFT's folder."""
+    return read_peft(view, path) if os.path.isfile(path / CONFIG) else read(path)
 
 
 def _check_trainable(

@@ -60,13 +60,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     reshard(view.modules)
     root, state, name = states.holder(view, name, "to save")
     with switching.unmerged(root):
-        tensors, header = _contents(View(root), state, name)
-    if bad := not_finite(tensors):
-        raise AdapterError(
-            f"adapter {name!r} holds NaN or infinity ({bad[0]}, {len(bad)} of {len(tensors)} "
-            f"tensors): the training has diverged. {path} was not written; lower the learning rate"
-        )
-    check_header(header, Path(path))
+        tensors, header = checked_contents(View(root), state, name, Path(path))
     return write(Path(path), tensors, header) if writes(view.modules) else Path(path)
 
 
@@ -77,6 +71,24 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         AdapterFileError: the file is missing, damaged, or no adapter.
     """
     return read(Path(path))[0]
+
+
+def checked_contents(
+    view: View, state: ModelState, name: str, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file at `path`; the model is not merged.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+    """
+    tensors, header = _contents(view, state, name)
+    if bad := not_finite(tensors):
+        raise AdapterError(
+            f"adapter {name!r} holds NaN or infinity ({bad[0]}, {len(bad)} of {len(tensors)} "
+            f"tensors): the training has diverged. {path} was not written; lower the learning rate"
+        )
+    check_header(header, path)
+    return tensors, header
 
 
 def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,7 +108,7 @@ def _contents(view: View, state: ModelState, name: str) -> tuple[dict[str, Tenso
             "holds the adapter only, so loading it into the original base will not give this "
             "model. Freeze the base (inject(..., freeze=True)) or list what you train in "
             "`trainable`.",
-            stacklevel=4,
+            stacklevel=5,
         )
     header = {
         "format_version": FORMAT_VERSION,

@@ -6,8 +6,8 @@ the same architecture is built from the bundle's description, without the networ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchaudio import models, pipelines
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import unknown
-from lora_lightning.runner.weights import read_weights
+from lora_lightning.runner.weights import read_checkpoint, read_weights
 
 _ASSETS = "https://download.pytorch.org/torchaudio/"
 
@@ -30,6 +30,8 @@ class AudioModel:
         model: In eval mode.
         labels: Symbols of its classes, the blank first; None where it has none.
         sample_rate: Of its input, in Hz; 0 where unknown.
+        data: What its checkpoint's header says, see
+            `lora_lightning.model.adapter_file.data_config`.
         kind: ``"ctc"``, ``"encoder"``, ``"transducer"``, ``"synthesis"``, ``"separation"``,
             ``"quality"``, or ``"factory"`` for a model without a bundle.
     """
@@ -38,6 +40,7 @@ class AudioModel:
     labels: tuple[str, ...] | None
     sample_rate: int
     kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,13 @@ def load_audio_model(
 def _bundle(name: str, checkpoint: Path | str | None) -> AudioModel:
     bundle: Any = getattr(pipelines, name)
     recipe = _recipe(bundle)
+    data: Mapping[str, Any] = {}
     if checkpoint is None:
         model = _downloaded(name, bundle, recipe)
     else:
         model = recipe.build(bundle)
-        weights = read_weights(Path(checkpoint))
+        found = read_checkpoint(Path(checkpoint))
+        weights, data = found.weights, found.data
         if all(key.startswith("model.") for key in weights):  # saved from the normalising wrapper
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
         _drop_unused_classes(bundle, weights, model)
@@ -98,7 +103,7 @@ def _bundle(name: str, checkpoint: Path | str | None) -> AudioModel:
             model = pipelines._wav2vec2.utils._extend_model(model, normalize_waveform=True)
     labels = _labels(bundle)
     rate = getattr(bundle, "sample_rate", None) or 22050  # Tacotron2's bundles have none
-    return AudioModel(model.eval(), labels, int(rate), recipe.kind)
+    return AudioModel(model.eval(), labels, int(rate), recipe.kind, data)
 
 
 def _labels(bundle: Any) -> tuple[str, ...] | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
 
 from lora_lightning.errors import ConfigError
 
@@ -47,6 +50,15 @@ class Labels:
 
     def __repr__(self) -> str:
         return f"Labels({list(self.symbols)!r}, blank={self.blank}, separator={self.separator!r})"
+
+    def spelt(self) -> dict[str, Any]:
+        """The arguments of these labels, as JSON."""
+        return {"symbols": list(self.symbols), "blank": self.blank, "separator": self.separator}
+
+    def describe(self, model: nn.Module, sample_rate: int) -> None:
+        """Tell a recogniser of these labels, so that files of its adapters say them."""
+        said: Any = {"labels": self.spelt(), "sample_rate": sample_rate}
+        model.pretrained_cfg = said
 
     def must_fit(self, classes: int, model: str) -> None:
         """Check that a model has a class for each symbol, and no more.

@@ -15,30 +15,26 @@ from torch import Tensor, nn
 from torchaudio.models import Conformer
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.adapter_file.schema import Leaf, Listed, Record, real, whole
-from lora_lightning.runner.weights import build, load_built, save_built
+from lora_lightning.model.adapter_file.data_config import LABELS, RATE
+from lora_lightning.model.adapter_file.schema import Leaf, Record, real, whole
+from lora_lightning.runner.weights import build, load_built, save_built, weights_of
 from lora_lightning.speech.tasks.labels import Labels
 
 _Size = TypeVar("_Size", Tensor, int)
 # Trained by `lora-lightning run speaker model.checkpoint=null`.
 PACKAGED = Path(__file__).parents[1] / "weights" / "spoken_conformer.safetensors"
-# Of any script, invisible joiners included.
-_SYMBOL = Leaf("a text of up to 100 characters", lambda v: isinstance(v, str) and len(v) <= 100)
 _SCHEMA = Record(
     {
         "settings": Record(
             {
-                "sample_rate": whole(1000, 200_000), "n_mels": whole(1, 1024),
+                "sample_rate": RATE, "n_mels": whole(1, 1024),
                 "dim": whole(1, 8192), "num_layers": whole(1, 200), "num_heads": whole(1, 256),
                 "ffn_dim": whole(1, 65_536), "kernel_size": whole(1, 999),
                 "channels": whole(1, 8192), "dropout": real(0, 1),
             },
             others=Leaf("no such setting", lambda value: False),
         ),
-        "labels": Record(
-            {"symbols": Listed(_SYMBOL, 100_000), "blank": whole(), "separator": _SYMBOL},
-            others=Leaf("no such field", lambda value: False),
-        ),
+        "labels": LABELS,
     }
 )  # fmt: skip
 FLOOR = 1e-6  # energy below it counts as silence; that of a full-scale signal is about 1
@@ -128,6 +124,7 @@ class ConformerCTC(nn.Module):
             raise ConfigError(f"kernel_size must be odd, got {kernel_size}")
         self.labels = labels or Labels.english()
         self.sample_rate = sample_rate
+        self.labels.describe(self, sample_rate)
         self.features = LogMel(sample_rate, n_mels)
         self.augment = augment
         self.subsampling = _Subsampling(n_mels, channels, dim)
@@ -192,14 +189,13 @@ def _half(size: _Size) -> _Size:  # after a stride of 2
     return (size + 1) // 2
 
 
-def save_recogniser(model: ConformerCTC, path: Path | str) -> None:
-    """Write weights in half precision, and the model's settings, to safetensors."""
-    labels = model.labels
-    spelt = {"symbols": labels.symbols, "blank": labels.blank, "separator": labels.separator}
-    # Cloned: safetensors refuses tensors that share memory.
-    state = model.state_dict()
-    weights = {k: v.half() if v.is_floating_point() else v.clone() for k, v in state.items()}
-    save_built(path, "recogniser", weights, settings=model.settings, labels=spelt)
+def save_recogniser(model: ConformerCTC, path: Path | str, half: bool = True) -> None:
+    """Write weights, in half precision if asked for, and the model's settings to safetensors."""
+    weights = weights_of(model)
+    if half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    labels = model.labels.spelt()
+    save_built(path, "recogniser", weights, settings=model.settings, labels=labels)
 
 
 def load_recogniser(path: Path | str = "package") -> ConformerCTC:

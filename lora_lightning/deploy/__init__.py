@@ -1,0 +1,5 @@
+"""From a base and an adapter to what others can load without this package."""
+
+from lora_lightning.registry import face
+
+__getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -1,0 +1,2 @@
+from .exporting import Exported as Exported
+from .exporting import export as export
