@@ -48,7 +48,7 @@ def check(model: nn.Module, batch, **options) -> nn.Module:
     return model
 
 
-def image(size: int = 64) -> torch.Tensor:
+def image(size: int = 48) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
