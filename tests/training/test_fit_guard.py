@@ -260,9 +260,11 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))  # nobody takes the source for an adapter
 
 
-def test_what_can_be_learnt_is_kept(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_what_can_be_learnt_is_kept(tmp_path, precision):
+    """Looks are in the precision of the fit."""
     module, guard = Module(), FitGuard()
-    learning(tmp_path, module, guard, max_epochs=5)
+    learning(tmp_path, module, guard, max_epochs=2, precision=precision)
     assert guard.shrinkage_ > 0
     held = losses_of(module, bright(12, 2), None).mean()
     assert held < guard.history_[0].held_out
@@ -416,15 +418,6 @@ def test_a_head_of_the_module_goes_back_with_the_module_as_backbone(tmp_path):
     with pytest.warns(UserWarning, match="the source model is kept"):
         fitted(tmp_path, module, adapter, FitGuard(), held_out=noise(12), max_epochs=3)
     assert torch.equal(module.eval()(X), before)
-
-
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
-    module, guard = Module(), FitGuard()
-    learning(tmp_path, module, guard, max_epochs=2, precision=precision)
-    assert guard.shrinkage_ > 0
-    held = losses_of(module, bright(12, 2), None).mean()
-    assert held < guard.history_[0].held_out
 
 
 def test_validation_batches_are_found_before_their_epoch(tmp_path):
