@@ -1,13 +1,11 @@
-"""The cases in which today's libraries fail, most of them in silence: one test each.
+"""The cases in which today's libraries fail, most of them in silence.
 
-docs/conformance.md says what happens elsewhere. Cases about files, Lightning, targets and
-kinds of layers that have a home of their own are tested there too; here they stand by name.
+docs/conformance.md says what happens elsewhere, and where a case is tested that is not here.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import timm
@@ -15,20 +13,10 @@ import torch
 import torchaudio
 from torch import nn
 
-from lora_lightning import (
-    LoRACallback,
-    inject,
-    load_adapter,
-    merge,
-    remove,
-    save_adapter,
-    verify,
-)
-from lora_lightning.errors import BaseMismatchError, ConfigError
-from lora_lightning.model.patterns import matches
+from lora_lightning import inject, remove, verify
+from lora_lightning.errors import ConfigError
 from lora_lightning.model.probing import difference
-from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, randomise, tiny_vit, trainer
+from tests.helpers.training import randomise, tiny_vit
 from tests.helpers.zoo import ZOO
 from tests.model.test_every_timm import wake
 
@@ -48,7 +36,7 @@ def check(model: nn.Module, batch, **options) -> nn.Module:
     return model
 
 
-def image(size: int = 64) -> torch.Tensor:
+def image(size: int = 48) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
@@ -125,12 +113,6 @@ def test_dilated_convolutions():
     check(model, image(), target_modules=nn.Conv2d)
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_padding_modes(mode):
-    layer = nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)
-    check(layer, torch.randn(2, 4, 9, 9), target_modules="all")
-
-
 @pytest.mark.parametrize("name", ["convnext_atto", "test_efficientnet", "resnext26ts"])
 def test_depthwise_and_grouped_convolutions(name):
     model = small(name)
@@ -140,94 +122,6 @@ def test_depthwise_and_grouped_convolutions(name):
     base = sum(p.numel() for p in model.parameters())
     report = inject(model, rank=2, target_modules=grouped, trainable=[])
     assert report.factor_parameters < 0.2 * base
-
-
-@pytest.mark.parametrize("style", ["parametrization", "hook"])
-def test_weight_normed_positional_convolution(style):
-    """Grouped and weight-normed along the kernel, as in wav2vec2."""
-    layer = nn.Conv1d(16, 16, 4, padding=2, groups=4)
-    if style == "hook":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            layer = nn.utils.weight_norm(layer, dim=2)
-    else:
-        layer = nn.utils.parametrizations.weight_norm(layer, dim=2)
-    check(layer, torch.randn(2, 16, 9), target_modules="all")
-
-
-def test_weight_normed_layers_merge():
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
-    x = torch.randn(3, 6)
-    before = layer(x)
-    inject(layer, rank=2, target_modules="all", trainable=[])
-    randomise(layer)
-    adapted = layer(x)
-    merge(layer)
-    assert difference([layer(x)], [adapted]) < 1e-5
-    assert difference([layer(x)], [before]) > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
-def test_recurrent_layers(kind):
-    make, x = ZOO[kind]
-    check(make(), x, target_modules="all")
-
-
-@pytest.mark.parametrize("kind", ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"])
-def test_transposed_convolutions(kind):
-    make, x = ZOO[kind]
-    check(make(), x, target_modules="all")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_multihead_attention_compiles_fullgraph():
-    make, x = ZOO["MultiheadAttention"]
-    model = make()
-    inject(model, rank=2, target_modules="all", trainable=[])
-    randomise(model)
-    parameters = [id(p) for p in model.parameters()]
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert difference([compiled(x)], [model(x)]) < 1e-6
-    assert [id(p) for p in model.parameters()] == parameters
-
-
-def test_batchnorm_statistics_travel_with_the_adapter(tmp_path):
-    torch.manual_seed(0)
-    base = timm.create_model("test_efficientnet", num_classes=4)
-    model = copy.deepcopy(base).train()
-    inject(model, rank=2)
-    for _ in range(3):
-        model(2 * image(32) + 1)
-    path = save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(base, path)
-    assert torch.equal(base.eval()(image(32)), model.eval()(image(32)))
-
-
-def test_classifier_reset_after_injection_is_saved(tmp_path):
-    base = tiny_vit()
-    model = copy.deepcopy(base)
-    inject(model, rank=2)
-    model.reset_classifier(9)
-    path = save_adapter(model, tmp_path / "a.safetensors")
-    base.reset_classifier(9)
-    load_adapter(base, path)
-    assert torch.equal(base(image(32)), model(image(32)))
-
-
-def test_auto_does_not_adapt_the_classifier():
-    with torch.device("meta"):
-        model = timm.create_model("convnext_atto")
-    names = [row.module for row in inject(model, rank=2, trainable=[]).rows]
-    assert len(names) == 24
-    assert "head.fc" not in names
-
-
-def test_blocks_of_swin_are_counted_on_the_outermost_list():
-    with torch.device("meta"):
-        model = timm.create_model("swin_tiny_patch4_window7_224")
-    names = [row.module for row in inject(model, rank=2, blocks=[0], trainable=[]).rows]
-    assert {n.split(".")[1] for n in names} == {"0"}
-    assert any(".blocks.1." in n for n in names)
 
 
 @pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "fastvit_t8"])
@@ -241,34 +135,8 @@ def test_reparameterize_an_adapted_model(name):
         assert difference([fused(image())], [expected]) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_torchscript_after_merging():
-    model = tiny_vit()
-    inject(model, rank=2)
-    randomise(model)
-    expected = model(image(32))
-    merge(model)
-    assert difference([torch.jit.script(model)(image(32))], [expected]) < 1e-5
-
-
 def test_top_level_parameters():
     check(tiny_vit(), image(32), target_modules=["pos_embed", "cls_token"])
-
-
-def test_a_file_names_its_architecture(tmp_path):
-    model = tiny_vit()
-    inject(model, rank=2)
-    path = save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(BaseMismatchError, match="was made for test_vit"):
-        load_adapter(timm.create_model("test_vit2"), path)
-
-
-def test_factors_reach_the_optimizer(tmp_path):
-    module, t = Module(), trainer(tmp_path, LoRACallback(rank=2))
-    t.fit(module, loader())
-    held = {id(p) for g in t.optimizers[0].param_groups for p in g["params"]}
-    factors = named_factors(module.model, "default").values()
-    assert all(id(p) in held for f in factors for p in f.parameters())
 
 
 def test_layer_drop_under_ddp_is_refused_with_the_remedy(tmp_path):
@@ -283,18 +151,6 @@ def test_layer_drop_under_ddp_is_refused_with_the_remedy(tmp_path):
     backbone.layer_drop = 0.1
     with pytest.raises(ConfigError, match="ddp_find_unused_parameters_true"):
         check_unused_parameters(FakeTrainer(), backbone)
-
-
-def test_a_source_checkpoint_loads_strictly_after_injection():
-    source, model = tiny_vit(), tiny_vit()
-    inject(model, rank=2)
-    model.load_state_dict(source.state_dict(), strict=True)
-    assert torch.equal(model(image(32)), source(image(32)))
-
-
-def test_names_are_never_matched_by_substring():
-    assert not matches("proj", "blocks.0.attn.proj_out")
-    assert not matches("1", "blocks.11")
 
 
 @pytest.mark.parametrize(

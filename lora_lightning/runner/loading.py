@@ -92,7 +92,7 @@ def load_recipe(name: str | Path) -> DictConfig:
     for key in leaves(OmegaConf.to_container(given)):
         if key not in known and not inside_free(key, config):
             raise ConfigError(f"{path}: {unknown('key', key, known)}")
-    return _merged(config, given, str(path))
+    return _merged(config, str(path), given)
 
 
 def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -103,26 +103,32 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     known = list(settings(config))
     groups = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
-    for override in overrides:
+
+    def parsed(override: str) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"expected key=value, got {override!r}")
         if key not in known and key not in groups and not inside_free(key, config):
             raise ConfigError(unknown("key", key, known))
         try:
-            given = OmegaConf.from_dotlist([override])
+            return OmegaConf.from_dotlist([override])
         except Exception as error:  # PyYAML's, for a value such as "[1,"
             raise ConfigError(f"{override!r}: the value is no valid YAML") from error
-        config = _merged(config, given, override)
-    return config
 
-
-def _merged(config: DictConfig, given: Any, where: str) -> DictConfig:
     try:
-        merged = OmegaConf.merge(config, given)
+        return _merged(config, "overrides", *map(parsed, overrides))
+    except ConfigError:  # one by one, which takes longer, to say which it is
+        for override in overrides:
+            config = _merged(config, override, parsed(override))
+        return config
+
+
+def _merged(config: DictConfig, where: str, *given: Any) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, *given)
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except Exception as error:  # also TypeError, where a list meets a number
-        raise ConfigError(f"{where}: {explained(error, config, given)}") from error
+        raise ConfigError(f"{where}: {explained(error, config, given[-1])}") from error
     if said := misfit(config, plain):  # a list within a list passes the above
         raise ConfigError(f"{where}: {said}")
     assert isinstance(merged, DictConfig)

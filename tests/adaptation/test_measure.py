@@ -48,7 +48,7 @@ def trained() -> tuple[nn.Module, SourceStatistics]:
 
 
 def measured(target: torch.Tensor, **settings):
-    return shift(*trained(), target, **{"repeats": 20, **settings})
+    return shift(*trained(), target, **{"repeats": 10, **settings})
 
 
 def test_the_source_itself_is_near():
@@ -103,13 +103,13 @@ def test_a_file_or_data_in_place_of_statistics(tmp_path):
     model, statistics = trained()
     target = pictures(LABELS[:40], seed=9)
     want = measured(target)
-    assert shift(model, statistics.save(tmp_path / "s"), target, repeats=20) == want
-    assert shift(model, pictures(LABELS), target, labels=LABELS, repeats=20) == want
+    assert shift(model, statistics.save(tmp_path / "s"), target, repeats=10) == want
+    assert shift(model, pictures(LABELS), target, labels=LABELS, repeats=10) == want
     loader = torch.utils.data.DataLoader([(x, 0) for x in target], batch_size=7)
-    assert shift(model, statistics, loader, repeats=20) == want
+    assert shift(model, statistics, loader, repeats=10) == want
     found, said = features_of(model, target, 64)
     second = second_opinion(model, target, model)
-    assert compare(statistics, found, said.probabilities, second, repeats=20) == want
+    assert compare(statistics, found, said.probabilities, second, repeats=10) == want
 
 
 def test_without_labels_of_the_source_the_verdict_is_by_confidence():
@@ -145,10 +145,10 @@ def test_a_model_with_an_adapter_is_looked_at_with_and_without_it():
     target = pictures(LABELS[:40], seed=9)
     want = measured(target)
     inject(model, LoRAConfig(rank=2))
-    same = shift(model, trained()[1], target, repeats=20)
+    same = shift(model, trained()[1], target, repeats=10)
     assert (same.agreement, same.frechet) == (1.0, want.frechet)
     randomise(model, std=3.0)
-    found = shift(model, trained()[1], target, repeats=20)
+    found = shift(model, trained()[1], target, repeats=10)
     assert (found.frechet, found.layers) == (want.frechet, want.layers)
     model.eval()
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_model_with_an_adapter_is_looked_at_with_and_without_it():
         source = trained()[0](target).argmax(1)
     assert found.agreement == float((said == source).double().mean()) < 1
     merge(model)
-    assert shift(model, trained()[1], target, repeats=20).agreement == found.agreement
+    assert shift(model, trained()[1], target, repeats=10).agreement == found.agreement
     assert "adapter keeps" in found.sentence()
     second = second_opinion(trained()[0], target, trained()[0])
     with torch.no_grad():

@@ -141,10 +141,10 @@ def targets(kind: str) -> str:
 
 
 def crossed(values: list[str]) -> list:
-    """Every kind with every value; of kinds that compute as another the fast tier has a third."""
+    """Every kind with every value; of kinds that compute as another the fast tier has a quarter."""
     return [
         pytest.param(
-            kind, value, marks=[] if kind in WAYS or (i + j) % 3 == 0 else pytest.mark.slow
+            kind, value, marks=[] if kind in WAYS or (i + j) % 4 == 0 else pytest.mark.slow
         )
         for i, kind in enumerate(sorted(ZOO))
         for j, value in enumerate(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -51,23 +52,25 @@ def _fresh():
 
 
 @pytest.mark.parametrize(
-    ("way", "frozen"),
+    ("way", "frozen", "low", "short"),
     [
-        ("thin", False),
-        ("whole", True),
-        pytest.param("thin", True, marks=pytest.mark.slow),
-        pytest.param("whole", False, marks=pytest.mark.slow),
+        ("thin", False, False, False),
+        ("whole", True, False, True),
+        ("thin", True, True, True),
+        *(
+            pytest.param(way, frozen, low, False, marks=pytest.mark.slow)
+            for way, frozen, low in itertools.product(("thin", "whole"), (0, 1), (0, 1))
+        ),
     ],
 )
-def test_gradients_are_those_of_the_plain_formula(monkeypatch, way, frozen):
-    """By each way to the gradients, of both factors and of B alone."""
+def test_gradients_are_those_of_the_plain_formula(monkeypatch, way, frozen, low, short):
+    """By each way to the gradients, of both factors and of B alone, under autocast too."""
     monkeypatch.setitem(compiled._WHOLE, "cpu", {"thin": 0, "whole": 10**9}[way])
-    model = stack(freeze_a=frozen)
+    model = stack(short, freeze_a=bool(frozen))
     with fused(False):
         expected = outcome(model, model)
-    for low, close in ((False, 1e-5), (True, 0.1)):
-        run = torch.compile(model, backend="aot_eager", fullgraph=True)
-        assert apart(outcome(model, run, low), expected) < close
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert apart(outcome(model, run, bool(low)), expected) < (0.1 if low else 1e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
@@ -82,7 +85,7 @@ def test_inductor_keeps_the_scaling_of_the_plain_formula():
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
 def test_the_base_output_bit_for_bit_while_B_is_zero(low):
-    model = stack().eval()
+    model = stack(short=low).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.zeros_(parameter)

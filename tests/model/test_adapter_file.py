@@ -7,11 +7,9 @@ import importlib
 import math
 import os
 import re
+import shutil
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -52,21 +50,36 @@ from tests.helpers.training import randomise, tiny_vit
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    return tiny_vit()
-
-
-@pytest.fixture
-def trained(base, tmp_path):
-    """An adapter with a trained head on a copy of `base`, its file, and its output."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A base, the file of an adapter of it with a trained head, the adapted model, its output."""
+    torch.manual_seed(0)
+    base = tiny_vit()
     model = copy.deepcopy(base)
     inject(model, rank=2, seed=0, target_modules=["auto", "pos_embed"], name="alice")
     randomise(model)
     with torch.no_grad():
         model.head.weight.add_(0.1)
-    path = save_adapter(model, tmp_path / "deep" / "alice.safetensors")
-    return model, path, model(X).detach()
+    path = save_adapter(model, tmp_path_factory.mktemp("original") / "deep/alice.safetensors")
+    return base, path, model, model(X).detach()
+
+
+@pytest.fixture
+def base(original) -> nn.Module:
+    return copy.deepcopy(original[0])
+
+
+@pytest.fixture
+def path(original, tmp_path) -> Path:
+    """The file, to be changed."""
+    (tmp_path / "deep").mkdir()
+    return Path(shutil.copy(original[1], tmp_path / "deep"))
+
+
+@pytest.fixture
+def trained(original, path):
+    """The adapted model, to be changed, its file, and its output."""
+    return copy.deepcopy(original[2]), path, original[3]
 
 
 def test_a_checkout_that_is_not_installed_saves(trained, tmp_path, monkeypatch, capsys):
@@ -181,6 +194,7 @@ def test_wrong_architecture(trained):
 
 
 def test_same_architecture_other_weights(trained):
+    torch.manual_seed(1)
     other = tiny_vit()
     twin = copy.deepcopy(other)
     with pytest.raises(BaseMismatchError, match="with other weights"):
@@ -298,13 +312,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_damaged_contents_leave_the_model_alone(trained, base, damage):
+def test_damaged_contents_leave_the_model_alone(original, path, damage):
     change, message = DAMAGE[damage]
-    rewrite(trained[1], change)
-    model = copy.deepcopy(base)
+    rewrite(path, change)
+    model = original[0]
+    before = everything(model)
     with pytest.raises((AdapterFileError, ConfigError), match=message):
-        load_adapter(model, trained[1])
-    assert untouched(model, base)
+        load_adapter(model, path)
+    assert same(everything(model), before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -341,13 +356,13 @@ def test_no_flipped_bit_is_accepted(trained, base):
         bit = 1 << int(torch.randint(8, (), generator=draw))
         flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
         trained[1].write_bytes(flipped)
-        model = copy.deepcopy(base)
         try:
-            load_adapter(model, trained[1], "x")
+            load_adapter(base, trained[1], "x")
         except AdapterFileError:
             continue
         assert place < begin
-        assert torch.equal(model(X), output), place
+        assert torch.equal(base(X), output), place
+        remove(base)
 
 
 def test_files_of_before_the_checksum_load(trained, base):
@@ -493,24 +508,16 @@ def test_a_changed_base_is_said(base, tmp_path):
         save_adapter(model, tmp_path / "a.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     """A process killed while it writes: the old file is whole, whenever the kill came."""
-    path = tmp_path / "a.safetensors"
-    script = textwrap.dedent(f"""
-        import os, signal
-        from lora_lightning.model.adapter_file import format as fileformat
-        import torch
-        path = __import__("pathlib").Path({str(path)!r})
-        fileformat.write(path, {{"a": torch.zeros(4)}}, {{}})
-        real = os.fsync
-        def die(handle):
-            real(handle)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.fsync = die
-        fileformat.write(path, {{"a": torch.ones(4)}}, {{}})
-    """)
-    done = subprocess.run([sys.executable, "-c", script], check=False)
-    assert done.returncode == -signal.SIGKILL
+    path, real = tmp_path / "a.safetensors", os.fsync
+    write(path, {"a": torch.zeros(4)}, {})
+    if not (process := os.fork()):
+        os.fsync = lambda handle: (real(handle), os.kill(os.getpid(), signal.SIGKILL))
+        write(path, {"a": torch.ones(4)}, {})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with safe_open(str(path), framework="pt") as file:
         assert torch.equal(file.get_tensor("a"), torch.zeros(4))
 

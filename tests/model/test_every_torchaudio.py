@@ -92,7 +92,7 @@ def equal(model: nn.Module, batch: tuple, expected: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        *((name, "auto") for name in NAMES),
+        *(pytest.param(name, "auto", marks=[] if name in LARGE else SLOW) for name in NAMES),
         *(pytest.param(name, "all", marks=SLOW if name in LARGE else []) for name in NAMES),
     ],
 )

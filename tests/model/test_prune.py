@@ -219,7 +219,7 @@ def test_ranks_fall_in_wav2vec2_too(tmp_path):
     callback = LoRACallback(
         output_dir=tmp_path, rank=4, prune_to=1.5, target_modules=["q_proj", "v_proj"]
     )
-    trainer(tmp_path, callback, max_epochs=8).fit(module, data)
+    trainer(tmp_path, callback, max_epochs=4).fit(module, data)
     ranks = [row.rank for row in callback.report_.rows]
     assert sum(ranks) == round(1.5 * len(ranks))
 
@@ -227,7 +227,7 @@ def test_ranks_fall_in_wav2vec2_too(tmp_path):
 def test_convolutions_with_every_option_that_goes_along(tmp_path):
     module = Module(timm.create_model("test_convnext", num_classes=4))
     callback = fit(
-        module, tmp_path, epochs=4, rank=4, prune_to=2, clamp_rank=True, dropout=0.1, dora=True
+        module, tmp_path, epochs=2, rank=4, prune_to=2, clamp_rank=True, dropout=0.1, dora=True
     )
     assert sum(r.rank for r in callback.report_.rows) <= 2 * len(callback.report_.rows)
 
@@ -272,7 +272,7 @@ def test_ranks_fall_by_batches_however_often_optimizers_step(tmp_path, rounds, l
 
     callback = Watch(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
     options = {"max_epochs": 30, "accumulate_grad_batches": 1, **limit}
-    trainer(tmp_path, callback, **options).fit(ByHand(rounds), loader(items=16))
+    trainer(tmp_path, callback, **options).fit(ByHand(rounds), loader())
     ranks = [row.rank for row in callback.report_.rows]
     assert sum(ranks) == 1.5 * len(ranks)
     assert len(set(courses)) > 1
@@ -284,7 +284,7 @@ def test_ranks_fall_by_batches_however_often_optimizers_step(tmp_path, rounds, l
 def test_ranks_fall_however_gradients_are_gathered(tmp_path, groups):
     callback = LoRACallback(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
     gathers = GradientAccumulationScheduler(groups)
-    trainer(tmp_path, callback, gathers, max_epochs=10).fit(Module(), loader(items=16))
+    trainer(tmp_path, callback, gathers, max_epochs=10).fit(Module(), loader())
     assert sum(r.rank for r in callback.report_.rows) == 1.5 * len(callback.report_.rows)
 
 
@@ -320,7 +320,7 @@ def test_a_finished_fit_is_saved_and_goes_on(tmp_path, kind):
         callback = LoRACallback(output_dir=tmp_path, seed=0, rank=4, prune_to=1.5)
         t = trainer(tmp_path, callback, max_epochs=epochs)
         torch.manual_seed(0)  # the same base
-        t.fit(Task(), loader(items=16), **options)
+        t.fit(Task(), loader(), **options)
         return t, [row.rank for row in callback.report_.rows]
 
     t, ranks = go(4)
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_a_finished_fit_is_the_model(tmp_path, rank):
 
     module, callback = parts()
     t = trainer(tmp_path, callback, max_epochs=4)
-    t.fit(module, loader(items=16))
+    t.fit(module, loader())
     t.save_checkpoint(tmp_path / "after.ckpt")
     other, callback = parts()
     trainer(tmp_path, callback).test(other, loader(), ckpt_path=tmp_path / "after.ckpt")

@@ -48,12 +48,14 @@ def test_compile_fullgraph(kind):
     expected.square().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
+    before = [id(p) for p in model.parameters()]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(x)
     assert difference([out], [expected]) < 1e-6
     out.square().sum().backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
     assert difference(found, gradients) < 1e-5
+    assert [id(p) for p in model.parameters()] == before
 
 
 @pytest.mark.slow

@@ -47,25 +47,31 @@ def ran(tmp_path_factory):
     return out, run_recipe("lighting", [*TINY, *own], out)
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Where the recipes' sets are: each is made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 # ---- every recipe -----------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("path", RENDERED, ids=lambda p: p.parent.name)
-def test_recipe_runs_on_what_it_renders(path, tmp_path, monkeypatch):
-    runs_in_miniature(path, tmp_path, monkeypatch, FEW_METHODS)
+def test_recipe_runs_on_what_it_renders(path, tmp_path, monkeypatch, rendered):
+    runs_in_miniature(path, tmp_path, monkeypatch, rendered, FEW_METHODS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
-def test_recipe_runs_in_miniature(path, tmp_path, monkeypatch):
+def test_recipe_runs_in_miniature(path, tmp_path, monkeypatch, rendered):
     """All of it; the fast tier has all methods on folders (`ran`), voices and sentences."""
-    runs_in_miniature(path, tmp_path, monkeypatch)
+    runs_in_miniature(path, tmp_path, monkeypatch, rendered)
 
 
-def runs_in_miniature(path, tmp_path, monkeypatch, *overrides):
+def runs_in_miniature(path, tmp_path, monkeypatch, cache, *overrides):
     pytest.importorskip("panda3d")
-    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(cache))
     config = load_recipe(path)
     small, domains = miniature(config)
     result = run_recipe(path, [*small, *overrides], tmp_path / "out")
@@ -79,15 +85,15 @@ def runs_in_miniature(path, tmp_path, monkeypatch, *overrides):
 @pytest.mark.parametrize(
     ("name", "init"),
     [
-        ("lighting", "corda"),
-        ("speaker", "lora-ga"),
-        pytest.param("lighting", "lora-ga", marks=pytest.mark.slow),
-        pytest.param("speaker", "corda", marks=pytest.mark.slow),
+        ("environment", "corda"),
+        ("acoustics", "lora-ga"),
+        pytest.param("environment", "lora-ga", marks=pytest.mark.slow),
+        pytest.param("acoustics", "corda", marks=pytest.mark.slow),
     ],
 )
-def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch):
+def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch, rendered):
     pytest.importorskip("panda3d")
-    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(rendered))
     [path] = [p for p in RECIPES if p.parent.name == name]
     small, _ = miniature(load_recipe(path))
     run_recipe(path, [*small, FEW_METHODS, f"lora.init={init}"], tmp_path / "out")

@@ -119,7 +119,12 @@ def test_clipping_cuts_at_a_share_of_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("size", "rt60"), [((4.0, 3.0, 2.6), 0.3), ((8.0, 6.0, 3.0), 0.6), ((20.0, 14.0, 7.0), 1.3)]
+    ("size", "rt60"),
+    [
+        ((4.0, 3.0, 2.6), 0.3),
+        ((8.0, 6.0, 3.0), 0.6),
+        pytest.param((20.0, 14.0, 7.0), 1.3, marks=pytest.mark.slow),
+    ],
 )
 def test_rooms_decay_as_asked_for(size, rt60):
     for place in (0, 1):

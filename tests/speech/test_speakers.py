@@ -197,7 +197,7 @@ def test_transcripts_are_a_canary_on_request(enrolment, tmp_path, capsys, monkey
 
 def test_the_guard_keeps_the_source(enrolment, tmp_path, capsys, monkeypatch):
     listing = _untranscribed(enrolment, tmp_path, VOICES)
-    given = ("--steps", "60", "--learning-rate", "1.0", "--lexicon", "spoken")
+    given = ("--steps", "20", "--learning-rate", "1.0", "--lexicon", "spoken")
     assert adapt("spoken", listing, tmp_path / "out", *given) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "kept source: alarm in round 1" in printed

@@ -87,7 +87,7 @@ def test_an_adapter_learns_through_the_trainer(make, recordings, tmp_path):
     before = loss_of(task, batch)
     callback = LoRACallback(rank=2, target_modules="auto", clamp_rank=True)
     task.train()
-    trainer(tmp_path, callback, max_epochs=8).fit(task, SpeechData(train=recordings))
+    trainer(tmp_path, callback, max_epochs=4).fit(task, SpeechData(train=recordings))
     assert loss_of(task, batch) < before
     with disabled(task.model):
         assert loss_of(task, batch) == pytest.approx(before, rel=1e-5)

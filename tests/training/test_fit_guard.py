@@ -211,10 +211,10 @@ def test_the_pull_keeps_the_adapter_near_the_source(tmp_path, kind):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         plugin = MixedPrecision("16-mixed", "cpu", scaler)
         plugins = [plugin] if kind is Fused else []
-        options = {"held_out": noise(8), "max_epochs": 3, "plugins": plugins}
+        options = {"held_out": noise(8), "max_epochs": 1, "plugins": plugins}
         with pytest.warns(UserWarning, match="source model is kept"):
             fitted(tmp_path, module, *callbacks, **options)
-        # At the best epoch, which is the first in both, before it went back to the source.
+        # Before it went back to the source.
         return sum(float(v.norm()) for k, v in callbacks[1]._best.items() if k.endswith("lora_B"))
 
     assert distance(100.0) < 0.9 * distance(0.0)
@@ -232,6 +232,10 @@ def noise(items: int, seed: int = 7, classes: int = 4) -> DataLoader:
 
 
 def fitted(*given, **options):
+    """A fit whose adapters are not verified first, which has tests of its own."""
+    for callback in given:
+        if isinstance(callback, LoRACallback):
+            callback.verify = False
     return fit_with(*given, **{"data": noise(16, seed=1), **options})
 
 
@@ -256,9 +260,11 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))  # nobody takes the source for an adapter
 
 
-def test_what_can_be_learnt_is_kept(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_what_can_be_learnt_is_kept(tmp_path, precision):
+    """Looks are in the precision of the fit."""
     module, guard = Module(), FitGuard()
-    learning(tmp_path, module, guard, max_epochs=5)
+    learning(tmp_path, module, guard, max_epochs=2, precision=precision)
     assert guard.shrinkage_ > 0
     held = losses_of(module, bright(12, 2), None).mean()
     assert held < guard.history_[0].held_out
@@ -414,15 +420,6 @@ def test_a_head_of_the_module_goes_back_with_the_module_as_backbone(tmp_path):
     assert torch.equal(module.eval()(X), before)
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_looks_are_in_the_precision_of_the_fit(tmp_path, precision):
-    module, guard = Module(), FitGuard()
-    learning(tmp_path, module, guard, max_epochs=4, precision=precision)
-    assert guard.shrinkage_ > 0
-    held = losses_of(module, bright(12, 2), None).mean()
-    assert held < guard.history_[0].held_out
-
-
 def test_validation_batches_are_found_before_their_epoch(tmp_path):
     guard = FitGuard()
     options = {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0, "held_out": bright(8, 2)}
@@ -446,7 +443,7 @@ def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
     one, guard, saver = fresh(), Generous(lower_rank=True), ModelCheckpoint(tmp_path / "c")
     t = fitted(
         tmp_path, one, adapter(rank), guard, saver, data=bright(32, 1), held_out=bright(12, 2),
-        max_epochs=6, enable_checkpointing=True,
+        max_epochs=4, enable_checkpointing=True,
     )  # fmt: skip
     assert 0 < guard.rank_ < 4
     adapted, after = one.eval()(X), tmp_path / "after.ckpt"
@@ -462,7 +459,7 @@ def test_checkpoints_from_before_and_after_a_lowered_rank(tmp_path, rank):
     torch.testing.assert_close(other.eval()(X), adapted, rtol=1e-5, atol=1e-5)
     again = Generous(lower_rank=False)
     fitted(
-        tmp_path, fresh(), same, again, data=bright(32, 1), held_out=bright(12, 2), max_epochs=7,
+        tmp_path, fresh(), same, again, data=bright(32, 1), held_out=bright(12, 2), max_epochs=5,
         ckpt=after,
     )  # fmt: skip
     assert len(again.history_) == len(guard.history_) + 1

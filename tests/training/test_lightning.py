@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,14 @@ import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lora_lightning import LoRACallback
-from tests.helpers.training import Module, loader, saved, trainer
-
-ROOT = Path(__file__).parents[2]
+from lora_lightning.errors import VerificationError
+from lora_lightning.model.state import named_factors
+from tests.helpers.training import Module, fitted, loader, saved, trainer
 
 
 class CliModule(Module):
@@ -70,69 +72,57 @@ def test_lightning_cli_yaml(tmp_path, monkeypatch, style):
     ]
 
 
-DDP = """
-import sys, torch, warnings
-warnings.simplefilter("ignore")
-from lightning.pytorch import seed_everything
-from lightning.pytorch.loggers import CSVLogger
-from lora_lightning import LoRACallback
-from lora_lightning.errors import VerificationError
-from lora_lightning.model.state import named_factors
-from tests.helpers.training import Module, loader, trainer
+class Told(LoRACallback):
+    """A file for each process: what its factors are in the end, or what its error said."""
 
-seed_everything(0, verbose=False)
-out = sys.argv[1]
-module = Module()
-# Each process sees other batches, and must have the same ranks and factors all the same.
-adapter = LoRACallback(rank="auto", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
-t = trainer(out, adapter, accelerator="cpu", devices=2, strategy="ddp", max_epochs=2,
-            logger=CSVLogger(out))
-t.fit(module, loader())
-t.save_checkpoint(f"{out}/last.ckpt")
-factors = named_factors(module.model, "default")
-parameters = [p for f in factors.values() for p in f.parameters()]
-assert sum(f.spec.rank for f in factors.values()) == 12  # eight tensors
-digest = sum(p.detach().double().abs().sum().item() for p in parameters)
-# A file for each process: two that print at once can end up on one line.
-open(f"{out}/rank{t.global_rank}.txt", "w").write(f"{digest:.12f}")
+    def on_fit_end(self, trainer, pl_module):
+        super().on_fit_end(trainer, pl_module)
+        factors = named_factors(pl_module.model, "default").values()
+        assert sum(f.spec.rank for f in factors) == 12  # eight tensors
+        digest = sum(p.double().abs().sum().item() for f in factors for p in f.parameters())
+        out = Path(trainer.default_root_dir)
+        (out / f"rank{trainer.global_rank}.txt").write_text(f"{digest:.12f}")
+        trainer.save_checkpoint(out / "last.ckpt")  # and an adapter file beside it
+
+    def on_after_backward(self, trainer, pl_module):
+        try:
+            super().on_after_backward(trainer, pl_module)
+        except VerificationError as error:
+            out, until = Path(trainer.default_root_dir), time.monotonic() + 30
+            (out / f"error{trainer.global_rank}.txt").write_text(str(error))
+            while len(list(out.glob("error*.txt"))) < 2 and time.monotonic() < until:
+                time.sleep(0.01)  # whoever fails first has the other one ended
+            raise
 
 
-class DeadOnOne(torch.nn.Module):
+class DeadOnOne(nn.Module):
     def __init__(self):
         super().__init__()
-        self.used, self.gated = torch.nn.Linear(3 * 32 * 32, 4), torch.nn.Linear(4, 4)
+        self.used, self.gated = nn.Linear(3 * 32 * 32, 4), nn.Linear(4, 4)
 
     def forward(self, x):
         x = self.used(x.flatten(1))
-        return x + self.gated(x) * (1 - t.global_rank)
+        return x + self.gated(x) * (1 - torch.distributed.get_rank())
 
 
-adapter = LoRACallback(rank=2, target_modules="all", trainable=[], output_dir=out)
-try:
-    trainer(out, adapter, accelerator="cpu", devices=2, strategy="ddp").fit(
-        Module(DeadOnOne()), loader())
-except VerificationError as error:  # on both, or the other would wait forever
-    open(f"{out}/error{t.global_rank}.txt", "w").write(str(error))
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_ddp_on_two_cpu_processes(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(DDP)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Each process sees other batches, and must have the same ranks and factors all the same."""
+    started = {"devices": 2, "strategy": "ddp_fork"}
+    adapter = Told(rank="auto", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
+    fitted(tmp_path, Module(), adapter, logger=CSVLogger(tmp_path), **started)
+    adapter = Told(rank=2, target_modules="all", trainable=[], output_dir=tmp_path)
+    # On both, or the other would wait forever.
+    with pytest.raises(ProcessRaisedException, match="VerificationError"):
+        fitted(tmp_path, Module(DeadOnOne()), adapter, **started)
     digests = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     said = [(tmp_path / f"error{rank}.txt").read_text() for rank in (0, 1)]
     assert "of another process" in said[0]
     assert "gated.weight: in training: the gradient of lora_" in said[1]
     assert len(set(digests)) == 1, "the processes disagree about the factors"
     assert float(digests[0]) > 0
-    files = [p.name for p in tmp_path.rglob("*.safetensors")]
-    assert files == ["default.safetensors"]
+    files = sorted(p.name for p in tmp_path.rglob("*.safetensors"))
+    assert files == ["default-epoch=2-step=2.safetensors", "default.safetensors"]
     keys = saved(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys)
 

@@ -570,7 +570,7 @@ def _load_and_test(cls, path, strict=True, **options):
 def _load_and_fit(cls, path, strict=True, **options):
     module = cls(**options)
     module.strict_loading = strict
-    fitted(path.parent, module, ckpt=path)
+    fitted(path.parent, module, ckpt=path, max_epochs=1)
     return module
 
 
@@ -587,7 +587,7 @@ def _load_and_fit(cls, path, strict=True, **options):
 )
 def test_every_way_to_load_checks_the_base(tmp_path, load, strict):
     module, path = fresh(), tmp_path / "c.ckpt"
-    fitted(tmp_path, module, lora()).save_checkpoint(path)
+    fitted(tmp_path, module, lora(), max_epochs=1).save_checkpoint(path)
     assert same(load(Injected, path, strict=strict).state_dict(), module.state_dict())
     with pytest.raises(BaseMismatchError, match="Checkpoints hold no base weights"):
         load(Injected, path, strict=strict, seed=77)
@@ -707,7 +707,8 @@ def test_what_a_wrapper_adds_to_names_is_no_part_of_files_and_checkpoints(tmp_pa
     made = {k: lambda k=k: kinds[k](copy.deepcopy(base)).eval() for k in kinds}
     for kind, other in itertools.permutations(kinds):
         module, path = Module(made[kind]()), tmp_path / f"{kind}.ckpt"
-        fitted(tmp_path, module, lora(output_dir=tmp_path / kind)).save_checkpoint(path)
+        adapter = lora(output_dir=tmp_path / kind)
+        fitted(tmp_path, module, adapter, max_epochs=1).save_checkpoint(path)
         stored, file = torch.load(path, weights_only=True), tmp_path / kind / "default.safetensors"
         assert all(".lora." in k or ".head." in k for k in saved(stored))
         learnt = module.model.eval()(x)

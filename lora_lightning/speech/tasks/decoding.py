@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ def valid_frames(log_probs: Tensor, lengths: Tensor) -> list[Tensor]:
 Prefix = tuple[int, ...]
 
 
-# (prefix, class) → what a language model adds to the longer prefix's score; None: not allowed.
-Grow = Callable[[Prefix, int], float | None]
+# Prefix → for each class that may follow, what a language model adds to the longer one's score.
+Grow = Callable[[Prefix], Mapping[int, float]]
 Sums = dict[Prefix, tuple[float, float]]
 
 
@@ -99,13 +99,13 @@ def prefixes(
     """Prefixes with their score, the log of their summed probability, the best first.
 
     Each prefix has two sums, over the alignments that end in the blank and over those that end in
-    its last class: repeating that class extends the prefix only after a blank. The value of `grow`
-    is added to the score of a prefix.
+    its last class: repeating that class extends the prefix only after a blank. `grow` says by
+    which classes, all without it.
     """
     bonus: dict[Prefix, float] = {(): 0.0}
     beam: Sums = {(): (0.0, NEVER)}
     for frame in frames:
-        tried = [(c, p) for c, p in enumerate(frame) if p >= threshold or c == blank]
+        tried = {c: p for c, p in enumerate(frame) if p >= threshold or c == blank}
         after = _step(beam, tried, blank, grow, bonus)
         scores = {x: add(*sums) + bonus.get(x, 0.0) for x, sums in after.items()}
         possible = [prefix for prefix, score in scores.items() if score > NEVER]
@@ -116,16 +116,18 @@ def prefixes(
 
 def _step(
     beam: Sums,
-    tried: Sequence[tuple[int, float]],
+    tried: Mapping[int, float],
     blank: int,
     grow: Grow | None,
     bonus: dict[Prefix, float],
 ) -> Sums:
-    """The sums after another frame, given (class, log-probability) pairs."""
+    """The sums after another frame, given class → log-probability."""
     after: Sums = defaultdict(lambda: (NEVER, NEVER))
     for prefix, (ended, going) in beam.items():
         either = add(ended, going)
-        for c, p in tried:
+        more = tried if grow is None else grow(prefix)
+        for c in tried if grow is None else sorted({blank, *prefix[-1:], *more} & tried.keys()):
+            p = tried[c]
             if c == blank:
                 _raise(after, prefix, blank=either + p)
                 continue
@@ -133,18 +135,11 @@ def _step(
             if again:
                 _raise(after, prefix, label=going + p)
             longer, start = (*prefix, c), ended if again else either
-            if start > NEVER and _allowed(grow, prefix, c, bonus):
+            if start > NEVER and c in more:
                 _raise(after, longer, label=start + p)
+                if grow is not None:
+                    bonus[longer] = more[c]
     return after
-
-
-def _allowed(grow: Grow | None, prefix: Prefix, c: int, bonus: dict[Prefix, float]) -> bool:
-    if grow is None:
-        return True
-    found = grow(prefix, c)
-    if found is not None:
-        bonus[(*prefix, c)] = found
-    return found is not None
 
 
 def _raise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -153,14 +154,13 @@ class LexiconSearch:
     def _one(self, frames: Sequence[Sequence[float]]) -> str:
         states: dict[Prefix, State] = {(): State(self._tree, START, 0.0)}
 
-        def grow(prefix: Prefix, c: int) -> float | None:
-            longer = (*prefix, c)
-            if longer not in states:
-                state = self._next(states[prefix], c)
-                if state is None:
-                    return None
-                states[longer] = state
-            return states[longer].score
+        @functools.cache
+        def grow(prefix: Prefix) -> dict[int, float]:
+            node = states[prefix].node
+            found = {c: self._next(states[prefix], c) for c in (*node, self._separator)}
+            possible = {c: state for c, state in found.items() if state is not None}
+            states.update({(*prefix, c): state for c, state in possible.items()})
+            return {c: state.score for c, state in possible.items()}
 
         ranked = prefixes(frames, self.labels.blank, self.beam_size, grow=grow)
         ends = [(p + e, prefix) for prefix, p in ranked if (e := self._end(states[prefix])) > NEVER]

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError
-from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.vision.data.folders import Item, read_picture
 
 CROP = 0.875  # part of the stored image's side that the network sees
@@ -73,11 +72,6 @@ class Preparation:
         first = [v2.ColorJitter(jitter, jitter, jitter, jitter / 8)] if jitter else []
         first += [v2.RandomCrop(self.size), *([v2.RandomHorizontalFlip()] if flip else [])]
         return v2.Compose([*first, *last]), v2.Compose([v2.CenterCrop(self.size), *last])
-
-
-def prepared_as(model: nn.Module, size: int | None = None) -> Preparation:
-    """How the pictures of a timm model are prepared, by its ``pretrained_cfg``."""
-    return Preparation.of(data_config(model), size)
 
 
 def checked(
