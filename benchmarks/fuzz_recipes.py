@@ -126,7 +126,19 @@ def run(count: int, seed: int, folder: Path) -> Fuzz:
             what, arguments = recipes.mutant()
             fuzz.call("run", what, lambda a=arguments: cli("run", *a))
             fuzz.counts["configurations"] += 1
+            if fuzz.counts["configurations"] % 50 == 0:
+                print(row(fuzz), *fuzz.faults[:40], sep="\n", file=sys.stderr, flush=True)
     return fuzz
+
+
+def row(fuzz: Fuzz) -> dict[str, Any]:
+    """The figures."""
+    return {
+        **{key: fuzz.counts[key] for key in ("configurations", "accepted", "foreign exceptions")},
+        "slowest call, s": round(fuzz.slowest[0], 2),
+        "which": fuzz.slowest[1],
+        "memory, MB": round(fuzz.memory),
+    }
 
 
 def main() -> int:
@@ -142,17 +154,11 @@ def main() -> int:
         os.chdir(folder)  # a mutant's `out` may lie anywhere below
         fuzz = run(options.count, options.seed, Path(folder))
         os.chdir(here)
-    row = {
-        **{key: fuzz.counts[key] for key in ("configurations", "accepted", "foreign exceptions")},
-        "slowest call, s": round(fuzz.slowest[0], 2),
-        "which": fuzz.slowest[1],
-        "memory, MB": round(fuzz.memory),
-        "seed": options.seed,
-    }
-    for line in [*fuzz.faults[:40], *(f"{key}: {value}" for key, value in row.items())]:
+    found = {**row(fuzz), "seed": options.seed}
+    for line in [*fuzz.faults[:40], *(f"{key}: {value}" for key, value in found.items())]:
         print(line)
     if not options.no_save:
-        print(save_figures("fuzz_recipes", [row], setting("omegaconf")))
+        print(save_figures("fuzz_recipes", [found], setting("omegaconf")))
     return 0 if not fuzz.faults and fuzz.slowest[0] < 5 and fuzz.memory < 1000 else 1
 
 

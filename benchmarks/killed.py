@@ -14,36 +14,41 @@ but a complete state, and results that differ from those of the run that was lef
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from machine import save as save_figures
 from machine import setting
 
 EPOCHS = 6
+IMPORTED = ("lightning.pytorch", "timm", "torchaudio", "soundfile", "lora_lightning.vision.recipe",
+            "lora_lightning.speech.speakers")  # fmt: skip
 TINY = (
     "model.name=test_efficientnet", "model.imagenet=none", "data.size=32", "data.batch_size=8",
     "data.render.source_train=4", "data.render.source_test=2", "data.render.target_train=2",
     "data.render.target_test=2", "data.target=[dim-3]", "seeds=[0,1]", "lora.rank=1",
-    "train.source.epochs=2", "train.lora.epochs=1", "train.full.epochs=1",
-    "train.label_free.epochs=1", "accelerator=cpu",
+    "train.source.epochs=2", "train.source.least_steps=0", "train.lora.epochs=1",
+    "train.full.epochs=1", "train.label_free.epochs=1", "train.label_free.least_steps=0",
+    "accelerator=cpu",
 )  # fmt: skip
 
 
 def recogniser(folder: Path) -> None:
     """A tiny recogniser, and six speakers of noise who say the same words."""
     import soundfile
-    import torch
 
     from lora_lightning.speech.data.manifests import write_manifest
     from lora_lightning.speech.data.utterances import Utterance
@@ -63,7 +68,6 @@ def recogniser(folder: Path) -> None:
 def fit(out: Path) -> None:
     """A fit that goes on from its last checkpoint, if there is one; the order is the epoch's."""
     import timm
-    import torch
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -94,7 +98,6 @@ def fit(out: Path) -> None:
 def saves(out: Path) -> None:
     """The state k, in which every factor is k, for k = 1 to 300."""
     import timm
-    import torch
 
     from lora_lightning import inject, save_adapter
 
@@ -109,26 +112,28 @@ def saves(out: Path) -> None:
         save_adapter(model, out / "state.safetensors")
 
 
-def commands(files: Path) -> dict[str, Callable[[Path], list[str]]]:
-    """The command of each run, from the folder in which it writes."""
-    ours = [
-        sys.executable,
-        "-c",
-        "import sys; from lora_lightning.cli import main; sys.exit(main())",
-    ]
+def works(files: Path) -> dict[str, Callable[[Path], object]]:
+    """What each run does, in the folder in which it writes."""
     speak = ["adapt-speaker", "--model", files / "base.safetensors", "--enroll",
-             files / "said.jsonl", "--steps", "3", "--accelerator", "cpu", "--out"]  # fmt: skip
+             files / "said.jsonl", "--steps", 3, "--accelerator", "cpu", "--out"]  # fmt: skip
     return {
-        "recipe": lambda out: [*ours, "run", "lighting", *TINY, f"out={out}"],
-        "adapt-speaker": lambda out: [*ours, *map(str, speak), str(out)],
-        "fit": lambda out: [sys.executable, __file__, "--child", "fit", str(out)],
-        "save": lambda out: [sys.executable, __file__, "--child", "saves", str(out)],
+        "recipe": lambda out: command("run", "lighting", *TINY, f"out={out}"),
+        "adapt-speaker": lambda out: command(*speak, out),
+        "fit": fit,
+        "save": saves,
     }
+
+
+def command(*arguments: object) -> None:
+    """A command line of ours."""
+    from lora_lightning.cli import main
+
+    if code := main([str(each) for each in arguments]):
+        raise SystemExit(code)
 
 
 def content(path: Path) -> Any:
     """What a file holds, without times; raises where it is damaged."""
-    import torch
     from safetensors.torch import load_file
 
     if path.suffix == ".safetensors":
@@ -156,36 +161,56 @@ def contents(out: Path) -> dict[str, Any]:
     }
 
 
-def run(command: Sequence[str], out: Path, limit: float = 3600.0) -> tuple[float, float] | None:
+def child(work: Callable[[Path], object], out: Path, said: Any) -> int:
+    """The process of a run; what it says goes into a file."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        random.seed()  # as in a process of its own
+        numpy.random.seed()  # noqa: NPY002
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        work(out)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(
+    work: Callable[[Path], object], out: Path, limit: float = 3600.0
+) -> tuple[float, float] | None:
     """Seconds to its first file, and from there to its end; None if killed `limit` after that."""
     start, first = time.perf_counter(), None
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
-        )
-        while process.poll() is None:
+        pid = child(work, out, said)
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             now = time.perf_counter()
             if first is None and any(path.is_file() for path in out.rglob("*")):
                 first = now
             if first is not None and now - first > limit:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
                 return None
             time.sleep(0.002)
-        if process.returncode:
+        if ended[1]:
             said.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed: {said.read().decode()[-2000:]}")
+            raise SystemExit(f"a run failed: {said.read().decode()[-2000:]}")
     end = time.perf_counter()
     return (first or end) - start, end - (first or end)
 
 
-def killed(
-    name: str, command: Callable[[Path], list[str]], root: Path, kills: int
-) -> dict[str, Any]:
+def killed(name: str, work: Callable[[Path], object], root: Path, kills: int) -> dict[str, Any]:
     """The row of one run."""
     alone = root / name / "alone"
     alone.mkdir(parents=True)
-    (_, writing), expected = run(command(alone), alone) or (0, 0), contents(alone)
+    (_, writing), expected = run(work, alone) or (0, 0), contents(alone)
     row: dict[str, Any] = {
         "run": name,
         "kills": 0,
@@ -199,7 +224,7 @@ def killed(
         out = root / name / "killed"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        if run(command(out), out, chance.uniform(0, writing)):
+        if run(work, out, chance.uniform(0, writing)):
             continue  # it was faster than the kill
         row["kills"] += 1
         try:
@@ -207,7 +232,7 @@ def killed(
         except Exception as error:
             row["damaged"] += 1
             print(f"{name}: {error!r:.300}", flush=True)
-        run(command(out), out)
+        run(work, out)
         found = contents(out)
         row["results differ"] += found != expected
         if found != expected:
@@ -223,22 +248,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="of each run")
     parser.add_argument("--only", nargs="*", help="some of the runs")
     parser.add_argument("--no-save", action="store_true")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        return {"fit": fit, "saves": saves}[arguments.child[0]](Path(arguments.child[1]))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    torch.set_num_threads(1)  # its threads are no use after a fork
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["LORA_LIGHTNING_CACHE"] = str(Path(folder) / "cache")
         files = Path(folder) / "files"
         files.mkdir()
         recogniser(files)
-        for name, command in commands(files).items():
+        for name, work in works(files).items():
             if not arguments.only or name in arguments.only:
-                rows.append(killed(name, command, Path(folder), arguments.kills))
+                rows.append(killed(name, work, Path(folder), arguments.kills))
                 print(rows[-1], flush=True)
     if not arguments.no_save:
-        save_figures("killed", rows, setting())
-    return None
+        print(save_figures("killed", rows, setting()))
 
 
 if __name__ == "__main__":
