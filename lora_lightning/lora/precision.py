@@ -38,6 +38,8 @@ def kept_wide(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 def is_quantised(tensor: Any) -> bool:
     """Whether it holds integers and scales, and passes for a floating-point one: torchao's."""
+    if torch.compiler.is_compiling():  # Dynamo does not look a class's module up
+        return False
     return type(tensor).__module__.startswith("torchao.")
 
 
