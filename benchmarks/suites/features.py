@@ -11,7 +11,7 @@ from benchmarks.suites.case import Case, kept, under
 from benchmarks.suites.fetch import folder
 from benchmarks.suites.networks import inputs, source_model
 from lora_lightning.adaptation.target import Target, predicted
-from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.adaptation.transductive_rounds import SOURCE_ITEMS
 from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.batch_norm import reestimated, tracking
 from lora_lightning.model.probing import preserved

@@ -26,7 +26,9 @@ NEIGHBOURS = 5
 # Least gain of information by BatchNorm's statistics of the target, as a part of what the source's
 # predictions lack: a smaller gain also comes where nothing helps.
 GAIN = 0.12
-CERTAIN_GAIN = 0.2  # from which on they help even where single predictions are less certain
+CERTAIN_GAIN = 0.2  # from which on they help even where single predictions seem worse
+# Most that the agreement between a picture's label and that of an augmented view may fall.
+UNSTEADY = 0.08
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
 COMPLETE, COMPLETE_RESTATED = 0.8, 0.75  # on the source's statistics, and on the target's
@@ -95,12 +97,14 @@ def statistics_gain(source: Predicted, restated: Predicted) -> float:
     return (information(restated.probabilities) - before) / max(1 - before, 1e-6)
 
 
-def unhelpful(source: Predicted, restated: Predicted) -> str:
+def unhelpful(source: Predicted, restated: Predicted, steadier: float = 0.0) -> str:
     """Why BatchNorm's statistics of the target do not help; "" where they can be trusted to.
 
     Args:
         source: Of the target's items, by the source model.
         restated: The same items with statistics re-estimated on them.
+        steadier: By how much more of the items keep their label in an augmented view, than by the
+            source model; 0: not known.
     """
     gain = statistics_gain(source, restated)
     if gain < GAIN:
@@ -108,6 +112,8 @@ def unhelpful(source: Predicted, restated: Predicted) -> str:
     less = mean_entropy(restated.probabilities) > mean_entropy(source.probabilities)
     if less and gain < CERTAIN_GAIN:
         return "the predictions are less certain, as where classes are missing"
+    if steadier < -UNSTEADY and gain < CERTAIN_GAIN:
+        return f"{-steadier:.0%} more of the items change their label when they are augmented"
     if (even := spread(restated)) < COMPLETE_RESTATED:
         least = f"below {COMPLETE_RESTATED:g}"
         return f"the spread over classes is {even:.2f}, {least}, as where some are missing"

@@ -31,8 +31,8 @@ class Limits:
             change their label, of those that are right by its mean confidence in them.
         cohesion: How much less than at the start of training neighbours may agree on their labels,
             see `cohesion`; neighbours by the source's features.
-        rise: How much more they must agree where nothing but the training speaks for it:
-            `TransductiveTask` without BatchNorm's statistics of the target.
+        rise: How much more they must agree for a `TransductiveTask` to keep what it learnt, unless
+            the user chose the statistics of BatchNorm.
     """
 
     marginal_entropy: float = 0.5
@@ -104,7 +104,8 @@ class Guard:
             rises: Whether it has to be larger than theirs, by `Limits.rise`.
         """
         change = self.limits.rise if rises else -self.limits.cohesion
-        self.least_cohesion = self._cohesion(probabilities.cpu().argmax(dim=1)) + change
+        before = self._cohesion(probabilities.cpu().argmax(dim=1))
+        self.least_cohesion = min(before + change, 1 - 1e-6)  # 1: of all labels
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K).

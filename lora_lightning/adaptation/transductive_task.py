@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.class_centroids import spread, unhelpful
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
-from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
-from lora_lightning.adaptation.rounds import PredictionRounds, print_wrapped
-from lora_lightning.adaptation.target import Predict, Predicted, Target
-from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
+from lora_lightning.adaptation.rounds import PredictionRounds
+from lora_lightning.adaptation.target import Target
+from lora_lightning.adaptation.task_rounds import TaskInRounds
+from lora_lightning.adaptation.transductive_rounds import TransductiveRounds
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.batch_norm import reestimated
-from lora_lightning.model.calling import classifier, moved
-from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.model.calling import classifier
 
 BATCH_NORM = ("auto", "source", "target")
-SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
-# To train on the source's statistics: fewer items cannot tell a gain from chance; a smaller spread
-# of the predictions over the classes has nothing to teach.
-LEAST_ITEMS, LEAST_SPREAD = 50, 0.4
 
 
 class TransductiveTask(TaskInRounds):
@@ -72,10 +63,10 @@ class TransductiveTask(TaskInRounds):
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
-            gain information by it and the guard accepts them. Where not, or without BatchNorm, it
+            gain information by it, and the guard accepts them. Where not, or without BatchNorm, it
             trains on the source's, if there are 50 items and the predictions spread over some
-            classes; the result is kept only if neighbours agree more than by the source model, by
-            `Limits.rise`. They are frozen during training.
+            classes. Either way what is learnt is kept only if neighbours agree more than when
+            training began, by `Limits.rise`. They are frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
@@ -126,13 +117,14 @@ class TransductiveTask(TaskInRounds):
         self.model = model.train()
         self.target = Target(target)
         self.training_items = Target(target if training is None else training, augment)
+        self.augments = training is not None or augment is not None
         if len(self.target) != len(self.training_items):
             raise ConfigError(
                 f"target and training must be the same items in the same order, got "
                 f"{len(self.target)} and {len(self.training_items)}"
             )
         self.batch_norm, self.batch_size, self._call = batch_norm, batch_size, forward
-        self._course = _Course(self.loss, self.target, limits, canary, plot, batch_size)
+        self._course = TransductiveRounds(self.loss, self.target, limits, canary, plot, batch_size)
 
     @property
     def rounds_(self) -> PredictionRounds | None:
@@ -162,106 +154,9 @@ class TransductiveTask(TaskInRounds):
         return loss
 
 
-class _Course(TaskRounds, PredictionSelfTraining):
-    """The rounds of a `TransductiveTask`, which is the module in training."""
-
-    def __init__(self, loss: Loss, *target: Any):
-        super().__init__(*target)
-        self.loss = loss
-
-    def predict(self, module: LightningModule) -> Predict:
-        return module  # in whose forward is the user's
-
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
-        super().check(trainer, module)
-        # Where the learning rate falls, a round at its peak is judged too early.
-        self.each_counts = module.schedule == "constant"
-        network = self.network(module)
-        if any(
-            p.requires_grad
-            for name in classifier_modules(network)
-            for p in network.get_submodule(name).parameters()
-        ):
-            warnings.warn(
-                "the classifier is trained too: without labels it forgets what it knew. Give "
-                "LoRACallback trainable=[], and exclude_modules with the classifier's name where "
-                'target_modules="all"',
-                stacklevel=2,
-            )
-
-    def start(self, module: Any, source: Predicted) -> None:
-        self.loss.begin(source)
-        super().start(module, source)
-        if len(self.target) < 2:
-            self.rounds_.termination_condition_ = (
-                "the target has one item: nothing can be learnt from it, the source model stays"
-            )
-        elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
-            self._train_on_sources(source, module.setting)
-
-    def due_at_end(self, trainer: Trainer) -> bool:
-        return not self.each_counts and trainer.global_step > self._judged_at
-
-    def label(self, now: Predicted) -> dict[str, Any]:
-        # Labels are not renewed while it trains: they would follow its mistakes.
-        self.loss.begin_round(now, label=not self._judged_at)
-        return self.loss.state_dict()
-
-    def use(self, labels: dict[str, Any]) -> None:
-        self.loss.load_state_dict(labels)
-        self.pseudo_labels_ = self.loss.labels
-
-    def state_dict(self) -> dict[str, Any]:
-        self._labels = self.loss.state_dict()  # which changes within a round
-        return super().state_dict()
-
-    def _choose_statistics(self, module: Any, source: Predicted) -> bool:
-        """Take BatchNorm's statistics from the target, where that helps; whether it did."""
-        if module.batch_norm == "source" or not statistics_of(module, self.target):
-            return False
-        now, rounds = self.look(module), self.rounds_
-        rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
-        alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        why = alarms[0] if alarms else unhelpful(source, now)
-        if module.batch_norm == "target" or not why:
-            self.judge(module, now)
-            return True
-        rounds.begin_at(source.probabilities)
-        rounds.restore(self.network(module))
-        print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
-        return False
-
-    def _train_on_sources(self, source: Predicted, setting: str) -> None:
-        """Leave the source model where it has nothing to teach; else ask for a rise of cohesion."""
-        rounds, count = self.rounds_, len(self.target)
-        if rounds.limits is None:
-            return
-        rounds.begin_at(source.probabilities, rises=True)
-        why = ""
-        if count < LEAST_ITEMS:
-            why = f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
-        elif (even := spread(source)) < LEAST_SPREAD:
-            why = (
-                f"the source's predictions, smoothed over neighbours, spread over too few classes "
-                f"({even:.2f} of an even spread, below {LEAST_SPREAD:g})"
-            )
-        if why:
-            rounds.termination_condition_ = (
-                f"{why}; the source model stays. {setting} trains all the same"
-            )
-
-
 def check_settings(batch_norm: str, batch_size: int) -> None:
     """Raise ConfigError for invalid settings."""
     if batch_norm not in BATCH_NORM:
         raise ConfigError(f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}")
     if batch_size < 2:
         raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
-
-
-def statistics_of(module: Any, target: Target) -> bool:
-    """Re-estimate BatchNorm's statistics on a target; returns whether `module.model` has any."""
-    # Mixed: in batches of one class, as folders give them, the features vary too little.
-    loader = target.loader(2 * module.batch_size, shuffle=True)
-    inputs = (moved(x, module.device) for x, _ in loader)
-    return reestimated(module.model, module, inputs, SOURCE_ITEMS)

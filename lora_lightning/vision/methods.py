@@ -13,7 +13,7 @@ from lora_lightning.adaptation.class_centroids import trusted_centroids
 from lora_lightning.adaptation.closed_form import recentred
 from lora_lightning.adaptation.label_propagation import lame
 from lora_lightning.adaptation.target import Predicted, Target, predicted
-from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.adaptation.transductive_rounds import SOURCE_ITEMS
 from lora_lightning.model.batch_norm import BatchNormKeeper, reestimated
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import Registry

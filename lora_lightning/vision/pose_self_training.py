@@ -23,7 +23,8 @@ from lora_lightning.adaptation.rounds import Check, Rounds
 from lora_lightning.adaptation.self_training import Course, SelfTraining
 from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
-from lora_lightning.adaptation.transductive_task import check_settings, statistics_of
+from lora_lightning.adaptation.transductive_rounds import statistics_of
+from lora_lightning.adaptation.transductive_task import check_settings
 from lora_lightning.errors import ConfigError
 from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
 from lora_lightning.vision.pose_regressor import mirrored

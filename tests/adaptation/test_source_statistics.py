@@ -14,7 +14,7 @@ from lora_lightning import LoRAConfig, SourceStatistics, disabled, inject
 from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
 from lora_lightning.adaptation.shift.features import HEAD, features_of
 from lora_lightning.adaptation.shift.source_statistics import LayerStatistics
-from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.adaptation.transductive_rounds import SOURCE_ITEMS
 from lora_lightning.errors import AdapterFileError, ConfigError, DataError, DataNotFoundError
 from lora_lightning.model.batch_norm import reestimated
 from tests.helpers.files import rewrite

@@ -303,12 +303,13 @@ def test_a_collapse_ends_it(tmp_path, source, target):
 def test_where_batchnorm_brings_nothing_it_trains_on_the_sources_statistics(
     tmp_path, source, rise, accepted
 ):
-    """And keeps the result only if neighbours agree more: here they agree from the beginning."""
-    near = points(128, 5)  # the source's own domain
-    task = adapted(tmp_path, source, near[0], limits=Limits(rise=rise))
+    """And keeps the result only if neighbours agree more."""
+    near = points(128, 5)  # the source's own domain, where nothing helps
+    near = near[0] + torch.randn(near[0].shape, generator=torch.Generator().manual_seed(3)), near[1]
+    task = adapted(tmp_path, source, near[0], limits=Limits(rise=rise), learning_rate=1e-3)
     assert len(task.rounds_.history_) == 7  # none of them for the statistics
     assert task.rounds_.accepted_ == accepted
-    assert accuracy(task.model, near) >= accuracy(source, near)
+    assert accepted or accuracy(task.model, near) == accuracy(source, near)
     kept = dict(source.named_buffers())
     for name, buffer in task.model.named_buffers():
         assert torch.equal(buffer, kept[name.replace("0.base_layer", "0")])

@@ -29,7 +29,7 @@ def undrawn(monkeypatch):
 def untaught(monkeypatch):
     """What this model, which learnt nothing, says of the classes decides nothing."""
     for least in ("LEAST_SPREAD", "LEAST_ITEMS"):
-        monkeypatch.setattr(f"lora_lightning.adaptation.transductive_task.{least}", 0)
+        monkeypatch.setattr(f"lora_lightning.adaptation.transductive_rounds.{least}", 0)
     monkeypatch.setattr("lora_lightning.adaptation.guard.Guard._alarms", lambda *_: iter(()))
 
 

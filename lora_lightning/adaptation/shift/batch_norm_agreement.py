@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.target import Predict, Target, predicted
-from lora_lightning.adaptation.transductive_task import SOURCE_ITEMS
+from lora_lightning.adaptation.transductive_rounds import SOURCE_ITEMS
 from lora_lightning.adaptation.validators import agreement
 from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model.batch_norm import reestimated

@@ -1,0 +1,143 @@
+"""The rounds of a `TransductiveTask`: which statistics it trains on, and what is kept."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lora_lightning.adaptation.class_centroids import spread, unhelpful
+from lora_lightning.adaptation.loss import Loss
+from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
+from lora_lightning.adaptation.rounds import print_wrapped
+from lora_lightning.adaptation.target import Predict, Predicted, Target
+from lora_lightning.adaptation.task_rounds import TaskRounds
+from lora_lightning.adaptation.validators import agreement
+from lora_lightning.model.batch_norm import reestimated, tracking
+from lora_lightning.model.calling import moved
+from lora_lightning.model.introspection import classifier_modules
+
+SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
+# To train on the source's statistics: fewer items cannot tell a gain from chance; a smaller spread
+# of the predictions over the classes has nothing to teach.
+LEAST_ITEMS, LEAST_SPREAD = 50, 0.4
+
+
+class TransductiveRounds(TaskRounds, PredictionSelfTraining):
+    """The rounds of a `TransductiveTask`, which is the module in training."""
+
+    def __init__(self, loss: Loss, *target: Any):
+        super().__init__(*target)
+        self.loss = loss
+
+    def predict(self, module: LightningModule) -> Predict:
+        """Logits of a batch, by the module."""
+        return module  # in whose forward is the user's
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Also warn where the classifier is trained."""
+        super().check(trainer, module)
+        # Where the learning rate falls, a round at its peak is judged too early.
+        self.each_counts = module.schedule == "constant"
+        network = self.network(module)
+        if any(
+            p.requires_grad
+            for name in classifier_modules(network)
+            for p in network.get_submodule(name).parameters()
+        ):
+            warnings.warn(
+                "the classifier is trained too: without labels it forgets what it knew. Give "
+                "LoRACallback trainable=[], and exclude_modules with the classifier's name where "
+                'target_modules="all"',
+                stacklevel=2,
+            )
+
+    def start(self, module: Any, source: Predicted) -> None:
+        """Start with the source model's predictions, and choose the statistics."""
+        self.loss.begin(source)
+        super().start(module, source)
+        if len(self.target) < 2:
+            self.rounds_.termination_condition_ = (
+                "the target has one item: nothing can be learnt from it, the source model stays"
+            )
+        elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
+            self._train_on_sources(source, module.setting)
+
+    def due_at_end(self, trainer: Trainer) -> bool:
+        """Whether the last round decides, and is still to be ended."""
+        return not self.each_counts and trainer.global_step > self._judged_at
+
+    def label(self, now: Predicted) -> dict[str, Any]:
+        """The pseudo-labels, of when training begins."""
+        # Labels are not renewed while it trains: they would follow its mistakes.
+        self.loss.begin_round(now, label=not self._judged_at)
+        return self.loss.state_dict()
+
+    def use(self, labels: dict[str, Any]) -> None:
+        """Hand labels to the loss."""
+        self.loss.load_state_dict(labels)
+        self.pseudo_labels_ = self.loss.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        self._labels = self.loss.state_dict()  # which changes within a round
+        return super().state_dict()
+
+    def _choose_statistics(self, module: Any, source: Predicted) -> bool:
+        """Take BatchNorm's statistics from the target, where that helps; whether it did."""
+        if module.batch_norm == "source" or not tracking(module.model):
+            return False
+        steady = self._steady(module, source)
+        if not statistics_of(module, self.target):
+            return False
+        now, rounds = self.look(module), self.rounds_
+        rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
+        alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
+        why = alarms[0] if alarms else unhelpful(source, now, self._steady(module, now) - steady)
+        if module.batch_norm == "target" or not why:
+            self.judge(module, now)
+            rounds.begin_at(now.probabilities, rises=module.batch_norm == "auto")
+            return True
+        rounds.begin_at(source.probabilities)
+        rounds.restore(self.network(module))
+        print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
+        return False
+
+    def _steady(self, module: Any, now: Predicted) -> float:
+        """Part of the items that keep their label as they are trained on, such as cropped."""
+        if not module.augments:
+            return 1.0
+        with isolate_rng():  # the same views for all models, and training draws what it would
+            torch.manual_seed(0)
+            views = self.look(module, module.training_items)
+        return agreement(views.probabilities, now.probabilities)
+
+    def _train_on_sources(self, source: Predicted, setting: str) -> None:
+        """Leave the source model where it has nothing to teach; else ask for a rise of cohesion."""
+        rounds, count = self.rounds_, len(self.target)
+        if rounds.limits is None:
+            return
+        rounds.begin_at(source.probabilities, rises=True)
+        why = ""
+        if count < LEAST_ITEMS:
+            why = f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
+        elif (even := spread(source)) < LEAST_SPREAD:
+            why = (
+                f"the source's predictions, smoothed over neighbours, spread over too few classes "
+                f"({even:.2f} of an even spread, below {LEAST_SPREAD:g})"
+            )
+        if why:
+            rounds.termination_condition_ = (
+                f"{why}; the source model stays. {setting} trains all the same"
+            )
+
+
+def statistics_of(module: Any, target: Target) -> bool:
+    """Re-estimate BatchNorm's statistics on a target; returns whether `module.model` has any."""
+    # Mixed: in batches of one class, as folders give them, the features vary too little.
+    loader = target.loader(2 * module.batch_size, shuffle=True)
+    inputs = (moved(x, module.device) for x, _ in loader)
+    return reestimated(module.model, module, inputs, SOURCE_ITEMS)
