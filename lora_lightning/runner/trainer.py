@@ -32,6 +32,9 @@ def _tensorboard(folder: str) -> Logger:
         raise MissingDependencyError("logger=tensorboard: pip install tensorboard") from error
 
 
+MOST_DEVICES = 1024  # of one machine; Lightning makes a list of them
+
+
 def make_trainer(
     config: RunConfig,
     callbacks: Sequence[Callback] = (),
@@ -44,8 +47,10 @@ def make_trainer(
     Without epochs or steps it predicts: on one device, so that no item is missing or doubled.
 
     Raises:
-        ConfigError: there is no such accelerator, or not here; or no such logger.
+        ConfigError: there is no such accelerator, or not here; no such logger; too many devices.
     """
+    if not 1 <= config.devices <= MOST_DEVICES:
+        raise ConfigError(f"devices={config.devices} is out of range: from 1 to {MOST_DEVICES}")
     logger = LOGGERS.get(config.logger)(config.out) if config.logger else None
     trains = max_epochs != 0 or max_steps > 0
     if trains and logger:

@@ -259,6 +259,7 @@ def test_mistakes_in_overrides(override, message):
         ("batch_norm=thaw", "batch_norm"),
         ("accelerator=abacus", "accelerator"),
         ("devices=0", "devices"),
+        ("devices=99999999999999999999", "from 1 to 1024"),
         ("devices=-3", "devices"),
         ("methods=[source_only,lora@0]", "rank must be a whole number of at least 1, got 0"),
         ("model.name=test_efficientnot", "did you mean 'test_efficientnet'"),

@@ -621,7 +621,7 @@ class Lowers(FitGuard):
         ({"xs": True, "rank": 4}, Lowers()),
         pytest.param({"rank": 4}, Lowers(), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["auto", "pissa", "dora", "pissa lowered", "xs lowered", "lowered"],
 )
 def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(
     tmp_path, options, guard
