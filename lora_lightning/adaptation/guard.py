@@ -31,8 +31,8 @@ class Limits:
             change their label, of those that are right by its mean confidence in them.
         cohesion: How much less than at the start of training neighbours may agree on their labels,
             see `cohesion`; neighbours by the source's features.
-        rise: How much more they must agree for a `TransductiveTask` to keep what it learnt, unless
-            the user chose the statistics of BatchNorm.
+        rise: How much more they must agree where nothing but the training speaks for it: of a
+            `TransductiveTask` that was not given BatchNorm's statistics of the target.
     """
 
     marginal_entropy: float = 0.5

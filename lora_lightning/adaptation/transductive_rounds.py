@@ -99,7 +99,6 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         why = alarms[0] if alarms else unhelpful(source, now, self._steady(module, now) - steady)
         if module.batch_norm == "target" or not why:
             self.judge(module, now)
-            rounds.begin_at(now.probabilities, rises=module.batch_norm == "auto")
             return True
         rounds.begin_at(source.probabilities)
         rounds.restore(self.network(module))

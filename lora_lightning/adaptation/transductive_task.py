@@ -65,8 +65,8 @@ class TransductiveTask(TaskInRounds):
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
             gain information by it, and the guard accepts them. Where not, or without BatchNorm, it
             trains on the source's, if there are 50 items and the predictions spread over some
-            classes. Either way what is learnt is kept only if neighbours agree more than when
-            training began, by `Limits.rise`. They are frozen during training.
+            classes; the result is kept only if neighbours agree more than by the source model, by
+            `Limits.rise`. They are frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.
