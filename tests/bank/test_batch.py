@@ -37,7 +37,7 @@ def alone_and_mixed(base, folder, x, **options):
 def test_factors_on_a_tensor_that_is_owned_under_another_name(form, kind, tmp_path):
     tokens = torch.randint(0, 7, (3, 4), generator=torch.Generator().manual_seed(0))
     if "xs" in kind and form in FORMS[:2]:  # no state dict would hold what XS comes from
-        with pytest.raises(TargetError, match="is tied to .* trained in full under that name"):
+        with pytest.raises(TargetError, match=r"is tied to .* trained in full under that name"):
             alone_and_mixed(Tied(), tmp_path, tokens, **form, **kind)
         return
     alone_and_mixed(Tied(), tmp_path, tokens, **form, **kind)
