@@ -209,7 +209,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [task, pose, labels_by_steps, transcripts, translations])
-def test_a_run_in_a_process_that_the_trainer_starts_equals_one_in_its_own(through, kind, start):
+def test_a_run_in_a_process_that_the_trainer_starts_equals_one_in_its_own(
+    through, kind, start, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else Lightning gives the process more threads
     folder, weights, course = through(kind)
     options = {"strategy": f"ddp_{start}", "devices": 1, "use_distributed_sampler": False}
     assert_ended_alike(*fit(folder, kind, seed=2, **options), weights, course)
