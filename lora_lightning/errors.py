@@ -75,3 +75,8 @@ class DataNotFoundError(DataError, FileNotFoundError):
 
 class MissingDependencyError(LoRALightningError, ImportError):
     """An optional extra is needed and not installed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line that another package's error says, shortened; its kind where it says none."""
+    return next((x for x in str(error).splitlines() if x.strip()), repr(error))[:300]

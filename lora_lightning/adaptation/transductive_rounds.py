@@ -90,20 +90,26 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         """Take BatchNorm's statistics from the target, where that helps; whether it did."""
         if module.batch_norm == "source" or not tracking(module.model):
             return False
-        steady = self._steady(module, source)
+        asks = module.batch_norm == "auto"
+        steady = self._steady(module, source) if asks else 0.0
         if not statistics_of(module, self.target):
             return False
         now, rounds = self.look(module), self.rounds_
         rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
-        alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        why = alarms[0] if alarms else unhelpful(source, now, self._steady(module, now) - steady)
-        if module.batch_norm == "target" or not why:
+        why = self._unhelpful(module, source, now, steady) if asks else ""
+        if not why:
             self.judge(module, now)
             return True
         rounds.begin_at(source.probabilities)
         rounds.restore(self.network(module))
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
         return False
+
+    def _unhelpful(self, module: Any, source: Predicted, now: Predicted, steady: float) -> str:
+        """Why the target's statistics are not taken, by the guard or else by what they gain."""
+        rounds = self.rounds_
+        alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
+        return alarms[0] if alarms else unhelpful(source, now, self._steady(module, now) - steady)
 
     def _steady(self, module: Any, now: Predicted) -> float:
         """Part of the items that keep their label as they are trained on, such as cropped."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, first_line
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.probing import floats
 
@@ -41,9 +41,9 @@ def _explained(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a model's own forward makes of symbols
-        said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ConfigError(
-            f"{type(model).__name__} cannot become a graph for inputs of any size: {said[:300]}"
+            f"{type(model).__name__} cannot become a graph for inputs of any size: "
+            f"{first_line(error)}"
         ) from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.errors import AdapterFileError, MissingDependencyError
+from lora_lightning.errors import AdapterFileError, MissingDependencyError, first_line
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.adapter_file.peft_format import CONFIG, WEIGHTS
 from lora_lightning.model.adapter_file.save import save_adapter
@@ -108,8 +108,7 @@ def _client() -> Any:
 
 
 def _refused(what: str, done: str, error: Exception) -> AdapterFileError:
-    said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-    return AdapterFileError(f"{what} could not be {done}: {said[:300]}")
+    return AdapterFileError(f"{what} could not be {done}: {first_line(error)}")
 
 
 def card(
