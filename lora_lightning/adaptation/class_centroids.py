@@ -12,14 +12,13 @@ from torch import Tensor
 
 from lora_lightning.adaptation.label_propagation import lame
 from lora_lightning.adaptation.neighbours import (
-    check_count,
     check_features,
     check_probabilities,
     unit_rows,
 )
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.adaptation.validators import information, mean_entropy
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number
 
 TEMPERATURE = 0.1  # of the cosines
 NEIGHBOURS = 5
@@ -62,9 +61,8 @@ def soft_centroids(
         ConfigError: `rounds` or `temperature` is out of range.
         DataError: features or probabilities are none, or not of the same items.
     """
-    check_count(rounds, "rounds")
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be above 0, got {temperature}")
+    check_count("rounds", rounds)
+    check_number("temperature", temperature, "(0, inf)")
     p = check_probabilities(probabilities)
     f = check_features(features, len(p)).to(p)
     z = unit_rows(f - f.mean(dim=0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation import validators as score
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("marginal_entropy", "agreement", "steadiness", "sure_flips"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.class_share < 1:
-            raise ConfigError(f"class_share must be at least 1, got {self.class_share}")
+            check_number(name, getattr(self, name), "[0, 1]")
+        check_number("class_share", self.class_share, "[1, inf)")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation.neighbours import (
-    check_count,
     check_features,
     check_probabilities,
     nearest,
 )
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number
 
 FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
 SHARPNESS = 3  # of the similarities, γ in the paper
@@ -112,8 +111,7 @@ def propagate(
     from scipy.sparse import coo_array, diags_array, eye_array
     from scipy.sparse.linalg import cg
 
-    if not 0 <= alpha < 1:
-        raise ConfigError(f"alpha must lie in [0, 1), got {alpha}")
+    check_number("alpha", alpha, "[0, 1)")
     p = check_probabilities(probabilities)
     near, alike = nearest(check_features(features, len(p)), neighbours)
     if len(p) == 1:
@@ -161,7 +159,7 @@ def lame(
         ConfigError: `neighbours` or `iterations` is no whole number, or below 1.
         DataError: features or probabilities are none, or not of the same items.
     """
-    check_count(iterations, "iterations")
+    check_count("iterations", iterations)
     p = check_probabilities(probabilities)
     near = nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
     log_p = p.clamp_min(1e-10).log()
@@ -176,7 +174,7 @@ def lame(
 
 def _near(features: Tensor, probabilities: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
     """Probabilities, and the indices (N, k) of each item's nearest."""
-    check_count(neighbours, "neighbours")
+    check_count("neighbours", neighbours)
     p = check_probabilities(probabilities)
     return p, nearest(check_features(features, len(p)), neighbours)[0].to(p.device)
 

@@ -17,6 +17,7 @@ from lora_lightning.adaptation.objectives import OBJECTIVES, Objective
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.model.shrinkage import squared_change
 from lora_lightning.model.view import View
 
@@ -41,8 +42,7 @@ def pseudo_cross_entropy(
     """
     if labels.shape != (len(logits),) or (weights is not None and weights.shape != labels.shape):
         raise ConfigError(f"expected one label (and weight) for each of {len(logits)} items")
-    if not 0 <= smoothing < 1:
-        raise ConfigError(f"smoothing must lie in [0, 1), got {smoothing}")
+    check_number("smoothing", smoothing, "[0, 1)")
     each = torch.nn.functional.cross_entropy(
         check_logits(logits), labels, ignore_index=-1, reduction="none", label_smoothing=smoothing
     )
@@ -153,8 +153,7 @@ class Loss:
             ("source_weight", source_weight),
             ("pull", pull),
         ):
-            if not value >= 0:
-                raise ConfigError(f"{name} must be 0 or more, got {value}")
+            check_number(name, value, "[0, inf)")
         known = OBJECTIVES.get(objective) if isinstance(objective, str) else objective
         self.objective = known(prior, diversity, batch_size) if isinstance(known, type) else known
         self.pseudo_label_weight, self.source_weight = pseudo_label_weight, source_weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_count
 
 CHUNK = 1024  # rows compared at once: memory is CHUNK × N
 SUM_TOLERANCE = 1e-3
@@ -34,7 +35,7 @@ def nearest(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ConfigError: `count` is no whole number, or below 1.
         DataError: the features are not (N, D), there are none, or they hold NaN or infinity.
     """
-    check_count(count, "count")
+    check_count("count", count)
     found = check_features(features)
     unit = unit_rows(found)
     n = len(unit)
@@ -57,16 +58,6 @@ def unit_rows(features: Tensor) -> Tensor:
     largest = features.abs().amax(dim=1, keepdim=True)
     scaled = features / torch.where(largest > 0, largest, 1.0)
     return torch.nn.functional.normalize(scaled, dim=1)
-
-
-def check_count(count: int, name: str) -> None:
-    """Refuse an invalid number of neighbours or rounds.
-
-    Raises:
-        ConfigError: it is no whole number, or below 1.
-    """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"{name} must be a whole number, at least 1, got {count!r}")
 
 
 def check_features(features: Tensor, items: int | None = None, name: str = "features") -> Tensor:

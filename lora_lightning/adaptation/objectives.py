@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_lightning.adaptation.neighbours import check_logits, nearest
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.registry import Registry
 
 OBJECTIVES: Registry[Callable[..., Any]] = Registry("objective")
@@ -93,8 +94,7 @@ def information_maximisation(
     Raises:
         ConfigError: shapes that do not fit, a prior that is none, a diversity below 0.
     """
-    if diversity < 0:
-        raise ConfigError(f"diversity must be 0 or more, got {diversity}")
+    check_number("diversity", diversity, "[0, inf)")
     loss = entropy(logits)
     if not diversity:
         return loss
@@ -119,8 +119,7 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
     Raises:
         ConfigError: wrong shapes, or a temperature that is not above 0.
     """
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be above 0, got {temperature}")
+    check_number("temperature", temperature, "(0, inf)")
     log_y = (check_logits(logits) / temperature).log_softmax(dim=1)
     y = log_y.exp()
     weights = 1 + (y * log_y).sum(dim=1).exp()

@@ -22,6 +22,7 @@ from lora_lightning.adaptation.resumable_loader import ResumableLoader
 from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.initialisation import METHODS
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.registry import Registry
 from lora_lightning.training.lora_callback import LoRACallback
 
@@ -163,10 +164,9 @@ class PseudoLabelCallback(PredictionSelfTraining):
                 f"labels must be one of {', '.join(LABELLERS)}, or a function; got {labels!r}"
             )
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        if source_ratio < 0:
-            raise ConfigError(f"source_ratio must be 0 or more, got {source_ratio}")
+            if value is not None:
+                check_count(name, value)
+        check_number("source_ratio", source_ratio, "[0, inf)")
         super().__init__(Target(target), limits, canary, plot, batch_size)
         self.source = source
         self.labeller = labels if callable(labels) else LABELLERS.get(labels)

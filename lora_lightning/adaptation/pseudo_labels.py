@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation.neighbours import (
-    check_count,
     check_features,
     check_probabilities,
     unit_rows,
 )
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_count, check_number
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PseudoLabels:
         Raises:
             ConfigError: a label is not below `classes`.
         """
-        check_count(classes, "classes")
+        check_count("classes", classes)
         if len(self) and int(self.labels.max()) >= classes:
             raise ConfigError(
                 f"classes is {classes}, but there is an item of class {int(self.labels.max())}"
@@ -101,8 +101,7 @@ def threshold(probabilities: Tensor, least: float = 0.9) -> PseudoLabels:
         ConfigError: `least` is not in [0, 1].
         DataError: the probabilities are none.
     """
-    if not 0 <= least <= 1:
-        raise ConfigError(f"least must lie in [0, 1], got {least}")
+    check_number("least", least, "[0, 1]")
     confidence, labels = check_probabilities(probabilities).max(dim=1)
     kept = confidence >= least
     reasons = [
@@ -129,13 +128,9 @@ def class_balanced(probabilities: Tensor, per_class: int | float) -> PseudoLabel
         DataError: the probabilities are none.
     """
     if isinstance(per_class, float):
-        if not 0 < per_class <= 1:
-            raise ConfigError(
-                f"per_class as a part must be above 0 and at most 1, got {per_class}; give an int "
-                "for a number of items"
-            )
+        check_number("per_class, where it is a part and no number of items,", per_class, "(0, 1]")
     else:
-        check_count(per_class, "per_class")
+        check_count("per_class", per_class)
     confidence, labels = check_probabilities(probabilities).max(dim=1)
     kept = torch.zeros_like(labels, dtype=torch.bool)
     reasons = [""] * len(labels)
@@ -172,7 +167,7 @@ def centroid(features: Tensor, probabilities: Tensor, rounds: int = 1) -> Pseudo
         DataError: features or probabilities are none, or not of the same items.
     """
     if rounds != 0:
-        check_count(rounds, "rounds (if not 0)")
+        check_count("rounds (if not 0)", rounds)
     p = check_probabilities(probabilities)
     z = unit_rows(check_features(features, len(p))).to(p.device, p.dtype)
     labels = p.argmax(dim=1)

@@ -15,6 +15,7 @@ from lora_lightning.adaptation.guard import Guard, Limits
 from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
 from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.model.calling import classifier, items_in
 from lora_lightning.model.probing import evaluating, without_cudnns_rnn
 from lora_lightning.model.switching import disabled
@@ -87,12 +88,9 @@ class StreamAdapter:
         diversity: float = 0.95,
         forward: Callable[..., Any] | None = None,
     ):
-        if memory < 2:
-            raise ConfigError(f"memory must be at least 2 items, got {memory}")
-        if not learning_rate > 0:
-            raise ConfigError(f"learning_rate must be above 0, got {learning_rate}")
-        if not 0 <= diversity <= 1:
-            raise ConfigError(f"diversity must lie in [0, 1], got {diversity}")
+        check_count("memory", memory, 2, unit="items")
+        check_number("learning_rate", learning_rate, "(0, inf)")
+        check_number("diversity", diversity, "[0, 1]")
         if not trained(model):
             raise ConfigError("nothing of the model is trained: inject an adapter first")
         self.model, self.objective, self.memory = model, objective, memory

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,8 +71,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.95):
-        if not 0 <= decay < 1:
-            raise ConfigError(f"decay must lie in [0, 1), got {decay}")
+        check_number("decay", decay, "[0, 1)")
         self.decay, self.steps = decay, 0
         self._mean = {n: p.detach().clone() for n, p in trained(model).items()}
         if not self._mean:

@@ -16,6 +16,7 @@ from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds
 from lora_lightning.adaptation.transductive_rounds import TransductiveRounds
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.model.calling import classifier
 
 BATCH_NORM = ("auto", "source", "target")
@@ -158,5 +159,4 @@ def check_settings(batch_norm: str, batch_size: int) -> None:
     """Raise ConfigError for invalid settings."""
     if batch_norm not in BATCH_NORM:
         raise ConfigError(f"batch_norm must be one of {', '.join(BATCH_NORM)}; got {batch_norm!r}")
-    if batch_size < 2:
-        raise ConfigError(f"batch_size must be at least 2, got {batch_size}")
+    check_count("batch_size", batch_size, 2)

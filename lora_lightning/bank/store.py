@@ -21,6 +21,7 @@ from lora_lightning.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
+from lora_lightning.lora.values import check_count
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model.view import View
 from lora_lightning.report.metrics import si
@@ -42,8 +43,7 @@ class Store:
 
     def __init__(self, model: nn.Module, capacity: int, capacity_bytes: int | None, check: str):
         for key, value in (("capacity", capacity), ("capacity_bytes", capacity_bytes or 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{key} must be a whole number above 0, got {value!r}")
+            check_count(key, value)
         if check not in ("weights", "structure"):
             raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
         self.files: dict[str, Path] = {}

@@ -13,6 +13,8 @@ from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.rank_rules import RULES
 from lora_lightning.lora.values import (
     check_choice,
+    check_count,
+    check_number,
     check_plain,
     is_real,
     is_whole,
@@ -119,10 +121,7 @@ class LoRAConfig:
                 raise ConfigError(
                     f"{key} must be a number above 0, got {alpha!r}; at most {LARGEST_ALPHA:g}"
                 )
-        if not is_real(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"dropout must lie in [0, 1), got {self.dropout!r}; 0 switches it off"
-            )
+        check_number("dropout", self.dropout, "[0, 1)")
         check_choice("scaling", self.scaling, SCALING_RULES)
         check_choice("init", self.init, METHODS)
         self._check_ranks()
@@ -136,8 +135,7 @@ class LoRAConfig:
         if self.parameter_budget is not None:
             given["parameter_budget"] = self.parameter_budget
         for key, rank in given.items():
-            if not is_whole(rank) or rank < 1:
-                raise ConfigError(f"{key} must be a whole number of at least 1, got {rank!r}")
+            check_count(key, rank)
         if self.rank != "auto" and (not is_whole(self.rank) or int(self.rank) < 1):
             raise ConfigError(
                 f'rank must be a whole number of at least 1, got {self.rank!r}; "auto" lets the '
@@ -150,8 +148,7 @@ class LoRAConfig:
         if self.prune_to is not None:
             self._check_pruning(self.prune_to)
         check_choice("rank_rule", self.rank_rule, RULES)
-        if not is_real(self.rank_energy) or not 0 < self.rank_energy <= 1:
-            raise ConfigError(f"rank_energy must lie in (0, 1], got {self.rank_energy!r}")
+        check_number("rank_energy", self.rank_energy, "(0, 1]")
 
     def _check_pruning(self, to: float) -> None:
         if not is_real(to) or not 1 <= to < math.inf:
@@ -170,8 +167,8 @@ class LoRAConfig:
         for key in ("dora", "freeze_a", "xs", "clamp_rank"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} must be true or false, got {getattr(self, key)!r}")
-        if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
-            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if self.seed is not None:
+            check_count("seed", self.seed, 0)
         self._check_xs()
         if self.blocks is None:
             return

@@ -6,6 +6,7 @@ import math
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -67,6 +68,30 @@ def is_whole(value: Any) -> bool:
 def is_real(value: Any) -> bool:
     """Whether this is a number; True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(key: str, value: Any, interval: str, unit: str = "") -> None:
+    """Raise ConfigError for what is no number in an interval, as it is written: "[0, 1)".
+
+    "(0, inf)" and "[2, inf)" leave out infinity; NaN lies in no interval.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    above = real and (value > low if interval[0] == "(" else value >= low)
+    if above and (value < high if interval[-1] == ")" else value <= high):
+        return
+    where = f"lie in {interval}{unit and ' '}{unit}"
+    if high == math.inf:
+        least = f"be above {low:g}" if interval[0] == "(" else f"be at least {low:g}"
+        where = f"{least}{unit and ' '}{unit}{' and finite' if value == math.inf else ''}"
+    raise ConfigError(f"{key} must {where if real else f'be a number and {where}'}, got {value!r}")
+
+
+def check_count(key: str, value: Any, least: int = 1, unit: str = "") -> None:
+    """Raise ConfigError for what is no whole number of at least `least`; True is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        what = f"a whole number of at least {least}{unit and ' '}{unit}"
+        raise ConfigError(f"{key} must be {what}, got {value!r}")
 
 
 def is_plain(value: Any, depth: int = 3) -> bool:

@@ -14,6 +14,7 @@ from lora_lightning.linalg.decompose import SVD, energy_rank, product_svd
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import join
+from lora_lightning.lora.values import check_count
 from lora_lightning.model import state as states
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
@@ -83,8 +84,8 @@ def compress(
     """
     if (rank is None) == (energy is None):
         raise ConfigError(f"give either rank or energy; got rank={rank!r}, energy={energy!r}")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be at least 1, got {rank}")
+    if rank is not None:
+        check_count("rank", rank)
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
     root, state, name = states.holder(model, name, "to compress")

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.errors import AdapterNotFoundError, ConfigError
+from lora_lightning.errors import AdapterNotFoundError
 from lora_lightning.lora.factors import Factors
+from lora_lightning.lora.values import check_number
 
 _MATRICES = ("lora_A", "lora_B", "core")
 
@@ -39,8 +40,8 @@ def parameter_groups(
         AdapterNotFoundError: no factor of `module` is trainable.
     """
     for key, value in (("lr", lr), ("lora_plus_ratio", lora_plus_ratio), ("head_lr", head_lr)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key} must be above 0, got {value!r}")
+        if value is not None:
+            check_number(key, value, "(0, inf)")
     split = _split(module)
     if not any(split[name] for name in _MATRICES):
         raise AdapterNotFoundError(

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterError, ConfigError
+from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.sharding import reshard
+from lora_lightning.lora.values import check_number
 from lora_lightning.model import state as states
 from lora_lightning.model.owned_tensors import extras, like, snapshot
 from lora_lightning.model.state import ModelState
@@ -40,8 +41,7 @@ def shrink(model: nn.Module, share: float) -> None:
         AdapterNotFoundError: no adapter is active.
         AdapterError: the model is merged.
     """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"share must lie in [0, 1], got {share}")
+    check_number("share", share, "[0, 1]")
     view, state, name = _unmerged_holder(model, "to shrink")
     if share == 1:
         return

@@ -99,8 +99,13 @@ def verify(
 
     Raises:
         AdapterNotFoundError: there is no adapter.
-        VerificationError: names each adapted tensor that fails, and why.
+        VerificationError: names each adapted tensor that fails, and why; or the call is within
+            `torch.inference_mode`.
     """
+    if torch.is_inference_mode_enabled():
+        raise VerificationError(
+            "verify looks at gradients, and torch.inference_mode() records none: call it outside"
+        )
     (_, first), *_ = states.roots(model)
     active, names = first.active, adapters.adapters(model)
     modules = View(model).modules
@@ -164,7 +169,9 @@ def _check_eval(
         limit = accepted(model, plain, found) if tolerance is None else tolerance
         result.effect = difference(plain, source)
         if result.effect == 0:
-            result.failures |= dict.fromkeys(result.tensors, "in eval: no effect on the output")
+            # What training said stays: it knows the cause, such as a zero-initialised norm weight.
+            none = dict.fromkeys(result.tensors, "in eval: no effect on the output")
+            result.failures = {**none, **result.failures}
             return
         # `not <=`, so that a NaN fails as well.
         if not difference(plain, with_gradient) <= limit:

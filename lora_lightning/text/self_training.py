@@ -9,7 +9,8 @@ import torch
 
 from lora_lightning.adaptation.rounds import Check
 from lora_lightning.adaptation.text_self_training import TextRounds, TextSelfTraining, check_keep
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import DataError
+from lora_lightning.lora.values import check_number
 from lora_lightning.model.probing import evaluating
 from lora_lightning.text.parallel import Pair, ParallelData, TextBatch
 from lora_lightning.text.subwords import Subwords
@@ -115,5 +116,4 @@ class PseudoTranslationCallback(TextSelfTraining):
 def check_rounds(keep: Sequence[float], dropped: float) -> None:
     """Raise ConfigError for invalid settings."""
     check_keep(keep)
-    if not 0 <= dropped < 1:
-        raise ConfigError(f"dropped must lie in [0, 1), got {dropped}")
+    check_number("dropped", dropped, "[0, 1)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.text.parallel import TextBatch
 from lora_lightning.text.subwords import PAD
 from lora_lightning.text.translators import Translator
@@ -69,9 +69,6 @@ class TranslationMemory:
 
 def check_memory(neighbours: int, weight: float, temperature: float) -> None:
     """Raise ConfigError for a value out of range."""
-    if neighbours < 1:
-        raise ConfigError(f"neighbours must be at least 1, got {neighbours}")
-    if not 0 <= weight <= 1:
-        raise ConfigError(f"weight must lie in [0, 1], got {weight}")
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be above 0, got {temperature}")
+    check_count("neighbours", neighbours)
+    check_number("weight", weight, "[0, 1]")
+    check_number("temperature", temperature, "(0, inf)")

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
 
@@ -33,14 +34,11 @@ class Optimised(LightningModule):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        if not learning_rate > 0:
-            raise ConfigError(f"learning_rate must be above 0, got {learning_rate}")
-        if weight_decay < 0:
-            raise ConfigError(f"weight_decay must be 0 or more, got {weight_decay}")
+        check_number("learning_rate", learning_rate, "(0, inf)")
+        check_number("weight_decay", weight_decay, "[0, inf)")
         if schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        check_number("label_smoothing", label_smoothing, "[0, 1)")
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
         self.label_smoothing = label_smoothing
 

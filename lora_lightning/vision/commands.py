@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 
 if TYPE_CHECKING:
     from lora_lightning.vision.image_training import ImageSettings
@@ -67,8 +68,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
             stage.epochs, stage.least_steps = arguments.epochs, 0
         if arguments.learning_rate is not None:
             stage.learning_rate = arguments.learning_rate
-        if stage.epochs < 1:
-            raise ConfigError(f"--epochs must be at least 1, got {stage.epochs}")
+        check_count("--epochs", stage.epochs)
     return settings
 
 
@@ -117,8 +117,7 @@ def classify(arguments: argparse.Namespace) -> int:
     from lora_lightning.vision.classify import classified, write_csv, write_table
     from lora_lightning.vision.data.folder_targets import single_pictures
 
-    if arguments.top < 1:
-        raise ConfigError(f"--top must be at least 1, got {arguments.top}")
+    check_count("--top", arguments.top)
     paths, skipped = single_pictures(arguments.files)
     base = _classifier(arguments)
     answers = classified(base, paths, arguments.top, skipped)

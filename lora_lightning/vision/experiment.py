@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.rounds import Round
 from lora_lightning.adaptation.target import Predicted
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.report.results import Prediction, Row
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least
@@ -110,8 +110,7 @@ class Pictures(Experiment[Config]):
         at_least(self.config, int(not self.config.model.checkpoint), ["train.source.epochs"])
         for stage in (stages.source, stages.lora, stages.full):
             self.task(nn.Identity(), stage)
-        if not 0 <= (jitter := stages.label_free.jitter) <= 1:
-            raise ConfigError(f"train.label_free.jitter must lie in [0, 1], got {jitter}")
+        check_number("train.label_free.jitter", stages.label_free.jitter, "[0, 1]")
         self.transductive(nn.Identity(), torch.zeros(1, 1, device="cpu"))
         at_least(self.config, 2, ("data.size", "data.batch_size"))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.target import Target
-from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.model.probing import evaluating
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
 
@@ -30,10 +30,8 @@ class PoseLimits:
     moved: float = 40.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.spread <= 1:
-            raise ConfigError(f"spread must lie in [0, 1], got {self.spread}")
-        if not 0 <= self.moved <= 180:
-            raise ConfigError(f"moved must lie in [0, 180] degrees, got {self.moved}")
+        check_number("spread", self.spread, "[0, 1]")
+        check_number("moved", self.moved, "[0, 180]", unit="degrees")
 
 
 @dataclass(frozen=True)

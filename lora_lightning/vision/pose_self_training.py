@@ -26,6 +26,7 @@ from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.transductive_rounds import statistics_of
 from lora_lightning.adaptation.transductive_task import check_settings
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
 from lora_lightning.vision.pose_regressor import mirrored
 
@@ -88,8 +89,7 @@ class TransductivePose(Course, TaskInRounds):
         schedule: str = "one-cycle",
     ):
         super().__init__(learning_rate, weight_decay, schedule)
-        if not 0 < tolerance <= 180:
-            raise ConfigError(f"tolerance must lie in (0, 180] degrees, got {tolerance}")
+        check_number("tolerance", tolerance, "(0, 180]", unit="degrees")
         check_settings(batch_norm, batch_size)
         self.model = model.to(memory_format=torch.channels_last).train()
         self.target = Target(target)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.report.versions import versions
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
@@ -114,8 +115,7 @@ def _settings(
     """Check the arguments, and return all settings that determine the pixels."""
     if not domains:
         raise ConfigError("domains is empty: name at least one, such as 'source'")
-    if size < 16:
-        raise ConfigError(f"size must be at least 16 pixels, got {size}")
+    check_count("size", size, 16, unit="pixels")
     if seed < 0:
         raise ConfigError(f"seed must not be negative, got {seed}")
     for domain, counts in domains.items():

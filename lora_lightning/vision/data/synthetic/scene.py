@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.errors import MissingDependencyError
+from lora_lightning.lora.values import check_count
 from lora_lightning.vision.data.synthetic.backgrounds import TILE, Background, tile
 from lora_lightning.vision.data.synthetic.lighting import (
     GAMMA,
@@ -77,8 +78,7 @@ class Renderer:
     """
 
     def __init__(self, size: int, supersample: int = 2):
-        if size < 16:
-            raise ConfigError(f"size must be at least 16 pixels, got {size}")
+        check_count("size", size, 16, unit="pixels")
         try:
             from panda3d import core
         except ImportError as error:
