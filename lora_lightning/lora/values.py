@@ -82,7 +82,7 @@ def check_number(key: str, value: Any, interval: str, unit: str = "") -> None:
         return
     where = f"lie in {interval}{unit and ' '}{unit}"
     if high == math.inf:
-        least = f"be above {low:g}" if interval[0] == "(" else f"be at least {low:g}"
+        least = f"be above {low:g}" if interval[0] == "(" else f"be {low:g} or more"
         where = f"{least}{unit and ' '}{unit}{' and finite' if value == math.inf else ''}"
     raise ConfigError(f"{key} must {where if real else f'be a number and {where}'}, got {value!r}")
 

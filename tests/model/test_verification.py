@@ -147,3 +147,17 @@ def test_detectors_train_under_the_callback(make, tmp_path):
     with pytest.warns(UserWarning, match=LEARNT):
         trainer(tmp_path, lora, max_epochs=1).fit(module, boxes())
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
+
+
+def test_verify_says_what_it_needs_within_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, rank=1, target_modules="all", trainable=[])
+    with torch.inference_mode(), pytest.raises(VerificationError, match="call it outside"):
+        verify(model, torch.randn(2, 4))
+
+
+def test_a_zero_initialised_norm_weight_is_named_as_the_cause():
+    model = timm.create_model("resnet10t", num_classes=4)
+    inject(model, rank=1)
+    with pytest.raises(VerificationError, match="a zero-initialised gate or norm weight"):
+        verify(model, torch.randn(2, 3, 32, 32))

@@ -399,7 +399,10 @@ def test_checkpoint_that_holds_something_else(tmp_path, content, message):
     ("options", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
+        ({"learning_rate": "0.1"}, "learning_rate must be a number and be above 0, got '0.1'"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
+        ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
         ({"label_smoothing": 1.0}, "label_smoothing must lie in"),
         ({"schedule": "linear"}, "schedule must be one of one-cycle, cosine, constant"),
     ],
