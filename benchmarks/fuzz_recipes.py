@@ -1,12 +1,15 @@
 """Mutated recipes and overrides, through ``lora-lightning run`` up to the data.
 
-    python benchmarks/fuzz_recipes.py        # 1,500 configurations
+    python benchmarks/fuzz_recipes.py              # 1,500 configurations
+    python benchmarks/fuzz_recipes.py --train 100  # the first 100 of pictures accepted: run whole
 
 Each is a recipe of the package in which one to three things are changed: a value in the file
 (another type, out of range, not finite, removed, repeated 20,000 times, a reference or a call of a
 resolver), a name, characters of the file's text, or a ``key=value`` behind it. All is run that
 comes before the training: reading, types, the checks of settings, the trainer, the output's folder,
-and for pictures in folders the data. Counted as in fuzz.py.
+and for pictures in folders the data. Counted as in fuzz.py. With ``--train`` such a run trains and
+measures as well, on 16 pictures of 8 x 8, with at most one epoch of each training; one that takes
+more than a minute counts as a fault.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -29,8 +33,10 @@ from machine import setting
 from mutants import ODD
 from PIL import Image
 
+from lora_lightning.runner import runner
 from lora_lightning.runner.loading import list_recipes, load_recipe, settings
 
+KINDS = ("configurations", "accepted", "trained", "foreign exceptions")
 TEXTS = (
     "[", "{", "[1,2", "{a: 1}", "[[1]]", "[null]", "null", "~", "yes", "???", "${out}", "${x}",
     "${", "${oc.env:HOME}", "${oc.env:NOT_THERE}", "'[/]'", '"\\e[31m"', '"a\\0b"', "1e400",
@@ -113,19 +119,47 @@ class Recipes:
         return f"{'.'.join(path)} {how}"
 
 
-def _stop_before_training(experiment: Any) -> None:
-    if experiment.config.kind == "classification" and experiment.config.data.root:
-        experiment.load()
+class Training:
+    """Runs the first accepted configurations of pictures whole, of later ones the data."""
+
+    def __init__(self, left: int):
+        self.left, self.trained, self._whole = left, 0, runner._run
+
+    def __call__(self, experiment: Any, *rest: Any) -> None:
+        """In place of the runner's own."""
+        config = experiment.config
+        if config.kind != "classification" or not config.data.root:
+            return
+        if self.trained >= self.left:
+            experiment.load()
+            return
+        self.trained += 1
+        for stage in vars(config.train).values():
+            if hasattr(stage, "epochs"):
+                stage.epochs, stage.least_steps = min(stage.epochs, 1), 0
+        signal.alarm(60)
+        try:
+            self._whole(experiment, *rest)
+        finally:
+            signal.alarm(0)
 
 
-def run(count: int, seed: int, folder: Path) -> Fuzz:
+def _too_long(*_: Any) -> None:
+    raise TimeoutError("more than a minute")
+
+
+def run(count: int, seed: int, train: int, folder: Path) -> Fuzz:
     """Mutants, each through the command."""
-    recipes, fuzz = Recipes(folder, random.Random(seed)), Fuzz()
-    with mock.patch("lora_lightning.runner.runner._run", _stop_before_training):
+    recipes, fuzz, training = Recipes(folder, random.Random(seed)), Fuzz(), Training(train)
+    signal.signal(signal.SIGALRM, _too_long)
+    with mock.patch.object(runner, "_run", training):
         for _ in range(count):
+            if train and training.trained >= train:
+                break
             what, arguments = recipes.mutant()
             fuzz.call("run", what, lambda a=arguments: cli("run", *a))
             fuzz.counts["configurations"] += 1
+            fuzz.counts["trained"] = training.trained
             if fuzz.counts["configurations"] % 50 == 0:
                 print(row(fuzz), *fuzz.faults[:40], sep="\n", file=sys.stderr, flush=True)
     return fuzz
@@ -134,7 +168,7 @@ def run(count: int, seed: int, folder: Path) -> Fuzz:
 def row(fuzz: Fuzz) -> dict[str, Any]:
     """The figures."""
     return {
-        **{key: fuzz.counts[key] for key in ("configurations", "accepted", "foreign exceptions")},
+        **{key: fuzz.counts[key] for key in KINDS},
         "slowest call, s": round(fuzz.slowest[0], 2),
         "which": fuzz.slowest[1],
         "memory, MB": round(fuzz.memory),
@@ -145,6 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=0)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -152,14 +187,15 @@ def main() -> int:
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # a mutant's `out` may lie anywhere below
-        fuzz = run(options.count, options.seed, Path(folder))
+        fuzz = run(options.count, options.seed, options.train, Path(folder))
         os.chdir(here)
     found = {**row(fuzz), "seed": options.seed}
     for line in [*fuzz.faults[:40], *(f"{key}: {value}" for key, value in found.items())]:
         print(line)
     if not options.no_save:
         print(save_figures("fuzz_recipes", [found], setting("omegaconf")))
-    return 0 if not fuzz.faults and fuzz.slowest[0] < 5 and fuzz.memory < 1000 else 1
+    slow = 60 if options.train else 5
+    return 0 if not fuzz.faults and fuzz.slowest[0] < slow and fuzz.memory < 1000 else 1
 
 
 if __name__ == "__main__":

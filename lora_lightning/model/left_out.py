@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora import layers
 from lora_lightning.lora.config import LoRAConfig
@@ -52,17 +52,20 @@ def reason(module: nn.Module) -> str | None:
     cls = type(module)
     if layers.kind_of(cls) is not None:
         return None
-    named: dict[str, Any] = {**module._parameters, **module._buffers}
-    weights = [t for n, t in named.items() if "weight" in n and t is not None and t.dim() > 1]
+    weights, fixed = _weights(module._parameters), _weights(module._buffers)
     packed = "_packed_params" in module._modules or "_packed_params" in module.__dict__
-    if packed or any(not w.is_floating_point() for w in weights):
+    if packed or any(not w.is_floating_point() for w in weights + fixed):
         return f"{cls.__name__}: {_QUANTISED}"
-    if not weights:
+    if not weights:  # a buffer of numbers is a fixed transform, such as a cosine transform
         return None
     return (
         f"{cls.__name__}: no known kind of layer; lora_lightning.lora.layers.add_layer_kind"
         f"({cls.__name__}) lets it be adapted through its effective weight"
     )
+
+
+def _weights(named: Mapping[str, Tensor | None]) -> list[Tensor]:
+    return [t for name, t in named.items() if "weight" in name and t is not None and t.dim() > 1]
 
 
 def _tell(keyword: str, report: InjectionReport) -> None:
