@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ class Recognition(Experiment[Config]):
             max_batch=settings.batch,
             transform=domain.transform,
             seed=self.seed,
+            **{} if settings.guard else {"limits": None},
         )
+        pseudo.setting = "train.label_free.guard=false"
         return Unlabelled(
             self.task(model, settings),
             lambda: self._tell(case, heard, pseudo),
@@ -241,5 +244,5 @@ class Recognition(Experiment[Config]):
             if before is not None and after is not None:
                 when = pseudo.changed_in_.get(path, 0)
                 more: dict[str, Any] = {"split": "target", "round": when}
-                more["confidence"] = round(1 - after.distance, 4)
+                more["confidence"] = round(math.exp(-after.distance), 4)
                 self._transcript(case.train, item, before.label, after.label, **more)

@@ -16,7 +16,6 @@ from lora_lightning.adaptation.text_self_training import (
     TextRounds,
     TextSelfTraining,
     check_keep,
-    normalised_distance,
 )
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
@@ -81,10 +80,12 @@ class PseudoTranscriptCallback(TextSelfTraining):
         trainer.fit(CTCRecognition(model), pseudo.data)
 
     In each round the recogniser transcribes the recordings; with a lexicon, by the most likely
-    sentence of its words. It is then trained on the part of them whose greedy transcript is nearest
-    to that sentence (without a lexicon: changes least under dropout, DUST, Khurana et al. 2021,
-    arXiv:2011.13439), a larger part in each round. At the first alarm training stops, and the last
-    accepted state is restored.
+    sentence of its words. It is then trained on the part of them whose sound supports that sentence
+    most: where the score lies least below that of the best path of any letters, a frame (without a
+    lexicon: whose transcript changes least under dropout, DUST, Khurana et al. 2021,
+    arXiv:2011.13439), a larger part in each round. The guard compares transcripts as they will be
+    decoded, with the lexicon or without. At the first alarm training stops, and the last accepted
+    state is restored.
 
     Args:
         recordings: The target, such as `load_utterances` gives it; texts are ignored.
@@ -117,6 +118,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
     task = CTCRecognition
     called = "recordings", "understood in", "speech"
     data: LabelledSpeech
+    setting = "limits=None"  # what a user sets to adapt despite alarms, in their interface
 
     def __init__(
         self,
@@ -163,10 +165,10 @@ class PseudoTranscriptCallback(TextSelfTraining):
             self._search = LexiconSearch(self.lexicon, labels, self.beam_size, self.language_weight)
 
     def _check_of(self, source: dict[str, Understood]) -> Check:
-        return SpeechGuard(source, self.limits, self.lexicon is not None).check
+        return SpeechGuard(source, self.limits, self.lexicon, self.setting).check
 
     def doubt(self, written: Understood) -> float:
-        """Distance from the lexicon's sentence, or change under dropout."""
+        """What the lexicon costs, or the change under dropout."""
         return written.distance
 
     def use(self, labels: dict[str, str]) -> None:
@@ -191,8 +193,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
         rows = [(log_probs[i : i + 1], frames[i : i + 1]) for i in range(len(batch))]
         rates = [float(non_blank_rate(p, n, module.labels.blank)) for p, n in rows]
         if self._search is not None:
-            labels = self._search.decode(log_probs, frames)
-            distances = list(map(normalised_distance, written, labels))
+            labels, distances = map(list, zip(*self._search.compared(log_probs, frames), strict=True))
         else:
             labels, distances = written, self._doubts(module, batch, written)
         paths = [str(item.path) for item in batch.items]

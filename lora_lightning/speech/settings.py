@@ -124,6 +124,8 @@ class LabelFreeAdaptation(Scheduled):
         batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
         teacher_decay: Decay of a moving average of the factors, which then writes the labels;
             null: the model itself does.
+        guard: Keep the source where the transcripts, as they will be decoded, say that adapting
+            does harm.
     """
 
     learning_rate: float = 8e-3
@@ -135,6 +137,7 @@ class LabelFreeAdaptation(Scheduled):
     spec_augment: bool = True
     batch_norm: str = "adapt"
     teacher_decay: float | None = None
+    guard: bool = True
 
 
 @dataclass
