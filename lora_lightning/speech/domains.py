@@ -22,6 +22,7 @@ from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
 from lora_lightning.speech.data.synthetic.voices import source_voices, target_voices
 from lora_lightning.speech.data.utterances import Utterance, by_speaker
 from lora_lightning.speech.settings import Config, SpeechDataSettings
+from lora_lightning.speech.tasks.transcripts import spelt_out
 
 Transform = Callable[[Tensor, Utterance], Tensor]
 PLAYED = 8  # held-out recordings of a target that are saved as audio, where it is transformed
@@ -105,7 +106,9 @@ def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) ->
 
     def listen(path: Path, title: str) -> list[Utterance]:
         tick = stages.stage(title, "files")
-        kept, bad = checked(load_utterances(path), data.min_seconds, data.max_seconds, tick)
+        found = load_utterances(path)
+        found = spelt_out(found, data.numbers) if data.numbers else found
+        kept, bad = checked(found, data.min_seconds, data.max_seconds, tick)
         skipped.extend(bad)
         if unlabelled := [u for u in kept if not u.text]:
             raise DataError(

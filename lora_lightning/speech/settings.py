@@ -40,6 +40,8 @@ class SpeechDataSettings:
             seed of `seeds`.
         lexicon: File of words, or of sentences, that are said, for the rows without labels; null:
             2,000 sentences of the spoken data's kind; none for a target of the user's own.
+        numbers: Language, such as en, in which num2words spells out digits in transcripts; null:
+            digits that the recogniser cannot write are an error.
         min_seconds: Shorter recordings are left out.
         max_seconds: Longer recordings are left out.
         batch_seconds: Sound in a batch of measuring or source training, padding included.
@@ -52,6 +54,7 @@ class SpeechDataSettings:
     test: int = 60
     seed: int = 0
     lexicon: str | None = None
+    numbers: str | None = None
     min_seconds: float = 0.3
     max_seconds: float = 30.0
     batch_seconds: float = 80.0

@@ -30,7 +30,7 @@ class SpeechLimits:
     most_rate: float = 1.5
     agreement: float = 0.4
     spelling: float = 0.02
-    words: float = 0.03
+    words: float = 0.035
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class SpeechGuard:
         """Check a round's transcripts of the same recordings."""
         scores = self._scores(now)
         alarms = () if self.limits is None else self._alarms(scores)
-        return Verdict(scores, [f"{alarm} ({self.setting} adapts all the same)" for alarm in alarms])
+        return Verdict(
+            scores, [f"{alarm} ({self.setting} adapts all the same)" for alarm in alarms]
+        )
 
     def _scores(self, now: Mapping[str, Understood]) -> dict[str, float]:
         scores = {

@@ -117,7 +117,8 @@ def test_setup_checks_once_and_lists_what_it_leaves_out(tmp_path, monkeypatch):
     items[1].path.write_bytes(b"")
     known = checked(items[2:])[0]
     d = data(train=[items[0], items[1], *known])
-    d.setup("fit")
+    with pytest.warns(UserWarning, match=r"1 recordings are left out: 1 × empty, such as .*1\."):
+        d.setup("fit")
     assert d.skipped == [(str(items[1].path), "empty: 0 bytes")]
     assert [i.path for i in d.items["train"]] == [items[0].path, items[2].path]
     monkeypatch.setattr(

@@ -1,7 +1,7 @@
 """Audio files: `read_audio` decodes and resamples one, `check_audio` and `checked` validate them.
 
-Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), AAC by PyAV, block by block, so
-that neither a long file nor a wrong header takes more memory than the sound itself.
+Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), AAC by PyAV, block by
+block, so that neither a long file nor a wrong header takes more memory than the sound itself.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def counted(skipped: Sequence[tuple[str, str]]) -> str:
     """
     example = {reason.partition(":")[0]: f"{path}: {reason}" for path, reason in reversed(skipped)}
     count = Counter(reason.partition(":")[0] for _, reason in skipped)
-    told = "; ".join(f"{n} × {reason}, such as {example[reason]}" for reason, n in count.most_common())
+    told = "; ".join(
+        f"{n} × {reason}, such as {example[reason]}" for reason, n in count.most_common()
+    )
     return f"{len(skipped)} recordings are left out: {told}"
 
 

@@ -83,7 +83,6 @@ class Lexicon:
         weight = self.smoothing if seen else 1.0
         return math.log((1 - weight) * bigram + weight * unigram)
 
-
     def divergence(self, texts: Iterable[str]) -> float:
         """How differently words are used in these texts, in nats a word; NaN for a bare list.
 
@@ -152,7 +151,8 @@ class LexiconSearch:
             self._add(word)
 
     def _add(self, word: str) -> None:
-        normal = self.labels.normalise(word)
+        digits = any(c.isdigit() and c not in self.labels.symbols for c in word)
+        normal = "" if digits else self.labels.normalise(word)
         if len(normal) != len(word) or " " in normal:
             raise ConfigError(
                 f"the recogniser cannot write {word!r} of the lexicon with its symbols "
