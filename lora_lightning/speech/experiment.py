@@ -18,11 +18,10 @@ from lora_lightning.runner.checks import at_least, step_a_round
 from lora_lightning.runner.experiment import Experiment
 from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.trainer import in_rounds, make_trainer
-from lora_lightning.speech.data.audio import counted, read_audio
+from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
-from lora_lightning.speech.domains import Domain, recordings
-from lora_lightning.speech.enrolment import few
+from lora_lightning.speech.domains import Domain, notices, recordings
 from lora_lightning.speech.methods import METHODS, FrozenBatchNorm
 from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.settings import Config
@@ -30,7 +29,6 @@ from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
-from lora_lightning.speech.tasks.transcripts import told
 from lora_lightning.training.lora_callback import LoRACallback
 
 
@@ -88,22 +86,11 @@ class Recognition(Experiment[Config]):
             f"One adapter for each {what} and size of enrolment; {config.data.test} held-out "
             f"recordings of each of {len(heard.domains)} {what}s, which no training hears.",
             "Every method starts from the same source model, with the same enrolment.",
-            *self._notices(),
         ]
-
-    def _notices(self) -> list[str]:
-        """What was rewritten in the transcripts and left out, and too small an enrolment."""
-        heard = self.recordings
-        every = [u for d in heard.domains for u in (*d.pool, *d.held_out)] + heard.source
         labels = Labels.english() if self._given is None else self._given.labels
-        found = [told(labels.changes(u.text for u in every))]
-        if heard.skipped:
-            found.append(f"{counted(heard.skipped)}.")
-        if self.config.data.target and (said := few(min(self.config.enrolment))):
-            found.append(f"The smallest enrolment is {said}.")
-        for notice in filter(None, found):
+        for notice in notices(heard, labels, config):
             self.stages.console.print(notice, style="yellow")
-        return [*filter(None, found)]
+            run.notes.append(notice)
 
     def source(self) -> ConformerCTC:
         """The user's own, the package's, or trained on the source's recordings."""

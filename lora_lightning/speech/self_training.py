@@ -144,7 +144,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
         rounds = TextRounds(self._check_of, Understood, label="label")
         super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
         self.lexicon, self.limits = lexicon, limits
-        # With a lexicon rounds recover from alarms: the last one, at the end of the schedule, counts.
+        # With a lexicon rounds recover from alarms: the end of the schedule counts.
         self.each_counts = lexicon is None
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight

@@ -175,7 +175,7 @@ def test_few_recordings_are_cross_validated(model, enrolment, tmp_path, capsys, 
     assert not out.exists()
     assert "kept source" in capsys.readouterr().out
     assert len(learnt) == 3
-    assert sorted(sum(judged_on, [])) == sorted(learnt[0] + judged_on[0])
+    assert sorted(n for names in judged_on for n in names) == sorted(learnt[0] + judged_on[0])
     assert not set(learnt[1]) & set(judged_on[1])
     rates.reverse()
     assert adapt(model, tmp_path / "a.jsonl", out, "--held-out", "0.2") == 0
@@ -231,7 +231,8 @@ def test_the_guard_keeps_the_source(enrolment, tmp_path, capsys, monkeypatch):
     given = ("--steps", "20", "--learning-rate", "1.0", "--lexicon", "spoken")
     assert adapt("spoken", listing, tmp_path / "out", *given) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "kept source: alarm in round 1" in printed
+    assert "kept source: " in printed
+    assert "--no-guard adapts all the same" in printed
     assert not (tmp_path / "out").exists()
 
 

@@ -131,7 +131,8 @@ def test_setup_checks_once_and_lists_what_it_leaves_out(tmp_path, monkeypatch):
 def test_limits_of_length(tmp_path):
     items = speech(tmp_path, 3)
     d = data(train=items, min_seconds=0.25, max_seconds=0.35)
-    d.setup()
+    with pytest.warns(UserWarning, match="1 × too short, .*1 × too long"):
+        d.setup()
     assert [i.path for i in d.items["train"]] == [items[1].path]
     with pytest.raises(DataError, match=r"none of the 2 recordings for train .*0.flac: too short"):
         data(train=items[:2], min_seconds=0.35).setup()
