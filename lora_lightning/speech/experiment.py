@@ -29,6 +29,7 @@ from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.speech.transcript_guard import SpeechLimits
 from lora_lightning.training.lora_callback import LoRACallback
 
 
@@ -176,7 +177,7 @@ class Recognition(Experiment[Config]):
             max_batch=settings.batch,
             transform=domain.transform,
             seed=self.seed,
-            **{} if settings.guard else {"limits": None},
+            limits=SpeechLimits() if settings.guard else None,
         )
         pseudo.setting = "train.label_free.guard=false"
         return Unlabelled(

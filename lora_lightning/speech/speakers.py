@@ -28,6 +28,7 @@ from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.transcript_guard import SpeechLimits
 from lora_lightning.training.lora_callback import LoRACallback
 
 
@@ -112,7 +113,7 @@ def _untranscribed(
         sample_rate=base.sample_rate,
         max_batch=settings.batch or _UNTRANSCRIBED.batch,
         seed=settings.seed,
-        **{} if settings.guard else {"limits": None},
+        limits=SpeechLimits() if settings.guard else None,
     )
     pseudo.setting = "--no-guard"
     _learn(base, adapter_name(name), utterances, settings, tick, pseudo)
