@@ -60,12 +60,12 @@ class SpeakerSettings:
 
 
 def few(count: int) -> str:
-    """A warning where so few recordings with transcripts are given; "" for enough."""
+    """A warning where so few recordings are given; "" for enough."""
     if count >= FEWEST_TO_SPLIT:
         return ""
     return (
-        f"only {count} recordings with transcripts: with 5 the adapter was worse than the source "
-        f"for 10 of 24 speakers, with 20 for none; give {FEWEST_TO_SPLIT} or more"
+        f"only {count} recordings: with 5, transcribed, the adapter was worse than the source for "
+        f"10 of 24 speakers, with 20 for none; give {FEWEST_TO_SPLIT} or more"
     )
 
 
@@ -79,7 +79,7 @@ def judged(
 ) -> Outcome:
     """Write the adapter, unless its WER on the held-out recordings is higher."""
     base.model.eval()
-    found = Outcome(name, ADAPTED, len(learnt), len(test))
+    found = Outcome(name, ADAPTED, len(learnt), len(test), reason=few(len(learnt)))
     if test:
         found.before, found.after = compared(base, test, lexicon)
         if found.after > found.before:
