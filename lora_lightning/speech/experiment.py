@@ -79,7 +79,6 @@ class Recognition(Experiment[Config]):
         self._given = None if path is None else load_recogniser(path)
         rate = 16000 if self._given is None else self._given.sample_rate
         self.recordings = heard = recordings(config, rate, self._given is None, self.stages)
-        self.stages.left_out("recordings are", heard.skipped)
         what = "environment" if config.data.environments else "speaker"
         run.data_root = Path(config.data.target or config.out)
         run.skipped, run.read_audio = heard.skipped, read_audio
@@ -88,8 +87,7 @@ class Recognition(Experiment[Config]):
             f"recordings of each of {len(heard.domains)} {what}s, which no training hears.",
             "Every method starts from the same source model, with the same enrolment.",
         ]
-        labels = Labels.english() if self._given is None else self._given.labels
-        for notice in notices(heard, labels, config):
+        for notice in notices(heard, getattr(self._given, "labels", Labels.english()), config):
             self.stages.console.print(notice, style="yellow")
             run.notes.append(notice)
 
@@ -152,8 +150,7 @@ class Recognition(Experiment[Config]):
 
     def length(self, case: Case, stage: Any) -> dict[str, int]:
         """The steps of this size of enrolment."""
-        assert case.size is not None
-        steps = stage.steps[self.config.enrolment.index(case.size)]
+        steps = stage.steps[self.config.enrolment.index(case.size)]  # type: ignore[arg-type]
         return {"max_epochs": -1, "max_steps": steps}
 
     def full_callbacks(self) -> list[Callback]:
@@ -248,7 +245,6 @@ class Recognition(Experiment[Config]):
             path = str(item.path)
             before, after = (x.get(path) for x in (pseudo.source_, pseudo.transcripts_))
             if before is not None and after is not None:
-                when = pseudo.changed_in_.get(path, 0)
-                more: dict[str, Any] = {"split": "target", "round": when}
+                more: dict[str, Any] = {"split": "target", "round": pseudo.changed_in_.get(path, 0)}
                 more["confidence"] = round(math.exp(-after.distance), 4)
                 self._transcript(case.train, item, before.label, after.label, **more)
