@@ -93,7 +93,7 @@ class RankSchedule:
         if not self._pruner.act(self._acted, trainer.optimizers, since):
             return {}
         ranks = self._pruner.ranks()
-        return {"lora/mean_rank": sum(ranks.values()) / len(ranks)}
+        return {"mean_rank": sum(ranks.values()) / len(ranks)}
 
     def finish(self, backbone: nn.Module, name: str) -> None:
         """Remove the pruned directions, and update the report."""
