@@ -25,7 +25,7 @@ from tests.helpers import stand_ins
 
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only", "label_free", "lora", "full")
-HOME, AWAY = "home", ("near", "far")
+HOME, AWAY = "source", ("near", "far")
 
 
 @dataclass
