@@ -125,6 +125,7 @@ class AdapterFiles:
             return None
         if sharded.writes(trainer):
             self.write(trainer, self.at_end)
+        trainer.strategy.barrier("adapter file")  # whoever asks for it finds it
         return self.at_end if pruned else self._best(trainer)
 
     def _best(self, trainer: Trainer) -> Path:
