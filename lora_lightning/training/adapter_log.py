@@ -47,7 +47,7 @@ class AdapterLog:
         self.metrics(trainer, {name: float(getattr(report, name)) for name in counts})
 
     def hyperparameters(self, trainer: Trainer) -> None:
-        """Log the adapter's, after Lightning has logged the user's, and beside them."""
+        """Log the adapter's, before Lightning logs the user's, and beside them."""
         config, report, prefix = self.callback.config, self.callback.report_, self._prefix(trainer)
         assert report is not None
         patterns = config.target_modules
@@ -59,12 +59,14 @@ class AdapterLog:
             f"{prefix}/trainable_parameters": report.trainable_parameters,
         }
         holders = (trainer.lightning_module, getattr(trainer, "datamodule", None))
-        given = [dict(h.hparams_initial) for h in holders if h is not None]
-        taken = {key for hparams in given for key in _flatten_dict(hparams)}  # as loggers name them
+        users = [h for h in holders if h is not None]
+        taken = {key for h in users for key in _flatten_dict(dict(h.hparams_initial))}  # as logged
         own = {key: value for key, value in own.items() if key not in taken}
+        shown = {k: v for h in users if h._log_hyperparams for k, v in h.hparams_initial.items()}
+        shown.pop("_class_path", None)  # LightningCLI's
         for logger in trainer.loggers:
-            # TensorBoard replaces all by what it is given.
-            before = dict(logger.hparams) if isinstance(logger, TensorBoardLogger) else {}
+            # TensorBoard shows what it is given first, and nothing that follows.
+            before = shown if isinstance(logger, TensorBoardLogger) else {}
             logger.log_hyperparams(before | own)
 
     def deltas(self, trainer: Trainer, deltas: Mapping[str, Factors], each: bool) -> None:

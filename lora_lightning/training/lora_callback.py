@@ -137,10 +137,10 @@ class LoRACallback(injection.InjectingCallback):
             self._first_look.start(backbone)
         self.report_ = injection.state_in(backbone).reports[self.name]
         self._log.size(trainer, self.report_)
+        self._log.hyperparameters(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Initialise from the target's batches, where `init` needs them, unless done before."""
-        self._log.hyperparameters(trainer)
         backbone = checks.find_backbone(pl_module, self.backbone)
         if checks.is_new(trainer) and self.name in injection.state_in(backbone).unstarted:
             from lora_lightning.training.data_driven import start_in_trainer
