@@ -91,11 +91,14 @@ def sweep_grid(
         configs[-1].out = str(cell.folder)
     sweep = Sweep(axes, cells, experiment_of(recipe).metric, by)
     sources: Any = {} if _shares_source(axes) else None
-    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
-        tell(f"cell {number} of {len(cells)}: {cell.name}")
-        _one(cell, config, sources)
-        sweep.check()
-        sweep.write(out)
+    try:
+        for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+            tell(f"cell {number} of {len(cells)}: {cell.name}")
+            _one(cell, config, sources)
+            sweep.check()
+            sweep.write(out)
+    finally:  # of those there are, where it is interrupted
+        sweep.draw(out)
     return sweep
 
 

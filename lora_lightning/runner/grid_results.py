@@ -179,9 +179,7 @@ class Sweep:
         return [n for n in dict.fromkeys((*asked, SOURCE, TARGET)) if n in known]
 
     def write(self, out: Path) -> None:
-        """Write sweep.csv, and plots/sweep.png where there are one or two keys."""
-        from lora_lightning.report.plots.sweep import sweep_png
-
+        """Write sweep.csv."""
         text = io.StringIO()
         names = list(dict.fromkeys(n for c in self.cells for x in c.lines for n in x.measured))
         head = [*self.axes, "method", *names, "trainable_parameters", "folder", "failed"]
@@ -194,6 +192,11 @@ class Sweep:
                 row = [*cell.values.values(), line.method, *found, line.parameters or "", *place]
                 writer.writerow(map(csv_cell, row))
         atomic_write(out / "sweep.csv", text.getvalue().encode())
+
+    def draw(self, out: Path) -> None:
+        """Draw plots/sweep.png, where there are one or two keys."""
+        from lora_lightning.report.plots.sweep import sweep_png
+
         png = sweep_png(self.axes, self._drawn(), self.metric, self.unit, self._place())
         if png is not None:
             atomic_write(out / "plots" / "sweep.png", png)

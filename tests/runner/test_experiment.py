@@ -17,9 +17,10 @@ from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.experiment import Experiment, Method
 from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
-from lora_lightning.runner.progress import Ticks
+from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.vision.classifier import Classifier
 from tests.helpers import stand_ins
 
@@ -163,21 +164,25 @@ def test_a_logger_that_is_not_installed_is_named_with_its_extra(recipe, monkeypa
     assert not (recipe / "out/source.safetensors").exists()
 
 
-def test_every_training_is_a_run_of_its_own_in_the_runs_folder(recipe, monkeypatch):
+def test_every_training_is_a_run_of_its_own_in_the_runs_folder(tmp_path, monkeypatch):
     wandb, mlflow = stand_ins.wandb(monkeypatch), stand_ins.mlflow(monkeypatch)
-    board, out = stand_ins.tensorboard(monkeypatch), recipe / "out"
+    board = stand_ins.tensorboard(monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in ("wandb", "mlflow", "tensorboard"):
-        run_recipe(recipe, ["methods=[lora]", f"logger={name}"], out)
-    begun = [options["dir"] for what, options in wandb if what == "init"]
-    assert begun == 3 * [str(out / "logs")]  # the source model's, and one for each target
-    assert [code for what, code in wandb if what == "finish"] == 3 * [0]
-    assert {uri for what, uri in mlflow if what == "uri"} == {f"sqlite:///{out / 'logs/mlflow.db'}"}
-    assert [s for what, s in mlflow if what == "set_terminated"] == 3 * ["FINISHED"]
-    assert [a for what, a in board if what == "log_dir"] == [
-        str(out / f"logs/version_{i}") for i in range(3)
-    ]
-    for told in (wandb, mlflow):
+    for name in 2 * ["wandb", "mlflow", "tensorboard"]:
+        config = RunConfig(accelerator="cpu", logger=name, out=str(tmp_path))
+        callback = LoRACallback(rank=1, target_modules="all", output_dir=tmp_path)
+        trainer = make_trainer(config, [callback], max_epochs=1)
+        task = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)))
+        with quiet_lightning():
+            trainer.fit(task, DATA["near"])
+    assert [a["dir"] for what, a in wandb if what == "init"] == 2 * [str(tmp_path / "logs")]
+    assert [code for what, code in wandb if what == "finish"] == 2 * [0]
+    database = f"sqlite:///{tmp_path / 'logs/mlflow.db'}"
+    assert [uri for what, uri in mlflow if what == "uri"] == 2 * [database]
+    assert [s for what, s in mlflow if what == "set_terminated"] == 2 * ["FINISHED"]
+    versions = [str(tmp_path / f"logs/version_{i}") for i in range(2)]
+    assert [a for what, a in board if what == "log_dir"] == versions
+    for told in (wandb, mlflow, board):
         assert sum(isinstance(a, dict) and a.get("lora/targets") in (1, "1") for _, a in told) == 2
 
 

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import cross_fit, load_adapter
@@ -21,7 +22,8 @@ class Scored(Module):
 
     def __init__(self, *scores):
         torch.manual_seed(0)
-        super().__init__()
+        layers = [nn.Flatten(), nn.Linear(48, 8), nn.Linear(8, 4)]
+        super().__init__(nn.Sequential(*layers))
         self.scores = scores
 
     def training_step(self, batch, batch_idx):
@@ -34,12 +36,17 @@ BEST = {"monitor": "score", "mode": "max"}
 FILES = [f"default-epoch={i}-step={2 * i + 2}.safetensors" for i in range(3)]
 
 
+def small(tmp_path):
+    return lora(output_dir=tmp_path / "a", target_modules=["1"], trainable=[], verify=False)
+
+
 def scored(tmp_path, scores, *savers, ckpt=None, **options):
     """The callback, after a fit of as many epochs, and its files."""
-    callback = lora(output_dir=tmp_path / "a")
+    callback = small(tmp_path)
     savers = [ModelCheckpoint(tmp_path / f"c{i}", "{epoch}", **s) for i, s in enumerate(savers)]
     options = {"enable_checkpointing": True, "max_epochs": len(scores), **options}
-    fitted(tmp_path, Scored(*scores), callback, *savers, ckpt=ckpt, **options)
+    data = loader(size=4)
+    fitted(tmp_path, Scored(*scores), callback, *savers, data=data, ckpt=ckpt, **options)
     return callback, sorted(p.name for p in (tmp_path / "a").iterdir())
 
 
@@ -51,7 +58,6 @@ def scored(tmp_path, scores, *savers, ckpt=None, **options):
         ([1, 3, 2], [{**BEST, "save_top_k": -1}], [0, 1, 2], 1),
         ([1, 3, 2], [{**BEST, "save_top_k": 2, "mode": "min"}], [0, 2], 0),
         ([3, 2, 1], [{**BEST, "save_last": True}], [0], 0),
-        ([1, 3, 2], [{**BEST, "save_last": True, "save_top_k": -1}], [0, 1, 2], 1),
         ([1, 3, 2], [{**BEST, "save_top_k": 0}], [], None),
         ([1, 3, 2], [{}], [2], None),  # nothing is monitored: Lightning keeps the last
         ([1, 3, 2], [{}, BEST], [1, 2], 1),
@@ -67,10 +73,10 @@ def test_files_go_with_their_checkpoints_and_the_best_is_known(
     assert callback.adapter_path_.name == ("default.safetensors" if best is None else FILES[best])
     if best is not None:
         held = saved(torch.load(next(tmp_path.glob(f"c*/epoch={best}.ckpt")), weights_only=True))
-        module = Module()
-        load_adapter(module.model, callback.adapter_path_, check="structure")
+        module = Scored(0)
+        load_adapter(module.model, callback.adapter_path_)
         own = {k: v for k, v in module.state_dict().items() if ".lora." in k}
-        assert len(own) == 16
+        assert len(own) == 2
         assert all(torch.equal(v, held[k]) for k, v in own.items())
 
 
@@ -95,8 +101,9 @@ def test_a_resumed_fit_goes_on_with_the_files_there_are(tmp_path, score, touched
 def test_callbacks_that_choose_themselves_leave_the_file_of_the_end(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", **BEST)
     average = EMAWeightAveraging()
-    callback = lora(output_dir=tmp_path / "a")
-    fitted(tmp_path, Scored(3, 1), callback, average, saver, enable_checkpointing=True)
+    callback = small(tmp_path)
+    options = {"data": loader(size=4), "enable_checkpointing": True}
+    fitted(tmp_path, Scored(3, 1), callback, average, saver, **options)
     assert callback.adapter_path_ == tmp_path / "a/default.safetensors"
 
 
@@ -108,12 +115,12 @@ def test_cross_fit_writes_what_it_chose_whichever_checkpoint_was_best(tmp_path, 
     callbacks = []
 
     def fit(module, items):
-        callbacks.append(lora(output_dir=tmp_path / "a"))
+        callbacks.append(small(tmp_path))
         saver = ModelCheckpoint(tmp_path / f"c{len(callbacks)}", **BEST)
         t = trainer(tmp_path, callbacks[-1], saver, enable_checkpointing=True)
         t.fit(module, DataLoader(items, 4))
 
-    cross_fit(module := Scored(3, 1), loader().dataset, fit, folds=2)
+    cross_fit(module := Scored(3, 1), loader(size=4).dataset, fit, folds=2)
     callback, end = callbacks[-1], tmp_path / "a/default.safetensors"
     assert callback.adapter_path_ == (end if share else None)
     assert end.exists() == bool(share)
