@@ -52,6 +52,7 @@ class AdapterLog:
         assert report is not None
         patterns = config.target_modules
         own = {
+            f"{prefix}/adapter": self.callback.name,
             f"{prefix}/rank": config.rank,
             f"{prefix}/alpha": config.alpha,
             f"{prefix}/target_modules": patterns if isinstance(patterns, str) else str(patterns),

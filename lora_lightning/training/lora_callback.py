@@ -25,6 +25,7 @@ from lora_lightning.training import (
 )
 from lora_lightning.training.first_look import FirstLook
 from lora_lightning.training.last_finite import LastFinite
+from lora_lightning.training.optimizer_check import check_optimizers
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
@@ -129,7 +130,7 @@ class LoRACallback(injection.InjectingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""
         backbone = checks.find_backbone(pl_module, self.backbone)
-        checks.check_optimizers(trainer, pl_module, backbone, self.name)
+        check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
         sharded.check_sharded(trainer, pl_module)
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))

@@ -41,6 +41,7 @@ def test_few_scalars_and_hyperparameters_beside_the_users(tmp_path):
     assert hparams == {
         "width": 3,
         "lora": {"rank": "mine"},  # "lora/rank" in TensorBoard and MLflow
+        "lora/adapter": "default",
         "lora/alpha": 3.0,
         "lora/target_modules": "['qkv']",
         "lora/targets": 2,
