@@ -39,8 +39,9 @@ class LoRACallback(injection.InjectingCallback):
     what ``trainable`` names left trainable; so the optimizer that Lightning makes afterwards
     sees them. The first batch verifies that every adapter is alive. Checkpoints hold factors,
     what is trained, and buffers, but no frozen base weight; they load strictly into a fresh
-    module of the same base. An adapter file is written with each checkpoint and at the end. A fit
-    that diverges (NaN in the adapter) is stopped, and the last finite values are kept.
+    module of the same base. An adapter file is written with each checkpoint, goes with it where it
+    is pruned, and another is written at the end. A fit that diverges (NaN in the adapter) is
+    stopped, and the last finite values are kept.
 
     Args:
         config: A `LoRAConfig` or a mapping of its fields; its fields can be given as keyword
