@@ -78,6 +78,8 @@ def sweep_grid(
     lists = [split(override) for override in overrides]
     axes = _axes([values for values in lists if len(values) > 1])
     fixed = [values[0] for values in lists if len(values) == 1]
+    if twice := axes.keys() & {override.partition("=")[0] for override in fixed}:
+        raise ConfigError(f"{min(twice)} is given twice: once with several values, once with one")
     recipe = load_recipe(name)
     if not any(override.startswith("methods=") for override in fixed):
         fixed.append(f"methods=[{','.join(_methods(axes))}]")
@@ -110,7 +112,9 @@ def _axes(lists: Sequence[Sequence[str]]) -> dict[str, list[str]]:
         if key in axes or "" in given or len(set(given)) < len(given):
             raise ConfigError(f"{key}: expected different values, once; got {', '.join(given)}")
         if key in ("out", "kind", "name", "title"):
-            raise ConfigError(f"{key} is the same for all cells: give it one value")
+            raise ConfigError(
+                f"{key} is the same for all cells: give it one value, in quotes where it has commas"
+            )
         axes[key] = given
     return axes
 

@@ -86,6 +86,7 @@ def test_mistakes_are_found_before_anything_runs(recipe, sources):  # noqa: F811
         (["lora.rnk=1,2"], "unknown key 'lora.rnk'"),
         (["lora.rank=1,1"], "expected different values"),
         (["lora.rank=1,2", "lora.rank=3,4"], "expected different values, once"),
+        (["lora.rank=1,2", "lora.rank=3"], "lora.rank is given twice"),
         (["lora.rank=1,"], "expected different values"),
         (["out=a,b"], "out is the same for all cells"),
         (["lora.rank=1,2", "seeds=0,1"], "seeds must be a list"),
