@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -96,7 +97,9 @@ def sweep_grid(
     try:
         for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
             tell(f"cell {number} of {len(cells)}: {cell.name}")
-            _one(cell, config, sources)
+            settings = [*fixed, *cell.settings, f"out={cell.folder}"]
+            command = shlex.join(["lora-lightning", "run", str(name), *settings])
+            _one(cell, config, command, sources)
             sweep.check()
             sweep.write(out)
     finally:  # of those there are, where it is interrupted
@@ -133,7 +136,7 @@ def _shares_source(axes: dict[str, list[str]]) -> bool:
     return all(key.startswith(_AFTER_SOURCE) for key in axes)
 
 
-def _one(cell: Cell, config: DictConfig, sources: Any) -> None:
+def _one(cell: Cell, config: DictConfig, command: str, sources: Any) -> None:
     """Run a cell, unless its results are there."""
     from lora_lightning.runner.runner import run
 
@@ -144,7 +147,7 @@ def _one(cell: Cell, config: DictConfig, sources: Any) -> None:
         cell.lines = found
         return
     try:
-        cell.lines = lines_of(run(experiment_of(config), config, sources))
+        cell.lines = lines_of(run(experiment_of(config), config, command, sources=sources))
     except Exception as error:
         if (said := sentence(error)) is None:
             traceback.print_exception(error)  # a fault of ours

@@ -22,12 +22,19 @@ from lora_lightning.training.lora_callback import LoRACallback
 Sources = dict[int | None, tuple[Any, str]]
 
 
-def run(kind: type[Experiment[Any]], given: DictConfig, sources: Sources | None = None) -> Run:
+def run(
+    kind: type[Experiment[Any]],
+    given: DictConfig,
+    command: str = "",
+    *,
+    sources: Sources | None = None,
+) -> Run:
     """Run every stage for every seed; the results are written to ``config.out``.
 
     Args:
         kind: Of the run.
         given: Its settings.
+        command: That repeats it, for the report.
         sources: Source models of an earlier run, to which those that are made are added.
 
     Raises:
@@ -39,6 +46,7 @@ def run(kind: type[Experiment[Any]], given: DictConfig, sources: Sources | None 
         check_plan(config.methods, config.seeds, kind.methods)
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
+            experiment.run.command = command
             _check(experiment)
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)

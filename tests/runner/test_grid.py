@@ -51,7 +51,9 @@ def test_a_sweep_runs_each_combination_once(recipe, sources, capsys):  # noqa: F
     held = json.loads((out / f"cells/{name}/results.json").read_text())
     values = {(r["method"], r["domain"]): r["value"] for r in held}
     assert values == {(r.method, r.domain): r.value for r in alone.rows}
-    assert "The source model is that of" in (out / f"cells/{name}/report.html").read_text()
+    page = (out / f"cells/{name}/report.html").read_text()
+    assert "The source model is that of" in page
+    assert " ".join(["[source_only,lora]&#x27;", *name.split(","), f"out={out}"]) in page
 
     assert main([*command, "lora.rank=1,2", "--by", "near"]) == 0
     assert len(sources) == 3  # alone, and once for the new cells
