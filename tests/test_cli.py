@@ -167,6 +167,11 @@ def test_merge_with_another_base(adapter, tmp_path, capsys):
         (["run", "lightin"], "there is no recipe 'lightin'; did you mean 'lighting'?"),
         (["run", "lighting", "lora.rnk=3"], "unknown key 'lora.rnk'; did you mean 'lora.rank'"),
         (["run", "lighting", "data.root=/nowhere/at/all", "out=OUT"], "there is no folder"),
+        (
+            ["sweep", "lighting", "lora.rank=1,2", "--ranks", "1"],
+            "either --ranks, or lora.rank=1,2",
+        ),
+        (["sweep", "lighting", "--by", "target"], "--by chooses among settings"),
         (["inspect", "nothing.safetensors"], "does not exist"),
         (["copy", "lightin", "."], "there is no recipe"),
         (["run", "lighting", "lora.alpha=[1]"], "lora.alpha must be one value, such as 8.0"),

@@ -153,7 +153,12 @@ def run_recipe(
         config.out = str(out)
     from lora_lightning.runner.runner import run
 
-    return run(_imported(KINDS.get(config.kind).experiment), config)
+    return run(experiment_of(config), config)
+
+
+def experiment_of(config: DictConfig) -> Any:
+    """The `Experiment` that runs a recipe's configuration."""
+    return _imported(KINDS.get(config.kind).experiment)
 
 
 def _imported(what: str | type) -> Any:

@@ -11,20 +11,22 @@ from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, MissingDependencyError
 from lora_lightning.registry import Registry
 from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.experiment import Experiment, Method
 from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
-from lora_lightning.runner.progress import Ticks
+from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.vision.classifier import Classifier
+from tests.helpers import stand_ins
 
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only", "label_free", "lora", "full")
-HOME, AWAY = "home", ("near", "far")
+HOME, AWAY = "source", ("near", "far")
 
 
 @dataclass
@@ -144,8 +146,44 @@ def test_trainings_log_where_the_run_says(recipe):
     logged = sorted((recipe / "out/logs").glob("*/metrics.csv"))
     assert len(logged) == 3  # the source model's, and one for each target
     assert "loss" in logged[0].read_text().splitlines()[0]
+    header = (recipe / "out/logs/version_1/metrics.csv").read_text().splitlines()[0]
+    assert sum(name.startswith("lora/") for name in header.split(",")) <= 5
+    assert "lora/targets: 1" in (recipe / "out/logs/version_1/hparams.yaml").read_text()
     with pytest.raises(ConfigError, match="unknown logger 'cvs'; did you mean 'csv'"):
         run_recipe(recipe, ["logger=cvs"], recipe / "out")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(recipe, monkeypatch, name):
+    home = "lightning.fabric.loggers.tensorboard._TENSORBOARD"
+    homes = [f"{home}_AVAILABLE", f"{home}X_AVAILABLE"] if name == "tensorboard" else []
+    for each in homes or [f"lightning.pytorch.loggers.{name}._{name.upper()}_AVAILABLE"]:
+        monkeypatch.setattr(each, False)
+    with pytest.raises(MissingDependencyError, match=rf'pip install "lora-lightning\[{name}\]"'):
+        run_recipe(recipe, ["methods=[lora]", f"logger={name}"], recipe / "out")
+    assert not (recipe / "out/source.safetensors").exists()
+
+
+def test_every_training_is_a_run_of_its_own_in_the_runs_folder(tmp_path, monkeypatch):
+    wandb, mlflow = stand_ins.wandb(monkeypatch), stand_ins.mlflow(monkeypatch)
+    board = stand_ins.tensorboard(monkeypatch)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in 2 * ["wandb", "mlflow", "tensorboard"]:
+        config = RunConfig(accelerator="cpu", logger=name, out=str(tmp_path))
+        callback = LoRACallback(rank=1, target_modules="all", output_dir=tmp_path)
+        trainer = make_trainer(config, [callback], max_epochs=1)
+        task = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)))
+        with quiet_lightning():
+            trainer.fit(task, DATA["near"])
+    assert [a["dir"] for what, a in wandb if what == "init"] == 2 * [str(tmp_path / "logs")]
+    assert [code for what, code in wandb if what == "finish"] == 2 * [0]
+    database = f"sqlite:///{tmp_path / 'logs/mlflow.db'}"
+    assert [uri for what, uri in mlflow if what == "uri"] == 2 * [database]
+    assert [s for what, s in mlflow if what == "set_terminated"] == 2 * ["FINISHED"]
+    versions = [str(tmp_path / f"logs/version_{i}") for i in range(2)]
+    assert [a for what, a in board if what == "log_dir"] == versions
+    for told in (wandb, mlflow, board):
+        assert sum(isinstance(a, dict) and a.get("lora/targets") in (1, "1") for _, a in told) == 2
 
 
 def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
