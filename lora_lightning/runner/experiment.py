@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
@@ -203,6 +204,16 @@ class Experiment(ABC, Generic[Config]):
             )
         self.train(self.task(model, stage.source), data, [bar], max_epochs=passes)
 
+    def count(self, label: str, domain: str, scores: Any) -> None:
+        """Keep what each held-out item adds to the metric's sums, (items, sums), for intervals.
+
+        Those of a domain that several adapters are measured on are added up. Items that cannot be
+        measured, for want of a label, have NaN: then nothing is kept.
+        """
+        key, numbers = (label, domain, self.seed), np.asarray(scores, dtype=float)
+        if len(numbers) and np.isfinite(numbers).all():
+            self.run.scores[key] = self.run.scores.get(key, 0.0) + numbers
+
     def rows(self, label: str, case: Case, adapted: Adapted) -> list[Row]:
         """The measurements of an adapted model, as rows."""
         return self.table(label, case, adapted, self.measure(label, case, adapted))
@@ -217,9 +228,13 @@ class Experiment(ABC, Generic[Config]):
         """Rows of (domain, metric, value)."""
         costs = cost.parameters, cost.seconds, cost.file_bytes, case.items
         return [
-            Row(label, domain, self.seed, metric, value, *costs)
+            Row(label, domain, self.seed, metric, value, *costs, self._tested(label, domain))
             for domain, metric, value in measured
         ]
+
+    def _tested(self, label: str, domain: str) -> int | None:
+        scores = self.run.scores.get((label, domain, self.seed))
+        return None if scores is None else len(scores)
 
 
 def _passes(stage: Any, data: Callable[[], LightningDataModule]) -> int:
