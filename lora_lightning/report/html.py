@@ -16,6 +16,7 @@ from itertools import groupby
 from string import Template
 
 from lora_lightning.report import audio
+from lora_lightning.report.evidence import Interval
 from lora_lightning.report.metrics import AZIMUTH_ERROR
 from lora_lightning.report.plots import Plot
 from lora_lightning.report.results import Run
@@ -29,6 +30,12 @@ _SAID = {
     AZIMUTH_ERROR: " The mean angle between the azimuth predicted and the true one, 0 to 180; "
     "lower is better, 90 is chance on the whole circle.",
 }
+_SURE = (
+    "95 % intervals of the mean over the target: by item, drawn anew from the held-out items "
+    "(bootstrap); by seed, Student's t. The difference is from the source model, paired: on the "
+    "same items, or the same seeds. It is called higher or lower only where each interval of it "
+    "excludes 0. Intervals of one method can overlap where the paired difference is clear."
+)
 _SHIFTS = (
     "Told from the target's training pictures, without labels and before anything was adapted: the "
     "source model's expected accuracy in %, beside it what was measured on the held-out pictures. "
@@ -77,6 +84,57 @@ def _results(run: Run, summary: Summary) -> str:
         f"{_table(summary, summary.columns(1 if apart else MOST_COLUMNS))}"
         f'<p class="note">{escape(summary.footnote())}{_SAID.get(run.metric, "")}</p>'
         + (_by_domain(summary) if apart else "")
+        + _evidence(summary)
+    )
+
+
+def _evidence(summary: Summary) -> str:
+    """Intervals of each method on the target, and of its difference from the source model."""
+    before, rows = summary.before(), []
+    for method in summary.methods:
+        places = summary.targets
+        ends = [summary.interval(method, places), summary.seed_interval(method, places)]
+        said = ["–"] * 3
+        if before is not None and method != before:
+            found = summary.difference(method, before)
+            said = [_ends(i, summary, "+") for i in (found.by_item, found.by_seed)]
+            word = "higher" if found.value > 0 else "lower"
+            said.append(word if found.clear else "not clear" if found.known else "–")
+        cells = [*(_ends(i, summary) for i in ends), *said]
+        if any(c != "–" for c in cells):
+            values = "".join(f"<td>{escape(c)}</td>" for c in cells)
+            rows.append(f'<tr><th scope="row">{escape(method)}</th>{values}</tr>')
+    if not rows:
+        return ""
+    names = ("by item", "by seed", "difference by item", "by seed", "is")
+    return (
+        f'<h2>How sure is that?</h2><div class="wide"><table><thead><tr>{_heads(("method", *names))}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="note">{_SURE}{escape(_own(summary))}</p>'
+    )
+
+
+def _own(summary: Summary) -> str:
+    """The source model on its own held-out items."""
+    before = summary.before()
+    if before is None or summary.source is None:
+        return ""
+    mean = summary.cell(before, [summary.source]).mean
+    if math.isnan(mean):
+        return ""
+    ends = _ends(summary.interval(before, [summary.source]), summary)
+    n = summary.tested([summary.source])
+    more = f" (n = {n}, 95 % interval by item {ends})" if n else ""
+    own = f" The source model on held-out items of its own domain, {summary.source}"
+    return f"{own}: {summary.unit.text(mean)}{more}."
+
+
+def _ends(interval: Interval | None, summary: Summary, sign: str = "") -> str:
+    if interval is None:
+        return "–"
+    return " to ".join(
+        f"{summary.unit.scale * end:{sign}.1f}".replace("-", "−")
+        for end in (interval.low, interval.high)
     )
 
 
@@ -90,7 +148,10 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
         f'<th colspan="{len(list(members))}" scope="colgroup"><span>{escape(group)}</span></th>'
         for group, members in groupby(columns, key=lambda c: c.group)
     )
-    names = _heads((*(c.name for c in columns), *costs))
+    counted = "".join(
+        f'<th scope="col">{escape(c.name)}{_count(summary.tested(c.domains))}</th>' for c in columns
+    )
+    names = counted + _heads(costs)
     body = []
     best = summary.best()
     for method in summary.methods:
@@ -104,6 +165,10 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
         f'<th colspan="{len(costs)}"></th></tr><tr><th scope="col">method</th>{names}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _count(items: int | None) -> str:
+    return f'<span class="n">n = {items}</span>' if items else ""
 
 
 def _heads(names: Iterable[str]) -> str:
@@ -132,7 +197,8 @@ def _shifts(run: Run, summary: Summary) -> str:
             str(s["entry"] or "–"),
         ]
         values = "".join(f"<td>{escape(c)}</td>" for c in cells)
-        rows.append(f'<tr><th scope="row">{escape(domain)}</th>{values}</tr>')
+        count = _count(summary.tested([domain]))
+        rows.append(f'<tr><th scope="row">{escape(domain)}{count}</th>{values}</tr>')
     return (
         f"<h2>How far are the targets?</h2>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
@@ -141,11 +207,11 @@ def _shifts(run: Run, summary: Summary) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    source = base64.b64encode(plot.png).decode()
+    source = base64.b64encode(plot.svg).decode()
     return (
-        f'<h2>{escape(plot.title)}</h2><figure><img alt="{escape(plot.title)}" '
-        f'src="data:image/png;base64,{source}"><figcaption>{escape(plot.caption)}</figcaption>'
-        "</figure>"
+        f'<h2>{escape(plot.title)}</h2><figure><div class="wide"><img alt="{escape(plot.title)}" '
+        f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(plot.caption)}'
+        "</figcaption></figure>"
     )
 
 
@@ -175,7 +241,7 @@ def _by_domain(summary: Summary) -> str:
     names = _heads(summary.methods)
     sources = [summary.source] if summary.source else []
     rows = "".join(
-        f'<tr><th scope="row">{escape(domain)}</th>'
+        f'<tr><th scope="row">{escape(domain)}{_count(summary.tested([domain]))}</th>'
         + "".join(_cell(summary.cell(method, [domain])) for method in summary.methods)
         + "</tr>"
         for domain in [*sources, *summary.targets]

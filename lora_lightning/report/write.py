@@ -180,7 +180,7 @@ def _against(summary: Summary, method: str, full: str) -> str:
 
 
 def write_report(run: Run, out: Path) -> None:
-    """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
+    """Write results.json, results.csv, predictions.csv, plots/*.svg and report.html to `out`.
 
     A run of speech recognition has a transcripts.csv in place of predictions.csv, one of
     translation a translations.csv; one that measured domain shifts has a shift.json.
@@ -201,9 +201,10 @@ def write_report(run: Run, out: Path) -> None:
         atomic_write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # plots of an earlier run must not stay
-        (out / "plots" / f"{name}.png").unlink(missing_ok=True)
+        for ending in ("png", "svg"):  # PNG was written before
+            (out / "plots" / f"{name}.{ending}").unlink(missing_ok=True)
     for plot in drawn:
-        atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
+        atomic_write(out / "plots" / f"{plot.name}.svg", plot.svg)
     atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
 
 

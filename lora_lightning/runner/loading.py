@@ -167,7 +167,7 @@ def _imported(what: str | type) -> Any:
 def sweep_recipe(
     name: str | Path, ranks: Sequence[int | str], overrides: Sequence[str] = ()
 ) -> Run:
-    """Run a recipe's adapter with labels at several ranks; the plot ``ranks.png`` compares them.
+    """Run a recipe's adapter with labels at several ranks; the plot ``ranks.svg`` compares them.
 
     Args:
         name: See `run_recipe`.
