@@ -107,7 +107,9 @@ class Evidence:
         seeds = self._seeds(domains, method)
         if not seeds:
             return None
-        draws = [self._drawn(self._scores[method, d, s], i) for s in seeds for i, d in enumerate(domains)]
+        draws = [
+            self._drawn(self._scores[method, d, s], i) for s in seeds for i, d in enumerate(domains)
+        ]
         return _middle(np.mean(draws, 0))
 
     def difference(

@@ -26,13 +26,14 @@ from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row, Run
 from lora_lightning.runner.cases import Adapted, Case, Unlabelled
 from lora_lightning.runner.file_names import adapter_name
-from lora_lightning.runner.progress import Stages, Ticks
+from lora_lightning.runner.progress import Losses, Stages, Ticks
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.training.lora_callback import LoRACallback
 
 Config = TypeVar("Config", bound=RunConfig)
 Method = Callable[..., list[Row]]
+SOURCE = "source model"  # the name of its training
 
 
 class Experiment(ABC, Generic[Config]):
@@ -84,6 +85,20 @@ class Experiment(ABC, Generic[Config]):
     @abstractmethod
     def source(self) -> nn.Module:
         """The source model, trained or the user's own, saved beside the adapters."""
+
+    def own_title(self) -> str:
+        """The title of a run on the user's own data, by its names; "" on the recipe's data."""
+        data: Any = getattr(self.config, "data", None)
+        names = (getattr(data, name, None) for name in ("root", "pairs", "target"))
+        folder = next((str(name) for name in names if name and isinstance(name, str)), "")
+        if not folder:
+            return ""
+        given = getattr(data, "target", None)
+        targets = [str(t) for t in given] if isinstance(given, list) else []
+        source = getattr(data, "source", None) if getattr(data, "root", None) else None
+        shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
+        way = f": {source} to {shown or 'other domains'}" if source or shown else ""
+        return f"{Path(folder).resolve().name}{way}"
 
     def before_methods(self) -> None:
         """Called for each seed, after its source model is made."""
@@ -183,14 +198,19 @@ class Experiment(ABC, Generic[Config]):
         task: LightningModule,
         data: LightningDataModule | None,
         callbacks: Sequence[Callback],
+        name: tuple[str, str] = ("", ""),
         **settings: Any,
     ) -> float:
-        """Fit a task; returns the seconds."""
+        """Fit a task; returns the seconds. Named by row and case, its losses go to the report."""
         settings["gradient_clip_val"] = self.gradient_clip
-        trainer = make_trainer(self.config, callbacks, **settings)
+        losses = Losses()
+        trainer = make_trainer(self.config, [*callbacks, losses], **settings)
         start = time.perf_counter()
         trainer.fit(task, datamodule=data)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if any(name):
+            self.run.losses[(*name, self.seed)] = losses.found()
+        return seconds
 
     def train_source(self, model: nn.Module, data: LightningDataModule) -> None:
         """Fit the source model."""
@@ -202,7 +222,7 @@ class Experiment(ABC, Generic[Config]):
                 f"The source model is trained for {passes} passes over its few items, in place of "
                 f"{stage.source.epochs}: train.source.least_steps={stage.source.least_steps}."
             )
-        self.train(self.task(model, stage.source), data, [bar], max_epochs=passes)
+        self.train(self.task(model, stage.source), data, [bar], (SOURCE, ""), max_epochs=passes)
 
     def count(self, label: str, domain: str, scores: Any) -> None:
         """Keep what each held-out item adds to the metric's sums, (items, sums), for intervals.

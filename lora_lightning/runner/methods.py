@@ -114,7 +114,7 @@ def _label_free(experiment: Experiment[Any], case: Case, label: str) -> list[Row
     lora = without_head(experiment.config.lora, model, own.target_modules)
     callback = experiment.adapter(lora, case, "no", "labels", batch_norm=own.batch_norm)
     callbacks = [callback, *own.callbacks, *_bars(experiment, label)]
-    seconds = experiment.train(own.task, own.data, callbacks, **own.trainer)
+    seconds = experiment.train(own.task, own.data, callbacks, (label, case.name), **own.trainer)
     own.tell()
     adapted = _merged(model, seconds, callback)
     return [
@@ -129,7 +129,8 @@ def _lora(experiment: Experiment[Any], rank: Rank | None, case: Case, label: str
     lora = at_rank(experiment.config.lora, rank)
     callback = experiment.adapter(lora, case, *what, batch_norm=experiment.batch_norm)
     stage = experiment.config.train.lora
-    seconds = _fit(experiment, model, case, stage, [callback, *_bars(experiment, label)])
+    callbacks = [callback, *_bars(experiment, label)]
+    seconds = _fit(experiment, model, case, stage, callbacks, label)
     if experiment.first and experiment.shows(case, rank):
         for path, factors in named_factors(model, callback.name).items():
             values = spectrum(*factors.low_rank(), factors.spec.scaling)
@@ -140,17 +141,23 @@ def _lora(experiment: Experiment[Any], rank: Rank | None, case: Case, label: str
 def _full(experiment: Experiment[Any], case: Case, label: str) -> list[Row]:
     model, stage = experiment.fresh(), experiment.config.train.full
     callbacks = [*experiment.full_callbacks(), *_bars(experiment, label)]
-    seconds = _fit(experiment, model, case, stage, callbacks)
+    seconds = _fit(experiment, model, case, stage, callbacks, label)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(t.nbytes for t in model.state_dict().values())
     return experiment.rows(label, case, Adapted(model, seconds, parameters, size))
 
 
 def _fit(
-    experiment: Experiment[Any], model: nn.Module, case: Case, stage: Any, callbacks: Sequence[Any]
+    experiment: Experiment[Any],
+    model: nn.Module,
+    case: Case,
+    stage: Any,
+    callbacks: Sequence[Any],
+    label: str,
 ) -> float:
     task, data = experiment.task(model, stage), experiment.fit_data(case, stage)
-    return experiment.train(task, data, callbacks, **experiment.length(case, stage))
+    length = experiment.length(case, stage)
+    return experiment.train(task, data, callbacks, (label, case.name), **length)
 
 
 def _bars(experiment: Experiment[Any], label: str) -> list[Any]:

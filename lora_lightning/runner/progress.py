@@ -6,13 +6,15 @@ import logging
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from lora_lightning.report.console import PlainConsole
 
@@ -27,6 +29,9 @@ _CHOSEN = (
     # Lightning's own use of a class that torch deprecates.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )
+
+
+MOST_LOSSES = 200  # points of a curve
 
 
 class Stages:
@@ -96,6 +101,30 @@ class Ticks(Callback):
     ) -> None:
         """Counts a batch of predictions."""
         self.tick(batch_idx + 1, int(sum(trainer.num_predict_batches)))
+
+
+class Losses(Callback):
+    """Keeps the loss of each training batch."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        """Keeps it where it is: a copy to the CPU would wait for the device."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._kept.append(loss.detach().reshape(()))
+
+    def found(self, most: int = MOST_LOSSES) -> list[tuple[int, float]]:
+        """(step, loss), each the mean of as many steps as leave `most` points."""
+        if not self._kept:
+            return []
+        values = torch.stack(self._kept).double().cpu()
+        width = -(-len(values) // most)
+        return [
+            (min(first + width, len(values)), float(values[first : first + width].mean()))
+            for first in range(0, len(values), width)
+        ]
 
 
 @contextmanager

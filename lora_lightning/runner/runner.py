@@ -19,12 +19,16 @@ from lora_lightning.runner.trainer import make_trainer, threads
 from lora_lightning.training.lora_callback import LoRACallback
 
 
-def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
+def run(
+    kind: type[Experiment[Any]], given: DictConfig, command: str = "", titled: bool = True
+) -> Run:
     """Run every stage for every seed; the results are written to ``config.out``.
 
     Args:
         kind: Of the run.
         given: Its settings.
+        command: That repeats it, for the report.
+        titled: Whether the user gave the title; else data of their own have one of their own.
 
     Raises:
         ConfigError: an invalid value, before anything is read or trained.
@@ -35,6 +39,9 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
         check_plan(config.methods, config.seeds, kind.methods)
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
+            experiment.run.command = command
+            if not titled and (own := experiment.own_title()):
+                experiment.run.title = own
             _check(experiment)
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,9 @@
 """A user's own kind of recipe by an `Experiment`; devices and loggers; the common methods."""
 
+import html
+import math
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lora_lightning.cli import main
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry
 from lora_lightning.runner import methods as common
@@ -129,6 +134,29 @@ def test_a_kind_of_ones_own_has_the_common_methods(recipe):
     made = {p.name.removesuffix(".safetensors") for p in (recipe / "out/adapters").iterdir()}
     assert made == {f"{d}{end}" for d in AWAY for end in ("", "-rank-2", "-no-labels")}
     assert run.spectra
+    trained = [(n, case) for n in names[1:] for case in AWAY]
+    assert list(run.losses) == [("source model", "", 0), *((*t, 0) for t in trained)]
+    assert [step for step, _ in run.losses["source model", "", 0]] == list(range(1, 9))
+    assert all(math.isfinite(loss) for curve in run.losses.values() for _, loss in curve)
+    page = (recipe / "out/report.html").read_text()
+    assert "How did the trainings go?" in page
+    assert "How sure is that?" not in page  # this kind counts no items
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_on_the_page_repeats_the_run(recipe):
+    """With every override and the folder, quoted for a shell."""
+    given = ["methods=[source_only]", "title=it's $5 | 3", "train.source.epochs=1"]
+    out = recipe / "my: out"
+    run_recipe(recipe, [*given, "out=elsewhere"], out)
+    before = (out / "config.yaml").read_bytes()
+    page = (out / "report.html").read_text()
+    assert "<h1>it&#x27;s $5 | 3</h1>" in page
+    [command] = re.findall('<pre class="command">(.*?)</pre>', page, re.DOTALL)
+    (out / "config.yaml").unlink()
+    program, *argv = shlex.split(html.unescape(command))
+    assert (program, main(argv)) == ("lora-lightning", 0)
+    assert (out / "config.yaml").read_bytes() == before
 
 
 def test_a_kind_checks_its_settings_first(recipe):

@@ -17,9 +17,18 @@ import matplotlib
 from matplotlib.figure import Figure
 
 # In the order in which the page has them; each file registers its own.
-from lora_lightning.report.plots import domains, ranks, speech, angles, items, rounds, spectra  # noqa: F401  # isort: skip
-from lora_lightning.report.plots.style import PLOTS as PLOTS
+from lora_lightning.report.plots import (
+    domains,
+    ranks,
+    speech,
+    angles,
+    items,
+    rounds,
+    losses,
+    spectra,
+)  # noqa: F401  # isort: skip
 from lora_lightning.report.plots.style import FONTS, STYLE
+from lora_lightning.report.plots.style import PLOTS as PLOTS
 from lora_lightning.report.results import Run
 
 _STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
