@@ -34,7 +34,7 @@ _SURE = (
     "95 % intervals of the mean over the target: by item, drawn anew from the held-out items "
     "(bootstrap); by seed, Student's t. The difference is from the source model, paired: on the "
     "same items, or the same seeds. It is called higher or lower only where each interval of it "
-    "excludes 0. Intervals of one method can overlap where the paired difference is clear."
+    "excludes 0 (that by seed counts from three seeds on). Intervals of one method can overlap where the paired difference is clear."
 )
 _SHIFTS = (
     "Told from the target's training pictures, without labels and before anything was adapted: the "
@@ -99,16 +99,18 @@ def _evidence(summary: Summary) -> str:
             found = summary.difference(method, before)
             said = [_ends(i, summary, "+") for i in (found.by_item, found.by_seed)]
             word = "higher" if found.value > 0 else "lower"
-            said.append(word if found.clear else "not clear" if found.known else "–")
+            word = word if found.value else "equal"
+            certain = found.known and (found.clear or not found.value)
+            said.append(word if certain else "not clear" if found.known else "–")
         cells = [*(_ends(i, summary) for i in ends), *said]
         if any(c != "–" for c in cells):
             values = "".join(f"<td>{escape(c)}</td>" for c in cells)
             rows.append(f'<tr><th scope="row">{escape(method)}</th>{values}</tr>')
     if not rows:
         return ""
-    names = ("by item", "by seed", "difference by item", "by seed", "is")
+    heads = _heads(("method", "by item", "by seed", "difference by item", "by seed", "is"))
     return (
-        f'<h2>How sure is that?</h2><div class="wide"><table><thead><tr>{_heads(("method", *names))}'
+        f'<h2>How sure is that?</h2><div class="wide"><table><thead><tr>{heads}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="note">{_SURE}{escape(_own(summary))}</p>'
     )

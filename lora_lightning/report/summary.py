@@ -130,8 +130,12 @@ class Summary:
         return self._evidence.mean(method, self._labelled(domains))
 
     def seed_interval(self, method: str, domains: Sequence[str]) -> Interval | None:
-        """95 % of a mean over domains, by seed."""
-        return by_seed(list(self._by_seed(method, domains).values()))
+        """95 % of a mean over domains, by seed, within what the metric can be."""
+        found = by_seed(list(self._by_seed(method, domains).values()))
+        if found is None:
+            return None
+        most = math.inf if self.lower else 1.0
+        return Interval(max(found.low, 0.0), min(found.high, most))
 
     def _by_seed(self, method: str, domains: Sequence[str]) -> dict[int, float]:
         values = {
@@ -148,9 +152,9 @@ class Summary:
         gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
         value = self.target(method).mean - self.target(than).mean
         found = self._evidence.difference(method, than, targets)
-        if found is None:
-            return Difference(value, None, by_seed(gaps))
-        return Difference(value, found[0], by_seed(gaps), *found[1:], self.tested(targets) or 0)
+        interval, better, worse = found or (None, 0, 0)
+        items = self.tested(targets) or 0
+        return Difference(value, interval, by_seed(gaps), better, worse, items, len(gaps))
 
     def target(self, method: str) -> Cell:
         """The average over all target domains."""

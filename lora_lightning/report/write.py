@@ -94,26 +94,26 @@ def verdict(run: Run) -> str:
     seeds = f" (mean of {summary.seeds} seeds)" if summary.seeds > 1 else ""
     full = next((m for m in known if m.lower().startswith("full") and m != after), None)
     rest = "" if full is None else _against(summary, after, full)
-    change = _change(summary, before, after, run.metric)
+    change = _change(summary, before, after, run.metric, seeds)
     harm = _harm(summary, before, after) if summary.lower else ""
     harm += _without_labels(summary, known, before, after, run.metric)
-    return f"On the target, {_spoken(after)} {change}{seeds}{rest}.{harm}"
+    return f"On the target, {_spoken(after)} {change}{rest}.{harm}"
 
 
-def _change(summary: Summary, before: str, after: str, metric: str) -> str:
+def _change(summary: Summary, before: str, after: str, metric: str, seeds: str = "") -> str:
     start, end = (summary.target(m).mean for m in (before, after))
     first, last = map(summary.unit.text, (start, end))
     if first == last:
-        return f"leaves {metric} at {last}"
+        return f"leaves {metric} at {last}{seeds}"
     found = summary.difference(after, before)
     if not found.clear:
-        return f"changes {metric} from {first} to {last}, {_by_chance(found, summary)}"
+        return f"changes {metric} from {first} to {last}{seeds}, {_by_chance(found, summary)}"
     word = "raises" if end > start else "lowers"
     change = f"{word} {metric} from {first} to {last}"
     if summary.lower and end < start:
         what = "fewer errors" if summary.unit == PERCENT else "less"
         change += f", {100 * (1 - end / start):.0f} % {what}"
-    return change
+    return change + seeds
 
 
 def _by_chance(found: Difference, summary: Summary) -> str:

@@ -97,8 +97,8 @@ class Experiment(ABC, Generic[Config]):
         targets = [str(t) for t in given] if isinstance(given, list) else []
         source = getattr(data, "source", None) if getattr(data, "root", None) else None
         shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
-        way = f": {source} to {shown or 'other domains'}" if source or shown else ""
-        return f"{Path(folder).resolve().name}{way}"
+        way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
+        return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])
 
     def before_methods(self) -> None:
         """Called for each seed, after its source model is made."""

@@ -23,6 +23,7 @@ from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
 from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case
 from lora_lightning.runner.experiment import Experiment, Method
+from lora_lightning.runner.progress import Says
 from lora_lightning.runner.sweep import Rank, at_rank
 from lora_lightning.training.lora_callback import LoRACallback
 
@@ -88,10 +89,10 @@ def each(
         if experiment.counts_batches:  # the trainers have their own bars
             rows += [row for case in cases for row in of(case, label)]
             continue
-        tick = experiment.stages.stage(label, "targets")
+        stage = experiment.stages.stage(label, "targets", len(cases))
         for done, case in enumerate(cases, 1):
             rows += of(case, label)
-            tick(done, len(cases))
+            stage(done, len(cases))
     return _averaged(rows)
 
 
@@ -113,8 +114,10 @@ def _label_free(experiment: Experiment[Any], case: Case, label: str) -> list[Row
     own = experiment.unlabelled(model, case)
     lora = without_head(experiment.config.lora, model, own.target_modules)
     callback = experiment.adapter(lora, case, "no", "labels", batch_norm=own.batch_norm)
-    callbacks = [callback, *own.callbacks, *_bars(experiment, label)]
+    says, end = _line(experiment, case)
+    callbacks = [callback, *own.callbacks, *_bars(experiment, label), *says]
     seconds = experiment.train(own.task, own.data, callbacks, (label, case.name), **own.trainer)
+    end()
     own.tell()
     adapted = _merged(model, seconds, callback)
     return [
@@ -162,6 +165,24 @@ def _fit(
 
 def _bars(experiment: Experiment[Any], label: str) -> list[Any]:
     return [experiment.bar(experiment.title(label))] if experiment.counts_batches else []
+
+
+def _line(experiment: Experiment[Any], case: Case) -> tuple[list[Says], Callable[[], None]]:
+    """What a target's training says in the stage's line, and the one line that is left of it."""
+    stage, said = experiment.stages.current, [""]
+    if experiment.counts_batches or stage is None:  # its own bar says it
+        return [], lambda: None
+
+    def say(text: str) -> None:
+        said[0] = f"{case.name}: {text}"
+        stage.say(said[0])
+
+    def end() -> None:
+        stage.say("")
+        if said[0]:
+            experiment.stages.line(f"  {said[0]}")
+
+    return [Says(say)], end
 
 
 def _merged(model: nn.Module, seconds: float, callback: LoRACallback) -> Adapted:

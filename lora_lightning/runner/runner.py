@@ -65,7 +65,9 @@ def _run(experiment: Experiment[Any]) -> None:
     if not experiment.source_each_seed:
         experiment.source_model = experiment.source()
     for seed in config.seeds:
-        stages.console.print(f"seed {seed}", style="bold") if len(config.seeds) > 1 else None
+        if len(config.seeds) > 1:
+            stages.settle()
+            stages.line(f"seed {seed}", style="bold")
         experiment.begin(seed)
         _one_seed(experiment)
         write_report(experiment.run, Path(config.out))
