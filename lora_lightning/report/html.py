@@ -34,7 +34,8 @@ _SURE = (
     "95 % intervals of the mean over the target: by item, drawn anew from the held-out items "
     "(bootstrap); by seed, Student's t. The difference is from the source model, paired: on the "
     "same items, or the same seeds. It is called higher or lower only where each interval of it "
-    "excludes 0 (that by seed counts from three seeds on). Intervals of one method can overlap where the paired difference is clear."
+    "excludes 0; that by seed counts from three seeds on. Intervals of two methods can overlap "
+    "where their paired difference is clear."
 )
 _SHIFTS = (
     "Told from the target's training pictures, without labels and before anything was adapted: the "

@@ -94,7 +94,11 @@ class Experiment(ABC, Generic[Config]):
         if not folder:
             return ""
         given = getattr(data, "target", None)
-        targets = [str(t) for t in given] if isinstance(given, list) else []
+        targets = (
+            [str(t) for t in given]
+            if isinstance(given, Sequence) and not isinstance(given, str)
+            else []
+        )
         source = getattr(data, "source", None) if getattr(data, "root", None) else None
         shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
         way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)

@@ -1,11 +1,14 @@
 """A user's own kind of recipe by an `Experiment`; devices and loggers; the common methods."""
 
 import html
+import io
 import math
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning.cli import main
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry
+from lora_lightning.report.console import PlainConsole
 from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.experiment import Experiment, Method
-from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
+from lora_lightning.runner.loading import KINDS, Kind, apply_overrides, load_recipe, run_recipe
+from lora_lightning.runner.progress import Stages as Stages_
 from lora_lightning.runner.progress import Ticks
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
@@ -187,6 +192,43 @@ def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
 def test_every_recipe_has_devices_and_logger():
     config = load_recipe("speaker")
     assert (config.devices, config.logger) == (1, None)
+
+
+def test_stages_leave_a_line_each_and_warnings_are_counted():
+    said = io.StringIO()
+    with Stages_(PlainConsole(file=said, width=40)) as stages:
+        tick = stages.stage("bob", "steps")
+        for _ in range(3):
+            tick.say("round 1: rejected")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(warnings, "filters", warnings.filters[-1:])
+                warnings.warn("a poor match", UserWarning, stacklevel=1)
+        tick.say("round 2: accepted, " + 40 * "x")
+        tick(4, 4)
+        stages.stage("  a part", "steps")(1, 1)
+        stages.line("next")
+    lines = said.getvalue().split("\n")
+    assert lines[0].startswith("✓ bob: 4/4 steps, 0.0 s, round 2: acc")
+    assert all(len(line) <= 40 for line in lines)
+    assert lines[-3:] == ["3 warnings:", "  3 × UserWarning: a poor match", ""]
+    assert said.getvalue().count("bob") == 1
+    assert "rejected" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        (
+            ["data.root=a/photos", "data.source=day", "data.target=[night]"],
+            "photos: from day to night",
+        ),
+        (["data.root=a/photos", "data.source=day"], "photos: from day"),
+        ([], ""),
+    ],
+)
+def test_a_title_of_the_users_own_data(given, title):
+    config = apply_overrides(load_recipe("lighting"), given)
+    assert Experiment.own_title(SimpleNamespace(config=config)) == title
 
 
 class Keeps(Callback):

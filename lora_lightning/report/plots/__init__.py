@@ -70,15 +70,16 @@ def _wide_characters() -> Iterator[None]:
 
     Matplotlib's font lacks it, and measures 0.6 em for each character, in place of 1 em.
     """
-    real = RendererSVG.get_text_width_height_descent
+    renderer: Any = RendererSVG
+    real = renderer.get_text_width_height_descent
 
     def measured(self: Any, s: str, prop: Any, ismath: Any) -> tuple[float, float, float]:
         width, height, descent = real(self, s, prop, ismath)
         wide = sum(east_asian_width(character) in "WF" for character in s)
         return width + 0.4 * wide * prop.get_size_in_points(), height, descent
 
-    RendererSVG.get_text_width_height_descent = measured  # type: ignore[method-assign]
+    renderer.get_text_width_height_descent = measured
     try:
         yield
     finally:
-        RendererSVG.get_text_width_height_descent = real  # type: ignore[method-assign]
+        renderer.get_text_width_height_descent = real
