@@ -164,6 +164,16 @@ class Evidence:
         return np.asarray(self._metric(a.sum(0) + moved) - self._metric(b.sum(0) - moved))
 
 
+def by_chance(after: np.ndarray, before: np.ndarray) -> str:
+    """What is said of a difference of (items,) right answers that can be chance; else ""."""
+    ones = np.ones(len(after))
+    scores = {(m, "", 0): np.stack([x, ones], 1) for m, x in (("a", after), ("b", before))}
+    found = Evidence(scores, "accuracy").difference("a", "b", [""])
+    if found is None or found[0].clear or not any(found[1:]):
+        return ""
+    return f" ({found[1]} better, {found[2]} worse, which can be chance)"
+
+
 def by_seed(values: Sequence[float]) -> Interval | None:
     """Of the mean of these seeds' values; None for a single one."""
     if len(values) < 2:

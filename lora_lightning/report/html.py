@@ -104,12 +104,15 @@ def _evidence(summary: Summary) -> str:
             certain = found.known and (found.clear or not found.value)
             said.append(word if certain else "not clear" if found.known else "–")
         cells = [*(_ends(i, summary) for i in ends), *said]
+        if summary.seeds < 2:  # nothing is known by seed
+            cells = [cells[0], cells[2], cells[4]]
         if any(c != "–" for c in cells):
             values = "".join(f"<td>{escape(c)}</td>" for c in cells)
             rows.append(f'<tr><th scope="row">{escape(method)}</th>{values}</tr>')
     if not rows:
         return ""
-    heads = _heads(("method", "by item", "by seed", "difference by item", "by seed", "is"))
+    names = ["by item", "by seed", "difference by item", "difference by seed"]
+    heads = _heads(["method", *(names if summary.seeds > 1 else names[::2]), "is"])
     return (
         f'<h2>How sure is that?</h2><div class="wide"><table><thead><tr>{heads}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

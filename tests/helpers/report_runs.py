@@ -23,12 +23,13 @@ def row(method: str, domain: str, seed: int, value: float, **changes: Any) -> Ro
 
 
 def scored(rows: list[Row], n: int = 1000) -> dict[tuple[str, str, int], np.ndarray]:
-    """Scores of `n` items that give these rows' values; the first ones are right."""
-    known = [r for r in rows if math.isfinite(r.value)]
-    return {
-        (r.method, r.domain, r.seed): np.stack([np.arange(n) < round(r.value * n), np.ones(n)], 1)
-        for r in known
-    }
+    """Scores of `n` items that give these rows' values: the first are right; degrees are alike."""
+
+    def each(value: float) -> np.ndarray:
+        values = np.full(n, value) if value > 1 else np.arange(n) < round(value * n)
+        return np.stack([values, np.ones(n)], 1)
+
+    return {(r.method, r.domain, r.seed): each(r.value) for r in rows if math.isfinite(r.value)}
 
 
 def make_run(root: Path, rows: list[Row], **changes: Any) -> Run:
