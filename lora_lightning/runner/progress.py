@@ -18,6 +18,7 @@ from rich.table import Column
 from torch import Tensor
 
 from lora_lightning.report.console import PlainConsole
+from lora_lightning.report.metrics import shorten
 
 # Warnings of Lightning about deliberate choices: loaders that load in this process
 # (small data are in memory), no validation, and logging less often than there are batches.
@@ -74,7 +75,7 @@ class Stage:
     def say(self, text: str) -> None:
         """Show how it stands in the stage's own line, in place of what was said before."""
         self._said = text
-        self._bars.update(self._task, said=text)
+        self._bars.update(self._task, said=shorten(text, 24))  # for 80 columns
 
     @property
     def finished(self) -> bool:
@@ -106,7 +107,7 @@ class Stages:
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}", markup=False, table_column=_cut()),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=8),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[said]}", markup=False, table_column=_cut()),
