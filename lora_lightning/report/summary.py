@@ -132,10 +132,8 @@ class Summary:
     def seed_interval(self, method: str, domains: Sequence[str]) -> Interval | None:
         """95 % of a mean over domains, by seed, within what the metric can be."""
         found = by_seed(list(self._by_seed(method, domains).values()))
-        if found is None:
-            return None
         most = math.inf if self.lower else 1.0
-        return Interval(max(found.low, 0.0), min(found.high, most))
+        return found and Interval(max(found.low, 0.0), min(found.high, most))
 
     def _by_seed(self, method: str, domains: Sequence[str]) -> dict[int, float]:
         values = {

@@ -86,24 +86,6 @@ class Experiment(ABC, Generic[Config]):
     def source(self) -> nn.Module:
         """The source model, trained or the user's own, saved beside the adapters."""
 
-    def own_title(self) -> str:
-        """The title of a run on the user's own data, by its names; "" on the recipe's data."""
-        data: Any = getattr(self.config, "data", None)
-        names = (getattr(data, name, None) for name in ("root", "pairs", "target"))
-        folder = next((str(name) for name in names if name and isinstance(name, str)), "")
-        if not folder:
-            return ""
-        given = getattr(data, "target", None)
-        targets = (
-            [str(t) for t in given]
-            if isinstance(given, Sequence) and not isinstance(given, str)
-            else []
-        )
-        source = getattr(data, "source", None) if getattr(data, "root", None) else None
-        shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
-        way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
-        return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])
-
     def before_methods(self) -> None:
         """Called for each seed, after its source model is made."""
 
@@ -229,10 +211,9 @@ class Experiment(ABC, Generic[Config]):
         self.train(self.task(model, stage.source), data, [bar], (SOURCE, ""), max_epochs=passes)
 
     def count(self, label: str, domain: str, scores: Any) -> None:
-        """Keep what each held-out item adds to the metric's sums, (items, sums), for intervals.
+        """Keep what each held-out item adds to the metric's sums, (items, sums); no NaN is kept.
 
-        Those of a domain that several adapters are measured on are added up. Items that cannot be
-        measured, for want of a label, have NaN: then nothing is kept.
+        Those of a domain that several adapters are measured on are added up.
         """
         key, numbers = (label, domain, self.seed), np.asarray(scores, dtype=float)
         if len(numbers) and np.isfinite(numbers).all():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_lightning.report.console import PlainConsole
 from lora_lightning.report.metrics import shorten
+from lora_lightning.runner.counted_warnings import counted_warnings
 
 # Warnings of Lightning about deliberate choices: loaders that load in this process
 # (small data are in memory), no validation, and logging less often than there are batches.
@@ -34,27 +35,6 @@ _CHOSEN = (
 
 
 MOST_LOSSES = 200  # points of a curve
-
-
-@contextmanager
-def _counted_warnings(console: PlainConsole) -> Iterator[None]:
-    """Within the block warnings are counted, and each is printed once, at its end."""
-    found: Counter[str] = Counter()
-
-    def count(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-        found[f"{category.__name__}: {' '.join(str(message).split())}"] += 1
-
-    with warnings.catch_warnings():
-        # Where no other filter says what to do; else a place would warn only once.
-        warnings.simplefilter("always", append=True)
-        warnings.showwarning = count
-        try:
-            yield
-        finally:
-            if number := sum(found.values()):
-                console.print(f"{number} warning{'s' * (number > 1)}:", style="yellow")
-            for text, times in found.most_common():
-                console.print(f"  {times} × {text}")
 
 
 def _cut() -> Column:
@@ -113,7 +93,7 @@ class Stages:
             TextColumn("{task.fields[said]}", markup=False, table_column=_cut()),
             console=self.console,
         )
-        self._counting = _counted_warnings(self.console)
+        self._counting = counted_warnings(self.console)
         self._stages: list[Stage] = []
         self.current: Stage | None = None
 

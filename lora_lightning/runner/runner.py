@@ -40,7 +40,7 @@ def run(
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
             experiment.run.command = command
-            if not titled and (own := experiment.own_title()):
+            if not titled and (own := own_title(config)):
                 experiment.run.title = own
             _check(experiment)
             out = Path(config.out)
@@ -102,3 +102,18 @@ def _empty(kind: type[Experiment[Any]], config: RunConfig, given: DictConfig) ->
         skipped=[],
         notes=[],
     )
+
+
+def own_title(config: Any) -> str:
+    """The title of a run on the user's own data, by its names; "" on the recipe's data."""
+    data: Any = getattr(config, "data", None)
+    names = (getattr(data, name, None) for name in ("root", "pairs", "target"))
+    folder = next((str(name) for name in names if name and isinstance(name, str)), "")
+    if not folder:
+        return ""
+    given = getattr(data, "target", None)
+    targets = [] if given is None or isinstance(given, str) else [str(t) for t in given]
+    source = getattr(data, "source", None) if getattr(data, "root", None) else None
+    shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
+    way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
+    return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])

@@ -8,7 +8,6 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from lora_lightning.runner.experiment import Experiment, Method
 from lora_lightning.runner.loading import KINDS, Kind, apply_overrides, load_recipe, run_recipe
 from lora_lightning.runner.progress import Stages as Stages_
 from lora_lightning.runner.progress import Ticks
+from lora_lightning.runner.runner import own_title
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.vision.classifier import Classifier
@@ -228,7 +228,7 @@ def test_stages_leave_a_line_each_and_warnings_are_counted():
 )
 def test_a_title_of_the_users_own_data(given, title):
     config = apply_overrides(load_recipe("lighting"), given)
-    assert Experiment.own_title(SimpleNamespace(config=config)) == title
+    assert own_title(config) == title
 
 
 class Keeps(Callback):
