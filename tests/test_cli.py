@@ -54,7 +54,7 @@ def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
     assert main(["sweep", "lighting", *TINY, *own, "--ranks", "1", "64", "auto"]) == 0
     out = capsys.readouterr().out
     assert "rank 64" in out
-    assert (tmp_path / "out/plots/ranks.png").is_file()
+    assert (tmp_path / "out/plots/ranks.svg").is_file()
     rows = json.loads((tmp_path / "out/results.json").read_text())
     ranked = [
         (r["method"].split(", ")[1], r["trainable_parameters"]) for r in rows if "," in r["method"]

@@ -26,6 +26,7 @@ def run(
     kind: type[Experiment[Any]],
     given: DictConfig,
     command: str = "",
+    titled: bool = True,
     *,
     sources: Sources | None = None,
 ) -> Run:
@@ -35,6 +36,7 @@ def run(
         kind: Of the run.
         given: Its settings.
         command: That repeats it, for the report.
+        titled: Whether the user gave the title; else data of their own have one of their own.
         sources: Source models of an earlier run, to which those that are made are added.
 
     Raises:
@@ -47,6 +49,8 @@ def run(
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
             experiment.run.command = command
+            if not titled and (own := own_title(config)):
+                experiment.run.title = own
             _check(experiment)
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,9 @@ def _run(experiment: Experiment[Any], sources: Sources) -> None:
     if not experiment.source_each_seed:
         _take_source(experiment, sources, None)
     for seed in config.seeds:
-        stages.console.print(f"seed {seed}", style="bold") if len(config.seeds) > 1 else None
+        if len(config.seeds) > 1:
+            stages.settle()
+            stages.line(f"seed {seed}", style="bold")
         experiment.begin(seed)
         _one_seed(experiment, sources)
         write_report(experiment.run, Path(config.out))
@@ -113,3 +119,18 @@ def _empty(kind: type[Experiment[Any]], config: RunConfig, given: DictConfig) ->
         skipped=[],
         notes=[],
     )
+
+
+def own_title(config: Any) -> str:
+    """The title of a run on the user's own data, by its names; "" on the recipe's data."""
+    data: Any = getattr(config, "data", None)
+    names = (getattr(data, name, None) for name in ("root", "pairs", "target"))
+    folder = next((str(name) for name in names if name and isinstance(name, str)), "")
+    if not folder:
+        return ""
+    given = getattr(data, "target", None)
+    targets = [] if given is None or isinstance(given, str) else [str(t) for t in given]
+    source = getattr(data, "source", None) if getattr(data, "root", None) else None
+    shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
+    way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
+    return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])

@@ -13,6 +13,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Transcript
+from lora_lightning.report.word_errors import errors
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
 from lora_lightning.runner.experiment import Experiment
@@ -196,6 +197,8 @@ class Recognition(Experiment[Config]):
         """WER and CER of the transcripts of the domain's held-out recordings."""
         self.answers.setdefault(label, {})[domain.name] = found
         said = [self.source_model.labels.normalise(u.text or "") for u in domain.held_out]
+        counts = [(errors(a, b), len(a.split())) for a, b in zip(said, found, strict=True)]
+        self.count(label, domain.name, counts)
         rates = {"WER": word_error_rate(found, said), "CER": char_error_rate(found, said)}
         return [(domain.name, metric, float(rate)) for metric, rate in rates.items()]
 
