@@ -35,6 +35,7 @@ examples:
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
   lora-lightning sweep lighting --ranks 1 2 4 8 auto
+  lora-lightning sweep lighting lora.rank=1,2,4 train.lora.learning_rate=1e-3,1e-2
   lora-lightning adapt-images --model convnext_tiny --checkpoint mine.pth --images night/ \
       --out night.safetensors
   lora-lightning adapt-speaker --model spoken --enroll alice/ --out alice.safetensors
@@ -91,12 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
     run.set_defaults(command=_run, parser=run)
 
-    sweep = commands.add_parser("sweep", help="compare ranks: a recipe's adapter at each of them")
+    sweep = commands.add_parser(
+        "sweep", help="compare settings: a recipe at each of several values"
+    )
     sweep.add_argument("name", metavar="NAME", help="a recipe's name, folder or file")
-    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
     sweep.add_argument(
-        "--ranks", nargs="+", type=_rank, default=[*RANKS], metavar="RANK",
-        help=f"whole numbers, and auto; default: {' '.join(map(str, RANKS))}",
+        "overrides", nargs="*", metavar="key=value[,value...]",
+        help="settings, over its own; several values of a key: every combination is run",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--ranks", nargs="+", type=_rank, metavar="RANK",
+        help="where no key has several values: ranks to compare in one run, numbers and auto; "
+        f"default: {' '.join(map(str, RANKS))}",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--by", metavar="MEASURE",
+        help="what chooses the best combination: source, its held-out items (the default); target, "
+        "or a target's name: then labels of the target choose",
     )  # fmt: skip
     sweep.set_defaults(command=_sweep)
 
@@ -132,10 +144,26 @@ def _run(arguments: argparse.Namespace) -> None:
     return None
 
 
-def _sweep(arguments: argparse.Namespace) -> None:
+def _sweep(arguments: argparse.Namespace) -> int:
+    from lora_lightning.runner.grid import is_grid, sweep_grid
     from lora_lightning.runner.loading import sweep_recipe
 
-    _show(sweep_recipe(arguments.name, arguments.ranks, arguments.overrides))
+    grid = is_grid(arguments.overrides)
+    if arguments.by and not grid:
+        raise ConfigError("--by chooses among settings with several values: lora.rank=1,2,4")
+    if not grid:
+        ranks = arguments.ranks or [*RANKS]
+        _show(sweep_recipe(arguments.name, ranks, arguments.overrides))
+        return 0
+    if arguments.ranks:
+        raise ConfigError("give either --ranks, or lora.rank=1,2,4 among the other settings")
+    console, told = _console(), _console(stderr=True)
+    sweep = sweep_grid(
+        arguments.name, arguments.overrides, arguments.by, lambda t: told.print(t, style="bold")
+    )
+    console.print(sweep.table())
+    console.print(f"\n{sweep.verdict()}", markup=False)
+    return int(bool(sweep.failed))
 
 
 def _rank(text: str) -> int | str:

@@ -54,7 +54,7 @@ def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
     assert main(["sweep", "lighting", *TINY, *own, "--ranks", "1", "64", "auto"]) == 0
     out = capsys.readouterr().out
     assert "rank 64" in out
-    assert (tmp_path / "out/plots/ranks.png").is_file()
+    assert (tmp_path / "out/plots/ranks.svg").is_file()
     rows = json.loads((tmp_path / "out/results.json").read_text())
     ranked = [
         (r["method"].split(", ")[1], r["trainable_parameters"]) for r in rows if "," in r["method"]
@@ -167,6 +167,11 @@ def test_merge_with_another_base(adapter, tmp_path, capsys):
         (["run", "lightin"], "there is no recipe 'lightin'; did you mean 'lighting'?"),
         (["run", "lighting", "lora.rnk=3"], "unknown key 'lora.rnk'; did you mean 'lora.rank'"),
         (["run", "lighting", "data.root=/nowhere/at/all", "out=OUT"], "there is no folder"),
+        (
+            ["sweep", "lighting", "lora.rank=1,2", "--ranks", "1"],
+            "either --ranks, or lora.rank=1,2",
+        ),
+        (["sweep", "lighting", "--by", "target"], "--by chooses among settings"),
         (["inspect", "nothing.safetensors"], "does not exist"),
         (["copy", "lightin", "."], "there is no recipe"),
         (["run", "lighting", "lora.alpha=[1]"], "lora.alpha must be one value, such as 8.0"),

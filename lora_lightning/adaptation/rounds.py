@@ -64,8 +64,16 @@ class Round:
 
 
 def print_wrapped(module: LightningModule, text: str) -> None:
-    """Print a text wrapped to the terminal, on rank 0."""
-    module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
+    """Print a text wrapped to the terminal, on rank 0.
+
+    A callback with a function ``say`` is given it instead: it has a line that says whose it is.
+    """
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    say = next((c.say for c in callbacks if hasattr(c, "say")), None)
+    if say is None:
+        module.print(textwrap.fill(text, WIDTH, subsequent_indent="  "))
+    elif module.trainer.is_global_zero:
+        say(text)
 
 
 class Rounds(Generic[Answers]):

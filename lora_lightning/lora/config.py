@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+
+from typing_extensions import Unpack
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.initialisation import METHODS
@@ -225,3 +227,9 @@ class LoRAConfig:
             if key not in known:
                 raise ConfigError(unknown("key", str(key), known))
         return cls(**given)
+
+
+if TYPE_CHECKING:
+    ConfigFields = Any
+else:  # keyword arguments as type checkers and LightningCLI understand them
+    ConfigFields = Unpack[TypedDict("ConfigFields", get_type_hints(LoRAConfig), total=False)]

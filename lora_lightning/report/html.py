@@ -15,7 +15,7 @@ from importlib import resources
 from itertools import groupby
 from string import Template
 
-from lora_lightning.report import audio
+from lora_lightning.report import audio, interval_table
 from lora_lightning.report.metrics import AZIMUTH_ERROR
 from lora_lightning.report.plots import Plot
 from lora_lightning.report.results import Run
@@ -77,6 +77,7 @@ def _results(run: Run, summary: Summary) -> str:
         f"{_table(summary, summary.columns(1 if apart else MOST_COLUMNS))}"
         f'<p class="note">{escape(summary.footnote())}{_SAID.get(run.metric, "")}</p>'
         + (_by_domain(summary) if apart else "")
+        + interval_table.section(summary)
     )
 
 
@@ -90,7 +91,10 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
         f'<th colspan="{len(list(members))}" scope="colgroup"><span>{escape(group)}</span></th>'
         for group, members in groupby(columns, key=lambda c: c.group)
     )
-    names = _heads((*(c.name for c in columns), *costs))
+    counted = "".join(
+        f'<th scope="col">{escape(c.name)}{_count(summary.tested(c.domains))}</th>' for c in columns
+    )
+    names = counted + _heads(costs)
     body = []
     best = summary.best()
     for method in summary.methods:
@@ -104,6 +108,10 @@ def _table(summary: Summary, columns: Sequence[Column]) -> str:
         f'<th colspan="{len(costs)}"></th></tr><tr><th scope="col">method</th>{names}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _count(items: int | None) -> str:
+    return f'<span class="n">n = {items}</span>' if items else ""
 
 
 def _heads(names: Iterable[str]) -> str:
@@ -132,7 +140,8 @@ def _shifts(run: Run, summary: Summary) -> str:
             str(s["entry"] or "–"),
         ]
         values = "".join(f"<td>{escape(c)}</td>" for c in cells)
-        rows.append(f'<tr><th scope="row">{escape(domain)}</th>{values}</tr>')
+        count = _count(summary.tested([domain]))
+        rows.append(f'<tr><th scope="row">{escape(domain)}{count}</th>{values}</tr>')
     return (
         f"<h2>How far are the targets?</h2>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
@@ -141,11 +150,11 @@ def _shifts(run: Run, summary: Summary) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    source = base64.b64encode(plot.png).decode()
+    source = base64.b64encode(plot.svg).decode()
     return (
-        f'<h2>{escape(plot.title)}</h2><figure><img alt="{escape(plot.title)}" '
-        f'src="data:image/png;base64,{source}"><figcaption>{escape(plot.caption)}</figcaption>'
-        "</figure>"
+        f'<h2>{escape(plot.title)}</h2><figure><div class="wide"><img alt="{escape(plot.title)}" '
+        f'src="data:image/svg+xml;base64,{source}"></div><figcaption>{escape(plot.caption)}'
+        "</figcaption></figure>"
     )
 
 
@@ -175,7 +184,7 @@ def _by_domain(summary: Summary) -> str:
     names = _heads(summary.methods)
     sources = [summary.source] if summary.source else []
     rows = "".join(
-        f'<tr><th scope="row">{escape(domain)}</th>'
+        f'<tr><th scope="row">{escape(domain)}{_count(summary.tested([domain]))}</th>'
         + "".join(_cell(summary.cell(method, [domain])) for method in summary.methods)
         + "</tr>"
         for domain in [*sources, *summary.targets]

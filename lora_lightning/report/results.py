@@ -29,6 +29,7 @@ class Row:
     seconds: float
     file_bytes: int | None = None
     items: int | None = None  # labelled target items that the method was given
+    tested: int | None = None  # held-out items behind `value`, where they were counted
 
 
 @dataclass
@@ -112,6 +113,9 @@ class Run:
         command: the command that repeats the run; made from the name where empty.
         verdict: the sentence at the top of the page; made from the rows where empty.
         texts: the kind of `transcripts`, and the name of their file.
+        scores: (method, domain, seed) → (items, sums), what each held-out item adds to the sums
+            that the metric is made of, see `report.evidence`; for the intervals.
+        losses: (training, case, seed) → (step, loss) of it.
         read_audio: gives the samples (T,) of a transcript's audio file at a sampling rate in Hz;
             raises DataError where it cannot. None: recordings are not played.
     """
@@ -135,6 +139,8 @@ class Run:
     shifts: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     verdict: str = ""
     read_audio: Callable[[str, int], Tensor] | None = None
+    scores: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+    losses: dict[tuple[str, str, int], list[tuple[int, float]]] = field(default_factory=dict)
 
     def heard(self) -> list[Transcript]:
         """The first seed's held-out recordings, or sentences."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from lora_lightning.report.evidence import Difference, Evidence, Interval, by_seed
 from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
 from lora_lightning.report.results import HELD_OUT, Prediction, Run
 
@@ -72,6 +73,7 @@ class Summary:
         self.unit = UNITS.get(run.metric, PERCENT)
         self._headline = run.config.get("headline")
         self._values = {(r.method, r.domain, r.seed): r.value for r in self._rows}
+        self._evidence = Evidence(run.scores, run.metric)
         self.methods = list(dict.fromkeys(r.method for r in self._rows))
         domains = list(dict.fromkeys(r.domain for r in self._rows))
         self.source = next((d for d in ("source", _source_of(run)) if d in domains), None)
@@ -104,7 +106,7 @@ class Summary:
         A seed that lacks one of the domains is left out and counted: an average over fewer
         domains would not compare.
         """
-        domains = [d for d in domains if d not in self._without]
+        domains = self._labelled(domains)
         seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
         found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
         if not any(v is not None for values in found for v in values):
@@ -114,6 +116,43 @@ class Summary:
         spread = stdev(kept) if len(kept) > 1 else NAN
         mean, lost = fmean(kept) if kept else NAN, len(means) - len(kept)
         return Cell(mean, spread, len(kept), lost, self.unit)
+
+    def _labelled(self, domains: Sequence[str]) -> list[str]:
+        return [d for d in domains if d not in self._without]
+
+    def tested(self, domains: Sequence[str]) -> int | None:
+        """The number of held-out items behind a mean over these domains, where it is known."""
+        counts = (self._evidence.items(m, self._labelled(domains)) for m in self.methods)
+        return next((n for n in counts if n), None)
+
+    def interval(self, method: str, domains: Sequence[str]) -> Interval | None:
+        """95 % of a mean over domains, by item."""
+        return self._evidence.mean(method, self._labelled(domains))
+
+    def seed_interval(self, method: str, domains: Sequence[str]) -> Interval | None:
+        """95 % of a mean over domains, by seed, within what the metric can be."""
+        found = by_seed(list(self._by_seed(method, domains).values()))
+        most = math.inf if self.lower else 1.0
+        return found and Interval(max(found.low, 0.0), min(found.high, most))
+
+    def _by_seed(self, method: str, domains: Sequence[str]) -> dict[int, float]:
+        values = {
+            s: fmean(self._values.get((method, d, s), NAN) for d in domains)
+            for s in dict.fromkeys(r.seed for r in self._rows if r.method == method)
+            if (domains := self._labelled(domains))
+        }
+        return {s: v for s, v in values.items() if math.isfinite(v)}
+
+    def difference(self, method: str, than: str) -> Difference:
+        """Of two methods' means on the target, with its intervals."""
+        targets = self._labelled(self.targets)
+        ours, theirs = (self._by_seed(m, targets) for m in (method, than))
+        gaps = [ours[s] - theirs[s] for s in ours if s in theirs]
+        value = self.target(method).mean - self.target(than).mean
+        found = self._evidence.difference(method, than, targets)
+        interval, better, worse = found or (None, 0, 0)
+        items = self.tested(targets) or 0
+        return Difference(value, interval, by_seed(gaps), better, worse, items, len(gaps))
 
     def target(self, method: str) -> Cell:
         """The average over all target domains."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.report.cells import cell
+from lora_lightning.report.evidence import Difference
 from lora_lightning.report.files import atomic_write
 from lora_lightning.report.metrics import PERCENT, shorten
 from lora_lightning.report.results import Prediction, Row, Run, Transcript
@@ -59,7 +60,9 @@ def _table(run: Run, summary: Summary) -> Table:
     table.add_column("method", overflow="fold", max_width=max(18, 42 - 7 * len(columns)))
     room = 8 if len(columns) > 3 else 14  # a name's characters, to fit 80 columns
     for c in columns:
-        table.add_column(Text(f"{c.group}\n{shorten(c.name, room)}"), justify="right", no_wrap=True)
+        head = f"{c.group}\n{shorten(c.name, room)}"
+        head += f"\nn={n}" if (n := summary.tested(c.domains)) else ""
+        table.add_column(Text(head), justify="right", no_wrap=True)
     for name in ("tuned\nparams", "time\n(s)", "file\nsize"):
         table.add_column(name, justify="right", no_wrap=True)
     best = summary.best()
@@ -91,23 +94,44 @@ def verdict(run: Run) -> str:
     seeds = f" (mean of {summary.seeds} seeds)" if summary.seeds > 1 else ""
     full = next((m for m in known if m.lower().startswith("full") and m != after), None)
     rest = "" if full is None else _against(summary, after, full)
-    change = _change(summary, before, after, run.metric)
+    change = _change(summary, before, after, run.metric, seeds)
     harm = _harm(summary, before, after) if summary.lower else ""
     harm += _without_labels(summary, known, before, after, run.metric)
-    return f"On the target, {_spoken(after)} {change}{seeds}{rest}.{harm}"
+    return f"On the target, {_spoken(after)} {change}{rest}.{harm}"
 
 
-def _change(summary: Summary, before: str, after: str, metric: str) -> str:
+def _change(summary: Summary, before: str, after: str, metric: str, seeds: str = "") -> str:
     start, end = (summary.target(m).mean for m in (before, after))
     first, last = map(summary.unit.text, (start, end))
     if first == last:
-        return f"leaves {metric} at {last}"
+        return f"leaves {metric} at {last}{seeds}"
+    found = summary.difference(after, before)
+    if not found.clear:
+        return f"changes {metric} from {first} to {last}{seeds}, {_by_chance(found, summary)}"
     word = "raises" if end > start else "lowers"
     change = f"{word} {metric} from {first} to {last}"
     if summary.lower and end < start:
         what = "fewer errors" if summary.unit == PERCENT else "less"
         change += f", {100 * (1 - end / start):.0f} % {what}"
-    return change
+    return change + seeds
+
+
+def _by_chance(found: Difference, summary: Summary) -> str:
+    """Why a difference is not called a gain or a loss."""
+    if not found.known:
+        return "without an interval, as the scores of single items are not known"
+    by_item = found.by_item is not None and not found.by_item.clear
+    interval = found.by_item if by_item else found.by_seed
+    assert interval is not None
+    said = "which can be chance"
+    if by_item:
+        gains = found.worse if summary.lower else found.better
+        harms = found.better if summary.lower else found.worse
+        said += f": {gains} of {found.items} items better, {harms} worse"
+    of = "items" if by_item else f"{summary.seeds} seeds"
+    unit = " points" if summary.unit == PERCENT else summary.unit.symbol
+    ends = " to ".join(f"{summary.unit.scale * end:+.1f}" for end in (interval.low, interval.high))
+    return f"{said} (95 % interval of the paired difference over {of}: {ends}{unit})"
 
 
 def _without_labels(
@@ -147,12 +171,16 @@ def _against(summary: Summary, method: str, full: str) -> str:
         points += summary.unit.symbol if degrees else " point" + "s" * (points != "1.0")
         text = f"{points} {'above' if gap > 0 else 'below'} full fine-tuning"
         spread = scale * max((c.sd for c in cells if not math.isnan(c.sd)), default=0.0)
-        text += " (within the spread over seeds)" if abs(gap) <= spread else ""
+        found = summary.difference(method, full)
+        if abs(gap) <= spread:
+            text += " (within the spread over seeds)"
+        elif found.known and not found.clear:
+            text += " (which can be chance)"
     return f", {text}, with {share:.{1 if share < 10 else 0}f} % of its trainable parameters"
 
 
 def write_report(run: Run, out: Path) -> None:
-    """Write results.json, results.csv, predictions.csv, plots/*.png and report.html to `out`.
+    """Write results.json, results.csv, predictions.csv, plots/*.svg and report.html to `out`.
 
     A run of speech recognition has a transcripts.csv in place of predictions.csv, one of
     translation a translations.csv; one that measured domain shifts has a shift.json.
@@ -173,9 +201,10 @@ def write_report(run: Run, out: Path) -> None:
         atomic_write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
     for name in plots.PLOTS:  # plots of an earlier run must not stay
-        (out / "plots" / f"{name}.png").unlink(missing_ok=True)
+        for ending in ("png", "svg"):  # PNG was written before
+            (out / "plots" / f"{name}.{ending}").unlink(missing_ok=True)
     for plot in drawn:
-        atomic_write(out / "plots" / f"{plot.name}.png", plot.png)
+        atomic_write(out / "plots" / f"{plot.name}.svg", plot.svg)
     atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
 
 

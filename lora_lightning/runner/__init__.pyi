@@ -1,6 +1,8 @@
 from .cases import Adapted as Adapted
 from .cases import Case as Case
 from .experiment import Experiment as Experiment
+from .grid import sweep_grid as sweep_grid
+from .grid_results import Sweep as Sweep
 from .loading import apply_overrides as apply_overrides
 from .loading import find_recipe as find_recipe
 from .loading import list_recipes as list_recipes

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
@@ -25,13 +26,14 @@ from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row, Run
 from lora_lightning.runner.cases import Adapted, Case, Unlabelled
 from lora_lightning.runner.file_names import adapter_name
-from lora_lightning.runner.progress import Stages, Ticks
+from lora_lightning.runner.progress import Losses, Stages, Ticks
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.training.lora_callback import LoRACallback
 
 Config = TypeVar("Config", bound=RunConfig)
 Method = Callable[..., list[Row]]
+SOURCE = "source model"  # the name of its training
 
 
 class Experiment(ABC, Generic[Config]):
@@ -182,14 +184,19 @@ class Experiment(ABC, Generic[Config]):
         task: LightningModule,
         data: LightningDataModule | None,
         callbacks: Sequence[Callback],
+        name: tuple[str, str] = ("", ""),
         **settings: Any,
     ) -> float:
-        """Fit a task; returns the seconds."""
+        """Fit a task; returns the seconds. Named by row and case, its losses go to the report."""
         settings["gradient_clip_val"] = self.gradient_clip
-        trainer = make_trainer(self.config, callbacks, **settings)
+        losses = Losses()
+        trainer = make_trainer(self.config, [*callbacks, losses], **settings)
         start = time.perf_counter()
         trainer.fit(task, datamodule=data)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if any(name):
+            self.run.losses[(*name, self.seed)] = losses.found()
+        return seconds
 
     def train_source(self, model: nn.Module, data: LightningDataModule) -> None:
         """Fit the source model."""
@@ -201,7 +208,16 @@ class Experiment(ABC, Generic[Config]):
                 f"The source model is trained for {passes} passes over its few items, in place of "
                 f"{stage.source.epochs}: train.source.least_steps={stage.source.least_steps}."
             )
-        self.train(self.task(model, stage.source), data, [bar], max_epochs=passes)
+        self.train(self.task(model, stage.source), data, [bar], (SOURCE, ""), max_epochs=passes)
+
+    def count(self, label: str, domain: str, scores: Any) -> None:
+        """Keep what each held-out item adds to the metric's sums, (items, sums); no NaN is kept.
+
+        Those of a domain that several adapters are measured on are added up.
+        """
+        key, numbers = (label, domain, self.seed), np.asarray(scores, dtype=float)
+        if len(numbers) and np.isfinite(numbers).all():
+            self.run.scores[key] = self.run.scores.get(key, 0.0) + numbers
 
     def rows(self, label: str, case: Case, adapted: Adapted) -> list[Row]:
         """The measurements of an adapted model, as rows."""
@@ -217,9 +233,13 @@ class Experiment(ABC, Generic[Config]):
         """Rows of (domain, metric, value)."""
         costs = cost.parameters, cost.seconds, cost.file_bytes, case.items
         return [
-            Row(label, domain, self.seed, metric, value, *costs)
+            Row(label, domain, self.seed, metric, value, *costs, self._tested(label, domain))
             for domain, metric, value in measured
         ]
+
+    def _tested(self, label: str, domain: str) -> int | None:
+        scores = self.run.scores.get((label, domain, self.seed))
+        return None if scores is None else len(scores)
 
 
 def _passes(stage: Any, data: Callable[[], LightningDataModule]) -> int:

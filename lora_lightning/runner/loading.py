@@ -8,6 +8,8 @@ the later ones over the earlier: the configuration's defaults, recipe.yaml, ``ke
 from __future__ import annotations
 
 import importlib
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -148,12 +150,27 @@ def run_recipe(
     Returns:
         The results, as written to ``results.json``.
     """
-    config = apply_overrides(load_recipe(name), overrides)
+    recipe = load_recipe(name)
+    config = apply_overrides(recipe, overrides)
+    given = list(overrides)
     if out is not None:
         config.out = str(out)
+        given = [*(o for o in given if not o.startswith("out=")), f"out={_as_yaml(config.out)}"]
     from lora_lightning.runner.runner import run
 
-    return run(_imported(KINDS.get(config.kind).experiment), config)
+    command = shlex.join(["lora-lightning", "run", str(name), *given])
+    return run(experiment_of(config), config, command, config.title != recipe.title)
+
+
+def experiment_of(config: DictConfig) -> Any:
+    """The `Experiment` that runs a recipe's configuration."""
+    return _imported(KINDS.get(config.kind).experiment)
+
+
+def _as_yaml(text: str) -> str:
+    """The text as a value of ``key=value``, quoted where YAML would read something else."""
+    read = OmegaConf.from_dotlist([f"out={text}"]).out
+    return text if read == text else json.dumps(text)
 
 
 def _imported(what: str | type) -> Any:
@@ -167,7 +184,7 @@ def _imported(what: str | type) -> Any:
 def sweep_recipe(
     name: str | Path, ranks: Sequence[int | str], overrides: Sequence[str] = ()
 ) -> Run:
-    """Run a recipe's adapter with labels at several ranks; the plot ``ranks.png`` compares them.
+    """Run a recipe's adapter with labels at several ranks; the plot ``ranks.svg`` compares them.
 
     Args:
         name: See `run_recipe`.

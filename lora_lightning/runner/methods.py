@@ -23,6 +23,7 @@ from lora_lightning.registry import Registry
 from lora_lightning.report.results import Row
 from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case
 from lora_lightning.runner.experiment import Experiment, Method
+from lora_lightning.runner.progress import Says
 from lora_lightning.runner.sweep import Rank, at_rank
 from lora_lightning.training.lora_callback import LoRACallback
 
@@ -88,10 +89,10 @@ def each(
         if experiment.counts_batches:  # the trainers have their own bars
             rows += [row for case in cases for row in of(case, label)]
             continue
-        tick = experiment.stages.stage(label, "targets")
+        stage = experiment.stages.stage(label, "targets", len(cases))
         for done, case in enumerate(cases, 1):
             rows += of(case, label)
-            tick(done, len(cases))
+            stage(done, len(cases))
     return _averaged(rows)
 
 
@@ -113,8 +114,10 @@ def _label_free(experiment: Experiment[Any], case: Case, label: str) -> list[Row
     own = experiment.unlabelled(model, case)
     lora = without_head(experiment.config.lora, model, own.target_modules)
     callback = experiment.adapter(lora, case, "no", "labels", batch_norm=own.batch_norm)
-    callbacks = [callback, *own.callbacks, *_bars(experiment, label)]
-    seconds = experiment.train(own.task, own.data, callbacks, **own.trainer)
+    says, end = _line(experiment, case)
+    callbacks = [callback, *own.callbacks, *_bars(experiment, label), *says]
+    seconds = experiment.train(own.task, own.data, callbacks, (label, case.name), **own.trainer)
+    end()
     own.tell()
     adapted = _merged(model, seconds, callback)
     return [
@@ -129,7 +132,8 @@ def _lora(experiment: Experiment[Any], rank: Rank | None, case: Case, label: str
     lora = at_rank(experiment.config.lora, rank)
     callback = experiment.adapter(lora, case, *what, batch_norm=experiment.batch_norm)
     stage = experiment.config.train.lora
-    seconds = _fit(experiment, model, case, stage, [callback, *_bars(experiment, label)])
+    callbacks = [callback, *_bars(experiment, label)]
+    seconds = _fit(experiment, model, case, stage, callbacks, label)
     if experiment.first and experiment.shows(case, rank):
         for path, factors in named_factors(model, callback.name).items():
             values = spectrum(*factors.low_rank(), factors.spec.scaling)
@@ -140,21 +144,45 @@ def _lora(experiment: Experiment[Any], rank: Rank | None, case: Case, label: str
 def _full(experiment: Experiment[Any], case: Case, label: str) -> list[Row]:
     model, stage = experiment.fresh(), experiment.config.train.full
     callbacks = [*experiment.full_callbacks(), *_bars(experiment, label)]
-    seconds = _fit(experiment, model, case, stage, callbacks)
+    seconds = _fit(experiment, model, case, stage, callbacks, label)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(t.nbytes for t in model.state_dict().values())
     return experiment.rows(label, case, Adapted(model, seconds, parameters, size))
 
 
 def _fit(
-    experiment: Experiment[Any], model: nn.Module, case: Case, stage: Any, callbacks: Sequence[Any]
+    experiment: Experiment[Any],
+    model: nn.Module,
+    case: Case,
+    stage: Any,
+    callbacks: Sequence[Any],
+    label: str,
 ) -> float:
     task, data = experiment.task(model, stage), experiment.fit_data(case, stage)
-    return experiment.train(task, data, callbacks, **experiment.length(case, stage))
+    length = experiment.length(case, stage)
+    return experiment.train(task, data, callbacks, (label, case.name), **length)
 
 
 def _bars(experiment: Experiment[Any], label: str) -> list[Any]:
     return [experiment.bar(experiment.title(label))] if experiment.counts_batches else []
+
+
+def _line(experiment: Experiment[Any], case: Case) -> tuple[list[Says], Callable[[], None]]:
+    """What a target's training says in the stage's line, and the one line that is left of it."""
+    stage, said = experiment.stages.current, [""]
+    if experiment.counts_batches or stage is None:  # its own bar says it
+        return [], lambda: None
+
+    def say(text: str) -> None:
+        said[0] = f"{case.name}: {text}"
+        stage.say(said[0])
+
+    def end() -> None:
+        stage.say("")
+        if said[0]:
+            experiment.stages.line(f"  {said[0]}")
+
+    return [Says(say)], end
 
 
 def _merged(model: nn.Module, seconds: float, callback: LoRACallback) -> Adapted:

@@ -18,13 +18,26 @@ from lora_lightning.runner.sweep import at_rank, method_of, rank_of
 from lora_lightning.runner.trainer import make_trainer, threads
 from lora_lightning.training.lora_callback import LoRACallback
 
+# Seed → its source model, and the folder of its run; None: that of all seeds.
+Sources = dict[int | None, tuple[Any, str]]
 
-def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
+
+def run(
+    kind: type[Experiment[Any]],
+    given: DictConfig,
+    command: str = "",
+    titled: bool = True,
+    *,
+    sources: Sources | None = None,
+) -> Run:
     """Run every stage for every seed; the results are written to ``config.out``.
 
     Args:
         kind: Of the run.
         given: Its settings.
+        command: That repeats it, for the report.
+        titled: Whether the user gave the title; else data of their own have one of their own.
+        sources: Source models of an earlier run, to which those that are made are added.
 
     Raises:
         ConfigError: an invalid value, before anything is read or trained.
@@ -35,11 +48,14 @@ def run(kind: type[Experiment[Any]], given: DictConfig) -> Run:
         check_plan(config.methods, config.seeds, kind.methods)
         with threads(getattr(config, "threads", None)), Stages() as stages:
             experiment = kind(config, _empty(kind, config, given), stages)
+            experiment.run.command = command
+            if not titled and (own := own_title(config)):
+                experiment.run.title = own
             _check(experiment)
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(given, out / "config.yaml")
-            _run(experiment)
+            _run(experiment, {} if sources is None else sources)
             return experiment.run
 
 
@@ -52,21 +68,31 @@ def _check(experiment: Experiment[Any]) -> None:
     make_trainer(config, max_epochs=1)  # with all devices
 
 
-def _run(experiment: Experiment[Any]) -> None:
+def _run(experiment: Experiment[Any], sources: Sources) -> None:
     config, stages = experiment.config, experiment.stages
     experiment.load()
     if not experiment.source_each_seed:
-        experiment.source_model = experiment.source()
+        _take_source(experiment, sources, None)
     for seed in config.seeds:
-        stages.console.print(f"seed {seed}", style="bold") if len(config.seeds) > 1 else None
+        if len(config.seeds) > 1:
+            stages.settle()
+            stages.line(f"seed {seed}", style="bold")
         experiment.begin(seed)
-        _one_seed(experiment)
+        _one_seed(experiment, sources)
         write_report(experiment.run, Path(config.out))
 
 
-def _one_seed(experiment: Experiment[Any]) -> None:
+def _take_source(experiment: Experiment[Any], sources: Sources, seed: int | None) -> None:
+    if seed in sources:
+        experiment.run.notes.append(f"The source model is that of {sources[seed][1]}.")
+    else:
+        sources[seed] = experiment.source(), experiment.config.out
+    experiment.source_model, _ = sources[seed]
+
+
+def _one_seed(experiment: Experiment[Any], sources: Sources) -> None:
     if experiment.source_each_seed:
-        experiment.source_model = experiment.source()
+        _take_source(experiment, sources, experiment.seed)
     experiment.before_methods()
     for name in experiment.config.methods:
         experiment.run.rows += method_of(name, experiment.methods)(experiment)
@@ -93,3 +119,18 @@ def _empty(kind: type[Experiment[Any]], config: RunConfig, given: DictConfig) ->
         skipped=[],
         notes=[],
     )
+
+
+def own_title(config: Any) -> str:
+    """The title of a run on the user's own data, by its names; "" on the recipe's data."""
+    data: Any = getattr(config, "data", None)
+    names = (getattr(data, name, None) for name in ("root", "pairs", "target"))
+    folder = next((str(name) for name in names if name and isinstance(name, str)), "")
+    if not folder:
+        return ""
+    given = getattr(data, "target", None)
+    targets = [] if given is None or isinstance(given, str) else [str(t) for t in given]
+    source = getattr(data, "source", None) if getattr(data, "root", None) else None
+    shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
+    way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
+    return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])

@@ -96,7 +96,8 @@ class RunConfig:
         methods: What is compared, in the order of the table.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
         devices: Devices that a training uses; measuring uses one.
-        logger: Where a training logs, in `out`: csv or tensorboard; null: nowhere.
+        logger: What each training logs with, into logs/ in `out`: csv, tensorboard, wandb or
+            mlflow; null: nothing.
         lora: The adapter, a `LoRAConfig`.
     """
 

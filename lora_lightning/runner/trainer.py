@@ -2,34 +2,82 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from lightning.pytorch.utilities import rank_zero_only
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
 from lora_lightning.registry import Registry
 from lora_lightning.runner.settings import RunConfig
 
-# Name → a logger that writes into this folder.
+LOGS = "logs"  # folder of a run's logs, in its own
+PROJECT = "lora-lightning"  # of W&B, and MLflow's experiment
+# Name → a logger that writes into this folder; the name is that of the extra which brings it, too.
 LOGGERS: Registry[Callable[[str], Logger]] = Registry("logger")
 
 
 @LOGGERS.register("csv")
 def _csv(folder: str) -> Logger:
-    return CSVLogger(folder, name="logs")
+    return CSVLogger(folder, name=LOGS)
 
 
 @LOGGERS.register("tensorboard")
 def _tensorboard(folder: str) -> Logger:
+    return TensorBoardLogger(folder, name=LOGS)
+
+
+@LOGGERS.register("wandb")
+def _wandb(folder: str) -> Logger:
+    return _OneTraining(project=PROJECT, save_dir=_made(folder))
+
+
+@LOGGERS.register("mlflow")
+def _mlflow(folder: str) -> Logger:
+    # A database, as MLflow 3.13 refuses plain files; a server where the environment names one.
+    logs = _made(folder)
+    where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs / 'mlflow.db'}"
+    return MLFlowLogger(PROJECT, tracking_uri=where)
+
+
+def _made(folder: str) -> Path:
+    logs = Path(folder, LOGS).absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
+
+
+class _OneTraining(WandbLogger):
+    """Ends its run with the training: the next one of this process would log into it too."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+
+
+def _logger(name: str, folder: str) -> Logger:
+    make = LOGGERS.get(name)
     try:
-        return TensorBoardLogger(folder, name="logs")
+        return make(folder)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("logger=tensorboard: pip install tensorboard") from error
+        raise MissingDependencyError(
+            f"logger={name} needs a package that is not installed: pip install "
+            f'"lora-lightning[{name}]", or take logger=csv'
+        ) from error
 
 
 MOST_DEVICES = 1024  # of one machine; Lightning makes a list of them
@@ -48,12 +96,13 @@ def make_trainer(
 
     Raises:
         ConfigError: there is no such accelerator, or not here; no such logger; too many devices.
+        MissingDependencyError: the logger's package is not installed.
     """
     if not 1 <= config.devices <= MOST_DEVICES:
         raise ConfigError(f"devices={config.devices} is out of range: from 1 to {MOST_DEVICES}")
-    logger = LOGGERS.get(config.logger)(config.out) if config.logger else None
     trains = max_epochs != 0 or max_steps > 0
-    if trains and logger:
+    logger = _logger(config.logger, config.out) if trains and config.logger else False
+    if logger:
         settings["log_every_n_steps"] = 1  # a target has few batches
     try:
         return Trainer(
@@ -61,7 +110,7 @@ def make_trainer(
             max_steps=max_steps,
             accelerator=config.accelerator,
             devices=config.devices if trains else 1,
-            logger=logger if trains and logger else False,
+            logger=logger,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

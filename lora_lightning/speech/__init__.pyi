@@ -14,12 +14,14 @@ from .data.utterances import Utterance as Utterance
 from .episodic import SingleUtterance as SingleUtterance
 from .self_training import PseudoTranscriptCallback as PseudoTranscriptCallback
 from .tasks.ctc import CTCRecognition as CTCRecognition
+from .tasks.huggingface import HuggingFaceCTC as HuggingFaceCTC
 from .tasks.labels import Labels as Labels
 from .tasks.lexicon import Lexicon as Lexicon
 from .tasks.recognisers import ConformerCTC as ConformerCTC
 from .tasks.recognisers import load_recogniser as load_recogniser
 from .tasks.recognisers import save_recogniser as save_recogniser
 from .tasks.synthesis import Tacotron2Synthesis as Tacotron2Synthesis
+from .tasks.transcripts import spelt_out as spelt_out
 from .tasks.transducer import TransducerRecognition as TransducerRecognition
 from .tasks.utterance_tasks import AudioClassification as AudioClassification
 from .tasks.utterance_tasks import AudioRegression as AudioRegression

@@ -39,7 +39,12 @@ def add_commands(commands: Any) -> None:
     for name, kind, default, text in (
         ("rank", int, 2, "inner dimension of the factors"),
         ("alpha", float, 4.0, "numerator of the scaling alpha/rank"),
-        ("held-out", float, 0.2, "part that decides whether the adapter is kept, of ten or more"),
+        (
+            "held-out",
+            float,
+            0.2,
+            "part that decides if it is kept; below ten: thirds; 0: none",
+        ),
         ("seed", int, 0, "of factors, order, and what is held out"),
     ):
         adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
@@ -54,7 +59,14 @@ def add_commands(commands: Any) -> None:
         help="learn from no transcript; those that are there decide whether the adapter is kept. A "
         "speaker who has none is learnt so anyway",
     )  # fmt: skip
-    _add_lexicon(adapt, "words that may be said, for speakers without transcripts")
+    adapt.add_argument(
+        "--no-guard", dest="guard", action="store_false",
+        help="without transcripts, adapt even where the guard says that it does harm",
+    )  # fmt: skip
+    _add_lexicon(
+        adapt, "words that may be said: learnt by speakers without transcripts, and judged"
+    )
+    _add_numbers(adapt)
     adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
     adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
     adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
@@ -65,6 +77,7 @@ def add_commands(commands: Any) -> None:
     transcribe.add_argument("--adapter", type=Path, metavar="FILE", help="a speaker's adapter")
     transcribe.add_argument("--beam", type=int, metavar="N", help="prefix beam search; else greedy")
     _add_lexicon(transcribe, "the only words that may be written")
+    _add_numbers(transcribe)
     transcribe.add_argument("--json", action="store_true", help="a JSON object a line")
     transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE|DIR|MANIFEST")
     transcribe.set_defaults(command=_transcribe)
@@ -74,6 +87,13 @@ def _add_lexicon(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--lexicon", metavar="FILE",
         help=f"{what}: a word a line, or sentences; spoken: of the model of that name",
+    )  # fmt: skip
+
+
+def _add_numbers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--numbers", metavar="LANGUAGE",
+        help="spell out digits in transcripts, by num2words: en, de, …; else they are an error",
     )  # fmt: skip
 
 
@@ -97,6 +117,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from lora_lightning.speech.enrolment import SpeakerSettings
     from lora_lightning.speech.speakers import adapt_speakers
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
+    from lora_lightning.speech.tasks.transcripts import told
 
     settings = SpeakerSettings(
         LoRAConfig(
@@ -110,11 +131,15 @@ def _adapt(arguments: argparse.Namespace) -> int:
         arguments.accelerator,
         arguments.untranscribed,
         _lexicon(arguments.lexicon),
+        arguments.guard,
     )
     with Stages() as stages, interruptible():
-        speakers = _speakers(arguments.enroll, stages)
+        speakers = _speakers(arguments.enroll, stages, arguments.numbers)
         files = adapter_files(arguments.out, speakers, "speakers")
         base = named_recogniser(arguments.model, arguments.checkpoint)
+        texts = (u.text for each in speakers.values() for u in each)
+        if said := told(base.labels.changes(texts)):
+            stages.console.print(said, style="yellow")
         outcomes = adapt_speakers(
             base,
             speakers,
@@ -126,19 +151,25 @@ def _adapt(arguments: argparse.Namespace) -> int:
         return shown(outcomes, stages, _COLUMNS)
 
 
-def _speakers(path: Path, stages: Any) -> dict[str, list[Utterance]]:
+def _speakers(path: Path, stages: Any, numbers: str | None) -> dict[str, list[Utterance]]:
     """Name → usable recordings; one nameless speaker where the manifest names none."""
     from lora_lightning.speech.data.audio import checked
-    from lora_lightning.speech.data.manifests import load_utterances
     from lora_lightning.speech.data.utterances import by_speaker
 
-    found, skipped = checked(load_utterances(path), tick=stages.stage("reading", "files"))
-    for file, reason in skipped:
-        stages.console.print(f"left out: {file}: {reason}", style="yellow")
+    found, skipped = checked(_spelt(path, numbers), tick=stages.stage("reading", "files"))
+    stages.left_out("recordings are", skipped)
     if not found:
         raise DataError(f"{path}: none of the {len(skipped)} recordings can be used")
     named = [u.speaker for u in found]
     return by_speaker(found) if any(named) else {path.stem: found}
+
+
+def _spelt(path: Path, numbers: str | None) -> list[Utterance]:
+    from lora_lightning.speech.data.manifests import load_utterances
+    from lora_lightning.speech.tasks.transcripts import spelt_out
+
+    found = load_utterances(path)
+    return found if numbers is None else spelt_out(found, numbers)
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
@@ -149,7 +180,9 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     base = named_recogniser(arguments.model, arguments.checkpoint, arguments.adapter)
     lexicon = _lexicon(arguments.lexicon)
     said, heard, failed = [], [], 0
-    for utterance in _utterances(arguments.files):
+    utterances = _utterances(arguments.files, arguments.numbers)
+    base.labels.changes(u.text for u in utterances)  # what cannot be compared is said first
+    for utterance in utterances:
         try:
             (_, text), = transcribed(base, [utterance], arguments.beam, lexicon)  # fmt: skip
         except DataError as error:
@@ -170,12 +203,12 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _utterances(paths: Sequence[Path]) -> list[Utterance]:
-    from lora_lightning.speech.data.manifests import AUDIO, load_utterances
+def _utterances(paths: Sequence[Path], numbers: str | None) -> list[Utterance]:
+    from lora_lightning.speech.data.manifests import AUDIO
     from lora_lightning.speech.data.utterances import Utterance
 
     found: list[Utterance] = []
     for path in paths:
         sound = path.suffix.lower() in AUDIO and not path.is_dir()
-        found += [Utterance(path)] if sound else load_utterances(path)
+        found += [Utterance(path)] if sound else _spelt(path, numbers)
     return found

@@ -14,14 +14,17 @@ from torch import Tensor
 from lora_lightning.errors import DataError
 from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.progress import Stages
-from lora_lightning.speech.data.audio import checked, read_audio
+from lora_lightning.speech.data.audio import checked, counted, read_audio
 from lora_lightning.speech.data.manifests import load_utterances
 from lora_lightning.speech.data.synthetic.acoustics import environment
 from lora_lightning.speech.data.synthetic.espeak import Voice
 from lora_lightning.speech.data.synthetic.spoken import LISTING, spoken_set
 from lora_lightning.speech.data.synthetic.voices import source_voices, target_voices
 from lora_lightning.speech.data.utterances import Utterance, by_speaker
+from lora_lightning.speech.enrolment import few
 from lora_lightning.speech.settings import Config, SpeechDataSettings
+from lora_lightning.speech.tasks.labels import Labels
+from lora_lightning.speech.tasks.transcripts import spelt_out, told
 
 Transform = Callable[[Tensor, Utterance], Tensor]
 PLAYED = 8  # held-out recordings of a target that are saved as audio, where it is transformed
@@ -105,7 +108,9 @@ def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) ->
 
     def listen(path: Path, title: str) -> list[Utterance]:
         tick = stages.stage(title, "files")
-        kept, bad = checked(load_utterances(path), data.min_seconds, data.max_seconds, tick)
+        found = load_utterances(path)
+        found = spelt_out(found, data.numbers) if data.numbers else found
+        kept, bad = checked(found, data.min_seconds, data.max_seconds, tick)
         skipped.extend(bad)
         if unlabelled := [u for u in kept if not u.text]:
             raise DataError(
@@ -117,6 +122,17 @@ def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) ->
     source = listen(_source(config, sample_rate), "reading the source") if train else []
     target = listen(_target(config, sample_rate), "reading the target")
     return Recordings(_domains(config, target, sample_rate), source, skipped)
+
+
+def notices(found: Recordings, labels: Labels, config: Config) -> list[str]:
+    """What was rewritten in transcripts, what was left out, and too small an enrolment."""
+    every = [u for d in found.domains for u in (*d.pool, *d.held_out)] + found.source
+    said = [told(labels.changes(u.text for u in every))]
+    if found.skipped:
+        said.append(f"{counted(found.skipped)}.")
+    if config.data.target and (few_said := few(min(config.enrolment))):
+        said.append(f"The smallest enrolment: {few_said}.")
+    return [notice for notice in said if notice]
 
 
 def _source(config: Config, sample_rate: int) -> Path:

@@ -34,12 +34,15 @@ class SpeakerSettings:
         learning_rate: Peak learning rate of AdamW; None: 4e-3 (one-cycle), without transcripts
             8e-3 (cosine).
         held_out: Part of the recordings that decides whether the adapter is kept, where there are
-            ten or more; 0: none, and the adapter is always kept.
+            ten or more; fewer are cross-validated in three parts. 0: none, and the adapter is
+            always kept.
         seed: Of the factors, the order, and which recordings are held out.
         accelerator: cpu, gpu, mps or auto, as Lightning has it.
         untranscribed: Train without transcripts; existing ones only decide whether the adapter is
             kept. A speaker without transcripts is always adapted so.
-        lexicon: Words that may occur, for training without transcripts; None: any.
+        lexicon: Words that may occur, for training without transcripts, and for decoding what
+            decides; None: any.
+        guard: Without transcripts, keep the source where the guard says that adapting does harm.
     """
 
     lora: LoRAConfig = field(
@@ -53,6 +56,17 @@ class SpeakerSettings:
     accelerator: str = "auto"
     untranscribed: bool = False
     lexicon: Lexicon | None = None
+    guard: bool = True
+
+
+def few(count: int) -> str:
+    """A warning where so few recordings are given; "" for enough."""
+    if count >= FEWEST_TO_SPLIT:
+        return ""
+    return (
+        f"only {count} recordings: with 5, transcribed, the adapter was worse than the source for "
+        f"10 of 24 speakers, with 20 for none; give {FEWEST_TO_SPLIT} or more"
+    )
 
 
 def judged(
@@ -61,20 +75,34 @@ def judged(
     learnt: Sequence[Utterance],
     test: Sequence[Utterance],
     path: Path,
+    lexicon: Lexicon | None = None,
 ) -> Outcome:
     """Write the adapter, unless its WER on the held-out recordings is higher."""
     base.model.eval()
-    found = Outcome(name, ADAPTED, len(learnt), len(test))
+    found = Outcome(name, ADAPTED, len(learnt), len(test), reason=few(len(learnt)))
     if test:
-        found.after = _wer(base, test)
-        with disabled(base.model):
-            found.before = _wer(base, test)
+        found.before, found.after = compared(base, test, lexicon)
         if found.after > found.before:
-            found.status = KEPT
-            return found
+            return refused(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.path = save_adapter(base.model, path)
     return found
+
+
+def refused(found: Outcome) -> Outcome:
+    """The source is kept: the adapter has more errors on held-out recordings."""
+    found.status, found.reason = KEPT, "more errors with it (--held-out 0 keeps it all the same)"
+    return found
+
+
+def compared(
+    base: NamedRecogniser, test: Sequence[Utterance], lexicon: Lexicon | None = None
+) -> tuple[float, float]:
+    """WER on these recordings by the source and by the adapter, decoded as asked for."""
+    base.model.eval()
+    after = _wer(base, test, lexicon)
+    with disabled(base.model):
+        return _wer(base, test, lexicon), after
 
 
 def split(
@@ -86,9 +114,9 @@ def split(
     return [labelled[i] for i in order[count:]], [labelled[i] for i in order[:count]]
 
 
-def _wer(base: NamedRecogniser, utterances: Sequence[Utterance]) -> float:
+def _wer(base: NamedRecogniser, utterances: Sequence[Utterance], lexicon: Lexicon | None) -> float:
     said = [base.labels.normalise(u.text or "") for u in utterances]
-    found = [text for _, text in transcribed(base, utterances)]
+    found = [text for _, text in transcribed(base, utterances, lexicon=lexicon)]
     return float(word_error_rate(found, said))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.results import Transcript
+from lora_lightning.report.word_errors import errors
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
 from lora_lightning.runner.experiment import Experiment
@@ -20,13 +22,15 @@ from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.audio import read_audio
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
-from lora_lightning.speech.domains import Domain, recordings
+from lora_lightning.speech.domains import Domain, notices, recordings
 from lora_lightning.speech.methods import METHODS, FrozenBatchNorm
 from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.settings import Config
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
+from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.lexicon import Lexicon, spoken_lexicon
 from lora_lightning.speech.tasks.recognisers import ConformerCTC, load_recogniser, save_recogniser
+from lora_lightning.speech.transcript_guard import SpeechLimits
 from lora_lightning.training.lora_callback import LoRACallback
 
 
@@ -76,7 +80,6 @@ class Recognition(Experiment[Config]):
         self._given = None if path is None else load_recogniser(path)
         rate = 16000 if self._given is None else self._given.sample_rate
         self.recordings = heard = recordings(config, rate, self._given is None, self.stages)
-        self.stages.left_out("recordings are", heard.skipped)
         what = "environment" if config.data.environments else "speaker"
         run.data_root = Path(config.data.target or config.out)
         run.skipped, run.read_audio = heard.skipped, read_audio
@@ -85,6 +88,9 @@ class Recognition(Experiment[Config]):
             f"recordings of each of {len(heard.domains)} {what}s, which no training hears.",
             "Every method starts from the same source model, with the same enrolment.",
         ]
+        for notice in notices(heard, getattr(self._given, "labels", Labels.english()), config):
+            self.stages.console.print(notice, style="yellow")
+            run.notes.append(notice)
 
     def source(self) -> ConformerCTC:
         """The user's own, the package's, or trained on the source's recordings."""
@@ -145,8 +151,7 @@ class Recognition(Experiment[Config]):
 
     def length(self, case: Case, stage: Any) -> dict[str, int]:
         """The steps of this size of enrolment."""
-        assert case.size is not None
-        steps = stage.steps[self.config.enrolment.index(case.size)]
+        steps = stage.steps[self.config.enrolment.index(case.size)]  # type: ignore[arg-type]
         return {"max_epochs": -1, "max_steps": steps}
 
     def full_callbacks(self) -> list[Callback]:
@@ -170,7 +175,9 @@ class Recognition(Experiment[Config]):
             max_batch=settings.batch,
             transform=domain.transform,
             seed=self.seed,
+            limits=SpeechLimits() if settings.guard else None,
         )
+        pseudo.setting = "train.label_free.guard=false"
         return Unlabelled(
             self.task(model, settings),
             lambda: self._tell(case, heard, pseudo),
@@ -190,6 +197,8 @@ class Recognition(Experiment[Config]):
         """WER and CER of the transcripts of the domain's held-out recordings."""
         self.answers.setdefault(label, {})[domain.name] = found
         said = [self.source_model.labels.normalise(u.text or "") for u in domain.held_out]
+        counts = [(errors(a, b), len(a.split())) for a, b in zip(said, found, strict=True)]
+        self.count(label, domain.name, counts)
         rates = {"WER": word_error_rate(found, said), "CER": char_error_rate(found, said)}
         return [(domain.name, metric, float(rate)) for metric, rate in rates.items()]
 
@@ -239,7 +248,6 @@ class Recognition(Experiment[Config]):
             path = str(item.path)
             before, after = (x.get(path) for x in (pseudo.source_, pseudo.transcripts_))
             if before is not None and after is not None:
-                when = pseudo.changed_in_.get(path, 0)
-                more: dict[str, Any] = {"split": "target", "round": when}
-                more["confidence"] = round(1 - after.distance, 4)
+                more: dict[str, Any] = {"split": "target", "round": pseudo.changed_in_.get(path, 0)}
+                more["confidence"] = round(math.exp(-after.distance), 4)
                 self._transcript(case.train, item, before.label, after.label, **more)

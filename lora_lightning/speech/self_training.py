@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import Position
-from lora_lightning.adaptation.rounds import Check
+from lora_lightning.adaptation.rounds import Check, Round
 from lora_lightning.adaptation.text_self_training import (
     TextRounds,
     TextSelfTraining,
     check_keep,
-    normalised_distance,
 )
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.batch_norm import BatchNormKeeper
@@ -81,10 +81,12 @@ class PseudoTranscriptCallback(TextSelfTraining):
         trainer.fit(CTCRecognition(model), pseudo.data)
 
     In each round the recogniser transcribes the recordings; with a lexicon, by the most likely
-    sentence of its words. It is then trained on the part of them whose greedy transcript is nearest
-    to that sentence (without a lexicon: changes least under dropout, DUST, Khurana et al. 2021,
-    arXiv:2011.13439), a larger part in each round. At the first alarm training stops, and the last
-    accepted state is restored.
+    sentence of its words. It is then trained on the part of them whose sound supports that sentence
+    most: where the score lies least below that of the best path of any letters, a frame (without a
+    lexicon: whose transcript changes least under dropout, DUST, Khurana et al. 2021,
+    arXiv:2011.13439), a larger part in each round. The guard compares transcripts as they will be
+    decoded: with the lexicon the last round alone, at the end of the schedule, is kept or not;
+    without one training stops at the first alarm, and the last accepted state is restored.
 
     Args:
         recordings: The target, such as `load_utterances` gives it; texts are ignored.
@@ -117,6 +119,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
     task = CTCRecognition
     called = "recordings", "understood in", "speech"
     data: LabelledSpeech
+    setting = "limits=None"  # what a user sets to adapt despite alarms, in their interface
 
     def __init__(
         self,
@@ -141,6 +144,8 @@ class PseudoTranscriptCallback(TextSelfTraining):
         rounds = TextRounds(self._check_of, Understood, label="label")
         super().__init__(rounds, keep, LabelledSpeech(self.recordings, **data))
         self.lexicon, self.limits = lexicon, limits
+        # With a lexicon rounds recover from alarms: the end of the schedule counts.
+        self.each_counts = lexicon is None
         self.teacher_decay, self.variants = teacher_decay, variants
         self.beam_size, self.language_weight = beam_size, language_weight
         self._search: LexiconSearch | None = None
@@ -163,10 +168,19 @@ class PseudoTranscriptCallback(TextSelfTraining):
             self._search = LexiconSearch(self.lexicon, labels, self.beam_size, self.language_weight)
 
     def _check_of(self, source: dict[str, Understood]) -> Check:
-        return SpeechGuard(source, self.limits, self.lexicon is not None).check
+        return SpeechGuard(source, self.limits, self.lexicon, self.setting).check
+
+    def judge(
+        self, module: LightningModule, now: Any, verdict: Verdict | None = None, keep: bool = True
+    ) -> Round:
+        """End a round; where the last alone counts, one with an alarm labels the next as well."""
+        found = super().judge(module, now, verdict, keep)
+        if found.alarms and not (keep or found.final) and any(u.label for u in now.values()):
+            self._learn(now)
+        return found
 
     def doubt(self, written: Understood) -> float:
-        """Distance from the lexicon's sentence, or change under dropout."""
+        """What the lexicon costs, or the change under dropout."""
         return written.distance
 
     def use(self, labels: dict[str, str]) -> None:
@@ -191,8 +205,9 @@ class PseudoTranscriptCallback(TextSelfTraining):
         rows = [(log_probs[i : i + 1], frames[i : i + 1]) for i in range(len(batch))]
         rates = [float(non_blank_rate(p, n, module.labels.blank)) for p, n in rows]
         if self._search is not None:
-            labels = self._search.decode(log_probs, frames)
-            distances = list(map(normalised_distance, written, labels))
+            labels, distances = map(
+                list, zip(*self._search.compared(log_probs, frames), strict=True)
+            )
         else:
             labels, distances = written, self._doubts(module, batch, written)
         paths = [str(item.path) for item in batch.items]

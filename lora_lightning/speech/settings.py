@@ -40,6 +40,8 @@ class SpeechDataSettings:
             seed of `seeds`.
         lexicon: File of words, or of sentences, that are said, for the rows without labels; null:
             2,000 sentences of the spoken data's kind; none for a target of the user's own.
+        numbers: Language, such as en, in which num2words spells out digits in transcripts; null:
+            digits that the recogniser cannot write are an error.
         min_seconds: Shorter recordings are left out.
         max_seconds: Longer recordings are left out.
         batch_seconds: Sound in a batch of measuring or source training, padding included.
@@ -52,6 +54,7 @@ class SpeechDataSettings:
     test: int = 60
     seed: int = 0
     lexicon: str | None = None
+    numbers: str | None = None
     min_seconds: float = 0.3
     max_seconds: float = 30.0
     batch_seconds: float = 80.0
@@ -124,6 +127,8 @@ class LabelFreeAdaptation(Scheduled):
         batch_norm: BatchNorm statistics while it trains: frozen, adapt or reset.
         teacher_decay: Decay of a moving average of the factors, which then writes the labels;
             null: the model itself does.
+        guard: Keep the source where the transcripts, as they will be decoded, say that adapting
+            does harm.
     """
 
     learning_rate: float = 8e-3
@@ -135,6 +140,7 @@ class LabelFreeAdaptation(Scheduled):
     spec_augment: bool = True
     batch_norm: str = "adapt"
     teacher_decay: float | None = None
+    guard: bool = True
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,18 +16,19 @@ from torch import nn
 
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
-from lora_lightning.runner.each_target import KEPT, Outcome, Tick, each_target
+from lora_lightning.runner.each_target import ADAPTED, KEPT, Outcome, Tick, each_target
 from lora_lightning.runner.file_names import adapter_name
 from lora_lightning.runner.progress import Ticks, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
 from lora_lightning.speech.data.utterances import Utterance
-from lora_lightning.speech.enrolment import SpeakerSettings, judged, split
+from lora_lightning.speech.enrolment import SpeakerSettings, compared, few, judged, refused, split
 from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.tasks.ctc import CTCRecognition, spec_augment
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
+from lora_lightning.speech.transcript_guard import SpeechLimits
 from lora_lightning.training.lora_callback import LoRACallback
 
 
@@ -42,6 +43,7 @@ class _Training:
     batch_norm: str
 
 
+FOLDS = 3  # of recordings that are too few to hold some out
 _TRANSCRIBED = _Training(150, 4, 4e-3, "one-cycle", "frozen")
 _UNTRANSCRIBED = _Training(200, 8, 8e-3, "cosine", "adapt")
 
@@ -81,30 +83,92 @@ def _one(
 ) -> Outcome:
     seed_everything(settings.seed, verbose=False)
     labelled = [u for u in utterances if u.text and base.labels.encode(u.text)]
-    adapter, model = adapter_name(name), base.model.train()
     try:
-        # Existing transcripts decide: an adapter with a higher WER is not kept.
-        learn, test, pseudo = utterances, labelled, None
         if settings.untranscribed or not labelled:
-            pseudo = PseudoTranscriptCallback(
-                learn,
-                settings.lexicon,
-                sample_rate=base.sample_rate,
-                max_batch=settings.batch or _UNTRANSCRIBED.batch,
-                seed=settings.seed,
-            )
-        else:
-            learn, test = split(labelled, settings)
-        with TemporaryDirectory() as folder, quiet_lightning():
-            _learn(base, adapter, learn, settings, folder, stage(name), pseudo)
-        if pseudo is not None and not pseudo.accepted_:
-            reason = pseudo.termination_condition_
-            return Outcome(name, KEPT, len(learn), len(test), reason=reason)
-        return judged(base, name, learn, test, path)
+            return _untranscribed(base, name, utterances, labelled, path, settings, stage(name))
+        return _transcribed(base, name, labelled, path, settings, stage)
     finally:
-        if adapter in adapters(model):
-            remove(model)
-        model.eval()
+        _remove(base, name)
+
+
+def _remove(base: NamedRecogniser, name: str) -> None:
+    if adapter_name(name) in adapters(base.model):
+        remove(base.model)
+    base.model.eval()
+
+
+def _untranscribed(
+    base: NamedRecogniser,
+    name: str,
+    utterances: Sequence[Utterance],
+    labelled: Sequence[Utterance],
+    path: Path,
+    settings: SpeakerSettings,
+    tick: Tick,
+) -> Outcome:
+    """Learn without transcripts; existing ones decide: with a higher WER it is not kept."""
+    pseudo = PseudoTranscriptCallback(
+        utterances,
+        settings.lexicon,
+        sample_rate=base.sample_rate,
+        max_batch=settings.batch or _UNTRANSCRIBED.batch,
+        seed=settings.seed,
+        limits=SpeechLimits() if settings.guard else None,
+    )
+    pseudo.setting = "--no-guard"
+    _learn(base, adapter_name(name), utterances, settings, tick, pseudo)
+    if not pseudo.accepted_:
+        reason = pseudo.termination_condition_
+        return Outcome(name, KEPT, len(utterances), len(labelled), reason=reason)
+    return judged(base, name, utterances, labelled, path, settings.lexicon)
+
+
+def _transcribed(
+    base: NamedRecogniser,
+    name: str,
+    labelled: Sequence[Utterance],
+    path: Path,
+    settings: SpeakerSettings,
+    stage: Callable[[str], Tick],
+) -> Outcome:
+    """Learn with transcripts; held-out ones decide, of few recordings each in its turn."""
+    learn, test = split(labelled, settings)
+    folds = min(FOLDS, len(labelled)) if settings.held_out and not test else 0
+    found = Outcome(name, ADAPTED, len(learn), reason=few(len(labelled)))
+    if folds > 1:
+        found = _cross_validated(base, found, labelled, folds, settings, stage)
+        if found.after > found.before:  # type: ignore[operator]
+            return refused(found)
+    _learn(base, adapter_name(name), learn, settings, stage(name))
+    done = judged(base, name, learn, test, path, settings.lexicon)
+    if test:
+        return done
+    return replace(found, path=done.path)
+
+
+def _cross_validated(
+    base: NamedRecogniser,
+    found: Outcome,
+    labelled: Sequence[Utterance],
+    folds: int,
+    settings: SpeakerSettings,
+    stage: Callable[[str], Tick],
+) -> Outcome:
+    """The WER of recordings, each by an adapter that did not learn it, and by the source."""
+    errors, words = [0.0, 0.0], 0
+    for fold in range(folds):
+        test = list(labelled[fold::folds])
+        others = [u for i, u in enumerate(labelled) if i % folds != fold]
+        try:
+            tick = stage(f"{found.name}, check {fold + 1} of {folds}")
+            _learn(base, adapter_name(found.name), others, settings, tick)
+            rates = compared(base, test, settings.lexicon)
+        finally:
+            _remove(base, found.name)
+        spoken = sum(len(base.labels.normalise(u.text or "").split()) for u in test)
+        errors, words = [e + r * spoken for e, r in zip(errors, rates, strict=True)], words + spoken
+    before, after = (e / words for e in errors)
+    return replace(found, held_out=len(labelled), before=before, after=after)
 
 
 def _learn(
@@ -112,9 +176,8 @@ def _learn(
     adapter: str,
     learn: Sequence[Utterance],
     settings: SpeakerSettings,
-    folder: str,
     tick: Tick,
-    pseudo: PseudoTranscriptCallback | None,
+    pseudo: PseudoTranscriptCallback | None = None,
 ) -> None:
     """Train an adapter on recordings with transcripts, or on those that `pseudo` writes."""
     how, lora = _TRANSCRIBED, settings.lora
@@ -139,16 +202,18 @@ def _learn(
             seed=settings.seed,
         )
     )
-    # The callback's own file is not kept: its adapter is not accepted yet.
-    callback = LoRACallback(lora, name=adapter, output_dir=folder, batch_norm=how.batch_norm)
-    trainer = make_trainer(
-        RunConfig(accelerator=settings.accelerator, out=folder),
-        [callback, *([] if pseudo is None else [pseudo]), Ticks(tick)],
-        gradient_clip_val=5.0,
-        **steps,
-    )
-    with nullcontext() if pseudo is None else _masked(base.model):
-        trainer.fit(module, datamodule=data)
+    with TemporaryDirectory() as folder, quiet_lightning():
+        # The callback's own file is not kept: its adapter is not accepted yet.
+        callback = LoRACallback(lora, name=adapter, output_dir=folder, batch_norm=how.batch_norm)
+        trainer = make_trainer(
+            RunConfig(accelerator=settings.accelerator, out=folder),
+            [callback, *([] if pseudo is None else [pseudo]), Ticks(tick)],
+            gradient_clip_val=5.0,
+            **steps,
+        )
+        base.model.train()
+        with nullcontext() if pseudo is None else _masked(base.model):
+            trainer.fit(module, datamodule=data)
 
 
 @contextmanager

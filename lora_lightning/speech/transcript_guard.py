@@ -8,6 +8,7 @@ from statistics import fmean as mean
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.text_self_training import text_agreement
+from lora_lightning.speech.tasks.lexicon import Lexicon
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,19 @@ class SpeechLimits:
     Args:
         least_rate: Least ratio of non-blank frames to the source's: below, transcripts vanish.
         most_rate: Largest ratio: above, transcripts grow without reason.
-        agreement: 1 − normalised edit distance to the source's transcripts, at least.
-        spelling: How much further from the nearest sentence of the lexicon the transcripts may be
-            than the source's, as a normalised edit distance.
+        agreement: 1 − normalised edit distance to the source's transcripts, at least, both as they
+            will be decoded: with the lexicon where there is one.
+        spelling: How much more the lexicon may cost than it costs the source, in nats a frame, see
+            `LexiconSearch.compared`.
+        words: How much further from the lexicon's the frequencies of words may be than the
+            source's, see `Lexicon.divergence`; for lexicons made of sentences.
     """
 
     least_rate: float = 0.5
     most_rate: float = 1.5
     agreement: float = 0.4
     spelling: float = 0.02
+    words: float = 0.035
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class Understood:
 
     Attributes:
         written: Transcript by greedy decoding.
-        label: Pseudo-transcript: the lexicon's nearest sentence, or the greedy one.
-        distance: Normalised edit distance between both; under dropout where there is no lexicon.
+        label: Pseudo-transcript: the lexicon's most likely sentence, or the greedy one.
+        distance: What the lexicon costs, in nats a frame; where there is none, normalised edit
+            distance under dropout.
         rate: Part of non-blank frames.
     """
 
@@ -51,13 +57,18 @@ class SpeechGuard:
     Args:
         source: Path → `Understood` by the source model.
         limits: Thresholds of the alarms; None: no alarms.
-        spelling: Whether distances are those from a lexicon's sentences.
+        lexicon: By which recordings are decoded; None: greedily.
+        setting: What a user sets to adapt all the same, in their interface; ends each alarm.
     """
 
     def __init__(
-        self, source: Mapping[str, Understood], limits: SpeechLimits | None, spelling: bool
+        self,
+        source: Mapping[str, Understood],
+        limits: SpeechLimits | None,
+        lexicon: Lexicon | None,
+        setting: str = "limits=None",
     ):
-        self.source, self.limits, self.spelling = source, limits, spelling
+        self.source, self.limits, self.lexicon, self.setting = source, limits, lexicon, setting
         self.scores = self._scores(source)
 
     def check(
@@ -65,14 +76,20 @@ class SpeechGuard:
     ) -> Verdict:
         """Check a round's transcripts of the same recordings."""
         scores = self._scores(now)
-        return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
+        alarms = () if self.limits is None else self._alarms(scores)
+        return Verdict(
+            scores, [f"{alarm} ({self.setting} adapts all the same)" for alarm in alarms]
+        )
 
     def _scores(self, now: Mapping[str, Understood]) -> dict[str, float]:
-        return {
+        scores = {
             "rate": mean(u.rate for u in now.values()),
-            "agreement": text_agreement(self.source, now, "written"),
+            "agreement": text_agreement(self.source, now, "label"),
             "spelling": mean(u.distance for u in now.values()),
         }
+        if self.lexicon is not None:
+            scores["words"] = self.lexicon.divergence(u.label for u in now.values())
+        return scores
 
     def _alarms(self, scores: dict[str, float]) -> Iterator[str]:
         assert self.limits is not None
@@ -89,5 +106,16 @@ class SpeechGuard:
                 f"{limits.agreement:g}"
             )
         worst = self.scores["spelling"] + limits.spelling
-        if self.spelling and scores["spelling"] > worst:
-            yield (f"it spells worse: {scores['spelling']:.2f} from the lexicon, above {worst:.2f}")
+        if self.lexicon is None:
+            return
+        if scores["spelling"] > worst:
+            yield (
+                f"the lexicon's sentences fit worse: {scores['spelling']:.2f} nats a frame below "
+                f"the sound alone, above {worst:.2f}"
+            )
+        most = self.scores["words"] + limits.words
+        if scores["words"] > most:  # never with NaN
+            yield (
+                f"words are used less as in the lexicon: {scores['words']:.2f} nats a word from "
+                f"it, above {most:.2f}"
+            )

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import seed_everything
 from torchmetrics.functional.text import sacre_bleu_score
+from torchmetrics.text import SacreBLEUScore
 
 from lora_lightning.report.results import Transcript
 from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case, Unlabelled
@@ -30,6 +31,17 @@ AT_LEAST_ONE = (
     "labelled", "unlabelled", "data.test", "data.batch_size", "data.target_batch_size",
     "data.registers.source_train", "train.source.epochs", "train.lora.epochs", "train.full.epochs",
 )  # fmt: skip
+
+
+def bleu_sums(found: Sequence[str], wanted: Sequence[str]) -> list[list[float]]:
+    """What each translation adds to BLEU's sums: matches, n-grams, its length, the reference's."""
+    score, sums = SacreBLEUScore(), []
+    for one, other in zip(found, wanted, strict=True):
+        score.reset()
+        score.update([one], [[other]])
+        lengths = float(score.preds_len), float(score.target_len)
+        sums.append([*score.numerator.tolist(), *score.denominator.tolist(), *lengths])
+    return sums
 
 
 class Translating(Experiment[Config]):
@@ -143,6 +155,7 @@ class Translating(Experiment[Config]):
             if domain is not self.everyday:
                 self.answers.setdefault(label, {})[domain.name] = found
             wanted = [p.target for p in domain.test]
+            self.count(label, domain.name, bleu_sums(found, wanted))
             yield domain.name, "BLEU", float(sacre_bleu_score(found, [[w] for w in wanted]))
             right = fmean(a == b for a, b in zip(found, wanted, strict=True))
             yield domain.name, "exact", right

@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lora_lightning.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.model.batch_norm import tracking
 from lora_lightning.model.owned_tensors import all_extras
-from lora_lightning.model.state import named_factors, state_of
+from lora_lightning.model.state import state_of
 from lora_lightning.model.view import View
 
 # Whose optimizers hold the module's own parameters.
@@ -177,58 +177,6 @@ def check_all_within(pl_module: LightningModule, path: str, who: str) -> None:
             f"the module's parts outside it would stay as trained ({loose[0]}{more}). Name a "
             'backbone that holds all that is trained (backbone="": the whole module), or freeze '
             "the rest (requires_grad_(False), and eval() for BatchNorm)"
-        )
-
-
-def check_optimizers(
-    trainer: Trainer, pl_module: LightningModule, backbone: nn.Module, name: str
-) -> None:
-    """Every trainable factor must be in an optimizer; frozen parameters need not be.
-
-    Raises:
-        AdapterError: factors are missing, and would never be trained.
-    """
-    if not trainer.optimizers or not isinstance(trainer.strategy, ALIKE):
-        return
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    captured = {id(p) for group in groups for p in group["params"]}
-    wanted = {
-        f"{path}.{key}": parameter
-        for path, factors in named_factors(backbone, name).items()
-        for key, parameter in factors.named_parameters()
-        if parameter.requires_grad
-    }
-    if not wanted:
-        raise AdapterError(
-            f"adapter {name!r} has no trainable factor: another adapter is active, or something "
-            "froze it after injection"
-        )
-    missing = [path for path, p in wanted.items() if id(p) not in captured]
-    if missing:
-        raise AdapterError(
-            f"configure_optimizers holds {len(wanted) - len(missing)} of {len(wanted)} factors "
-            f"(missing: {missing[0]} …). Give it self.parameters(), or "
-            "lora_lightning.parameter_groups(self, lr=...)"
-        )
-    state = state_of(backbone)
-    whole = all_extras(backbone, state) if state else set()
-    left = [
-        n
-        for n, p in View(backbone).parameters.items()
-        if n in whole and p.requires_grad and id(p) not in captured
-    ]
-    if left:
-        rank_zero_warn(
-            f"configure_optimizers leaves out {len(left)} parameters that the adapter trains in "
-            f"full ({left[0]} …): they stay as they are. Give it self.parameters(), or "
-            "lora_lightning.parameter_groups(self, lr=...), or leave them out of `trainable`."
-        )
-    idle = [n for n, p in pl_module.named_parameters() if not p.requires_grad and id(p) in captured]
-    if idle:
-        rank_zero_warn(
-            f"configure_optimizers captured {len(idle)} frozen parameters ({idle[0]} …). They are "
-            "not updated; to pass only what is trained use "
-            "lora_lightning.parameter_groups(self, lr=...) or filter on requires_grad."
         )
 
 

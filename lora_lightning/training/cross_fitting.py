@@ -134,8 +134,9 @@ def _settle(pl_module: LightningModule, network: nn.Module, choice: Choice) -> N
     for callback in callbacks:
         if not isinstance(callback, LoRACallback) or callback.adapter_path_ is None:
             continue
+        path = callback.files.at_end  # what was shrunk, whichever checkpoint was the best
         if choice.share:
-            save_adapter(network, callback.adapter_path_, callback.name)
+            callback.adapter_path_ = save_adapter(network, path, callback.name)
         else:  # as `LoRACallback` does where another callback keeps the source model
-            callback.adapter_path_.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             callback.adapter_path_ = None

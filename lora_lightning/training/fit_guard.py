@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -15,18 +15,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.model.compression import compress, set_ranks
+from lora_lightning.model.compression import set_ranks
 from lora_lightning.model.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
-from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.training import checks
 from lora_lightning.training.gain_test import SHARES, Look, choose, diagnose
 from lora_lightning.training.launch import LaunchedCallback
 from lora_lightning.training.lora_callback import LoRACallback
-from lora_lightning.training.rank_schedule import lower_rank
-from lora_lightning.training.steps import check_lasting, gradient_scale, loss_in, own_pass
+from lora_lightning.training.lower_rank import lower_while_no_worse, ranks_of
+from lora_lightning.training.steps import gradient_scale, loss_in
 from lora_lightning.training.validation_losses import (
     Loss,
+    first_batches,
     held_out_batches,
     losses_of,
     training_items,
@@ -139,7 +139,7 @@ class FitGuard(LaunchedCallback):
         self.termination_condition_, self.shrinkage_, self._lowered = "", None, {}
         with disabled(self._network(pl_module)):
             self._source = self._evaluate(trainer, pl_module)
-            training = losses_of(pl_module, _some(trainer.train_dataloader), None)
+            training = losses_of(pl_module, first_batches(trainer.train_dataloader), None)
         self.history_ = [Look(0, float(training.mean()), float(self._source.mean()))]
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
@@ -209,7 +209,7 @@ class FitGuard(LaunchedCallback):
         tiny = 0 < training_items(trainer) < TINY if self.lower_rank is None else self.lower_rank
         if choice.share and tiny:
             self._lower_rank(trainer, pl_module, float(losses[choice.share].mean()))
-        self.rank_ = _rank(network)
+        self.rank_ = max(ranks_of(network).values())
         self.verdict_ = diagnose(self.history_)
         self.termination_condition_ = self.termination_condition_ or "all epochs"
         rank_zero_info(f"FitGuard: {self.verdict_}")
@@ -217,18 +217,9 @@ class FitGuard(LaunchedCallback):
 
     def _lower_rank(self, trainer: Trainer, pl_module: LightningModule, loss: float) -> None:
         """Halve the rank for as long as the held-out loss is no higher."""
-        network = self._network(pl_module)
-        first = rank = _rank(network)
-        while rank > 1:
-            with undone(network):
-                compress(network, rank=rank // 2)
-                now = float(self._evaluate(trainer, pl_module).mean())
-            if not now <= loss:
-                break
-            loss, rank = now, rank // 2
-        if rank < first:
-            lower_rank(network, rank, trainer.optimizers)
-            self._lowered = _ranks(network)
+        network, evaluate = self._network(pl_module), partial(self._evaluate, trainer, pl_module)
+        self._lowered = lower_while_no_worse(network, loss, evaluate, trainer.optimizers)
+        if self._lowered:
             self._best = adapter_values(network)  # a fit resumed from here has these shapes
 
     # ---- processes that the trainer starts, and resuming -----------------------------------
@@ -256,19 +247,3 @@ class FitGuard(LaunchedCallback):
         """Restore what `state_dict` gave."""
         self.history_ = [Look(**look) for look in state_dict["history"]]
         self._source, self._best = state_dict["source"], state_dict["best"]
-
-
-def _some(batches: Any) -> Iterator[Any]:
-    """The first batches: enough to know the source model's loss on the training items."""
-    # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
-    check_lasting(batches)
-    yield from itertools.islice(own_pass(batches), 16)
-
-
-def _rank(network: nn.Module) -> int:
-    return max(_ranks(network).values())
-
-
-def _ranks(network: nn.Module) -> dict[str, int]:
-    root, _, name = holder(network, None, "to look at")
-    return {path: f.spec.rank for path, f in named_factors(root, name).items()}

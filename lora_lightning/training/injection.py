@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +18,34 @@ from lora_lightning.model.state import ModelState, state_of
 from lora_lightning.model.switching import set_active
 from lora_lightning.model.view import View
 from lora_lightning.training import checks
-from lora_lightning.training.launch import check_returned
+from lora_lightning.training.launch import LaunchedCallback, check_returned
+
+
+class InjectingCallback(LaunchedCallback):
+    """A callback that injects an adapter into the network at an attribute path, before training."""
+
+    backbone: str
+    config: LoRAConfig
+    name: str
+    data: Iterable[Any] | None
+    forward: Forward | None
+    report_: InjectionReport | None = None
+
+    def before_launch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Inject here already, where the strategy is about to start processes by itself."""
+        self.report_ = inject_before_launch(pl_module, self.backbone, self.config, self.name)
+
+    def inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Inject, or do so after ``configure_model``, where that builds the network."""
+        if checks.has_backbone(pl_module, self.backbone):
+            self._inject(trainer, pl_module)
+        if self.report_ is None or checks.builds_late(pl_module):
+            after_configure_model(pl_module, partial(self._inject, trainer, pl_module))
+
+    def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.report_ = inject_in_trainer(
+            trainer, pl_module, self.backbone, self.config, self.name, self.data, self.forward
+        )
 
 
 def inject_in_trainer(

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.linalg.decompose import effective_rank, spectrum
-from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.config import ConfigFields, LoRAConfig
 from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
-from lora_lightning.model.injection_report import InjectionReport
 from lora_lightning.model.state import named_factors
-from lora_lightning.training import checkpoint_hooks, checks, injection, sharded
+from lora_lightning.training import (
+    adapter_files,
+    adapter_log,
+    checkpoint_hooks,
+    checks,
+    injection,
+    sharded,
+)
+from lora_lightning.training.first_look import FirstLook
 from lora_lightning.training.last_finite import LastFinite
-from lora_lightning.training.launch import LaunchedCallback
+from lora_lightning.training.optimizer_check import check_optimizers
 from lora_lightning.training.rank_schedule import RankSchedule
 
 
-class LoRACallback(LaunchedCallback):
+class LoRACallback(injection.InjectingCallback):
     """Adapt the backbone of a LightningModule with low-rank adapters.
 
         Trainer(callbacks=[LoRACallback(rank=8, target_modules="auto", backbone="model")])
@@ -35,8 +39,9 @@ class LoRACallback(LaunchedCallback):
     what ``trainable`` names left trainable; so the optimizer that Lightning makes afterwards
     sees them. The first batch verifies that every adapter is alive. Checkpoints hold factors,
     what is trained, and buffers, but no frozen base weight; they load strictly into a fresh
-    module of the same base. An adapter file is written with each checkpoint and at the end. A fit
-    that diverges (NaN in the adapter) is stopped, and the last finite values are kept.
+    module of the same base. An adapter file is written with each checkpoint, goes with it where it
+    is pruned, and another is written at the end. A fit that diverges (NaN in the adapter) is
+    stopped, and the last finite values are kept.
 
     Args:
         config: A `LoRAConfig` or a mapping of its fields; its fields can be given as keyword
@@ -56,13 +61,16 @@ class LoRACallback(LaunchedCallback):
             ``"reset"`` (reset at the start, then averaged over the target's batches).
             Statistics that changed are saved with the adapter.
         verify: Verify every adapter on the first training batch (see `lora_lightning.verify`).
-        log_spectrum: Log the singular values of each ΔW to the trainer's loggers every epoch.
+        log_spectrum: Log each layer's effective rank and the singular values of its ΔW every epoch
+            too: as histograms in TensorBoard and W&B, else as a scalar each.
         output_dir: Folder for adapter files; default ``adapters`` in the trainer's log folder.
 
     Attributes:
         report_: what was adapted; set in `setup`.
-        adapter_path_: the file written at the end of the fit; None where another callback (a
-            `FitGuard`, self-training) kept the source model.
+        adapter_path_: the file of the best checkpoint, where a `ModelCheckpoint` monitors
+            something (the first that does, if several); else that of the end of the fit, as under
+            callbacks that choose or average themselves (`FitGuard`, self-training, averages of
+            weights) and with `prune_to`. None where such a callback kept the source model.
 
     Raises:
         ConfigError: a bad value, or a combination of callbacks that cannot work.
@@ -81,9 +89,9 @@ class LoRACallback(LaunchedCallback):
         loss: Forward | None = None,
         batch_norm: str = "frozen",
         verify: bool = True,
-        log_spectrum: bool = True,
+        log_spectrum: bool = False,
         output_dir: str | Path | None = None,
-        **config_kwargs: Any,
+        **config_kwargs: ConfigFields,
     ) -> None:
         if batch_norm not in POLICIES:
             raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
@@ -92,13 +100,13 @@ class LoRACallback(LaunchedCallback):
         self.backbone, self.name, self.output_dir = backbone, name, output_dir
         self.data, self.forward, self.loss = data, forward, loss
         self.verify, self.log_spectrum = verify, log_spectrum
-        self.report_: InjectionReport | None = None
         self.adapter_path_: Path | None = None
         self._batch_norm = BatchNormKeeper(batch_norm)
         self._ranks = RankSchedule(self.config.prune_to)
-        self._first_batch: Any = None  # a `FirstBatch`, until the first batch is over
+        self._first_look = FirstLook()
         self._finite = LastFinite()
-        self._folder = Path()
+        self._log = adapter_log.AdapterLog(self)
+        self.files = adapter_files.AdapterFiles(name, self._save)
 
     @property
     def state_key(self) -> str:
@@ -107,11 +115,6 @@ class LoRACallback(LaunchedCallback):
 
     # ---- before training -------------------------------------------------------------------
 
-    def before_launch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Inject here already, where the strategy is about to start processes by itself."""
-        place = (pl_module, self.backbone, self.config, self.name)
-        self.report_ = injection.inject_before_launch(*place)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, or do so after ``configure_model``, where that builds the network."""
         super().setup(trainer, pl_module, stage)
@@ -119,33 +122,24 @@ class LoRACallback(LaunchedCallback):
         sharded.check_strategy(trainer, self.config)
         sharded.load_without_base(trainer, pl_module)
         # Called on every process: in distributed runs the folder is broadcast.
-        self._folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
+        folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
+        self.files.follow(trainer, folder)
         adapter = checkpoint_hooks.Adapter(self.backbone, self.name, self.config.to_dict())
         checkpoint_hooks.install(pl_module, self.state_key, adapter)
-        if checks.has_backbone(pl_module, self.backbone):
-            self._inject(trainer, pl_module)
-        if self.report_ is None or checks.builds_late(pl_module):
-            injection.after_configure_model(pl_module, partial(self._inject, trainer, pl_module))
-
-    def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.report_ = injection.inject_in_trainer(
-            trainer, pl_module, self.backbone, self.config, self.name, self.data, self.forward
-        )
+        self.inject(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""
         backbone = checks.find_backbone(pl_module, self.backbone)
-        checks.check_optimizers(trainer, pl_module, backbone, self.name)
+        check_optimizers(trainer, pl_module, backbone, self.name)
         checks.check_unused_parameters(trainer, backbone)
         sharded.check_sharded(trainer, pl_module)
         self._batch_norm.start(backbone, fresh=checks.is_new(trainer))
         if self.verify:
-            from lora_lightning.training.first_batch import FirstBatch
-
-            self._first_batch = FirstBatch(backbone)
-        self.report_ = report = injection.state_in(backbone).reports[self.name]
-        counts = ("trainable_parameters", "factor_parameters")
-        self._log(trainer, {f"lora/{name}": float(getattr(report, name)) for name in counts})
+            self._first_look.start(backbone)
+        self.report_ = injection.state_in(backbone).reports[self.name]
+        self._log.size(trainer, self.report_)
+        self._log.hyperparameters(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Initialise from the target's batches, where `init` needs them, unless done before."""
@@ -167,53 +161,31 @@ class LoRACallback(LaunchedCallback):
         checks.check_still_frozen(backbone)
         self._batch_norm.apply(backbone)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Set BatchNorm's mode again, which a validation in mid-epoch may have changed."""
         self._batch_norm.apply(checks.find_backbone(pl_module, self.backbone))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On the first batch, verify every adapter with the backbone's own input."""
-        # With manual optimization, a module may begin with a step that does not use the backbone.
-        first = self._first_batch
-        if first is not None and (first.reached or pl_module.automatic_optimization):
-            self._verify_first(trainer)
+        self._first_look.after_backward(trainer, pl_module)
 
-    def _verify_first(self, trainer: Trainer) -> None:
-        first, self._first_batch = self._first_batch, None
-        if first is not None:
-            first.verify(trainer)
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, *of: Any) -> None:
         """Update the importance scores by the gradients, where ranks are pruned."""
-        self._ranks.before_step(trainer, optimizer)
+        self._ranks.before_step(trainer, of[-1])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop a fit that has diverged; prune ranks, where the schedule is due."""
         if self._finite.after_batch(trainer, look=self.config.prune_to is not None):
             return
-        if metrics := self._ranks.after_batch(trainer):
-            self._log(trainer, metrics)
+        self._log.metrics(trainer, self._ranks.after_batch(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the spectrum of each delta."""
+        """Log how far the adapter has gone, and on request the spectrum of each ΔW."""
         self._finite.after_batch(trainer, look=True)
         if trainer.num_training_batches:
-            self._verify_first(trainer)  # raises where no backward pass reached an adapter
-        if not self.log_spectrum or not trainer.loggers:
-            return
-        metrics: dict[str, float] = {}
-        backbone = checks.find_backbone(pl_module, self.backbone)
-        for path, factors in named_factors(backbone, self.name).items():
-            values = spectrum(*factors.low_rank(), factors.spec.scaling).cpu()  # one wait for all
-            metrics |= {f"lora/{path}/sigma_{i}": float(v) for i, v in enumerate(values)}
-            metrics[f"lora/{path}/effective_rank"] = effective_rank(values)
-        self._log(trainer, metrics)
+            self._first_look.at_end(trainer)  # raises where no backward pass reached an adapter
+        deltas = named_factors(checks.find_backbone(pl_module, self.backbone), self.name)
+        self._log.deltas(trainer, deltas, each=self.log_spectrum)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove pruned directions; write the adapter file."""
@@ -223,29 +195,25 @@ class LoRACallback(LaunchedCallback):
         self.report_ = injection.state_in(backbone).reports[self.name]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = self._folder / f"{self.name}.safetensors"
-        self.adapter_path_ = None if checks.source_kept(trainer, path) else path
-        if self.adapter_path_ and sharded.writes(trainer):
-            save_adapter(backbone, path, self.name)
+        self.adapter_path_ = self.files.finish(trainer, pruned=self.config.prune_to is not None)
+
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        save_adapter(checks.find_backbone(trainer.lightning_module, self.backbone), path, self.name)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the LightningModule's own hooks."""
-        sharded.put_back(trainer)
-        self._clean(pl_module)
+        """Restore the LightningModule's own hooks, and the strategy's."""
+        adapter_files.put_back(trainer)
+        self._clean(trainer, pl_module)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Remove all hooks after a failed fit; the adapter stays."""
-        sharded.put_back(trainer)
-        self._clean(pl_module)
+        self._clean(trainer, pl_module)  # a checkpoint may follow
 
-    def _clean(self, pl_module: LightningModule) -> None:
+    def _clean(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sharded.put_back(trainer)
         injection.put_back(pl_module)
         self._finite = LastFinite()
-        if self._first_batch is not None:  # the fit ended before its first backward pass
-            self._first_batch.close()
-            self._first_batch = None
+        self._first_look.close()
         if checks.has_backbone(pl_module, self.backbone):
             self._batch_norm.stop(checks.find_backbone(pl_module, self.backbone))
 
@@ -263,14 +231,12 @@ class LoRACallback(LaunchedCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the adapter file beside a checkpoint of the fit, validation included."""
-        running = trainer.state.fn == TrainerFn.FITTING and trainer.state.stage is not None
-        if running:
+        if adapter_files.is_fitting(trainer):
             self._finite.after_batch(trainer, look=True)  # what is not finite is not saved
-        if running and sharded.writes(trainer):
-            stem = f"{self.name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
-            backbone = checks.find_backbone(pl_module, self.backbone)
-            save_adapter(backbone, self._folder / f"{stem}.safetensors", self.name)
+            self.files.to_checkpoint(trainer, checkpoint, self.state_key)
 
-    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the files of the fit that is resumed."""
+        self.files.from_checkpoint(trainer, checkpoint, self.state_key)

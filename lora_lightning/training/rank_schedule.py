@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.model import state as states
-from lora_lightning.model.compression import compress, update_report
+from lora_lightning.model.compression import update_report
 from lora_lightning.training.injection import state_in
 from lora_lightning.training.steps import gradient_scale
 
@@ -93,7 +93,7 @@ class RankSchedule:
         if not self._pruner.act(self._acted, trainer.optimizers, since):
             return {}
         ranks = self._pruner.ranks()
-        return {"lora/mean_rank": sum(ranks.values()) / len(ranks)}
+        return {"mean_rank": sum(ranks.values()) / len(ranks)}
 
     def finish(self, backbone: nn.Module, name: str) -> None:
         """Remove the pruned directions, and update the report."""
@@ -126,22 +126,3 @@ class RankSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep what `state_dict` gave for the next `start`."""
         self._restored = state or None
-
-
-def lower_rank(backbone: nn.Module, rank: int, optimizers: list[Optimizer]) -> None:
-    """`compress` the active adapter after a fit, so that a checkpoint saved then can be loaded."""
-    root, _, name = states.holder(backbone, None, "to lower")
-    before = states.named_factors(root, name)
-    compress(root, name, rank=rank)
-    after = states.named_factors(root, name)
-    new = {
-        old: after[path].get_parameter(key)
-        for path, f in before.items()
-        for key, old in f.named_parameters()
-        if key in dict(after[path].named_parameters())
-    }
-    for optimizer in optimizers:  # the old factors' moments have other shapes
-        for group in optimizer.param_groups:
-            group["params"] = [new.get(p, p) for p in group["params"]]
-        for old in new:
-            optimizer.state.pop(old, None)

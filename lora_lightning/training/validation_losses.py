@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.model.probing import evaluating, loss_in_eval
-from lora_lightning.training.steps import outside_training, step_loss
+from lora_lightning.training.steps import check_lasting, outside_training, own_pass, step_loss
 
 Loss = Callable[[LightningModule, Any], Any]
 MOST = 256  # items that run in batches of one
@@ -103,3 +104,10 @@ def _values(loss: Any, of_step: bool) -> Tensor:
         f"{who} {got}; expected a loss of shape () or (B,). Give `loss=`, a function from "
         "(LightningModule, batch) to such a tensor"
     )
+
+
+def first_batches(batches: Any) -> Iterator[Any]:
+    """The first batches: enough to know the source model's loss on the training items."""
+    # Lazily: shuffling draws random numbers, which must happen where the random state is restored.
+    check_lasting(batches)
+    yield from itertools.islice(own_pass(batches), 16)

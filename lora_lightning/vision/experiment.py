@@ -185,7 +185,9 @@ class Pictures(Experiment[Config]):
         values = self.values(answers, items).double()
         for domain in case.tested:
             of = torch.tensor([i.domain == domain for i in items], device="cpu")
-            yield domain, self.metric, float(values[of].mean())
+            found = values[of]
+            self.count(label, domain, torch.stack([found, torch.ones_like(found)], 1).numpy())
+            yield domain, self.metric, float(found.mean())
 
     def score(self, label: str, answers: Tensor, seconds: float) -> list[Row]:
         """The rows of predictions by a method without training."""

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from lora_lightning.adaptation.shift.verdicts import Shift
 from lora_lightning.report.results import Prediction, Row, Run
 from lora_lightning.report.versions import hardware, versions
@@ -68,6 +70,10 @@ def write_image_report(
         shifts={seed: {found.name: far.as_dict()}} if far else {},
         verdict=f"{kept}: {learnt.verdict}.",
     )
+    for row, right in zip(run.rows, learnt.right, strict=False):
+        scores = torch.stack([right, torch.ones_like(right)], 1).numpy()
+        run.scores[row.method, row.domain, seed] = scores
+        row.tested = len(right)
     write_report(run, folder)
 
 

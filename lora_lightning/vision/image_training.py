@@ -19,6 +19,7 @@ from lora_lightning.adaptation.transductive_task import TransductiveTask
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.targets import without_head
+from lora_lightning.report.evidence import by_chance
 from lora_lightning.runner.each_target import Tick
 from lora_lightning.runner.progress import Ticks
 from lora_lightning.runner.settings import RunConfig, TrainSettings
@@ -76,6 +77,7 @@ class Learnt:
         after: (N, K) those of the adapted model; of the source where that is kept.
         items: Labelled pictures that decided.
         accuracies: On those, before and after.
+        right: Whether the answer to each of those is right, (items,), before and after.
         rounds: Of a training without labels.
         changed_in: The round in which each answer changed, likewise.
         learnt: Number of pictures that were learnt from.
@@ -90,6 +92,7 @@ class Learnt:
     after: Tensor
     items: int = 0
     accuracies: tuple[float, float] | None = None
+    right: list[Tensor] = field(default_factory=list)
     rounds: list[Any] = field(default_factory=list)
     changed_in: list[int | None] = field(default_factory=list)
     learnt: int = 0
@@ -212,16 +215,17 @@ def _judged(
     test = Subset(plain, order[:count])
     labels = torch.tensor([test[i][1] for i in range(count)], device="cpu")
 
-    def accuracy() -> float:
-        right = _probabilities(base.model, test).argmax(1) == labels
-        return float(right.double().mean())
+    def right() -> Tensor:
+        return (_probabilities(base.model, test).argmax(1) == labels).double()
 
-    after = accuracy()
     with disabled(base.model):
-        before = accuracy()
+        result.right = [right()]
+    result.right.append(right())
+    before, after = (float(r.mean()) for r in result.right)
     result.kept, result.items, result.accuracies = after >= before, count, (before, after)
     result.learnt = len(plain) - count
     told = f"{100 * before:.1f} to {100 * after:.1f} % right of {count} held-out pictures"
+    told += by_chance(*(r.numpy() for r in reversed(result.right)))
     result.verdict = told if result.kept else f"{told}: worse"
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_lightning.report.results import Prediction, Row, Run
 
@@ -17,6 +20,16 @@ def row(method: str, domain: str, seed: int, value: float, **changes: Any) -> Ro
     parameters, size = COSTS.get(method, (3_400_000, 13_600_000))
     made = Row(method, domain, seed, "accuracy", value, parameters, 12.0, size)
     return dataclasses.replace(made, **changes)
+
+
+def scored(rows: list[Row], n: int = 1000) -> dict[tuple[str, str, int], np.ndarray]:
+    """Scores of `n` items that give these rows' values: the first are right; degrees are alike."""
+
+    def each(value: float) -> np.ndarray:
+        values = np.full(n, value) if value > 1 else np.arange(n) < round(value * n)
+        return np.stack([values, np.ones(n)], 1)
+
+    return {(r.method, r.domain, r.seed): each(r.value) for r in rows if math.isfinite(r.value)}
 
 
 def make_run(root: Path, rows: list[Row], **changes: Any) -> Run:
@@ -38,6 +51,7 @@ def make_run(root: Path, rows: list[Row], **changes: Any) -> Run:
         versions={"torch": "2.14.0", "hardware": "two cores"},
         skipped=[("a/b.png", "truncated")],
         notes=["a note"],
+        scores=scored(rows),
     )
     return dataclasses.replace(made, **changes)
 

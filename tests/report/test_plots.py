@@ -51,7 +51,9 @@ def test_images_that_are_broken_missing_or_of_any_mode(tmp_path: Path) -> None:
         Prediction(f"{n}.png", "dim-1", "漢字", "mug", 0.5, "mug", 0.5, 0) for n in "abcdefgh"
     ]
     run = make_run(tmp_path, [], predictions=answers, spectra={})
-    assert "samples" in [plot.name for plot in plots.draw(run)]
+    drawn = {plot.name: plot.svg.decode() for plot in plots.draw(run)}
+    assert "漢字" in drawn["samples"]  # text, which the reader's own fonts draw
+    assert "sans-serif" in drawn["samples"]
 
 
 def test_sample_is_fixed_stratified_and_blind_to_the_outcome() -> None:

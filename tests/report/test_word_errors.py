@@ -140,7 +140,7 @@ def test_sound_that_is_gone_is_left_out(run, tmp_path):
         transcript.audio = str(tmp_path / "gone.wav")
     write_report(run, tmp_path / "out")
     assert "<audio" not in (tmp_path / "out" / "report.html").read_text()
-    assert not (tmp_path / "out" / "plots" / "spectrograms.png").exists()
+    assert not (tmp_path / "out" / "plots" / "spectrograms.svg").exists()
 
 
 def played(page):

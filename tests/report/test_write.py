@@ -194,7 +194,7 @@ def test_page_has_what_a_reader_looks_for(tmp_path: Path) -> None:
         "somewhere",
     ):
         assert text in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/svg+xml;base64,") == 4
     pictures = (tmp_path / "out" / "plots").iterdir()
     drawn = ["accuracy", "confusion", "samples", "spectrum"]  # the others are of speech
     assert sorted(path.stem for path in pictures) == drawn

@@ -1,5 +1,11 @@
 """A user's own kind of recipe by an `Experiment`; devices and loggers; the common methods."""
 
+import html
+import io
+import math
+import re
+import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,20 +17,26 @@ from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.cli import main
+from lora_lightning.errors import ConfigError, MissingDependencyError
 from lora_lightning.registry import Registry
+from lora_lightning.report.console import PlainConsole
 from lora_lightning.runner import methods as common
 from lora_lightning.runner.cases import LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.experiment import Experiment, Method
-from lora_lightning.runner.loading import KINDS, Kind, load_recipe, run_recipe
-from lora_lightning.runner.progress import Ticks
+from lora_lightning.runner.loading import KINDS, Kind, apply_overrides, load_recipe, run_recipe
+from lora_lightning.runner.progress import Stages as Stages_
+from lora_lightning.runner.progress import Ticks, quiet_lightning
+from lora_lightning.runner.runner import own_title
 from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
+from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.vision.classifier import Classifier
+from tests.helpers import stand_ins
 
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only", "label_free", "lora", "full")
-HOME, AWAY = "home", ("near", "far")
+HOME, AWAY = "source", ("near", "far")
 
 
 @dataclass
@@ -129,6 +141,29 @@ def test_a_kind_of_ones_own_has_the_common_methods(recipe):
     made = {p.name.removesuffix(".safetensors") for p in (recipe / "out/adapters").iterdir()}
     assert made == {f"{d}{end}" for d in AWAY for end in ("", "-rank-2", "-no-labels")}
     assert run.spectra
+    trained = [(n, case) for n in names[1:] for case in AWAY]
+    assert list(run.losses) == [("source model", "", 0), *((*t, 0) for t in trained)]
+    assert [step for step, _ in run.losses["source model", "", 0]] == list(range(1, 9))
+    assert all(math.isfinite(loss) for curve in run.losses.values() for _, loss in curve)
+    page = (recipe / "out/report.html").read_text()
+    assert "How did the trainings go?" in page
+    assert "How sure is that?" not in page  # this kind counts no items
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_on_the_page_repeats_the_run(recipe):
+    """With every override and the folder, quoted for a shell."""
+    given = ["methods=[source_only]", "title=it's $5 | 3", "train.source.epochs=1"]
+    out = recipe / "my: out"
+    run_recipe(recipe, [*given, "out=elsewhere"], out)
+    before = (out / "config.yaml").read_bytes()
+    page = (out / "report.html").read_text()
+    assert "<h1>it&#x27;s $5 | 3</h1>" in page
+    [command] = re.findall('<pre class="command">(.*?)</pre>', page, re.DOTALL)
+    (out / "config.yaml").unlink()
+    program, *argv = shlex.split(html.unescape(command))
+    assert (program, main(argv)) == ("lora-lightning", 0)
+    assert (out / "config.yaml").read_bytes() == before
 
 
 def test_a_kind_checks_its_settings_first(recipe):
@@ -144,8 +179,44 @@ def test_trainings_log_where_the_run_says(recipe):
     logged = sorted((recipe / "out/logs").glob("*/metrics.csv"))
     assert len(logged) == 3  # the source model's, and one for each target
     assert "loss" in logged[0].read_text().splitlines()[0]
+    header = (recipe / "out/logs/version_1/metrics.csv").read_text().splitlines()[0]
+    assert sum(name.startswith("lora/") for name in header.split(",")) <= 5
+    assert "lora/targets: 1" in (recipe / "out/logs/version_1/hparams.yaml").read_text()
     with pytest.raises(ConfigError, match="unknown logger 'cvs'; did you mean 'csv'"):
         run_recipe(recipe, ["logger=cvs"], recipe / "out")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(recipe, monkeypatch, name):
+    home = "lightning.fabric.loggers.tensorboard._TENSORBOARD"
+    homes = [f"{home}_AVAILABLE", f"{home}X_AVAILABLE"] if name == "tensorboard" else []
+    for each in homes or [f"lightning.pytorch.loggers.{name}._{name.upper()}_AVAILABLE"]:
+        monkeypatch.setattr(each, False)
+    with pytest.raises(MissingDependencyError, match=rf'pip install "lora-lightning\[{name}\]"'):
+        run_recipe(recipe, ["methods=[lora]", f"logger={name}"], recipe / "out")
+    assert not (recipe / "out/source.safetensors").exists()
+
+
+def test_every_training_is_a_run_of_its_own_in_the_runs_folder(tmp_path, monkeypatch):
+    wandb, mlflow = stand_ins.wandb(monkeypatch), stand_ins.mlflow(monkeypatch)
+    board = stand_ins.tensorboard(monkeypatch)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in 2 * ["wandb", "mlflow", "tensorboard"]:
+        config = RunConfig(accelerator="cpu", logger=name, out=str(tmp_path))
+        callback = LoRACallback(rank=1, target_modules="all", output_dir=tmp_path)
+        trainer = make_trainer(config, [callback], max_epochs=1)
+        task = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)))
+        with quiet_lightning():
+            trainer.fit(task, DATA["near"])
+    assert [a["dir"] for what, a in wandb if what == "init"] == 2 * [str(tmp_path / "logs")]
+    assert [code for what, code in wandb if what == "finish"] == 2 * [0]
+    database = f"sqlite:///{tmp_path / 'logs/mlflow.db'}"
+    assert [uri for what, uri in mlflow if what == "uri"] == 2 * [database]
+    assert [s for what, s in mlflow if what == "set_terminated"] == 2 * ["FINISHED"]
+    versions = [str(tmp_path / f"logs/version_{i}") for i in range(2)]
+    assert [a for what, a in board if what == "log_dir"] == versions
+    for told in (wandb, mlflow, board):
+        assert sum(isinstance(a, dict) and a.get("lora/targets") in (1, "1") for _, a in told) == 2
 
 
 def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
@@ -159,6 +230,43 @@ def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
 def test_every_recipe_has_devices_and_logger():
     config = load_recipe("speaker")
     assert (config.devices, config.logger) == (1, None)
+
+
+def test_stages_leave_a_line_each_and_warnings_are_counted():
+    said = io.StringIO()
+    with Stages_(PlainConsole(file=said, width=40)) as stages:
+        tick = stages.stage("bob", "steps")
+        for _ in range(3):
+            tick.say("round 1: rejected")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(warnings, "filters", warnings.filters[-1:])
+                warnings.warn("a poor match", UserWarning, stacklevel=1)
+        tick.say("round 2: accepted, " + 40 * "x")
+        tick(4, 4)
+        stages.stage("  a part", "steps")(1, 1)
+        stages.line("next")
+    lines = said.getvalue().split("\n")
+    assert lines[0].startswith("✓ bob: 4/4 steps, 0.0 s, round 2: acc")
+    assert all(len(line) <= 40 for line in lines)
+    assert lines[-3:] == ["3 warnings:", "  3 × UserWarning: a poor match", ""]
+    assert said.getvalue().count("bob") == 1
+    assert "rejected" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        (
+            ["data.root=a/photos", "data.source=day", "data.target=[night]"],
+            "photos: from day to night",
+        ),
+        (["data.root=a/photos", "data.source=day"], "photos: from day"),
+        ([], ""),
+    ],
+)
+def test_a_title_of_the_users_own_data(given, title):
+    config = apply_overrides(load_recipe("lighting"), given)
+    assert own_title(config) == title
 
 
 class Keeps(Callback):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 from lora_lightning.speech.data import audio
-from lora_lightning.speech.data.audio import check_audio, checked, read_audio
+from lora_lightning.speech.data.audio import check_audio, checked, counted, read_audio
 from lora_lightning.speech.data.utterances import Utterance
 
 
@@ -171,3 +176,50 @@ def test_checked_keeps_the_good_and_lists_the_bad(tmp_path):
     assert skipped == [(str(bad.path), "there is no such file")]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert checked(good, 0.3, 0.5)[0] == [kept[0]]
+
+
+def test_aac_needs_pyav_or_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "memo.m4a"
+    path.write_bytes(b"no sound")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingDependencyError, match=r"\.m4a files are decoded by PyAV.*\[m4a\]"):
+        read_audio(path, 16000)
+    kept, skipped = checked([Utterance(path)])
+    assert not kept
+    assert "1 × .m4a files are decoded by PyAV" in counted(skipped)
+
+
+def test_aac_is_decoded_by_pyav(tmp_path, monkeypatch):
+    """With a stand-in of PyAV's attributes: two frames of two channels."""
+    path = tmp_path / "memo.m4a"
+    path.write_bytes(b"sound")
+    frames = [np.stack([np.full(800, v), np.zeros(800)]).astype(np.float32) for v in (0.5, 0.25)]
+    stream = SimpleNamespace(rate=16000, duration=1600, time_base=Fraction(1, 16000))
+
+    class File:
+        streams = SimpleNamespace(audio=[stream])
+
+        def decode(self, given):
+            return iter(frames) if given is stream else iter(())
+
+        def close(self):
+            self.closed = True
+
+    def opened(name):
+        if not Path(name).read_bytes().startswith(b"sound"):
+            raise ValueError("Invalid data found")
+        return File()
+
+    resampler = SimpleNamespace(resample=lambda f: [SimpleNamespace(to_ndarray=lambda: f)])
+    monkeypatch.setitem(
+        sys.modules, "av", SimpleNamespace(open=opened, AudioResampler=lambda **_: resampler)
+    )
+    assert check_audio(path) == 0.1
+    waveform = read_audio(path, 16000)
+    assert torch.equal(waveform, torch.tensor([0.25] * 800 + [0.125] * 800))
+    frames.pop()
+    with pytest.raises(DataError, match="cut short"):
+        check_audio(path, 0.01)
+    path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="cannot be read: Invalid data"):
+        check_audio(path)

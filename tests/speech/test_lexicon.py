@@ -36,6 +36,28 @@ def test_the_best_sentence_is_found_as_by_trying_all():
         assert search.decode(log_probs[None], torch.tensor([5])) == [text]
 
 
+def test_what_the_lexicon_costs():
+    """0 where the sound says a sentence of the lexicon by itself, more where it must be bent."""
+    search = LexiconSearch(Lexicon(["ab"]), AB)
+
+    def cost(text):
+        frames = torch.full((len(text), 4), -9.0)
+        frames[range(len(text)), AB.encode(text)] = 0.0
+        [(found, cost)] = search.compared(frames[None], torch.tensor([len(text)]))
+        assert found == search.decode(frames[None], torch.tensor([len(text)]))[0] == "ab"
+        return cost
+
+    assert cost("ab") == pytest.approx(0, abs=1e-3)
+    assert cost("aa") == pytest.approx(9 / 2, abs=1e-3)  # one of two frames must be another
+
+
+def test_words_used_otherwise_than_in_the_lexicon():
+    lexicon = Lexicon(texts=["a b", "b a"] * 50)
+    assert abs(lexicon.divergence(["a b", "b a"])) < 0.02
+    assert lexicon.divergence(["a a", "a a"]) > 0.3
+    assert math.isnan(Lexicon(["a", "b"]).divergence(["a a"]))
+
+
 def test_nothing_but_words_is_written():
     torch.manual_seed(0)
     search = LexiconSearch(Lexicon(["ab", "ba"]), AB)

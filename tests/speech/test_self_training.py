@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from lora_lightning.speech.self_training import PseudoTranscriptCallback
 from lora_lightning.speech.tasks.ctc import CTCRecognition
 from lora_lightning.speech.tasks.lexicon import Lexicon
 from lora_lightning.speech.tasks.recognisers import ConformerCTC
-from lora_lightning.speech.transcript_guard import SpeechLimits
+from lora_lightning.speech.transcript_guard import SpeechGuard, SpeechLimits, Understood
 from tests.helpers.speech import AB, sounds, written
 from tests.helpers.training import trainer
 
@@ -73,11 +75,36 @@ def test_at_an_alarm_the_source_comes_back(tmp_path, recordings):
     )  # fmt: skip
     task = run(tmp_path, pseudo, model, learning_rate=1.0)
     assert pseudo.accepted_ == 0
-    assert pseudo.termination_condition_.startswith("alarm in round 1")
+    assert pseudo.termination_condition_.startswith("all rounds done, the last one with an alarm")
+    assert pseudo.termination_condition_.endswith("(limits=None adapts all the same)")
+    assert len(pseudo.history_) == 3  # the end of the schedule decides, not the first alarm
+    assert not list(tmp_path.glob("*.safetensors"))
     assert pseudo.transcripts_ == pseudo.source_
     live = task.model.state_dict()
     assert all(torch.equal(live[k], v) for k, v in before.items())
     assert all(float(v.abs().sum()) == 0 for k, v in live.items() if k.endswith("lora_B"))
+
+
+def test_the_guard_looks_at_the_decoding_with_the_lexicon():
+    """Greedy transcripts may change as they like; the lexicon's sentences are compared."""
+    lexicon = Lexicon(texts=["ab ba", "ba ab"])
+    heard = {str(i): Understood("a", text, 0.5, 0.5) for i, text in enumerate(["ab ba", "ba ab"])}
+    guard = SpeechGuard(heard, SpeechLimits(), lexicon, "--no-guard")
+
+    def alarms(**change):
+        return guard.check({k: replace(u, **change) for k, u in heard.items()}).alarms
+
+    assert not alarms(written="bbbbbbb")
+    [worse] = alarms(distance=0.6)
+    assert "fit worse: 0.60 nats a frame" in worse
+    assert "--no-guard" in worse
+    [collapsed] = alarms(label="ab ab")
+    assert "words are used less as in the lexicon" in collapsed
+    assert (
+        not SpeechGuard(heard, SpeechLimits(), Lexicon(["ab", "ba"]))
+        .check({k: replace(u, label="ab ab") for k, u in heard.items()})
+        .alarms
+    )  # a bare list of words says nothing of how often each occurs
 
 
 def test_a_recogniser_that_understands_nothing_is_told(tmp_path, recordings):

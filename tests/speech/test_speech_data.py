@@ -117,7 +117,8 @@ def test_setup_checks_once_and_lists_what_it_leaves_out(tmp_path, monkeypatch):
     items[1].path.write_bytes(b"")
     known = checked(items[2:])[0]
     d = data(train=[items[0], items[1], *known])
-    d.setup("fit")
+    with pytest.warns(UserWarning, match=r"1 recordings are left out: 1 × empty, such as .*1\."):
+        d.setup("fit")
     assert d.skipped == [(str(items[1].path), "empty: 0 bytes")]
     assert [i.path for i in d.items["train"]] == [items[0].path, items[2].path]
     monkeypatch.setattr(
@@ -130,7 +131,8 @@ def test_setup_checks_once_and_lists_what_it_leaves_out(tmp_path, monkeypatch):
 def test_limits_of_length(tmp_path):
     items = speech(tmp_path, 3)
     d = data(train=items, min_seconds=0.25, max_seconds=0.35)
-    d.setup()
+    with pytest.warns(UserWarning, match="1 × too short, .*1 × too long"):
+        d.setup()
     assert [i.path for i in d.items["train"]] == [items[1].path]
     with pytest.raises(DataError, match=r"none of the 2 recordings for train .*0.flac: too short"):
         data(train=items[:2], min_seconds=0.35).setup()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from lora_lightning import LoRACallback
+from lora_lightning import LoRACallback, LoRAConfig
 from lora_lightning.errors import VerificationError
 from lora_lightning.model.state import named_factors
 from tests.helpers.training import Module, fitted, loader, saved, trainer
@@ -32,44 +31,60 @@ class CliModule(Module):
         return loader()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("style", ["fields", "config"])
-def test_lightning_cli_yaml(tmp_path, monkeypatch, style):
-    fields = "rank: 3\n              target_modules: [qkv]"
-    arguments = {
-        "fields": "dict_kwargs:\n              " + fields,
-        "config": "init_args:\n              config:\n                rank: 3\n"
-        "                target_modules: [qkv]",
-    }[style]
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        textwrap.dedent(f"""
-        trainer:
-          max_epochs: 1
-          accelerator: cpu
-          logger: false
-          enable_progress_bar: false
-          enable_model_summary: false
-          enable_checkpointing: false
-          default_root_dir: {tmp_path}
-          callbacks:
-          - class_path: lora_lightning.LoRACallback
-            {arguments}
-        """)
-    )
+TRAINER = """
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  callbacks:
+  - class_path: lora_lightning.LoRACallback
+    ARGUMENTS
+"""
+STYLES = {
+    "init_args": "init_args: {rank: 3, config: {rank: 5, target_modules: [qkv]}}",
+    "dict_kwargs": "dict_kwargs: {rank: 3, target_modules: [qkv]}",
+    "config": "init_args: {config: {rank: 3, target_modules: [qkv], prune_to: null}}",
+}
+
+
+def run_cli(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["main.py"])
-    cli = LightningCLI(
-        CliModule,
-        args=["fit", "--config", str(config)],
-        save_config_callback=None,
-        seed_everything_default=0,
-    )
+    options = {"save_config_callback": None, "seed_everything_default": 0}
+    return LightningCLI(CliModule, args=["fit", *arguments], **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("style", STYLES)
+def test_lightning_cli_yaml(tmp_path, monkeypatch, capsys, style):
+    """Fits; what --print_config prints is printed again from itself, and gives the same adapter."""
+    config, printed = tmp_path / "config.yaml", tmp_path / "printed.yaml"
+    config.write_text(TRAINER.replace("ARGUMENTS", STYLES[style]))
+    for given, to in ((config, printed), (printed, None)):
+        with pytest.raises(SystemExit, match="0"):
+            run_cli(monkeypatch, "--config", str(given), "--print_config")
+        text = capsys.readouterr().out
+        assert to is not None or text == printed.read_text()
+        printed.write_text(text)
+    place = f"--trainer.default_root_dir={tmp_path}"
+    cli = run_cli(monkeypatch, "--config", str(printed), place)
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, LoRACallback))
-    assert callback.config.rank == 3
+    assert callback.config == LoRAConfig(rank=3, target_modules=["qkv"])
     assert [row.module for row in callback.report_.rows] == [
         "blocks.0.attn.qkv",
         "blocks.1.attn.qkv",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_lightning_cli_refuses_an_unknown_field(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(TRAINER.replace("ARGUMENTS", "init_args: {rnk: 3}"))
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(monkeypatch, "--config", str(config))
+    assert "rnk" in capsys.readouterr().err
 
 
 class Told(LoRACallback):
@@ -110,7 +125,9 @@ def test_ddp_on_two_cpu_processes(tmp_path):
     """Each process sees other batches, and must have the same ranks and factors all the same."""
     started = {"devices": 2, "strategy": "ddp_fork"}
     adapter = Told(rank="auto", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
-    fitted(tmp_path, Module(), adapter, logger=CSVLogger(tmp_path), **started)
+    saver = ModelCheckpoint(tmp_path / "c", monitor="epoch", mode="max")  # removes the first
+    options = {"logger": CSVLogger(tmp_path), "enable_checkpointing": True, **started}
+    fitted(tmp_path, Module(), adapter, saver, **options)
     adapter = Told(rank=2, target_modules="all", trainable=[], output_dir=tmp_path)
     # On both, or the other would wait forever.
     with pytest.raises(ProcessRaisedException, match="VerificationError"):
@@ -122,7 +139,8 @@ def test_ddp_on_two_cpu_processes(tmp_path):
     assert len(set(digests)) == 1, "the processes disagree about the factors"
     assert float(digests[0]) > 0
     files = sorted(p.name for p in tmp_path.rglob("*.safetensors"))
-    assert files == ["default-epoch=2-step=2.safetensors", "default.safetensors"]
+    names = [f"default-epoch={epoch}-step=2.safetensors" for epoch in (1, 2)]
+    assert files == [*names, "default.safetensors"]
     keys = saved(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys)
 

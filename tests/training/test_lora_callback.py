@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
@@ -418,27 +417,6 @@ def test_gradient_accumulation_and_mixed_precision(tmp_path):
     module = Module()
     fitted(tmp_path, module, lora(), accumulate_grad_batches=2, precision="bf16-mixed")
     assert all(f.lora_B.any() for f in named_factors(module.model, "default").values())
-
-
-def test_logs_size_and_spectrum(tmp_path):
-    logger = CSVLogger(tmp_path)
-    fitted(tmp_path, Module(), lora(), logger=logger)
-    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
-    assert "lora/trainable_parameters" in header
-    assert "lora/blocks.0.attn.qkv.weight/sigma_1" in header
-    assert (Path(logger.log_dir) / "adapters" / "default.safetensors").exists()
-
-
-def test_adapter_file_at_each_checkpoint(tmp_path):
-    saver = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_top_k=-1)
-    files = lora(output_dir=tmp_path / "a")
-    fitted(tmp_path, Module(), files, saver, enable_checkpointing=True)
-    names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == [
-        "default-epoch=0-step=2.safetensors",
-        "default-epoch=1-step=4.safetensors",
-        "default.safetensors",
-    ]
 
 
 def test_two_callbacks_of_one_class(tmp_path):

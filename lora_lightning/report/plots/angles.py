@@ -27,7 +27,8 @@ def angle_plot(run: Run) -> Drawing | None:
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, name, side in zip(axes, ("before", "after"), ("source", "adapted"), strict=True):
         off = [angle_between(float(p.label), float(getattr(p, side))) for p in items]
-        ax.set_title(f"{name}: off by {np.mean(off):.1f}°, half of them by {np.median(off):.1f}°")
+        told = f"off by {np.mean(off):.1f}°, half of {len(off)} by {np.median(off):.1f}°"
+        ax.set_title(f"{name}: {told}")
         _panel(ax, items, side)
     axes[0].set_ylabel("predicted azimuth (degrees)")
     handles, labels = axes[0].get_legend_handles_labels()

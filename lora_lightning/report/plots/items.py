@@ -35,7 +35,7 @@ def confusion_plot(run: Run) -> Drawing | None:
         answers = [(p.label, str(getattr(p, side))) for p in items]
         image = _matrix(ax, _confusion(answers, classes), classes)
         accuracy = 100 * sum(a == b for a, b in answers) / len(answers)
-        ax.set_title(f"{name}: {accuracy:.1f} % right")
+        ax.set_title(f"{name}: {accuracy:.1f} % of {len(answers)} answers right")
         ax.set_xlabel("predicted class")
     axes[0].set_ylabel("true class")
     bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, pad=0.015)

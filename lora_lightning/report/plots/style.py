@@ -20,10 +20,17 @@ RIGHT, WRONG = "#00755a", "#b8400a"
 # people with any of the common colour blindnesses. Markers differ as well.
 COLOURS = ("#616e7c", "#009e73", "#0072b2", "#d55e00", "#b15e8f", "#b07d00", "#56b4e9")
 MARKERS = "oDs^vPX"
+# Text is measured in the first, which is wide: in the others it takes less room.
+FONTS = (
+    "'DejaVu Sans', Verdana, system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', "
+    "'Noto Sans', sans-serif"
+)
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "lora-lightning",  # the same file for the same run
     "text.parse_math": False,  # a class may be called "$5"
     "axes.labelcolor": INK,
     "axes.edgecolor": QUIET,

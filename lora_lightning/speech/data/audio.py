@@ -1,7 +1,7 @@
 """Audio files: `read_audio` decodes and resamples one, `check_audio` and `checked` validate them.
 
-Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), block by block, so
-that neither a long file nor a wrong header takes more memory than the sound itself.
+Files are decoded by libsndfile (WAV, FLAC, OGG, Opus, MP3, AIFF and more), AAC by PyAV, block by
+block, so that neither a long file nor a wrong header takes more memory than the sound itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.speech.data.compressed import COMPRESSED, Compressed
 from lora_lightning.speech.data.utterances import Utterance
 
 try:
@@ -33,7 +35,7 @@ except (ImportError, OSError) as error:  # OSError: the package is installed, li
 
 AUDIO = {
     ".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".sph", ".w64",
-    ".wav",
+    ".wav", *COMPRESSED,
 }  # fmt: skip
 SILENCE_DBFS = -80.0  # a recording whose peak lies below counts as silent
 RATES = (1000, 768_000)  # Hz; what lies outside is a damaged header
@@ -56,6 +58,7 @@ def read_audio(path: Path | str, sample_rate: int) -> Tensor:
         ConfigError: `sample_rate` is not a sampling rate.
         DataError: the file cannot be read, is empty, or holds NaN or infinity; names the
             file and the reason.
+        MissingDependencyError: it is AAC or the like, and the extra ``m4a`` is not installed.
     """
     _check_rate(sample_rate)
     try:
@@ -119,13 +122,27 @@ def checked(
     for done, item in enumerate(utterances, start=1):
         try:
             seconds = check_audio(item.path, min_seconds, max_seconds)
-        except DataError as error:
+        except (DataError, MissingDependencyError) as error:
             skipped.append((str(item.path), str(error)))
         else:
             kept.append(replace(item, seconds=seconds))
         if tick is not None:
             tick(done, len(utterances))
     return kept, skipped
+
+
+def counted(skipped: Sequence[tuple[str, str]]) -> str:
+    """(path, reason) of what was left out, counted by reason, with an example of each.
+
+    Args:
+        skipped: As `checked` gives it.
+    """
+    example = {reason.partition(":")[0]: f"{path}: {reason}" for path, reason in reversed(skipped)}
+    count = Counter(reason.partition(":")[0] for _, reason in skipped)
+    told = "; ".join(
+        f"{n} × {reason}, such as {example[reason]}" for reason, n in count.most_common()
+    )
+    return f"{len(skipped)} recordings are left out: {told}"
 
 
 @contextmanager
@@ -150,6 +167,8 @@ def _open(path: Path) -> Any:
         raise DataError("a folder, not a file" if path.is_dir() else "there is no such file")
     if path.stat().st_size == 0:
         raise DataError("empty: 0 bytes")
+    if path.suffix.lower() in COMPRESSED:
+        return Compressed(path)
     try:
         return soundfile.SoundFile(path)
     except TypeError as error:  # a headerless file needs a rate

@@ -1,12 +1,14 @@
 """`SpeechData`: a LightningDataModule of recordings in batches of similar length.
 
-Every file is decoded once before training; unusable ones are left out and listed in `skipped`. A
+Every file is decoded once before training; unusable ones are left out, listed in `skipped`, and
+counted by reason in a warning. A
 file that is damaged or removed after that is left out of its batch, listed in `lost`, and reported
 by one warning, so that no run fails in the middle of an epoch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.speech.data.audio import checked
+from lora_lightning.speech.data.audio import checked, counted
 from lora_lightning.speech.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
 from lora_lightning.speech.data.buckets import BucketSampler
 from lora_lightning.speech.data.utterances import Utterance
@@ -119,6 +121,8 @@ class SpeechData(LightningDataModule):
                 raise DataError(
                     f"none of the {len(items)} recordings for {name} can be used; {path}: {reason}"
                 )
+            if skipped:
+                warnings.warn(f"{name}: {counted(skipped)}", stacklevel=2)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training recordings, redrawn in each epoch, and augmented."""

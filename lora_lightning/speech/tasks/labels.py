@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.speech.tasks.transcripts import normalised
 
 
 class Labels:
@@ -76,11 +78,26 @@ class Labels:
                 "it was trained with, in their order, the blank among them"
             )
 
-    def normalise(self, text: str) -> str:
-        """The text in the recogniser's case and characters, with single spaces."""
+    def normalise(self, text: str, changes: Counter[str] | None = None) -> str:
+        """The text in the recogniser's case and symbols, with single spaces, see `normalised`.
+
+        Args:
+            text: The text.
+            changes: Counts what was rewritten; `transcripts.told` says it.
+
+        Raises:
+            DataError: it holds digits, and these are no symbols.
+        """
         text = text.upper() if self._upper else text.lower() if self._lower else text
-        kept = "".join(c if c in self._classes else " " if c.isspace() else "" for c in text)
+        kept = normalised(text, self._classes, changes)
         return " ".join(kept.replace(self.separator, " ").split())
+
+    def changes(self, texts: Iterable[str | None]) -> Counter[str]:
+        """What `normalise` rewrites in these texts, counted."""
+        found = Counter[str]()
+        for text in texts:
+            self.normalise(text or "", found)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The classes of a text, normalised first; characters that are no symbol are dropped."""

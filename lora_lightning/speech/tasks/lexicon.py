@@ -83,6 +83,21 @@ class Lexicon:
         weight = self.smoothing if seen else 1.0
         return math.log((1 - weight) * bigram + weight * unigram)
 
+    def divergence(self, texts: Iterable[str]) -> float:
+        """How differently words are used in these texts, in nats a word; NaN for a bare list.
+
+        The Kullback-Leibler divergence of their frequencies of words (and of the end) from the
+        lexicon's. It rises where a recogniser takes words for others, not for one another.
+        """
+        if not self._total:
+            return math.nan
+        count = Counter(word for text in texts for word in (*text.split(), END))
+        total, known = sum(count.values()), self._total + len(self.words) + 1
+        return sum(
+            n / total * math.log(n / total * known / (self._count[word] + 1))
+            for word, n in count.items()
+        )
+
 
 def spoken_lexicon(sentences: int = 2000) -> Lexicon:
     """The lexicon of the spoken data, with bigrams of sentences of its kind.
@@ -136,7 +151,8 @@ class LexiconSearch:
             self._add(word)
 
     def _add(self, word: str) -> None:
-        normal = self.labels.normalise(word)
+        digits = any(c.isdigit() and c not in self.labels.symbols for c in word)
+        normal = "" if digits else self.labels.normalise(word)
         if len(normal) != len(word) or " " in normal:
             raise ConfigError(
                 f"the recogniser cannot write {word!r} of the lexicon with its symbols "
@@ -149,9 +165,27 @@ class LexiconSearch:
 
     def decode(self, log_probs: Tensor, lengths: Tensor) -> list[str]:
         """(B, F, C) log-probabilities and frames (B,) → texts; "" where no word fits."""
-        return [self._one(row.double().tolist()) for row in valid_frames(log_probs, lengths)]
+        return [text for text, _ in self.compared(log_probs, lengths)]
 
-    def _one(self, frames: Sequence[Sequence[float]]) -> str:
+    def compared(self, log_probs: Tensor, lengths: Tensor) -> list[tuple[str, float]]:
+        """Each text, with what the lexicon costs it.
+
+        That is, in nats a frame, how far the text's score lies below the log-probability of the
+        best path of any symbols: 0 where the sound alone says the same. Near 0 the lexicon only
+        confirms; where it is large it had to choose a sentence that the sound does not support.
+
+        Args:
+            log_probs: (B, F, C).
+            lengths: Frames (B,).
+        """
+        found = []
+        for row in valid_frames(log_probs, lengths):
+            text, score = self._one(row.double().tolist())
+            best, silent = float(row.double().amax(1).sum()), float(row[:, self.labels.blank].sum())
+            found.append((text, (best - (score if text else silent)) / max(len(row), 1)))
+        return found
+
+    def _one(self, frames: Sequence[Sequence[float]]) -> tuple[str, float]:
         states: dict[Prefix, State] = {(): State(self._tree, START, 0.0)}
 
         @functools.cache
@@ -164,7 +198,8 @@ class LexiconSearch:
 
         ranked = prefixes(frames, self.labels.blank, self.beam_size, grow=grow)
         ends = [(p + e, prefix) for prefix, p in ranked if (e := self._end(states[prefix])) > NEVER]
-        return self.labels.decode(max(ends)[1]) if ends else ""
+        score, best = max(ends, default=(NEVER, ()))
+        return self.labels.decode(best), score
 
     def _next(self, state: State, c: int) -> State | None:
         if c == self._separator:
