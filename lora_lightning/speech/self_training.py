@@ -18,7 +18,8 @@ from lora_lightning.adaptation.text_self_training import (
     TextSelfTraining,
     check_keep,
 )
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import DataError
+from lora_lightning.lora.values import check_count
 from lora_lightning.model.batch_norm import BatchNormKeeper
 from lora_lightning.model.probing import preserved
 from lora_lightning.speech.ctc_objectives import dust_distances, non_blank_rate
@@ -137,8 +138,7 @@ class PseudoTranscriptCallback(TextSelfTraining):
         if not recordings:
             raise DataError("the target is empty: there is no recording to adapt to")
         check_keep(keep)
-        if variants < 1:
-            raise ConfigError(f"variants must be at least 1, got {variants}")
+        check_count("variants", variants)
         # Given transcripts must not leak into the training.
         self.recordings = [replace(u, text=None) for u in recordings]
         rounds = TextRounds(self._check_of, Understood, label="label")

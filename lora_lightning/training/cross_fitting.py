@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.linalg.torch_settings import shuffled
+from lora_lightning.lora.values import check_count
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.shrinkage import shrink, undone
 from lora_lightning.training import checks
@@ -77,8 +78,7 @@ def cross_fit(
             backbone, or a loss that is none.
         DataError: fewer than 2 items, or `looked_at` of another length.
     """
-    if folds < 2:
-        raise ConfigError(f"folds must be at least 2, got {folds}")
+    check_count("folds", folds, 2)
     seen = data if looked_at is None else looked_at
     if len(data) < 2 or len(seen) != len(data):
         raise DataError(

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.model.compression import set_ranks
 from lora_lightning.model.shrinkage import adapter_values, pull_to_source, restore, shrink, undone
 from lora_lightning.model.switching import disabled
@@ -91,12 +92,11 @@ class FitGuard(LaunchedCallback):
         l2_sp: float | None = None,
         lower_rank: bool | None = None,
     ) -> None:
-        if patience < 1:
-            raise ConfigError(f"patience must be at least 1 epoch, got {patience}")
+        check_count("patience", patience, unit="epoch")
         if not shares or any(not 0 < a <= 1 for a in shares):
             raise ConfigError(f"shares must lie in (0, 1], got {list(shares)}")
-        if l2_sp is not None and l2_sp < 0:
-            raise ConfigError(f"l2_sp must be 0 or more, got {l2_sp}")
+        if l2_sp is not None:
+            check_number("l2_sp", l2_sp, "[0, inf)")
         self.held_out, self.loss = held_out, loss
         self.patience, self.shares = patience, tuple(shares)
         self.l2_sp, self.lower_rank = l2_sp, lower_rank

@@ -92,7 +92,7 @@ def test_decoding_stops_at_the_length():
 
 
 def test_the_beam_must_have_a_size():
-    with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="beam_size must be a whole number of at least 1, got 0"):
         beam_search(torch.zeros(1, 1, 4), torch.tensor([1]), AB, beam_size=0)
 
 
@@ -164,7 +164,7 @@ def test_training_needs_texts():
     ("settings", "message"),
     [
         ({"decoder": "best"}, "decoder must be 'greedy' or 'beam', got 'best'"),
-        ({"beam_size": 0}, "beam_size must be at least 1"),
+        ({"beam_size": 0}, "beam_size must be a whole number of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"schedule": "step"}, "schedule must be one of"),
     ],

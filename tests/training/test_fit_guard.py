@@ -368,7 +368,7 @@ def test_the_guard_speaks_to_people(tmp_path):
         with pytest.raises(ConfigError, match=said):
             fitted(tmp_path, Module(), LoRACallback(rank=2), guard)
     for given, said in (
-        ({"patience": 0}, "patience must be at least 1 epoch, got 0"),
+        ({"patience": 0}, "patience must be a whole number of at least 1 epoch, got 0"),
         ({"shares": [0, 1]}, r"shares must lie in \(0, 1\], got \[0, 1\]"),
         ({"l2_sp": -1}, "l2_sp must be 0 or more, got -1"),
     ):
@@ -579,7 +579,7 @@ def test_too_few_items_are_not_dealt(tmp_path):
 def test_cross_fit_speaks_to_people(tmp_path):
     with pytest.raises(DataError, match="data hold 6 items and looked_at 5"):
         cross_fit(Module(), noise(6).dataset, fit(tmp_path), looked_at=noise(5).dataset)
-    with pytest.raises(ConfigError, match="folds must be at least 2, got 1"):
+    with pytest.raises(ConfigError, match="folds must be a whole number of at least 2, got 1"):
         cross_fit(Module(), noise(6).dataset, fit(tmp_path), folds=1)
     with pytest.raises(ConfigError, match="1 losses for 6 items: return one for each"):
         cross_fit(Module(), noise(6).dataset, fit(tmp_path), loss=lambda *_: torch.zeros(()))

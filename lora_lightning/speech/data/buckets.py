@@ -11,6 +11,7 @@ import torch.distributed
 from torch.utils.data.distributed import DistributedSampler
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number
 
 SIMILAR = 0.5  # the shortest of a bucket is at least this part of the longest
 BATCHES = 16  # of one bucket at most
@@ -140,9 +141,6 @@ def _check(seconds: Sequence[float], batch_seconds: float, max_batch: int, seed:
                 f"seconds[{i}] must be a length in seconds, got {length}: check the recordings "
                 "first, as lora_lightning.speech.data.audio.checked does"
             )
-    if not batch_seconds > 0:
-        raise ConfigError(f"batch_seconds must be above 0, got {batch_seconds}")
-    if max_batch < 1:
-        raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
-    if seed < 0:
-        raise ConfigError(f"seed must be at least 0, got {seed}")
+    check_number("batch_seconds", batch_seconds, "(0, inf)")
+    check_count("max_batch", max_batch)
+    check_count("seed", seed, 0)

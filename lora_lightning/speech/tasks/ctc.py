@@ -9,6 +9,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.decoding import beam_search, greedy
 from lora_lightning.speech.tasks.labels import Labels
@@ -57,8 +58,7 @@ class CTCRecognition(Recognition):
         super().__init__(model, labels, learning_rate, weight_decay, schedule)
         if decoder not in ("greedy", "beam"):
             raise ConfigError(f"decoder must be 'greedy' or 'beam', got {decoder!r}")
-        if beam_size < 1:
-            raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        check_count("beam_size", beam_size)
         self.decoder, self.beam_size = decoder, beam_size
         self.search: LexiconSearch | None = None
         if lexicon is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.speech.tasks.labels import Labels
 
 NEVER = -math.inf
@@ -56,8 +57,7 @@ def beam_search(
     Raises:
         ConfigError: `beam_size` is below 1, or the log-probabilities hold NaN.
     """
-    if beam_size < 1:
-        raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+    check_count("beam_size", beam_size)
     found = []
     for row in valid_frames(log_probs, lengths):
         ranked = prefixes(row.double().tolist(), labels.blank, beam_size, threshold)

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.speech.data.synthetic.phrases import phrases
 from lora_lightning.speech.tasks.decoding import NEVER, Prefix, prefixes, valid_frames
 from lora_lightning.speech.tasks.labels import Labels
@@ -42,8 +43,7 @@ class Lexicon:
     def __init__(
         self, words: Iterable[str] = (), texts: Iterable[str] = (), smoothing: float = 0.1
     ):
-        if not 0 < smoothing <= 1:
-            raise ConfigError(f"smoothing must lie in (0, 1], got {smoothing}")
+        check_number("smoothing", smoothing, "(0, 1]")
         sentences = [text.split() for text in texts]
         self.words = sorted({*words, *(w for s in sentences for w in s)} - {""})
         if not self.words:
@@ -140,8 +140,7 @@ class LexiconSearch:
         weight: float = 1.0,
         bonus: float = 0.0,
     ):
-        if beam_size < 1:
-            raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        check_count("beam_size", beam_size)
         self.lexicon, self.labels, self.beam_size = lexicon, labels, beam_size
         self.weight, self.bonus = weight, bonus
         self._separator = labels.symbols.index(labels.separator)

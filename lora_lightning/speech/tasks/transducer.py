@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchaudio.models import RNNT, RNNTBeamSearch
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.speech.data.utterances import AudioBatch
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.recognisers import frame_mask
@@ -52,8 +53,7 @@ class TransducerRecognition(Recognition):
         beam_size: int = 10,
     ):
         super().__init__(model, labels, learning_rate, weight_decay, schedule)
-        if beam_size < 1:
-            raise ConfigError(f"beam_size must be at least 1, got {beam_size}")
+        check_count("beam_size", beam_size)
         self.labels.must_fit(model.joiner.linear.out_features, type(model).__name__)
         self.features = features or RNNTMel()
         self.beam_size = beam_size

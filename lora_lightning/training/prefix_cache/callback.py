@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.model.verification import verifying
 from lora_lightning.model.view import View
 from lora_lightning.training.checks import find_backbone
@@ -54,8 +55,7 @@ class PrefixCache(LaunchedCallback):
         backbone: str = "model",
         eval_prefix: bool = False,
     ) -> None:
-        if not 0 < budget_mb < float("inf"):
-            raise ConfigError(f"budget_mb must be above 0 and finite, got {budget_mb}")
+        check_number("budget_mb", budget_mb, "(0, inf)")
         self.budget_mb, self.backbone, self.eval_prefix = budget_mb, backbone, eval_prefix
         self.folder = None if folder is None else Path(folder)
         self._root: nn.Module | None = None

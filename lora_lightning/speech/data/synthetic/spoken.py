@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.lora.values import check_count
 from lora_lightning.report.versions import versions
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
@@ -88,8 +89,7 @@ def _settings(
     for what, number, least in (
         ("utterances", utterances, 1), ("sample_rate", sample_rate, 4000), ("seed", seed, 0),
     ):  # fmt: skip
-        if number < least:
-            raise ConfigError(f"{what} must be at least {least}, got {number}")
+        check_count(what, number, least)
     voices = {name: asdict(voice) for name, voice in speakers.items()}
     settings = {"edition": EDITION, "utterances": utterances, "sample_rate": sample_rate}
     return {**settings, "seed": seed, "speakers": voices}

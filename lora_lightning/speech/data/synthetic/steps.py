@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.lora.values import check_number
 from lora_lightning.speech.data.synthetic.noises import check_waveform, generator
 
 try:
@@ -81,8 +82,7 @@ class Telephone(Step):
     loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.loss < 1:
-            raise ConfigError(f"Telephone: loss must lie in [0, 1), got {self.loss!r}")
+        check_number("Telephone: loss", self.loss, "[0, 1)")
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
         """Down to the line's rate and back, by torchaudio."""
@@ -121,8 +121,7 @@ class Clipping(Step):
     level: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 < self.level <= 1:
-            raise ConfigError(f"Clipping: level must lie in (0, 1], got {self.level!r}")
+        check_number("Clipping: level", self.level, "(0, 1]")
 
     def apply(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
         """Clip."""
