@@ -7,12 +7,12 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:  # the command line checks numbers before it imports torch
+    from torch import Tensor
 
 LONGEST_NAME = 150  # of an adapter: file names hold 255 bytes, and a step is added
 LONGEST_TEXT = 1000  # in a header; a longer pattern can be split into several
@@ -121,6 +121,8 @@ def check_plain(settings: Mapping[str, Any]) -> None:
 
 def check_adapter_name(name: Any) -> None:
     """Raise ConfigError for a name under which no module, or no file, can be kept."""
+    from torch import nn
+
     fits = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
     # Of an instance: "training" is no attribute of the class.
     if not fits or hasattr(nn.ModuleDict(), name) or _DEVICES.fullmatch(name):
@@ -137,6 +139,8 @@ def check_adapter_name(name: Any) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
+    import torch
+
     floats = {k: t for k, t in tensors.items() if t.is_floating_point() and not t.is_meta}
     if not floats:
         return []

@@ -88,7 +88,8 @@ class SpeechGuard:
             "spelling": mean(u.distance for u in now.values()),
         }
         if self.lexicon is not None:
-            scores["words"] = self.lexicon.divergence(u.label for u in now.values())
+            words = self.lexicon.divergence(u.label for u in now.values())
+            scores |= {} if words is None else {"words": words}
         return scores
 
     def _alarms(self, scores: dict[str, float]) -> Iterator[str]:
@@ -113,8 +114,7 @@ class SpeechGuard:
                 f"the lexicon's sentences fit worse: {scores['spelling']:.2f} nats a frame below "
                 f"the sound alone, above {worst:.2f}"
             )
-        most = self.scores["words"] + limits.words
-        if scores["words"] > most:  # never with NaN
+        if "words" in scores and scores["words"] > (most := self.scores["words"] + limits.words):
             yield (
                 f"words are used less as in the lexicon: {scores['words']:.2f} nats a word from "
                 f"it, above {most:.2f}"

@@ -70,9 +70,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     [
         ({"speakers": {}}, "speakers is empty"),
         ({"speakers": {"a/b": Voice("en")}}, "becomes a folder"),
-        ({"utterances": 0}, "utterances must be at least 1, got 0"),
-        ({"sample_rate": 100}, "sample_rate must be at least 4000, got 100"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"utterances": 0}, "utterances must be a whole number of at least 1, got 0"),
+        ({"sample_rate": 100}, "sample_rate must be a whole number of at least 4000, got 100"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_settings_are_checked_first(tmp_path, settings, message):

@@ -206,7 +206,7 @@ def test_how_far_a_folder_is(model, pictures, capsys):
         (["--classes", "classes.txt", "--canary", "odd"], "unknown class 'cow'"),
         (["--canary", "night"], "no pictures in folders of their classes"),
         (["--canary", "labelled", "--labels", "labelled"], "--canary or --labels"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--epochs", "0"], "--epochs must be a whole number of at least 1"),
         (["--images", "night", "rain"], "2 folders need a file each"),
         (["--checkpoint", "classes.txt"], "is damaged"),
     ],

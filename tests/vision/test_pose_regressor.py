@@ -417,7 +417,7 @@ def test_only_factors_are_trained_and_come_off(tmp_path):
     [
         ({"tolerance": 0.0}, r"tolerance must lie in \(0, 180\] degrees, got 0"),
         ({"batch_norm": "both"}, "batch_norm must be one of auto, source, target; got 'both'"),
-        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"batch_size": 1}, "batch_size must be a whole number of at least 2, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
     ],
 )

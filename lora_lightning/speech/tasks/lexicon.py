@@ -83,14 +83,14 @@ class Lexicon:
         weight = self.smoothing if seen else 1.0
         return math.log((1 - weight) * bigram + weight * unigram)
 
-    def divergence(self, texts: Iterable[str]) -> float:
-        """How differently words are used in these texts, in nats a word; NaN for a bare list.
+    def divergence(self, texts: Iterable[str]) -> float | None:
+        """How differently words are used in these texts, in nats a word; None for a bare list.
 
         The Kullback-Leibler divergence of their frequencies of words (and of the end) from the
         lexicon's. It rises where a recogniser takes words for others, not for one another.
         """
         if not self._total:
-            return math.nan
+            return None
         count = Counter(word for text in texts for word in (*text.split(), END))
         total, known = sum(count.values()), self._total + len(self.words) + 1
         return sum(
