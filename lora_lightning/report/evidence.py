@@ -22,6 +22,7 @@ import numpy as np
 # (method, domain, seed) → what each held-out item adds to the metric's sums, (items, sums).
 Scores = Mapping[tuple[str, str, int], Any]
 DRAWS, LEVEL, FEWEST_SEEDS = 1000, 0.05, 3
+FEW = 2000  # items: of more, sums over drawn ones are taken as normally distributed
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
@@ -133,7 +134,7 @@ class Evidence:
         ]
         if not pairs or any(a.shape != b.shape for _, a, b in pairs):
             return None
-        drawn = np.mean([self._drawn(a, i) - self._drawn(b, i) for i, a, b in pairs], 0)
+        drawn = np.mean([self._drawn_apart(a, b, i) for i, a, b in pairs], 0)
         swapped = np.mean([self._swapped(a, b, i) for i, a, b in pairs], 0)
         real = np.mean([self._metric(a.sum(0)) - self._metric(b.sum(0)) for _, a, b in pairs])
         # A draw among them is the data as they are.
@@ -157,10 +158,14 @@ class Evidence:
         return [s for s in seeds if wanted and all((m, d, s) in self._scores for m, d in wanted)]
 
     def _drawn(self, scores: np.ndarray, index: int) -> np.ndarray:
-        return self._metric(_resamples(len(scores), index) @ scores)
+        return self._metric(_resampled(scores, index))
+
+    def _drawn_apart(self, a: np.ndarray, b: np.ndarray, index: int) -> np.ndarray:
+        both = _resampled(np.concatenate([a, b], 1), index)
+        return np.asarray(self._metric(both[:, : a.shape[1]]) - self._metric(both[:, a.shape[1] :]))
 
     def _swapped(self, a: np.ndarray, b: np.ndarray, index: int) -> np.ndarray:
-        moved = _swaps(len(a), index) @ (b - a)
+        moved = _swapped(b - a, index)
         return np.asarray(self._metric(a.sum(0) + moved) - self._metric(b.sum(0) - moved))
 
 
@@ -190,7 +195,28 @@ def _middle(draws: np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
-@lru_cache(maxsize=64)
+def _resampled(scores: np.ndarray, index: int) -> np.ndarray:
+    """(draws, sums): the sums over as many items, drawn with replacement."""
+    if len(scores) <= FEW:
+        return np.asarray(_resamples(len(scores), index) @ scores)
+    apart = scores - scores.mean(0)
+    return _normal(scores.sum(0), apart.T @ apart, index)
+
+
+def _swapped(scores: np.ndarray, index: int) -> np.ndarray:
+    """(draws, sums): the sums over items of which each is taken or left out by a coin."""
+    if len(scores) <= FEW:
+        return np.asarray(_swaps(len(scores), index) @ scores)
+    return _normal(scores.sum(0) / 2, scores.T @ scores / 4, index)
+
+
+def _normal(mean: np.ndarray, covariance: np.ndarray, index: int) -> np.ndarray:
+    """What such sums are distributed as where items are many."""
+    rng = np.random.default_rng(index)
+    return rng.multivariate_normal(mean, covariance, DRAWS, method="eigh", check_valid="ignore")
+
+
+@lru_cache(maxsize=32)  # 8 MB each at most
 def _resamples(n: int, index: int) -> np.ndarray:
     """(draws, n): how often each item is drawn; the same for every method and seed."""
     rng = np.random.default_rng([0, n, index])
@@ -198,7 +224,7 @@ def _resamples(n: int, index: int) -> np.ndarray:
     return drawn
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _swaps(n: int, index: int) -> np.ndarray:
     """(draws, n): 1 for each item whose scores the two methods swap."""
     swaps: np.ndarray = np.random.default_rng([1, n, index]).random((DRAWS, n)) < 0.5

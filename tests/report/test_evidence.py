@@ -36,6 +36,21 @@ def test_a_gain_is_one_that_chance_seldom_makes(better: int, worse: int, clear: 
     assert interval.low <= (better - worse) / 39 <= interval.high
 
 
+def test_of_many_items_the_sums_are_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = np.random.default_rng(0).random((3, 1500)) < np.array([[0.7], [0.75], [0.5]])
+    scores = {
+        (m, "t", 0): np.stack([x, np.ones(1500)], 1) for m, x in zip("abc", right, strict=True)
+    }
+    drawn = Evidence(scores, "accuracy")
+    ends = [drawn.mean("a", ["t"]), *((drawn.difference(m, "c", ["t"]) or [None])[0] for m in "ab")]
+    monkeypatch.setattr("lora_lightning.report.evidence.FEW", 100)
+    near = [drawn.mean("a", ["t"]), *((drawn.difference(m, "c", ["t"]) or [None])[0] for m in "ab")]
+    for one, other in zip(ends, near, strict=True):
+        assert one
+        assert other
+        assert abs(one.low - other.low) + abs(one.high - other.high) < 0.012
+
+
 def test_the_interval_of_a_mean_is_the_binomials() -> None:
     values = np.stack([np.arange(400) < 100, np.ones(400)], 1).astype(float)
     found = Evidence({("a", "t", s): values for s in (0, 1)}, "accuracy").mean("a", ["t"])
