@@ -22,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from lightning.fabric.utilities import registry
 
         torch.set_num_threads(1)
+        # At the first backward pass autograd starts a thread for each device besides the CPU, and
+        # processes forked then cannot train: torch.export and torch.compile have it count eight.
+        torch.ones((), requires_grad=True).backward()
         # Each Trainer asks every package that is installed for callbacks, of which there are none.
         registry.entry_points = functools.cache(registry.entry_points)
         config.addinivalue_line("filterwarnings", _WARNINGS)

@@ -97,7 +97,7 @@ class ParallelData(LightningDataModule):
         super().__init__()
         self.subwords, self.train, self.test = subwords, list(train), list(test)
         self.batch_size, self.dropped = batch_size, dropped
-        self._order = torch.Generator().manual_seed(seed)
+        self._order = _Order().manual_seed(seed)
         self._noise = np.random.default_rng(seed)
         order, noise = self._order, self._noise
         self.position = Position(
@@ -134,6 +134,22 @@ class ParallelData(LightningDataModule):
         words = sentence.split()
         kept = [w for w in words if self._noise.random() >= self.dropped]
         return " ".join(kept or words)
+
+
+class _Order(torch.Generator):
+    """A generator that a spawned process can be given.
+
+    torch's own hands over memory that is gone by then (pytorch/pytorch#146828).
+    """
+
+    def __reduce__(self) -> Any:
+        return _order, (self.get_state().numpy(),)
+
+
+def _order(state: Any) -> _Order:
+    order = _Order()
+    order.set_state(torch.from_numpy(state))
+    return order
 
 
 # Functions with a name, so that processes which a Trainer spawns can be given them.

@@ -89,13 +89,13 @@ class _Frozen(NamedTuple):
 
 def _leave_out(checkpoint: dict[str, Any], frozen: _Frozen, absent: AbsentBase) -> None:
     """Drop these tensors from each part; the first is replaced, and those under other names."""
+    # Each process samples all of them: of a sharded model only the first holds a state dict.
+    samples = {name: AbsentTensor(tensor) for name, tensor in frozen.others.items()}
     for part in _PARTS:
         if part in checkpoint:
             held, dropped = checkpoint[part], set(frozen.own)
             kept = {k: v for k, v in held.items() if k not in dropped}
-            for name, tensor in frozen.others.items():
-                if isinstance(kept.get(name), Tensor):
-                    kept[name] = AbsentTensor(tensor)
+            kept |= {k: v for k, v in samples.items() if isinstance(kept.get(k), Tensor)}
             checkpoint[part] = dict.fromkeys(frozen.own[:1], absent) | kept
 
 
