@@ -99,7 +99,7 @@ def sweep_grid(
             tell(f"cell {number} of {len(cells)}: {cell.name}")
             settings = [*fixed, *cell.settings, f"out={cell.folder}"]
             command = shlex.join(["lora-lightning", "run", str(name), *settings])
-            _one(cell, config, command, sources)
+            _one(cell, config, command, config.title != recipe.title, sources)
             sweep.check()
             sweep.write(out)
     finally:  # of those there are, where it is interrupted
@@ -136,7 +136,7 @@ def _shares_source(axes: dict[str, list[str]]) -> bool:
     return all(key.startswith(_AFTER_SOURCE) for key in axes)
 
 
-def _one(cell: Cell, config: DictConfig, command: str, sources: Any) -> None:
+def _one(cell: Cell, config: DictConfig, command: str, titled: bool, sources: Any) -> None:
     """Run a cell, unless its results are there."""
     from lora_lightning.runner.runner import run
 
@@ -147,7 +147,8 @@ def _one(cell: Cell, config: DictConfig, command: str, sources: Any) -> None:
         cell.lines = found
         return
     try:
-        cell.lines = lines_of(run(experiment_of(config), config, command, sources=sources))
+        done = run(experiment_of(config), config, command, titled, sources=sources)
+        cell.lines = lines_of(done)
     except Exception as error:
         if (said := sentence(error)) is None:
             traceback.print_exception(error)  # a fault of ours
