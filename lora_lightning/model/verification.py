@@ -99,8 +99,7 @@ def verify(
 
     Raises:
         AdapterNotFoundError: there is no adapter.
-        VerificationError: names each adapted tensor that fails, and why; or the call is within
-            `torch.inference_mode`.
+        VerificationError: names each tensor that fails, and why; or within `inference_mode`.
     """
     if torch.is_inference_mode_enabled():
         raise VerificationError(

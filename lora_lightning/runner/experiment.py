@@ -1,8 +1,8 @@
 """`Experiment`: data, task and methods of one kind of recipe.
 
-A kind is a class that defines its source model, the cases to adapt to, how a model is
-trained on a case and evaluated on it. `lora_lightning.runner.methods` has the methods that every
-kind shares, `lora_lightning.runner.runner` runs them for every seed.
+A kind is a class that defines its source model, the cases to adapt to, how a model is trained on a
+case and evaluated on it. `lora_lightning.runner.methods` has the methods that every kind shares,
+`lora_lightning.runner.runner` runs them for every seed.
 """
 
 from __future__ import annotations
