@@ -54,6 +54,10 @@ class Interval:
         """Whether it excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def text(self, scale: float, sign: str = "") -> str:
+        """Both ends times `scale`, with one decimal."""
+        return " to ".join(f"{scale * end:{sign}.1f}" for end in (self.low, self.high))
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -169,10 +173,14 @@ class Evidence:
         return np.asarray(self._metric(a.sum(0) + moved) - self._metric(b.sum(0) - moved))
 
 
+def of_mean(values: Any) -> np.ndarray:
+    """(items,) → (items, 2): what each item adds to the sums of a mean."""
+    return np.stack([values, np.ones(len(values))], 1)
+
+
 def by_chance(after: np.ndarray, before: np.ndarray) -> str:
     """What is said of a difference of (items,) right answers that can be chance; else ""."""
-    ones = np.ones(len(after))
-    scores = {(m, "", 0): np.stack([x, ones], 1) for m, x in (("a", after), ("b", before))}
+    scores = {(m, "", 0): of_mean(x) for m, x in (("a", after), ("b", before))}
     found = Evidence(scores, "accuracy").difference("a", "b", [""])
     if found is None or found[0].clear or not any(found[1:]):
         return ""

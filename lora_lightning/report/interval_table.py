@@ -67,7 +67,4 @@ def _own(summary: Summary) -> str:
 def _ends(interval: Interval | None, summary: Summary, sign: str = "") -> str:
     if interval is None:
         return "–"
-    return " to ".join(
-        f"{summary.unit.scale * end:{sign}.1f}".replace("-", "−")
-        for end in (interval.low, interval.high)
-    )
+    return interval.text(summary.unit.scale, sign).replace("-", "−")

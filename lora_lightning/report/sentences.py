@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
+from collections.abc import Iterable
 
 from lora_lightning.errors import LoRALightningError
 
@@ -55,3 +57,8 @@ def _of_system(error: OSError) -> str:
     where = "" if error.filename is None else f"{error.filename}: "
     advice = _ADVICE.get(error.errno or 0)
     return f"{where}{error.strerror}" + (f"; {advice}" if advice else "")
+
+
+def by_reason(skipped: Iterable[tuple[str, str]]) -> Counter[str]:
+    """How many of (path, reason) were left out for each reason, whatever follows its colon."""
+    return Counter(reason.partition(":")[0] for _, reason in skipped)

@@ -106,13 +106,10 @@ class Summary:
         A seed that lacks one of the domains is left out and counted: an average over fewer
         domains would not compare.
         """
-        domains = self._labelled(domains)
-        seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method)
-        found = [[self._values.get((method, d, s)) for d in domains] for s in seeds]
-        if not any(v is not None for values in found for v in values):
+        means = self._means(method, domains)
+        if not any((method, d, s) in self._values for d in self._labelled(domains) for s in means):
             return Cell(unit=self.unit)  # never measured here, so not counted as lost
-        means = [fmean(NAN if v is None else v for v in values) for values in found]
-        kept = [m for m in means if math.isfinite(m)]
+        kept = list(self._by_seed(method, domains).values())
         spread = stdev(kept) if len(kept) > 1 else NAN
         mean, lost = fmean(kept) if kept else NAN, len(means) - len(kept)
         return Cell(mean, spread, len(kept), lost, self.unit)
@@ -135,13 +132,14 @@ class Summary:
         most = math.inf if self.lower else 1.0
         return found and Interval(max(found.low, 0.0), min(found.high, most))
 
+    def _means(self, method: str, domains: Sequence[str]) -> dict[int, float]:
+        """Seed → mean over domains; NaN where one of them is missing."""
+        known = self._labelled(domains)
+        seeds = dict.fromkeys(r.seed for r in self._rows if r.method == method and known)
+        return {s: fmean(self._values.get((method, d, s), NAN) for d in known) for s in seeds}
+
     def _by_seed(self, method: str, domains: Sequence[str]) -> dict[int, float]:
-        values = {
-            s: fmean(self._values.get((method, d, s), NAN) for d in domains)
-            for s in dict.fromkeys(r.seed for r in self._rows if r.method == method)
-            if (domains := self._labelled(domains))
-        }
-        return {s: v for s, v in values.items() if math.isfinite(v)}
+        return {s: v for s, v in self._means(method, domains).items() if math.isfinite(v)}
 
     def difference(self, method: str, than: str) -> Difference:
         """Of two methods' means on the target, with its intervals."""

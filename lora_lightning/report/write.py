@@ -130,7 +130,7 @@ def _by_chance(found: Difference, summary: Summary) -> str:
         said += f": {gains} of {found.items} items better, {harms} worse"
     of = "items" if by_item else f"{summary.seeds} seeds"
     unit = " points" if summary.unit == PERCENT else summary.unit.symbol
-    ends = " to ".join(f"{summary.unit.scale * end:+.1f}" for end in (interval.low, interval.high))
+    ends = interval.text(summary.unit.scale, "+")
     return f"{said} (95 % interval of the paired difference over {of}: {ends}{unit})"
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import shlex
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def sweep_grid(
     if not any(override.startswith("methods=") for override in fixed):
         fixed.append(f"methods=[{','.join(_methods(axes))}]")
     out = Path(apply_overrides(recipe, fixed).out)
-    cells = [Cell(dict(zip(axes, values, strict=True)), Path()) for values in _product(axes)]
+    every = itertools.product(*axes.values())
+    cells = [Cell(dict(zip(axes, values, strict=True)), Path()) for values in every]
     folders = file_names([",".join(cell.settings) for cell in cells])
     configs = []
     for cell, folder in zip(cells, folders.values(), strict=True):
@@ -120,10 +121,6 @@ def _axes(lists: Sequence[Sequence[str]]) -> dict[str, list[str]]:
             )
         axes[key] = given
     return axes
-
-
-def _product(axes: dict[str, list[str]]) -> Iterator[tuple[str, ...]]:
-    return itertools.product(*axes.values())
 
 
 def _methods(axes: dict[str, list[str]]) -> list[str]:

@@ -132,10 +132,8 @@ class Sweep:
         value = self.unit.text(line.measured[by])
         where = {SOURCE: "the source's held-out items", TARGET: "the targets' held-out items"}
         said = f"Best by {self.metric} on {where.get(by, by)} ({value}): {cell.name}"
-        said += (
-            f" ({line.method})" if len({x.method for c in self.cells for x in c.lines}) > 1 else ""
-        )
         lines = [x for c in self.cells for x in c.lines]
+        said += f" ({line.method})" if len({x.method for x in lines}) > 1 else ""
         ties = sum(x.measured.get(by) == line.measured[by] for x in lines) - 1
         said += f", the first of {ties + 1} that are level" if ties else ""
         if by == SOURCE:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lora_lightning.report.console import PlainConsole
 from lora_lightning.report.metrics import shorten
+from lora_lightning.report.sentences import by_reason
 from lora_lightning.runner.counted_warnings import counted_warnings
 
 # Warnings of Lightning about deliberate choices: loaders that load in this process
@@ -136,7 +136,7 @@ class Stages:
     def left_out(self, what: str, skipped: Sequence[tuple[str, str]]) -> None:
         """Print the inputs that are left out, counted by reason: (path, reason) of each."""
         if skipped:
-            count = Counter(reason.partition(":")[0] for _, reason in skipped)
+            count = by_reason(skipped)
             told = ", ".join(f"{reason} × {number}" for reason, number in count.most_common())
             self.console.print(f"{len(skipped)} {what} left out ({told}):", style="yellow")
             for path, reason in skipped[:5]:

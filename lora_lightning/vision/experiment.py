@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.rounds import Round
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.lora.values import check_number
+from lora_lightning.report.evidence import of_mean
 from lora_lightning.report.results import Prediction, Row
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least
@@ -186,7 +187,7 @@ class Pictures(Experiment[Config]):
         for domain in case.tested:
             of = torch.tensor([i.domain == domain for i in items], device="cpu")
             found = values[of]
-            self.count(label, domain, torch.stack([found, torch.ones_like(found)], 1).numpy())
+            self.count(label, domain, of_mean(found))
             yield domain, self.metric, float(found.mean())
 
     def score(self, label: str, answers: Tensor, seconds: float) -> list[Row]:

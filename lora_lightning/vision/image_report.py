@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from lora_lightning.adaptation.shift.verdicts import Shift
+from lora_lightning.report.evidence import of_mean
 from lora_lightning.report.results import Prediction, Row, Run
 from lora_lightning.report.versions import hardware, versions
 from lora_lightning.report.write import write_report
@@ -71,8 +70,7 @@ def write_image_report(
         verdict=f"{kept}: {learnt.verdict}.",
     )
     for row, right in zip(run.rows, learnt.right, strict=False):
-        scores = torch.stack([right, torch.ones_like(right)], 1).numpy()
-        run.scores[row.method, row.domain, seed] = scores
+        run.scores[row.method, row.domain, seed] = of_mean(right)
         row.tested = len(right)
     write_report(run, folder)
 

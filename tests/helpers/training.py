@@ -53,6 +53,17 @@ class Module(pl.LightningModule):
         )
 
 
+class TwoBackbones(Module):
+    """With a second network beside `model`."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = tiny_vit()
+
+    def forward(self, x):
+        return self.model(x) + self.second(x)
+
+
 class Losses(Module):
     """Records its losses."""
 

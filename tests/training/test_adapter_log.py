@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from tests.helpers import stand_ins
-from tests.helpers.training import Module, fitted, lora, tiny_vit
+from tests.helpers.training import Module, TwoBackbones, fitted, lora
 
 
 class Kept(Module):
@@ -51,16 +51,8 @@ def test_few_scalars_and_hyperparameters_beside_the_users(tmp_path):
 
 
 def test_two_adapters_have_names_of_their_own(tmp_path):
-    class Two(Module):
-        def __init__(self):
-            super().__init__()
-            self.second = tiny_vit()
-
-        def forward(self, x):
-            return self.model(x) + self.second(x)
-
     callbacks = [lora(prune_to=1.5), lora(backbone="second", name="b", rank=1)]
-    fitted(tmp_path, Two(), *callbacks, logger=(logger := CSVLogger(tmp_path)))
+    fitted(tmp_path, TwoBackbones(), *callbacks, logger=(logger := CSVLogger(tmp_path)))
     _, names, hparams = logged(logger)
     assert {"lora/default/mean_rank", "lora/b/delta_norm"} <= names
     assert (hparams["lora/default/rank"], hparams["lora/b/rank"]) == (2, 1)

@@ -49,6 +49,7 @@ from lora_lightning.model.state import named_factors
 from tests.helpers.training import (
     Late,
     Module,
+    TwoBackbones,
     alike,
     fitted,
     fresh,
@@ -420,15 +421,7 @@ def test_gradient_accumulation_and_mixed_precision(tmp_path):
 
 
 def test_two_callbacks_of_one_class(tmp_path):
-    class Two(Module):
-        def __init__(self):
-            super().__init__()
-            self.second = tiny_vit()
-
-        def forward(self, x):
-            return self.model(x) + self.second(x)
-
-    module = Two()
+    module = TwoBackbones()
     callbacks = [lora(output_dir=tmp_path), lora(backbone="second", name="b", output_dir=tmp_path)]
     assert callbacks[0].state_key != callbacks[1].state_key
     fitted(tmp_path, module, *callbacks).save_checkpoint(tmp_path / "two.ckpt")

@@ -30,8 +30,6 @@ from lora_lightning.report.plots.style import FONTS, STYLE
 from lora_lightning.report.plots.style import PLOTS as PLOTS
 from lora_lightning.report.results import Run
 
-_STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
-
 
 @dataclass(frozen=True)
 class Plot:
@@ -47,7 +45,7 @@ def draw(run: Run) -> list[Plot]:
     """All plots that the run has data for."""
     plots = []
     for name, (title, figure_of) in PLOTS.items():
-        with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             # Measuring text in scripts that the font lacks; the reader's own fonts draw it.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             drawing = figure_of(run)

@@ -25,7 +25,7 @@ FONTS = (
     "'DejaVu Sans', Verdana, system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', "
     "'Noto Sans', sans-serif"
 )
-STYLE = {
+STYLE: Any = {  # matplotlib types the keys as one huge Literal
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from lora_lightning.report.metrics import Unit, shorten
 from lora_lightning.report.plots.style import INK, STYLE, WRONG, look
 
-_STYLE: Any = STYLE  # matplotlib types the keys as one huge Literal
-
 
 def sweep_png(
     axes: Mapping[str, Sequence[str]],
@@ -39,7 +37,7 @@ def sweep_png(
     if len(axes) > 2 or not values:
         return None
     scaled = {name: unit.scale * found for name, found in values.items()}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         draw = _lines if len(axes) == 1 else _maps
         figure = draw(axes, scaled, f"{metric} ({unit.name})", best)
         png = io.BytesIO()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.report.sentences import by_reason
 from lora_lightning.speech.data.compressed import COMPRESSED, Compressed
 from lora_lightning.speech.data.utterances import Utterance
 
@@ -138,9 +138,9 @@ def counted(skipped: Sequence[tuple[str, str]]) -> str:
         skipped: As `checked` gives it.
     """
     example = {reason.partition(":")[0]: f"{path}: {reason}" for path, reason in reversed(skipped)}
-    count = Counter(reason.partition(":")[0] for _, reason in skipped)
     told = "; ".join(
-        f"{n} × {reason}, such as {example[reason]}" for reason, n in count.most_common()
+        f"{n} × {reason}, such as {example[reason]}"
+        for reason, n in by_reason(skipped).most_common()
     )
     return f"{len(skipped)} recordings are left out: {told}"
 
