@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.lora.fused import kernels
 from lora_lightning.lora.fused.convolution import How, gradients_of, run, thin
 from lora_lightning.lora.fused.plan import LowRank, lowered, switches, transformed
 from lora_lightning.lora.fused.thin_matmul import exact
@@ -160,6 +159,9 @@ def _of_linear(g: Tensor, x: Tensor, low: Low, frozen_A: bool, wanted: bool) -> 
         return None, (g_NxO.T @ x_NxI).to(B.dtype) * scaling
     if _whole(A, B):
         return _projected(g_NxO.T @ x_NxI, low)
+    # Late: torch looks for the operator's source file among all modules, which takes 70 ms.
+    from lora_lightning.lora.fused import kernels
+
     found: tuple[Tensor, Tensor] = kernels.thin_gradients(g_NxO, x_NxI, A, B, scaling)
     return found
 
