@@ -31,7 +31,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
 STUBS = sorted((ROOT / "lora_lightning").glob("*/**/__init__.pyi"))
 ROOMS = [".".join(stub.parent.relative_to(ROOT).parts) for stub in STUBS]
 PAGES = [
-    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
     *DOCS,
     *RECIPES,
 ]
@@ -71,9 +71,9 @@ def commands(page: Path) -> list[list[str]]:
 # ---- code ----------------------------------------------------------------------------------
 
 
-def test_the_readme_example_has_twelve_lines():
+def test_the_readme_examples_have_twelve_lines_and_six():
     blocks = [body for tag, body in _FENCE.findall(PAGES[0].read_text()) if tag == "python"]
-    assert [sum(bool(line.strip()) for line in body.splitlines()) for body in blocks] == [12]
+    assert [sum(map(bool, body.split("\n"))) for body in blocks] == [12, 6]
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
