@@ -1,4 +1,4 @@
-"""Shows the LaTeX of docstrings as MathML, which browsers draw by themselves: no script is loaded."""
+"""Shows the LaTeX of docstrings as MathML, which browsers draw without a script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _TEXT = re.compile(r"(?<=>)[^<]+(?=<)")
 
 def mathml(latex: str, display: str) -> str:
     """``\\frac{a}{b}`` as ``<math>…</math>`` in one line, safe from Markdown's own marks."""
-    found = convert(re.sub(r"\s*\n\s*", " ", latex), display=display)
+    latex = re.sub(r"\s*\n\s*", " ", latex).replace(r"\arg\max", r"\operatorname*{argmax}")
+    found = convert(latex, display=display)
     if "\\" in found:
         raise ValueError(f"latex2mathml does not know a command in {latex!r}: {found}")
     # What Markdown would take for emphasis, links or code, by number; entities stay as they are.

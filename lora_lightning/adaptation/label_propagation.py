@@ -27,7 +27,7 @@ TOLERANCE = 1e-6  # of the conjugate gradients, and of the change at which LAME 
 def vote(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> PseudoLabels:
     r"""The class with the highest mean probability of the nearest items; that is the weight.
 
-    .. math:: q_i = \frac1k \sum_{j \in N_k(i)} p_j, \qquad \hat y_i = \operatorname*{argmax}_k q_{ik}
+    .. math:: q_i = \frac1k \sum_{j \in N_k(i)} p_j, \qquad \hat y_i = \arg\max_k q_{ik}
 
     The item itself is not counted. N = 1 is left out with its own prediction. AdaContrast's
     refinement, Chen et al. 2022, arXiv:2204.10377.
@@ -54,7 +54,7 @@ def reciprocal(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> 
     .. math:: q_i = \frac{\sum_{j \in N_k(i)} a_{ij} p_j}{\sum_{j \in N_k(i)} a_{ij}}, \qquad
               a_{ij} = 1 \text{ if } i \in N_k(j), \text{ else } 0.1
 
-    The label is the vote's, :math:`\hat y_i = \operatorname*{argmax}_k q_{ik}`, the weight :math:`\max_k q_{ik}`.
+    The label is the vote's, :math:`\hat y_i = \arg\max_k q_{ik}`, the weight :math:`\max_k q_{ik}`.
     N = 1 is left out with its own prediction. After NRC, Yang et al. 2021, arXiv:2110.04202.
 
     Args:
@@ -94,7 +94,7 @@ def propagate(
               W = \tfrac12 (A + A^T), \qquad a_{ij} = \max(\cos(f_i, f_j), 0)^3
 
     over the k nearest j of each i, by SciPy's conjugate gradients on the sparse graph. The label
-    is :math:`\operatorname*{argmax}_k z_{ik}`, the weight :math:`1 - H(\hat z_i) / \log K`. Zhou et al. 2004,
+    is :math:`\arg\max_k z_{ik}`, the weight :math:`1 - H(\hat z_i) / \log K`. Zhou et al. 2004,
     "Learning with local and global consistency"; graph and weights as in Iscen et al. 2019,
     arXiv:1904.04717. N = 1 is left out with its own prediction.
 

@@ -151,7 +151,7 @@ def centroid(features: Tensor, probabilities: Tensor, rounds: int = 1) -> Pseudo
     r"""The class whose centroid is nearest by cosine; all items are accepted with weight 1.
 
     .. math:: c_k = \frac{\sum_i p_{ik} z_i}{\sum_i p_{ik}}, \qquad
-              \hat y_i = \operatorname*{argmax}_k \cos(z_i, c_k), \qquad z_i = f_i / \|f_i\|
+              \hat y_i = \arg\max_k \cos(z_i, c_k), \qquad z_i = f_i / \|f_i\|
 
     then `rounds` times again with :math:`1[\hat y_i = k]` for :math:`p_{ik}`. Classes that are
     never predicted have no centroid. SHOT, Liang et al. 2020, arXiv:2002.08546, whose features have
