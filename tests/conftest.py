@@ -5,9 +5,20 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+import warnings
 
 import pytest
 
+# What is imported step by step, and the modules that were there after each: for test_imports.py.
+STAGES = {
+    "pytest": "",
+    "the package": "import lora_lightning",
+    "torch and lightning": "import torch, lightning.pytorch",
+    "every public name": "from lora_lightning import *",
+    "recipes": "import lora_lightning.runner.loading",
+}
+there: dict[str, set[str]] = {}
 _WARNINGS = "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
 
 
@@ -17,7 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     others needs neither package, and each takes seconds to import."""
     if config.option.dist == "no" or hasattr(config, "workerinput"):
         gc.disable()  # until all is imported, of which nothing is garbage
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for stage, line in STAGES.items():
+                exec(line, {})
+                there[stage] = {name.partition(".")[0] for name in sys.modules}
 
+        import timm
         import torch
         from lightning.fabric.utilities import registry
 
@@ -27,6 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ones((), requires_grad=True).backward()
         # Each Trainer asks every package that is installed for callbacks, of which there are none.
         registry.entry_points = functools.cache(registry.entry_points)
+        # Its blocks are alike: two show what six would.
+        known = timm.models._registry._model_entrypoints
+        known["test_vit"] = functools.partial(known["test_vit"], depth=2)
         config.addinivalue_line("filterwarnings", _WARNINGS)
 
 
