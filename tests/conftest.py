@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", _WARNINGS)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What needs a GPU is not even imported where it is left out."""
+    return (collection_path.name == "cuda" and "not cuda" in config.option.markexpr) or None
+
+
+# Tests of these files share runs and sets that take seconds.
+_SHARING = (
+    "speech/test_recipe.py", "text/test_recipe.py", "runner/test_loading.py",
+    "speech/test_speakers.py", "vision/test_pose_regressor.py", "vision/test_scene.py",
+    "adaptation/test_measure.py", "adaptation/test_resume.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is shared comes first: of two processes one takes over what the other has left at the
+    end, and would make it again."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_SHARING))
+
+
 def pytest_collection_finish() -> None:
     """What is imported need not be looked through at each collection, and collections are rarer:
     of the tests' time they took an eighth."""
@@ -70,6 +90,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def _seed():
     import torch
 
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a run leaves it, and forked fits would start from it
     torch.manual_seed(0)
 
 
