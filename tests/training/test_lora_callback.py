@@ -598,7 +598,7 @@ def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(
     tmp_path, options, guard
 ):
     module, base = (fresh(model=efficientnet()) for _ in range(2))
-    adapter, data = lora(output_dir=tmp_path, **options), loader(size=64)
+    adapter, data = lora(output_dir=tmp_path, **options), loader()
     callbacks = [c for c in (adapter, guard) if c]
     started = {"strategy": "ddp_spawn" if options == {"rank": 4} else "ddp_fork", "devices": 1}
     t = fitted(tmp_path, module, *callbacks, data=data, held_out=data, **started)
