@@ -5,9 +5,21 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
+# What is imported step by step, and the modules that were there after each: for test_imports.py.
+STAGES = {
+    "pytest": "",
+    "the package": "import lora_lightning",
+    "torch and lightning": "import torch, lightning.pytorch",
+    "every public name": "from lora_lightning import *",
+    "recipes": "import lora_lightning.runner.loading",
+}
+there: dict[str, set[str]] = {}
 _WARNINGS = "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
 
 
@@ -17,7 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
     others needs neither package, and each takes seconds to import."""
     if config.option.dist == "no" or hasattr(config, "workerinput"):
         gc.disable()  # until all is imported, of which nothing is garbage
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for stage, line in STAGES.items():
+                exec(line, {})
+                there[stage] = {name.partition(".")[0] for name in sys.modules}
 
+        import timm
         import torch
         from lightning.fabric.utilities import registry
 
@@ -27,7 +45,33 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ones((), requires_grad=True).backward()
         # Each Trainer asks every package that is installed for callbacks, of which there are none.
         registry.entry_points = functools.cache(registry.entry_points)
+        # Seeds for devices that are not there are queued, with a stack trace each: 1 ms a seed.
+        if not torch.accelerator.is_available():
+            for queue in (torch.cuda.random, torch.xpu.random, torch.mtia):
+                queue._lazy_call = lambda *_, **__: None
+        # Its blocks are alike: two show what six would.
+        known = timm.models._registry._model_entrypoints
+        known["test_vit"] = functools.partial(known["test_vit"], depth=2)
         config.addinivalue_line("filterwarnings", _WARNINGS)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What needs a GPU is not even imported where it is left out."""
+    return (collection_path.name == "cuda" and "not cuda" in config.option.markexpr) or None
+
+
+# Tests of these files share runs and sets that take seconds.
+_SHARING = (
+    "speech/test_recipe.py", "text/test_recipe.py", "runner/test_loading.py",
+    "speech/test_speakers.py", "vision/test_pose_regressor.py", "vision/test_scene.py",
+    "adaptation/test_measure.py", "adaptation/test_resume.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is shared comes first: of two processes one takes over what the other has left at the
+    end, and would make it again."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_SHARING))
 
 
 def pytest_collection_finish() -> None:
@@ -50,6 +94,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def _seed():
     import torch
 
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a run leaves it, and forked fits would start from it
     torch.manual_seed(0)
 
 

@@ -155,8 +155,10 @@ def test_export(adapter, tmp_path, capsys):
 
 
 def test_merge_with_another_base(adapter, tmp_path, capsys):
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "o.safetensors")
     arguments = ["--adapter", str(adapter[0]), "--out", str(tmp_path / "m.safetensors")]
-    assert main(["merge", "--model", "test_vit", *arguments]) == 2
+    arguments += ["--model", "test_vit", "--checkpoint", str(tmp_path / "o.safetensors")]
+    assert main(["merge", *arguments]) == 2
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "m.safetensors").exists()
 

@@ -92,9 +92,12 @@ def test_transformer_encoder_layer_fast_path():
     check(model, torch.randn(2, 5, 16), target_modules=["self_attn", "out_proj", "linear?"])
 
 
+NARROW = {"channels": (16, 24, 32, 40)}
+
+
 @pytest.mark.parametrize("name", ["resnetv2_18", "test_nfnet"])
 def test_standardised_convolutions(name):
-    options = {"conv_layer": timm.layers.StdConv2d} if name == "resnetv2_18" else {}
+    options = {"conv_layer": timm.layers.StdConv2d, **NARROW} if name == "resnetv2_18" else {}
     model = small(name, **options)
     assert any("StdConv2d" in type(m).__name__ for m in model.modules())
     check(model, image(), target_modules=nn.Conv2d)
@@ -103,12 +106,12 @@ def test_standardised_convolutions(name):
 def test_standardised_same_convolutions_of_hybrids():
     layer, x = ZOO["StdConv2dSame"]
     check(layer(), x, target_modules="all")
-    model = small("resnetv2_18", conv_layer=timm.layers.StdConv2dSame)
+    model = small("resnetv2_18", conv_layer=timm.layers.StdConv2dSame, **NARROW)
     check(model, image(), target_modules=nn.Conv2d)
 
 
 def test_dilated_convolutions():
-    model = small("resnet18", output_stride=8)
+    model = small("resnet18", output_stride=8, **NARROW)
     assert any(m.dilation == (4, 4) for m in model.modules() if isinstance(m, nn.Conv2d))
     check(model, image(), target_modules=nn.Conv2d)
 

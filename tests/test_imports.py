@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lora_lightning
+from tests.conftest import STAGES, there
 
 PACKAGE = Path(lora_lightning.__file__).parent
 FACES = sorted(PACKAGE.rglob("__init__.pyi"))
@@ -27,42 +26,24 @@ HEAVY = {
 }  # fmt: skip
 
 
-STAGES = {
-    "the package": "import lora_lightning",
-    "torch and lightning": "import torch, lightning.pytorch",
-    "every public name": "from lora_lightning import *",
-    "recipes": "import lora_lightning.runner.loading",
-}
+def brought(stage: str) -> set[str]:
+    """Top-level packages that a stage of `tests.conftest` brought into this process."""
+    before = list(STAGES)[list(STAGES).index(stage) - 1]
+    return there[stage] - there[before]
 
 
-@pytest.fixture(scope="module")
-def brought() -> dict[str, set[str]]:
-    """Stage → top-level packages that it brought into a fresh process."""
-    lines = ["import json, sys; t = []"]
-    lines += [f"{s}; t.append(sorted(sys.modules))" for s in STAGES.values()]
-    program = "\n".join([*lines, "print(json.dumps(t))"])
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True
-    )
-    found: dict[str, set[str]] = {}
-    before: set[str] = set()
-    for stage, names in zip(STAGES, json.loads(out.stdout.splitlines()[-1]), strict=True):
-        now = {name.partition(".")[0] for name in names}
-        found[stage], before = now - before, now
-    return found
+def test_importing_the_package_imports_next_to_nothing():
+    assert not brought("the package") & (HEAVY | {"torch", "lightning"})
 
 
-def test_importing_the_package_imports_next_to_nothing(brought):
-    assert not brought["the package"] & (HEAVY | {"torch", "lightning"})
-
-
-def test_importing_every_public_name_imports_nothing_heavy(brought):
+def test_importing_every_public_name_imports_nothing_heavy():
     # What torch and lightning themselves bring along is not ours.
-    assert not brought["every public name"] & HEAVY
+    assert not brought("every public name") & HEAVY
 
 
-def test_the_test_of_imports_can_fail(brought):
-    assert "omegaconf" in brought["recipes"]
+def test_the_tests_of_imports_can_fail():
+    assert not there["pytest"] & (HEAVY | {"torch", "lightning"}), "pytest or a plugin has it"
+    assert "omegaconf" in brought("recipes")
 
 
 # ---- faces ---------------------------------------------------------------------------------

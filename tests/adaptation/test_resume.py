@@ -133,14 +133,17 @@ def translations(tmp_path):
 
 TEXTS = (transcripts, transcripts_by_dropout, translations)
 MIDDLE = [task, neighbours, pose, labels, *TEXTS]  # in mid-epoch all are equal, too
-END = [*MIDDLE, labels_by_steps]
-
-
 OPTIONS = {
     reloaded: {"reload_dataloaders_every_n_epochs": 1},
     reloaded_at_times: {"reload_dataloaders_every_n_epochs": 2},
     limited: {"limit_train_batches": 2, "max_epochs": 6},
 }
+LAST = [*MIDDLE, *OPTIONS]
+END = [*LAST, labels_by_steps]
+
+
+def crossed(kind, checkpoint, *fast):
+    return pytest.param(kind, checkpoint, marks=[] if kind in fast else pytest.mark.slow)
 
 
 class Saves(Checkpoint):
@@ -196,9 +199,8 @@ def through(tmp_path_factory):
     ("kind", "checkpoint"),
     [
         *((k, "middle.ckpt") for k in MIDDLE),
-        *((k, "last.ckpt") for k in MIDDLE),
-        *((k, "end.ckpt") for k in END),
-        *((k, f"{at}.ckpt") for k in OPTIONS for at in ("last", "end")),
+        *(crossed(k, "last.ckpt", task, labels, transcripts, reloaded_at_times) for k in LAST),
+        *(crossed(k, "end.ckpt", pose, labels_by_steps, translations, limited) for k in END),
     ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(through, kind, checkpoint):

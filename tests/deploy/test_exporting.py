@@ -28,7 +28,7 @@ def pictures(number, side=32):
 
 
 def network(name="test_vit", **options):
-    size = {"img_size": 32, "patch_size": 8, "depth": 2} if name == "test_vit" else {}
+    size = {"img_size": 32, "patch_size": 8, "depth": 1} if name == "test_vit" else {}
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **size).eval()
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("a", "b", "c")}
@@ -42,9 +42,11 @@ def network(name="test_vit", **options):
 
 @pytest.mark.parametrize(
     ("name", "merged"),
-    [("test_vit", True), ("test_vit", False), *(
+    # Merged, docs/story-deployment.md exports test_vit and compares it.
+    [("test_vit", False), *(
         pytest.param(name, merged, marks=pytest.mark.slow)
-        for name in ("test_convnext", "test_resnet") for merged in (True, False)
+        for name in ("test_vit", "test_convnext", "test_resnet") for merged in (True, False)
+        if merged or name != "test_vit"
     )],
 )  # fmt: skip
 def test_onnx_takes_batches_of_any_size(name, merged, tmp_path):
@@ -101,7 +103,7 @@ def test_timm_loads_the_folder(name, tmp_path):
 def test_a_recogniser_takes_recordings_of_any_length(format, tmp_path):
     import onnxruntime
 
-    model = wav2vec2().eval()
+    model = wav2vec2(encoder_num_layers=1, extractor_conv_layer_config=[(8, 10, 80)]).eval()
     inject(model, rank=2, trainable=[])
     randomise(model)
     path, sound = tmp_path / "model", torch.randn(3, 11111)

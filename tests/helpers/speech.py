@@ -41,8 +41,8 @@ def conformer() -> ConformerCTC:
     return ConformerCTC(**TINY, dropout=0.0)
 
 
-def wav2vec2() -> nn.Module:
+def wav2vec2(**more) -> nn.Module:
     """With layer norm, 29 classes and no dropout."""
     torch.manual_seed(0)
     sizes = {k: 0.0 if "drop" in k else v for k, v in _WAV2VEC2.items()}
-    return wav2vec2_model(**{**sizes, **_LARGE, "aux_num_out": 29})
+    return wav2vec2_model(**{**sizes, **_LARGE, "aux_num_out": 29, **more})

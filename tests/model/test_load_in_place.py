@@ -133,8 +133,16 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if ".lora." in n}
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        *((kind, False) for kind in KINDS),
+        *(
+            pytest.param(kind, True, marks=[] if kind in ("dropout", "DoRA") else pytest.mark.slow)
+            for kind in KINDS
+        ),
+    ],
+)
 def test_one_of_the_same_layers_and_sizes(base, files, kind, training):
     first, second = files(KINDS[kind], KINDS[kind])
     model = loaded(base, first).train(training)

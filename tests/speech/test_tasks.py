@@ -112,8 +112,9 @@ def test_the_transducer_loss_does_not_depend_on_the_batch():
 
 def test_the_transducer_writes_what_torchaudios_search_finds(recordings, tmp_path):
     task = transducer().eval()
+    recordings = recordings[:2]
     texts = task.transcribe(whole(recordings))
-    assert len(texts) == 4
+    assert len(texts) == 2
     assert all(set(text) <= set(" abcdefg") for text in texts)
     (found,) = trainer(tmp_path).test(task, SpeechData(test=recordings), verbose=False)
     assert found["test_cer"] >= 0

@@ -260,7 +260,10 @@ def test_labels_at_random_are_overfitted_and_the_source_is_kept(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))  # nobody takes the source for an adapter
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision",
+    ["32-true", pytest.param("64-true", marks=pytest.mark.slow), "bf16-true", "bf16-mixed"],
+)
 def test_what_can_be_learnt_is_kept(tmp_path, precision):
     """Looks are in the precision of the fit."""
     module, guard = Module(), FitGuard()

@@ -31,7 +31,7 @@ LAST = {"blocks": [-1]}
 ALL = {**LAST, "target_modules": "all"}
 # model, inputs, what is adapted, the block that it is cut before
 CASES = {
-    "ViT": (small_timm("test_vit", img_size=32, patch_size=8), pictures, LAST, "blocks.5"),
+    "ViT": (small_timm("test_vit", img_size=32, patch_size=8), pictures, LAST, "blocks.1"),
     "EfficientNet": (small_timm("test_efficientnet"), pictures, ALL, "blocks.4.0"),
     "ConvNeXt": (small_timm("test_convnext"), lambda: pictures(64), LAST, "stages.3.blocks.0"),
     "wav2vec2": (

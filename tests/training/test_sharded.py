@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import warnings
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 
-from lora_lightning import FitGuard, LoRACallback, load_adapter, merge
+from lora_lightning import FitGuard, LoRACallback, inject, load_adapter, merge
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.training.sharded import check_sharded, check_strategy
-from tests.helpers.training import saved, tiny_vit
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import sys, timm, torch, warnings
-warnings.simplefilter("ignore")
-from lightning.pytorch import seed_everything
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from lora_lightning import LoRACallback, inject
 from lora_lightning.lora.sharding import whole
-from tests.helpers.training import Module, loader, tiny_vit, trainer
+from lora_lightning.training.sharded import check_sharded, check_strategy
+from tests.helpers.training import Module, loader, saved, tiny_vit, trainer
 
-out, which = sys.argv[1], sys.argv[2:]
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 def network(kind="vit"):
     torch.manual_seed(0)
     if kind == "vit":
         return tiny_vit()
     return timm.create_model(kind, num_classes=4, zero_init_last=False)
+
 
 class Sharded(Module):
     parts = "blocks"
@@ -49,8 +44,9 @@ class Sharded(Module):
         if self.parts != "only blocks":
             fully_shard(self.model, mesh=mesh)
 
+
 class Late(Sharded):
-    "Builds the network where it shards it, with the callback's own configuration."
+    """Builds the network where it shards it, with the callback's own configuration."""
 
     def configure_model(self):
         if self.model is None:
@@ -58,26 +54,6 @@ class Late(Sharded):
             inject(self.model, rank=3, seed=0)
             super().configure_model()
 
-def run(name, strategy, epochs=2, ckpt=None, kind="vit", parts="blocks", late=False, **options):
-    seed_everything(0, verbose=False)
-    module = (Module if strategy == "ddp" else Late if late else Sharded)(network(kind))
-    module.parts, folder = parts, strategy == "folder"
-    if name.startswith(("file", "folder")):
-        module.stem = module.model.patch_embed  # under a second name
-    if late and strategy != "ddp":
-        module.model = None
-    if strategy != "ddp":
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder)
-    trainers = {k: options.pop(k) for k in TRAINERS & options.keys()}
-    adapter = LoRACallback(**{"rank": 3, "seed": 0, "output_dir": f"{out}/{name}", **options})
-    t = trainer(out, adapter, accelerator="cpu", devices=2, strategy=strategy, max_epochs=epochs,
-                **trainers)
-    t.fit(module, loader(), loader(), ckpt_path=ckpt)
-    t.save_checkpoint(f"{out}/{name}.ckpt")
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    kept = {k: whole(v.detach()).clone() for k, v in tensors.items() if v.requires_grad
-            or "running" in k}
-    torch.save(kept, f"{out}/{name}-{t.global_rank}.pt")
 
 TRAINERS = {"precision", "accumulate_grad_batches", "gradient_clip_val", "use_distributed_sampler"}
 CASES = {
@@ -97,35 +73,59 @@ CASES = {
     "frozen A": {"freeze_a": True},
     "factors alone": {"trainable": []},
     "chosen": {"blocks": [1], "rank_pattern": {"qkv": 1}, "alpha": 5},
-}
-for case in which:
-    if case == "quick":
-        run("quick-ddp", "ddp", epochs=1)
-        run(case, "file", epochs=1)
-        try:
-            run("only blocks", "file", parts="only blocks")
-        except ValueError as error:
-            open(f"{out}/error.txt", "w").write(str(error))
-    elif case in ("file", "folder"):
-        run(f"{case}-ddp", "ddp")
-        run(case, case)
-        run(f"{case}-first", case, epochs=1)
-        run(f"{case}-resumed", case, ckpt=f"{out}/{case}-first.ckpt")
-    else:
-        run(f"{case}-ddp", "ddp", **{k: v for k, v in CASES[case].items() if k != "parts"})
-        run(case, "file", **CASES[case])
-"""
+}  # fmt: skip
 
 
-def in_two_processes(tmp_path, *cases):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *cases],
-        env=env, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(
+    out, name, strategy, epochs=2, ckpt=None, kind="vit", parts="blocks", late=False, **options
+):
+    """A fit of this process and the other; its checkpoint, and this process's tensors."""
+    seed_everything(0, verbose=False)
+    module = (Module if strategy == "ddp" else Late if late else Sharded)(network(kind))
+    module.parts, folder = parts, strategy == "folder"
+    if name.startswith(("file", "folder")):
+        module.stem = module.model.patch_embed  # under a second name
+    if late and strategy != "ddp":
+        module.model = None
+    if strategy != "ddp":
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder)
+    trainers = {k: options.pop(k) for k in TRAINERS & options.keys()}
+    adapter = LoRACallback(**{"rank": 3, "seed": 0, "output_dir": out / name, **options})
+    own = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_epochs": epochs}
+    t = trainer(out, adapter, **own, **trainers)
+    t.fit(module, loader(), loader(), ckpt_path=ckpt)
+    t.save_checkpoint(out / f"{name}.ckpt")
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    kept = {k: whole(v.detach()).clone() for k, v in tensors.items() if v.requires_grad
+            or "running" in k}  # fmt: skip
+    torch.save(kept, out / f"{name}-{t.global_rank}.pt")
+
+
+def process(rank, out, cases):
+    os.environ["LOCAL_RANK"] = str(rank)  # Lightning's sign that processes are started by others
+    warnings.simplefilter("ignore")
+    for case in cases:
+        if case == "quick":
+            run(out, "quick-ddp", "ddp", epochs=1)
+            run(out, case, "file", epochs=1)
+            with pytest.raises(ValueError, match="is not sharded over all 2 processes"):
+                run(out, "only blocks", "file", parts="only blocks")
+        elif case in ("file", "folder"):
+            run(out, f"{case}-ddp", "ddp")
+            run(out, case, case)
+            run(out, f"{case}-first", case, epochs=1)
+            run(out, f"{case}-resumed", case, ckpt=out / f"{case}-first.ckpt")
+        else:
+            plain = {k: v for k, v in CASES[case].items() if k != "parts"}
+            run(out, f"{case}-ddp", "ddp", **plain)
+            run(out, case, "file", **CASES[case])
+
+
+def in_two_processes(tmp_path, monkeypatch, *cases):
+    """Forked: what is imported need not be imported again."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
+    start_processes(process, (tmp_path, cases), nprocs=2, start_method="fork")
 
 
 def assert_alike(tmp_path, name, other):
@@ -150,21 +150,22 @@ def outputs(tmp_path, name):
         return plain, model(x)
 
 
-def test_two_processes_equal_ddp(tmp_path):
-    in_two_processes(tmp_path, "quick")
+@FORKS
+def test_two_processes_equal_ddp(tmp_path, monkeypatch):
+    in_two_processes(tmp_path, monkeypatch, "quick")
     assert_alike(tmp_path, "quick", "quick-ddp")
     (own, merged), (wanted, _) = outputs(tmp_path, "quick"), outputs(tmp_path, "quick-ddp")
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(merged, own, rtol=0, atol=1e-5)
     keys = saved(torch.load(tmp_path / "quick.ckpt", weights_only=True))
     assert all(".lora." in k or ".head." in k for k in keys), "a base weight in a checkpoint"
-    assert "is not sharded over all 2 processes" in (tmp_path / "error.txt").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_resumed_fits_equal_those_that_never_stopped(tmp_path, kind):
-    in_two_processes(tmp_path, kind)
+@FORKS
+def test_resumed_fits_equal_those_that_never_stopped(tmp_path, monkeypatch, kind):
+    in_two_processes(tmp_path, monkeypatch, kind)
     assert_alike(tmp_path, kind, f"{kind}-ddp")
     assert_alike(tmp_path, f"{kind}-resumed", kind)
     if kind == "file":
@@ -175,14 +176,11 @@ def test_resumed_fits_equal_those_that_never_stopped(tmp_path, kind):
     assert sum(parts) < 4 * sum(p.numel() for p in tiny_vit().blocks.parameters())
 
 
-SLOW = ["layers", "late", "dora", "xs", "pissa", "rank 1, all", "norms", "resnet", "clipped",
-        "bf16-mixed", "bf16-true", "dropout", "frozen A", "factors alone", "chosen"]  # fmt: skip
-
-
 @pytest.mark.slow
-def test_every_kind_of_adapter_equals_ddp(tmp_path):
-    in_two_processes(tmp_path, *SLOW)
-    for case in SLOW:
+@FORKS
+def test_every_kind_of_adapter_equals_ddp(tmp_path, monkeypatch):
+    in_two_processes(tmp_path, monkeypatch, *CASES)
+    for case in CASES:
         assert_alike(tmp_path, case, f"{case}-ddp")
 
 

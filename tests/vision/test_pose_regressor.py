@@ -126,7 +126,7 @@ def test_labels_are_what_the_camera_saw(tmp_path, monkeypatch):
         return render(self, parts, camera, *rest)
 
     monkeypatch.setattr(Renderer, "render", spy)
-    domains = {"source": {"train": 3}, "side-2": {"test": 3}}
+    domains = {"source": {"train": 1}, "side-2": {"test": 2}}
     root = render_domains(tmp_path / "set", domains, shift="pose", size=16, progress=False)
     poses = read_poses(root)
     assert {name.split("/")[2] for name in poses} == set(FRONTS)
@@ -168,11 +168,17 @@ def test_what_has_no_front_cannot_face():
         make_mesh("bowl", np.random.default_rng(0), facing=True)
 
 
-def test_a_set_without_its_labels_is_made_again(rendered):
-    content = (rendered / LABELS).read_bytes()
-    (rendered / LABELS).unlink()
-    render_domains(rendered, POSES, shift="pose", size=36, progress=False)
-    assert (rendered / LABELS).read_bytes() == content
+def test_a_set_without_its_labels_is_made_again(tmp_path):
+    pytest.importorskip("panda3d")
+
+    def labels():
+        few = {"source": {"train": 1}}
+        root = render_domains(tmp_path / "set", few, shift="pose", size=16, progress=False)
+        return root / LABELS
+
+    content = labels().read_bytes()
+    labels().unlink()
+    assert labels().read_bytes() == content
 
 
 def test_pictures_come_with_their_azimuth_and_mirrored_ones_with_its_negative(rendered):

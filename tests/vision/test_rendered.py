@@ -18,6 +18,13 @@ pytest.importorskip("trimesh")
 SMALL = {"source": {"train": 1}, "side-3": {"test": 1}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_classes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendered, "CLASSES", CLASSES[:3])
+        yield
+
+
 @pytest.fixture(scope="module")
 def rendered_set(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets") / "small"
@@ -26,7 +33,7 @@ def rendered_set(tmp_path_factory):
 
 def test_layout_and_manifest(rendered_set):
     found = sorted(str(path.relative_to(rendered_set)) for path in rendered_set.rglob("*.png"))
-    assert len(found) == 2 * len(CLASSES)
+    assert len(found) == 2 * len(rendered.CLASSES)
     assert f"side-3/test/{CLASSES[0]}/0000.png" in found
     manifest = json.loads((rendered_set / "manifest.json").read_text())
     assert manifest["files"] == len(found)

@@ -27,9 +27,9 @@ def picture(class_name="mug", lighting="source", seed=0, renderer=None):
 
 @pytest.fixture(scope="module")
 def lit():
-    """The mean picture of the same ten scenes under each light, from 0 to 1."""
+    """The mean picture of the same five scenes under each light, from 0 to 1."""
     renderer = Renderer(SIZE)
-    scenes = [(name, seed) for seed, name in enumerate(CLASSES)]
+    scenes = [(name, seed) for seed, name in enumerate(CLASSES[::2])]
     return {
         light: np.mean([picture(name, light, seed, renderer) for name, seed in scenes], 0) / 255
         for light in LIGHTINGS
