@@ -3,8 +3,9 @@
     python benchmarks/label_free_cost.py
 
 Each network adapts five times to the same random pictures, four epochs of batches of 32, with the
-guard's checks after each epoch; the first time is left out. The teacher is the moving average of
-what is trained; its bytes stand beside those of the model.
+guard's checks after each epoch; the first time is left out. Memory is kept as the command
+``lora-lightning`` keeps it; ``--returned`` as a program of one's own does. The teacher is the
+moving average of what is trained; its bytes stand beside those of the model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lora_lightning import LoRACallback, TransductiveTask, inject
 from lora_lightning.adaptation.teacher import Teacher
 from lora_lightning.model.introspection import classifier_modules
+from lora_lightning.runner.memory import keep_freed_memory
 from lora_lightning.runner.progress import quiet_lightning
 
 NETWORKS = ("test_resnet", "test_convnext", "tf_efficientnet_lite0")
@@ -71,7 +73,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--returned", action="store_true", help="freed memory to the system")
     given = parser.parse_args()
+    if not given.returned:
+        keep_freed_memory()
     torch.set_num_threads(given.threads)
     pictures = torch.randn(550, 3, 64, 64)
     print(f"550 pictures of 64 x 64, {given.epochs} epochs, {given.threads} threads of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,13 @@ class Target(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.prepared(self.items[index]), index
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """Several at once, where the items can be read so, as a DataLoader does."""
+        several = getattr(self.items, "__getitems__", None)
+        if several is None or self.augment is not None:  # which may draw random numbers in turn
+            return [self[i] for i in indices]
+        return [(self.prepared(x), i) for x, i in zip(several(indices), indices, strict=True)]
 
     def prepared(self, item: Any) -> Any:
         """What is collated of an item, augmented."""

@@ -138,7 +138,10 @@ def _merged(config: DictConfig, where: str, *given: Any) -> DictConfig:
 
 
 def run_recipe(
-    name: str | Path, overrides: Sequence[str] = (), out: Path | str | None = None
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    quick: bool = False,
 ) -> Run:
     """Run a recipe; all results are written to its output folder.
 
@@ -146,20 +149,32 @@ def run_recipe(
         name: Name of a recipe, a folder, or a recipe.yaml.
         overrides: ``key=value`` strings.
         out: The output folder, over the configuration's own.
+        quick: By the recipe's ``quick`` settings, `overrides` over these; title and notes say so.
 
     Returns:
         The results, as written to ``results.json``.
+
+    Raises:
+        ConfigError: a mistake in the settings, or the recipe has no ``quick`` ones.
     """
     recipe = load_recipe(name)
-    config = apply_overrides(recipe, overrides)
-    given = list(overrides)
+    config = apply_overrides(recipe, [*(_quick(recipe, name) if quick else ()), *overrides])
+    given = [*["--quick"] * quick, *overrides]
     if out is not None:
         config.out = str(out)
         given = [*(o for o in given if not o.startswith("out=")), f"out={_as_yaml(config.out)}"]
     from lora_lightning.runner.runner import run
 
     command = shlex.join(["lora-lightning", "run", str(name), *given])
-    return run(experiment_of(config), config, command, config.title != recipe.title)
+    return run(experiment_of(config), config, command, config.title != recipe.title, quick=quick)
+
+
+def _quick(recipe: DictConfig, name: str | Path) -> list[str]:
+    if not recipe.quick:
+        raise ConfigError(
+            f"{find_recipe(name)} has no quick settings: list them under its key quick"
+        )
+    return list(recipe.quick)
 
 
 def experiment_of(config: DictConfig) -> Any:

@@ -18,6 +18,7 @@ from lora_lightning.runner.sweep import at_rank, method_of, rank_of
 from lora_lightning.runner.trainer import make_trainer, threads
 from lora_lightning.training.lora_callback import LoRACallback
 
+QUICK = "Quick, with fewer items, steps and methods than the recipe: its figures are rougher"
 # Seed → its source model, and the folder of its run; None: that of all seeds.
 Sources = dict[int | None, tuple[Any, str]]
 
@@ -29,6 +30,7 @@ def run(
     titled: bool = True,
     *,
     sources: Sources | None = None,
+    quick: bool = False,
 ) -> Run:
     """Run every stage for every seed; the results are written to ``config.out``.
 
@@ -38,6 +40,7 @@ def run(
         command: That repeats it, for the report.
         titled: Whether the user gave the title; else data of their own have one of their own.
         sources: Source models of an earlier run, to which those that are made are added.
+        quick: Whether the settings are the recipe's ``quick`` ones, which title and notes say.
 
     Raises:
         ConfigError: an invalid value, before anything is read or trained.
@@ -51,6 +54,9 @@ def run(
             experiment.run.command = command
             if not titled and (own := own_title(config)):
                 experiment.run.title = own
+            if quick:
+                experiment.run.title += " (quick)"
+                experiment.run.notes.append(f"{QUICK}: {', '.join(config.quick)}.")
             _check(experiment)
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,7 @@ class RunConfig:
         devices: Devices that a training uses; measuring uses one.
         logger: What each training logs with, into logs/ in `out`: csv, tensorboard, wandb or
             mlflow; null: nothing.
+        quick: What ``--quick`` sets, key=value each: a first table in less than a minute.
         lora: The adapter, a `LoRAConfig`.
     """
 
@@ -110,4 +111,5 @@ class RunConfig:
     accelerator: str = "auto"
     devices: int = 1
     logger: str | None = None
+    quick: list[str] = field(default_factory=list)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

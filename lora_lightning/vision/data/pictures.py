@@ -137,7 +137,17 @@ class PictureData(Dataset[tuple[Tensor, int]]):
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        item = self.items[i]
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several at once, as a DataLoader asks for a batch: they are scaled together."""
+        *each, scale, normalise = self.transform.transforms
+        chosen = [self.items[i] for i in indices]
+        crop = v2.Compose(each)
+        cropped = torch.stack([crop(self._stored(item)) for item in chosen])
+        inputs = normalise(scale(cropped))
+        return [(x, self.index[i.class_name]) for x, i in zip(inputs, chosen, strict=True)]
+
+    def _stored(self, item: Item) -> Tensor:
         picture = self.pictures.get(item.path)
-        picture = self.prepared.read(item.path) if picture is None else picture
-        return self.transform(picture), self.index[item.class_name]
+        return self.prepared.read(item.path) if picture is None else picture
