@@ -36,6 +36,17 @@ def atomic_write(path: Path, content: bytes) -> Path:
     return path
 
 
+def write_plot(out: Path, name: str, svg: bytes | None) -> None:
+    """Write plots/NAME.svg, or none; that of an earlier run does not stay, nor its PNG of before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (out / "plots" / f"{name}.png").unlink(missing_ok=True)
+    path = out / "plots" / f"{name}.svg"
+    path.unlink(missing_ok=True) if svg is None else atomic_write(path, svg)
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError where this folder cannot be made, or nothing be written into it."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

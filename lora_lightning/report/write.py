@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.report.cells import cell
 from lora_lightning.report.evidence import Difference
-from lora_lightning.report.files import atomic_write
+from lora_lightning.report.files import atomic_write, write_plot
 from lora_lightning.report.metrics import PERCENT, shorten
 from lora_lightning.report.results import Prediction, Row, Run, Transcript
 from lora_lightning.report.summary import Summary
@@ -200,11 +200,9 @@ def write_report(run: Run, out: Path) -> None:
         answers = (asdict(p) | {"changed": p.changed} for p in run.predictions)
         atomic_write(out / "predictions.csv", _csv(Prediction, answers, ["changed"]))
     drawn = plots.draw(run)
-    for name in plots.PLOTS:  # plots of an earlier run must not stay
-        for ending in ("png", "svg"):  # PNG was written before
-            (out / "plots" / f"{name}.{ending}").unlink(missing_ok=True)
-    for plot in drawn:
-        atomic_write(out / "plots" / f"{plot.name}.svg", plot.svg)
+    files = dict.fromkeys(plots.PLOTS) | {plot.name: plot.svg for plot in drawn}
+    for name, svg in files.items():
+        write_plot(out, name, svg)
     atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.cells import cell as csv_cell
-from lora_lightning.report.files import atomic_write
+from lora_lightning.report.files import atomic_write, write_plot
 from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
 from lora_lightning.report.results import Run
 from lora_lightning.report.summary import Summary
@@ -192,12 +192,11 @@ class Sweep:
         atomic_write(out / "sweep.csv", text.getvalue().encode())
 
     def draw(self, out: Path) -> None:
-        """Draw plots/sweep.png, where there are one or two keys."""
-        from lora_lightning.report.plots.sweep import sweep_png
+        """Draw plots/sweep.svg, where there are one or two keys."""
+        from lora_lightning.report.plots.sweep import sweep_svg
 
-        png = sweep_png(self.axes, self._drawn(), self.metric, self.unit, self._place())
-        if png is not None:
-            atomic_write(out / "plots" / "sweep.png", png)
+        svg = sweep_svg(self.axes, self._drawn(), self.metric, self.unit, self._place())
+        write_plot(out, "sweep", svg)
 
     def _drawn(self) -> Mapping[str, Any]:
         """What is measured, of each method → an array shaped as the grid."""

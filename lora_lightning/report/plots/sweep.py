@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,17 +12,18 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from lora_lightning.report.metrics import Unit, shorten
-from lora_lightning.report.plots.style import INK, STYLE, WRONG, look
+from lora_lightning.report.plots.style import INK, WRONG, look
+from lora_lightning.report.plots.svg import styled, to_svg
 
 
-def sweep_png(
+def sweep_svg(
     axes: Mapping[str, Sequence[str]],
     values: Mapping[str, NDArray[np.float64]],
     metric: str,
     unit: Unit,
     best: Sequence[int] | None,
 ) -> bytes | None:
-    """A PNG of a grid, or nothing where there are more keys than two.
+    """An SVG of a grid, or nothing where there are more keys than two.
 
     Args:
         axes: Key → its values, as typed.
@@ -37,12 +36,9 @@ def sweep_png(
     if len(axes) > 2 or not values:
         return None
     scaled = {name: unit.scale * found for name, found in values.items()}
-    with matplotlib.rc_context(STYLE):
+    with styled():
         draw = _lines if len(axes) == 1 else _maps
-        figure = draw(axes, scaled, f"{metric} ({unit.name})", best)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    return png.getvalue()
+        return to_svg(draw(axes, scaled, f"{metric} ({unit.name})", best))
 
 
 def _lines(
@@ -84,7 +80,9 @@ def _maps(
 def _map(panel: Axes, axes: Mapping[str, Sequence[str]], found: NDArray[np.float64]) -> None:
     (rows, down), (columns, across) = axes.items()
     shown = np.ma.masked_invalid(found)
-    image = panel.imshow(shown, cmap="cividis", aspect="auto")
+    edges = (np.arange(len(given) + 1) - 0.5 for given in (across, down))
+    image = panel.pcolormesh(*edges, shown, cmap="cividis", edgecolors="white", linewidth=1)
+    panel.invert_yaxis()
     middle = np.mean(image.get_clim())
     for (i, j), value in np.ndenumerate(found):
         dark = not np.isnan(value) and value < middle
