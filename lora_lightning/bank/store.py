@@ -69,6 +69,13 @@ class Store:
             self.held.pop(name, None)
         return list(found)
 
+    def remove(self, names: Collection[str]) -> None:
+        """Forget these adapters; their files stay."""
+        self.check(names)
+        for name in names:
+            del self.files[name]
+            self.held.pop(name, None)
+
     def take(self, names: Collection[str]) -> dict[str, dict[str, Part]]:
         """The adapters of these names, all of them in memory.
 
