@@ -7,6 +7,7 @@ refuses a whole batch for one of its requests.
 """
 
 # No `from __future__ import annotations`: FastAPI reads the annotation of `decode_request`.
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -111,6 +112,19 @@ class AdapterAPI(LitAPI):  # type: ignore[misc]
         return JSONResponse(body, status, {BATCH.decode(): str(batch)})
 
 
+def _stop_quietly() -> None:
+    """SIGTERM ends LitServe as Ctrl-C does; the processes that it forks end without a traceback."""
+    owner = os.getpid()
+
+    def stop(*_: Any) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        raise SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
 def serve(
     load: Callable[[], Answers],
     intake: Intake,
@@ -144,7 +158,7 @@ def serve(
     )
     server.app.state.desk = Desk(intake, folder, limits.body)
     server.app.get("/metrics")(metrics.page)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _stop_quietly()
     try:
         server.run(
             host, port, num_api_servers=1, log_level="warning", generate_client_file=False,
