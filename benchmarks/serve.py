@@ -342,7 +342,7 @@ def main() -> int:
         ("pictures", 4, "that are sent"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--renew", type=float, default=0.2, help="seconds between renewals")
+    parser.add_argument("--renew", type=float, default=1.0, help="seconds between renewals")
     parser.add_argument("--smoke", action="store_true", help="half a minute's worth")
     parser.add_argument("--no-save", action="store_true", help="print only")
     given = parser.parse_args()

@@ -98,6 +98,16 @@ class AdapterBank:
         """
         return self._store.add(source, overwrite)
 
+    def read(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Read adapters into memory before they are needed.
+
+        Returns:
+            What the header of each one's file says of items and classes, such as ``class_names``.
+        """
+        with lasting(self.model):
+            self._store.take(names)
+        return {name: self._store.data[name] for name in names}
+
     def remove(self, *names: str) -> None:
         """Forget these adapters; their files stay. One that is unknown: `AdapterNotFoundError`."""
         self._store.remove(names)

@@ -18,7 +18,6 @@ from lora_lightning.deploy.adapter_folder import AdapterFolder
 from lora_lightning.deploy.answers import Answers
 from lora_lightning.deploy.intake import Job, Refused, no_adapter
 from lora_lightning.errors import LoRALightningError
-from lora_lightning.model.adapter_file.format import read
 from lora_lightning.report.sentences import sentence
 
 log = logging.getLogger(__name__)
@@ -87,10 +86,8 @@ class Service:
     def _loaded(self, name: str, path: Path) -> Any:
         """Read an adapter into the bank; how its answers are named, or why it cannot be used."""
         try:
-            told = self.answers.told(read(path)[0].get("data", {}))
             self.bank.add({name: path}, overwrite=True)
-            with self.bank[name]:
-                return told
+            return self.answers.told(self.bank.read(name)[name])
         except LoRALightningError as error:
             log.warning("adapter %r cannot be used: %s", name, error)
             said = str(error).replace(str(path), path.name)
