@@ -16,6 +16,7 @@ Items = Sequence[NDArray[Any]]
 class Answers(Protocol):
     """What a service needs to know of a modality."""
 
+    base: Any
     model: nn.Module
 
     def intake(self, most_seconds: float) -> Intake:

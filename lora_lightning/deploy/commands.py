@@ -146,6 +146,8 @@ def _base(arguments: argparse.Namespace, folder: AdapterFolder) -> tuple[Any, An
         num_classes=arguments.num_classes,
     )
     base = loaded()
+    for notice in getattr(base.base, "notices", ()):  # what was left out of a checkpoint
+        _say(notice)
     for file in [*folder.files().values()][:1]:
         try:
             base.told(read(file.path)[0].get("data", {}))

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lora_lightning import load_adapter
+from lora_lightning.cli import _parser, main
+from lora_lightning.deploy import commands
 from lora_lightning.deploy.adapter_folder import AdapterFolder
 from lora_lightning.deploy.classifier_answers import ClassifierAnswers
 from lora_lightning.deploy.intake import (
@@ -35,7 +38,7 @@ from lora_lightning.deploy.intake import (
 )
 from lora_lightning.deploy.recogniser_answers import RecogniserAnswers
 from lora_lightning.deploy.service import Service
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.errors import AdapterFileError, ConfigError
 from lora_lightning.speech.tasks.named_recogniser import NamedRecogniser
 from lora_lightning.vision.data.pictures import Preparation
 from lora_lightning.vision.named_classifier import NamedClassifier
@@ -284,6 +287,20 @@ def until_ready(server, url):
         except (URLError, ConnectionError):
             time.sleep(0.05)
     raise AssertionError(server.stdout.read())
+
+
+def test_what_cannot_be_served_is_said_before_anything_starts(tmp_path, monkeypatch, capsys):
+    command = ["serve", "--model", "spoken", "--adapters", str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "litserve", None)
+    assert main(command) == 2
+    assert "serve needs litserve: pip install 'lora-lightning[serve]'" in capsys.readouterr().err
+    for wrong, said in [
+        (["--capacity", "3"], "--capacity must be a whole number of at least 16, got 3"),
+        (["--port", "80"], "--port must lie in [1024, 65535], got 80"),
+        (["--max-seconds", "nan"], "--max-seconds must be above 0, got nan"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            commands._check(_parser().parse_args([*command, *wrong]))
 
 
 def test_the_server_answers_by_name_and_refuses_in_words(tmp_path):
