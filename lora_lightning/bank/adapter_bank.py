@@ -83,11 +83,9 @@ class AdapterBank:
         dim: int = 0,
         check: str = "weights",
     ):
-        self.model = model
-        self.dim = dim
+        self.model, self.dim = model, dim
         self._store = Store(model, capacity, capacity_bytes, check)
-        self._looks = Looks(dim)
-        self._room = Room()
+        self._looks, self._room = Looks(dim), Room()
         self._store.add(source)
         if example is not None:
             self.probe(example, forward=forward)
@@ -99,6 +97,20 @@ class AdapterBank:
             AdapterExistsError: a name is taken and `overwrite` is off.
         """
         return self._store.add(source, overwrite)
+
+    def read(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Read adapters into memory before they are needed.
+
+        Returns:
+            What the header of each one's file says of items and classes, such as ``class_names``.
+        """
+        with lasting(self.model):
+            self._store.take(names)
+        return {name: self._store.data[name] for name in names}
+
+    def remove(self, *names: str) -> None:
+        """Forget these adapters; their files stay. One that is unknown: `AdapterNotFoundError`."""
+        self._store.remove(names)
 
     def __getitem__(
         self, names: str | Sequence[str | None] | None

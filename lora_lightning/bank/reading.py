@@ -26,8 +26,10 @@ from lora_lightning.model.view import View
 @torch.no_grad()
 def parts_of(
     view: View, path: Path, check: str, known: dict[tuple[str, int], Basis]
-) -> dict[str, Part]:
-    """Tensor's path → the `Part` of this file's adapter; arguments as for `checked`.
+) -> tuple[dict[str, Part], dict[str, Any]]:
+    """Tensor's path → the `Part` of this file's adapter; and the data in its header.
+
+    Arguments as for `checked`.
 
     Raises:
         AdapterFileError: it is damaged, does not fit, or holds NaN.
@@ -54,7 +56,8 @@ def parts_of(
                 if key in targets:
                     part = _folded(targets[key], key, tensors, bases.get(key), raw)
                 parts[key] = Part(full=part.value(raw))
-    return {key: part for key, part in parts.items() if _computed(model, key) is None}
+    found = {key: part for key, part in parts.items() if _computed(model, key) is None}
+    return found, header.get("data", {})
 
 
 def _owned(

@@ -48,6 +48,7 @@ class Store:
             raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
         self.files: dict[str, Path] = {}
         self.held: OrderedDict[str, dict[str, Part]] = OrderedDict()  # used last: last
+        self.data: dict[str, dict[str, Any]] = {}  # in their headers
         self._model, self._check = model, check
         self._capacity, self._capacity_bytes = capacity, capacity_bytes
         self._kind: tuple[torch.device, torch.dtype] | None = None
@@ -66,8 +67,15 @@ class Store:
             raise AdapterFileError(f"no such file: {_listed(map(str, missing))}")
         self.files |= found
         for name in taken:
-            self.held.pop(name, None)
+            self._forget(name)
         return list(found)
+
+    def remove(self, names: Collection[str]) -> None:
+        """Forget these adapters; their files stay."""
+        self.check(names)
+        for name in names:
+            del self.files[name]
+            self._forget(name)
 
     def take(self, names: Collection[str]) -> dict[str, dict[str, Part]]:
         """The adapters of these names, all of them in memory.
@@ -87,14 +95,16 @@ class Store:
         new = [name for name in names if name not in self.held]
         view = View(self._model)
         # All are read before any is kept: a file that cannot be read leaves no others behind.
-        self.held |= {name: self._read(self.files[name], view) for name in new}
+        read = {name: self._read(self.files[name], view) for name in new}
+        self.held |= {name: parts for name, (parts, _) in read.items()}
+        self.data |= {name: data for name, (_, data) in read.items()}
         for name in names:
             self.held.move_to_end(name)
         found = {name: self.held[name] for name in names}
         self._drop(names)
         return found
 
-    def _read(self, path: Path, view: View) -> dict[str, Part]:
+    def _read(self, path: Path, view: View) -> tuple[dict[str, Part], dict[str, Any]]:
         return parts_of(view, path, self._check, self._bases)
 
     def _follow(self) -> None:
@@ -103,6 +113,7 @@ class Store:
         now = None if first is None else (first.device, first.dtype)
         if now != self._kind:
             self.held.clear()
+            self.data.clear()
             self._bases.clear()
         self._kind = now
 
@@ -132,9 +143,13 @@ class Store:
                 chosen.append(name)
         return chosen or list(self.files)[:1]
 
+    def _forget(self, name: str) -> None:
+        self.held.pop(name, None)
+        self.data.pop(name, None)
+
     def _drop(self, needed: Collection[str]) -> None:
         while len(self.held) > self._capacity:
-            self.held.popitem(last=False)
+            self._forget(next(iter(self.held)))
         limit = self._capacity_bytes
         while limit is not None and self.nbytes > limit:
             if len(self.held) <= len(needed):
@@ -142,7 +157,7 @@ class Store:
                     f"the {len(needed)} adapters of this batch take {si(self.nbytes, 'B')} and "
                     f"capacity_bytes is {si(limit, 'B')}: raise it"
                 )
-            self.held.popitem(last=False)
+            self._forget(next(iter(self.held)))
 
 
 def _named(source: Source) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""From a base and an adapter to what others can load without this package."""
+"""From a base and an adapter to what others can use: files for other programs, and a service."""
 
 from lora_lightning.registry import face
 

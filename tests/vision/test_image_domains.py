@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.vision.data.folders import find_domains, read_picture, scan
+from lora_lightning.vision.data.folders import find_domains, scan
 from lora_lightning.vision.data.image_domains import ImageDomains
+from lora_lightning.vision.data.pictures import read_picture
 from tests.helpers.miniature import photos
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -44,29 +44,42 @@ UNKNOWN = 2**48  # frames; more means that the length was unknown when the file 
 CUT_SHORT = 0.95  # with less than this part of the length in the header the end is missing
 
 
-def read_audio(path: Path | str, sample_rate: int) -> Tensor:
+def read_audio(
+    path: Path | str | BinaryIO,
+    sample_rate: int,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> Tensor:
     """Read a file as one channel at the given rate.
 
     Args:
-        path: Of any format and sampling rate; several channels are averaged.
+        path: Of any format and sampling rate; several channels are averaged. Or the open file, of
+            a format that libsndfile reads.
         sample_rate: Of the output, in Hz.
+        min_seconds: A shorter one is refused.
+        max_seconds: A longer one is refused, by its header before it is decoded.
 
     Returns:
         (T,) float32, where full scale is 1.
 
     Raises:
         ConfigError: `sample_rate` is not a sampling rate.
-        DataError: the file cannot be read, is empty, or holds NaN or infinity; names the
-            file and the reason.
+        DataError: the file cannot be read, is empty, too short or too long, or holds NaN or
+            infinity; names the file and the reason.
         MissingDependencyError: it is AAC or the like, and the extra ``m4a`` is not installed.
     """
-    _check_rate(sample_rate)
+    if not RATES[0] <= sample_rate <= RATES[1]:
+        raise ConfigError(
+            f"sample_rate must lie between {RATES[0]} and {RATES[1]} Hz, got {sample_rate}"
+        )
+    source = Path(path) if isinstance(path, (str, Path)) else path
     try:
-        with _opened(Path(path)) as file:
-            waveform = torch.from_numpy(np.concatenate(list(_blocks(file))))
-            rate = file.samplerate
+        with _opened(source) as file:
+            blocks = list(_within(file, min_seconds, max_seconds))
+            waveform, rate = torch.from_numpy(np.concatenate(blocks)), file.samplerate
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        where = f"{path}: " if isinstance(source, Path) else ""
+        raise DataError(f"{where}{error}") from error
     return _resampled(waveform, rate, sample_rate)
 
 
@@ -88,13 +101,10 @@ def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float =
             infinity; gives the reason, without the path.
     """
     with _opened(Path(path)) as file:
-        rate = int(file.samplerate)
-        _check_length(file.frames / rate, 0.0, max_seconds)
         frames, peak = 0, 0.0
-        for block in _blocks(file):
+        for block in _within(file, min_seconds, max_seconds):
             frames, peak = frames + len(block), max(peak, float(np.abs(block).max()))
-            _check_length(frames / rate, 0.0, max_seconds)  # a header may be wrong
-    _check_length(frames / rate, min_seconds, max_seconds)
+        rate = int(file.samplerate)
     if peak < 10 ** (SILENCE_DBFS / 20):
         level = f"peak at {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "all zero"
         raise DataError(f"silent: {level}")
@@ -146,7 +156,7 @@ def counted(skipped: Sequence[tuple[str, str]]) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path | BinaryIO) -> Iterator[Any]:
     """The open file; any error in reading it becomes a DataError."""
     try:
         with _open(path) as file:
@@ -162,7 +172,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path | BinaryIO) -> Any:
+    if not isinstance(path, Path):
+        return soundfile.SoundFile(path)
     if not path.is_file():  # libsndfile says "System error" here
         raise DataError("a folder, not a file" if path.is_dir() else "there is no such file")
     if path.stat().st_size == 0:
@@ -173,6 +185,17 @@ def _open(path: Path) -> Any:
         return soundfile.SoundFile(path)
     except TypeError as error:  # a headerless file needs a rate
         raise DataError("cannot be read: headerless audio; write it as WAV or FLAC") from error
+
+
+def _within(file: Any, least: float, most: float) -> Iterator[NDArray[np.float32]]:
+    """The blocks of a file that is so many seconds long; a longer one is not read to its end."""
+    rate, frames = int(file.samplerate), 0
+    _check_length(file.frames / rate, 0.0, most)
+    for block in _blocks(file):
+        frames += len(block)
+        _check_length(frames / rate, 0.0, most)  # a header may be wrong
+        yield block
+    _check_length(frames / rate, least, most)
 
 
 def _blocks(file: Any) -> Iterator[NDArray[np.float32]]:
@@ -202,13 +225,6 @@ def _check_length(seconds: float, least: float, most: float) -> None:
         raise DataError(f"too short: {seconds:.3f} s, below {least:g} s")
     if seconds > most:
         raise DataError(f"too long: {seconds:.1f} s, above {most:g} s")
-
-
-def _check_rate(sample_rate: int) -> None:
-    if not RATES[0] <= sample_rate <= RATES[1]:
-        raise ConfigError(
-            f"sample_rate must lie between {RATES[0]} and {RATES[1]} Hz, got {sample_rate}"
-        )
 
 
 def _resampled(waveform: Tensor, rate: int, sample_rate: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image folders by domain: finding, reading and splitting their images.
+"""Image folders by domain: finding and splitting their images.
 
 Two layouts are supported, as Office-31, Office-Home, DomainNet, PACS and VisDA have them::
 
@@ -12,14 +12,9 @@ skipped. Names that begin with a dot are ignored.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from PIL import Image, ImageOps
-from torch import Tensor
-from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError, DataNotFoundError
 
@@ -181,33 +176,6 @@ def common_classes(
     return shared
 
 
-def read_picture(path: Path, side: int, interpolation: str = "bicubic") -> Tensor:
-    """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
-
-    Args:
-        path: Of its file.
-        side: In pixels.
-        interpolation: Of resizing, one of Pillow's.
-
-    Raises:
-        DataError: it cannot be read; says why.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # harmless oddities of palettes and metadata
-            with Image.open(path) as opened:
-                picture = _rgb(ImageOps.exif_transpose(opened))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), path.name) or type(error).__name__
-        raise DataError(f"cannot be read: {reason}") from error
-    # timm's training has "random" as well.
-    known = Image.Resampling.__members__
-    method = known.get(interpolation.upper(), Image.Resampling.BICUBIC)
-    picture = ImageOps.fit(picture, (side, side), method)
-    pixels: Tensor = v2.functional.pil_to_tensor(picture)
-    return pixels
-
-
 def _splits(names: set[str]) -> dict[str, str]:
     """Split → name of its folder; ``{"": ""}`` where the layout has none."""
     test = next((name for name in TEST_NAMES if name in names), None)
@@ -238,12 +206,3 @@ def _hidden(path: Path, below: Path) -> bool:
 def _names(folders: list[Path], most: int = 12) -> str:
     names = [p.name for p in folders[:most]]
     return ", ".join(names) + (", …" if len(folders) > most else "")
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        return picture.convert("F").point(lambda value: value / 256).convert("L").convert("RGB")
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")

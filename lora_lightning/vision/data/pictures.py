@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError
-from lora_lightning.vision.data.folders import Item, read_picture
+from lora_lightning.vision.data.folders import Item
 
 CROP = 0.875  # part of the stored image's side that the network sees
 HALF = (0.5, 0.5, 0.5)
+
+
+def read_picture(
+    path: Path | BinaryIO,
+    side: int,
+    interpolation: str = "bicubic",
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> Tensor:
+    """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
+
+    Args:
+        path: Of its file, or the open file.
+        side: In pixels.
+        interpolation: Of resizing, one of Pillow's.
+        formats: Pillow's names of those that are read; None: all.
+        most_pixels: A picture of more is refused before it is decoded.
+
+    Raises:
+        DataError: it cannot be read; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # harmless oddities of palettes and metadata
+            with Image.open(path, formats=formats) as opened:
+                width, height = opened.size
+                if most_pixels is not None and width * height > most_pixels:
+                    raise DataError(f"{width} × {height} pixels, above {most_pixels:,}")
+                picture = _rgb(ImageOps.exif_transpose(opened))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = path.name if isinstance(path, Path) else "its contents"
+        reason = str(error).replace(str(path), name) or type(error).__name__
+        raise DataError(f"cannot be read: {reason}") from error
+    # timm's training has "random" as well.
+    known = Image.Resampling.__members__
+    method = known.get(interpolation.upper(), Image.Resampling.BICUBIC)
+    picture = ImageOps.fit(picture, (side, side), method)
+    pixels: Tensor = v2.functional.pil_to_tensor(picture)
+    return pixels
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        return picture.convert("F").point(lambda value: value / 256).convert("L").convert("RGB")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -60,9 +110,9 @@ class Preparation:
         """Side of the pictures in memory, in pixels."""
         return round(self.size / self.crop)
 
-    def read(self, path: Path) -> Tensor:
-        """The picture in a file as it is kept in memory."""
-        return read_picture(path, self.stored_side, self.interpolation)
+    def read(self, path: Path | BinaryIO, **limits: Any) -> Tensor:
+        """The picture in a file as it is kept in memory; `limits` as `read_picture` has them."""
+        return read_picture(path, self.stored_side, self.interpolation, **limits)
 
     def transforms(self, flip: bool, jitter: float = 0.0) -> tuple[v2.Compose, v2.Compose]:
         """The transforms of training (random crops, mirrored, jittered) and of testing."""
