@@ -1,4 +1,4 @@
-"""What the commands for deployment do; their arguments are in `lora_lightning.deploy.cli`.
+"""The commands for deployment; their arguments are in `lora_lightning.deploy.cli`.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -6,7 +6,6 @@ Modules that take long to import are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
 
 def _adapted(arguments: argparse.Namespace) -> NamedClassifier | NamedRecogniser:
     """The model of these arguments, with the adapter on it."""
-    name = arguments.model
-    if name == "spoken" or name.isupper() or os.path.isfile(name):  # a bundle, a recipe's file
-        from lora_lightning.speech.tasks.named_recogniser import named_recogniser
+    from lora_lightning.speech.tasks.named_recogniser import named_recogniser, names_recogniser
 
+    name = arguments.model
+    if names_recogniser(name):
         return named_recogniser(name, arguments.checkpoint, arguments.adapter)
     from lora_lightning.vision.named_classifier import named_classifier
 
@@ -35,6 +34,7 @@ def _adapted(arguments: argparse.Namespace) -> NamedClassifier | NamedRecogniser
 def merge(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter merged in."""
     from lora_lightning.model import switching
+    from lora_lightning.report.console import say
     from lora_lightning.runner.weights import save_weights
     from lora_lightning.speech.tasks.recognisers import ConformerCTC, save_recogniser
 
@@ -44,7 +44,7 @@ def merge(arguments: argparse.Namespace) -> None:
         save_recogniser(found.model, arguments.out, half=False)
     else:
         save_weights(found.model, arguments.out)
-    _say(
+    say(
         f"{arguments.out}: {found.name} with {len(found.classes)} classes, "
         f"{len(found.model.state_dict())} tensors"
     )
@@ -54,6 +54,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter for other programs."""
     from lora_lightning.deploy.exporting import FORMATS
     from lora_lightning.deploy.exporting import export as exported
+    from lora_lightning.report.console import say
 
     FORMATS.get(arguments.format)  # before the model is loaded
     found = _adapted(arguments)
@@ -69,10 +70,4 @@ def export(arguments: argparse.Namespace) -> None:
     if done.differences:
         worst, sizes = max(done.differences.values()), ", ".join(map(str, done.differences))
         compared = f"; outputs of batches of {sizes} differ by at most {worst:.1e} of the largest"
-    _say(f"{done.path}: {found.name} as {arguments.format}{compared}")
-
-
-def _say(text: str) -> None:
-    from lora_lightning.report.console import PlainConsole
-
-    PlainConsole().print(text, soft_wrap=True)
+    say(f"{done.path}: {found.name} as {arguments.format}{compared}")

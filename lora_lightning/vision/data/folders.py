@@ -95,7 +95,8 @@ def scan(
 
 def pictures_below(folder: Path) -> list[Path]:
     """The pictures in a folder, flat or nested, sorted."""
-    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if not _hidden(p, folder) and p.is_file())
 
 
 def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
@@ -184,11 +185,6 @@ def common_classes(
 def read_picture(path: Path, side: int, interpolation: str = "bicubic") -> Tensor:
     """An image as uint8 (3, side, side): the centre square, resized; transparency on white.
 
-    Args:
-        path: Of its file.
-        side: In pixels.
-        interpolation: Of resizing, one of Pillow's.
-
     Raises:
         DataError: it cannot be read; says why.
     """
@@ -225,10 +221,6 @@ def _grouped(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_image(path: Path, below: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not _hidden(path, below) and path.is_file()
 
 
 def _hidden(path: Path, below: Path) -> bool:
