@@ -1,4 +1,4 @@
-"""How often adaptation without labels does harm, on targets that are chosen to provoke it.
+"""Frequency of harm by adaptation without labels, on targets that are chosen to provoke it.
 
     python benchmarks/do_no_harm.py --out runs/do_no_harm
 

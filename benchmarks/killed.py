@@ -66,7 +66,7 @@ def recogniser(folder: Path) -> None:
 
 
 def fit(out: Path) -> None:
-    """A fit that goes on from its last checkpoint, if there is one; the order is the epoch's."""
+    """A fit that resumes from its last checkpoint, if there is one; the order is the epoch's."""
     import timm
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint

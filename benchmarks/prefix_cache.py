@@ -1,4 +1,4 @@
-"""How much faster epochs get with `PrefixCache`, and whether the loss curve stays.
+"""Speed-up of epochs by `PrefixCache`, with a comparison of the loss curves.
 
     python benchmarks/prefix_cache.py --out
     python benchmarks/prefix_cache.py --models vit_tiny --items 16 --epochs 3

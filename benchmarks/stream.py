@@ -1,4 +1,4 @@
-"""Does `StreamAdapter` ever end below the source model, and what does it gain where classes mix?
+"""Accuracy of `StreamAdapter` against the source model, over many orders of the items.
 
     python benchmarks/stream.py
     python benchmarks/stream.py --smoke --no-save

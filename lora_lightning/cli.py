@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.deploy import cli as deploy
 from lora_lightning.errors import ConfigError
@@ -88,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lora-lightning {installed()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_recipes(commands)
+    vision.add_commands(commands)
+    speech.add_commands(commands)
+    deploy.add_commands(commands)
+    return parser
 
+
+def _add_recipes(commands: Any) -> None:
     run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)
     run.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, folder or file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
@@ -126,11 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what an adapter file holds")
     inspect.add_argument("adapter", metavar="ADAPTER.safetensors", type=Path)
     inspect.set_defaults(command=_inspect)
-
-    vision.add_commands(commands)
-    speech.add_commands(commands)
-    deploy.add_commands(commands)
-    return parser
 
 
 def _console(stderr: bool = False) -> PlainConsole:
@@ -178,10 +180,9 @@ def _show(result: Run) -> None:
     """Print the table of a run, and the paths of its files."""
     from lora_lightning.report.write import print_table
 
-    console = _console()
-    print_table(result, console)
+    print_table(result, _console())
     out = Path(str(result.config["out"]))
-    console.print(f"\nopen {out / 'report.html'}; all results are in {out}/", soft_wrap=True)
+    _console().print(f"\nopen {out / 'report.html'}; all results are in {out}/", soft_wrap=True)
 
 
 def _help(arguments: argparse.Namespace) -> None:

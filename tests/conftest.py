@@ -1,4 +1,4 @@
-"""What holds for every test, and fixtures that rooms share."""
+"""Settings of every test, and fixtures that rooms share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing costs, what the faces of the rooms hold, and which imports are refused."""
+"""Cost of importing, names in the faces of the rooms, and refused imports."""
 
 from __future__ import annotations
 

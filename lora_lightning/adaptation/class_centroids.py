@@ -6,16 +6,13 @@ Nothing is trained. Legend of shapes: N items, K classes, D features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lora_lightning.adaptation.label_propagation import lame
-from lora_lightning.adaptation.neighbours import (
-    check_features,
-    check_probabilities,
-    unit_rows,
-)
+from lora_lightning.adaptation.neighbours import check_features, check_probabilities, unit_rows
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.adaptation.validators import information, mean_entropy
 from lora_lightning.lora.values import check_count, check_number
@@ -95,14 +92,16 @@ def statistics_gain(source: Predicted, restated: Predicted) -> float:
     return (information(restated.probabilities) - before) / max(1 - before, 1e-6)
 
 
-def unhelpful(source: Predicted, restated: Predicted, steadier: float = 0.0) -> str:
+def unhelpful(
+    source: Predicted, restated: Predicted, steadier: Callable[[], float] = lambda: 0.0
+) -> str:
     """Why BatchNorm's statistics of the target do not help; "" where they can be trusted to.
 
     Args:
         source: Of the target's items, by the source model.
         restated: The same items with statistics re-estimated on them.
-        steadier: By how much more of the items keep their label in an augmented view, than by the
-            source model; 0: not known.
+        steadier: Says by how much more of the items keep their label in an augmented view than by
+            the source model; 0: not known. Asked only where the gain decides nothing.
     """
     gain = statistics_gain(source, restated)
     if gain < GAIN:
@@ -110,8 +109,8 @@ def unhelpful(source: Predicted, restated: Predicted, steadier: float = 0.0) -> 
     less = mean_entropy(restated.probabilities) > mean_entropy(source.probabilities)
     if less and gain < CERTAIN_GAIN:
         return "the predictions are less certain, as where classes are missing"
-    if steadier < -UNSTEADY and gain < CERTAIN_GAIN:
-        return f"{-steadier:.0%} more of the items change their label when they are augmented"
+    if gain < CERTAIN_GAIN and (kept := steadier()) < -UNSTEADY:
+        return f"{-kept:.0%} more of the items change their label when they are augmented"
     if (even := spread(restated)) < COMPLETE_RESTATED:
         least = f"below {COMPLETE_RESTATED:g}"
         return f"the spread over classes is {even:.2f}, {least}, as where some are missing"

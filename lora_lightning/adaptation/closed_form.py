@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.neighbours import check_features
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_number, finite
 from lora_lightning.registry import Registry
 
 Matrix = NDArray[np.float64]
@@ -60,17 +61,14 @@ def subspace_alignment(
     visual domain adaptation using subspace alignment".
 
     Args:
-        source: (N, D).
-        labels: (N,).
-        target: (M, D).
+        source, labels, target: See `nearest_centroid`.
         energy: d is the least that holds this part of the source's variance, in (0, 1).
 
     Raises:
         ConfigError: `energy` is out of range.
         DataError: see `nearest_centroid`.
     """
-    if not 0 < energy < 1:
-        raise ConfigError(f"energy is a part of the whole, in (0, 1); got {energy}")
+    check_number("energy", energy, "(0, 1)")
     return _classified(source, labels, target, partial(_subspaces, energy=energy))
 
 
@@ -83,9 +81,7 @@ def nmf_subspace(
     bases are the orthonormalised parts (D, d). After Lee & Seung 1999; Ding et al. 2010.
 
     Args:
-        source: (N, D).
-        labels: (N,).
-        target: (M, D).
+        source, labels, target: See `nearest_centroid`.
         parts: d at most.
         seed: Of the factorisations' starts.
 
@@ -103,9 +99,7 @@ def coral(source: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     frustratingly easy domain adaptation", arXiv:1511.05547.
 
     Args:
-        source: (N, D).
-        labels: (N,).
-        target: (M, D).
+        source, labels, target: See `nearest_centroid`.
 
     Raises:
         DataError: see `nearest_centroid`.
@@ -135,7 +129,7 @@ def regressed(source: Tensor, values: Tensor, target: Tensor, alignment: str = "
     if alignment not in ALIGNMENTS:
         raise ConfigError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
     _check(source, values, target)
-    if values.ndim != 2 or not bool(torch.isfinite(values).all()):
+    if values.ndim != 2 or not finite(values):
         raise DataError(f"values must be finite numbers (N, V), got {tuple(values.shape)}")
     s, t = ALIGNMENTS.get(alignment)(source, target)
     model: Any = RidgeCV(np.logspace(-2, 5, 15)).fit(s, values.double().numpy())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adaptation import validators as score
-from lora_lightning.lora.values import check_number
+from lora_lightning.lora.values import check_number, finite
+
+NAN = "the {} are NaN: the learning rate is too high"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,8 @@ class Guard:
             probabilities: Of the round.
             accepted: Of the last accepted round; None: there was none.
         """
-        if not bool(torch.isfinite(probabilities).all()):
-            nan = "the predictions are NaN: the learning rate is too high"
-            return Verdict({}, [nan], final=True)
+        if not finite(probabilities):
+            return Verdict({}, [NAN.format("predictions")], final=True)
         now = score.check_probabilities(probabilities)
         labels = now.argmax(dim=1)
         found = {
@@ -123,7 +124,7 @@ class Guard:
             "agreement": score.agreement(now, self.source),
             "marginal_entropy": score.marginal_entropy(now),
             "class_share": self._share(labels),
-            "sure_flips": self._flips(labels),
+            "sure_flips": float((labels != self.labels)[self.upper].double().mean()),
             "cohesion": self._cohesion(labels),
         }
         if accepted is not None:
@@ -173,9 +174,6 @@ class Guard:
         )
         # For a class that the source hardly predicts, any count would be a large multiple.
         return float((now / before.clamp_min(len(labels) / self.classes)).max())
-
-    def _flips(self, labels: Tensor) -> float:
-        return float((labels[self.upper] != self.labels[self.upper]).double().mean())
 
     def _cohesion(self, labels: Tensor) -> float:
         if self.neighbours is None:

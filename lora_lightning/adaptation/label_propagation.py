@@ -6,18 +6,21 @@ Legend of shapes: N items, K classes, D features, k neighbours.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_lightning.adaptation.neighbours import (
-    check_features,
-    check_probabilities,
-    nearest,
+from lora_lightning.adaptation.neighbours import check_features, check_probabilities, nearest
+from lora_lightning.adaptation.pseudo_labels import (
+    PseudoLabels,
+    centroid,
+    class_balanced,
+    threshold,
 )
-from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.lora.values import check_count, check_number
+from lora_lightning.registry import Registry
 
 FAR = 0.1  # NRC's affinity of a neighbour that is not reciprocal
 SHARPNESS = 3  # of the similarities, γ in the paper
@@ -58,9 +61,7 @@ def reciprocal(features: Tensor, probabilities: Tensor, neighbours: int = 5) -> 
     N = 1 is left out with its own prediction. After NRC, Yang et al. 2021, arXiv:2110.04202.
 
     Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
+        features, probabilities, neighbours: See `vote`.
 
     Raises:
         ConfigError: `neighbours` is no whole number, or below 1.
@@ -99,9 +100,7 @@ def propagate(
     arXiv:1904.04717. N = 1 is left out with its own prediction.
 
     Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
+        features, probabilities, neighbours: See `vote`.
         alpha: α, in [0, 1): how far labels spread; 0 keeps the predictions.
 
     Raises:
@@ -147,9 +146,7 @@ def lame(
     "Parameter-free online test-time adaptation", arXiv:2201.05718.
 
     Args:
-        features: (N, D), compared by cosine.
-        probabilities: (N, K), rows that sum to one.
-        neighbours: k, at most N − 1 are used.
+        features, probabilities, neighbours: See `vote`.
         iterations: Steps at most; it ends when no probability changes by more than 1e-6.
 
     Returns:
@@ -181,3 +178,27 @@ def _near(features: Tensor, probabilities: Tensor, neighbours: int) -> tuple[Ten
 
 def _alone(p: Tensor) -> PseudoLabels:
     return PseudoLabels(p.argmax(dim=1), torch.zeros_like(p[:, 0]), ["no neighbour to ask"])
+
+
+Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
+LABELLERS: Registry[Labeller] = Registry("labeller")
+
+
+# With a name, so that processes which a Trainer spawns can be given them.
+@LABELLERS.register("threshold")
+def _threshold(features: Tensor, p: Tensor) -> PseudoLabels:
+    return threshold(p)
+
+
+@LABELLERS.register("class-balanced")
+def _class_balanced(features: Tensor, p: Tensor) -> PseudoLabels:
+    return class_balanced(p, 0.5)
+
+
+for name, labeller in {
+    "centroid": centroid,
+    "vote": vote,
+    "reciprocal": reciprocal,
+    "propagation": propagate,
+}.items():
+    LABELLERS.register(name)(labeller)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lora_lightning.adaptation import pseudo_labels as labelling
 from lora_lightning.adaptation.guard import Limits
-from lora_lightning.adaptation.label_propagation import propagate, reciprocal, vote
+from lora_lightning.adaptation.label_propagation import LABELLERS, Labeller
 from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.pseudo_labels import PseudoLabels
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
@@ -23,7 +22,6 @@ from lora_lightning.adaptation.target import Predicted, Target
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.lora.values import check_count, check_number
-from lora_lightning.registry import Registry
 from lora_lightning.training.lora_callback import LoRACallback
 
 # Items of the target and of the source in one loader, redrawn in each round.
@@ -70,28 +68,6 @@ class Accepted(Sampler[int]):
         mixed = [*self.accepted, *chosen]
         draw.shuffle(mixed)
         return iter(mixed)
-
-
-# Functions with a name, so that processes which a Trainer spawns can be given them.
-def _threshold(features: Tensor, p: Tensor) -> PseudoLabels:
-    return labelling.threshold(p)
-
-
-def _class_balanced(features: Tensor, p: Tensor) -> PseudoLabels:
-    return labelling.class_balanced(p, 0.5)
-
-
-Labeller = Callable[[Tensor, Tensor], PseudoLabels]  # features, probabilities → labels
-LABELLERS: Registry[Labeller] = Registry("labeller")
-for name, labeller in {
-    "threshold": _threshold,
-    "class-balanced": _class_balanced,
-    "centroid": labelling.centroid,
-    "vote": vote,
-    "reciprocal": reciprocal,
-    "propagation": propagate,
-}.items():
-    LABELLERS.register(name)(labeller)
 
 
 class PseudoLabelCallback(PredictionSelfTraining):

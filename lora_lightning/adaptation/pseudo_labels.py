@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lightning.adaptation.neighbours import (
-    check_features,
-    check_probabilities,
-    unit_rows,
-)
+from lora_lightning.adaptation.neighbours import check_features, check_probabilities, unit_rows
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.values import check_count, check_number
 

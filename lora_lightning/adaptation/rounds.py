@@ -8,18 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lightning.adaptation.guard import Guard, Limits, Verdict
-from lora_lightning.adaptation.neighbours import nearest
+from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.teacher import Snapshot
 
 Answers = TypeVar("Answers")
 Check = Callable[[Any, Any], Verdict]  # predictions now, and by the last accepted state
 SOURCE_ROUND = 0  # the source model's own predictions
-NEIGHBOURS = 5  # of each item, for the guard
 NAN = float("nan")
 DONE = "all rounds done"
 WIDTH = 80  # of a line on the terminal
@@ -202,86 +199,3 @@ class Rounds(Generic[Answers]):
     def unpacked(self, state: Any) -> Any:
         """The inverse of `packed`."""
         return state
-
-
-class PredictionRounds(Rounds[Tensor]):
-    """Rounds of a classifier, by the probabilities (N, K) of the target's items.
-
-    Args:
-        limits: Of the guard; None: no guard, every round is accepted.
-
-    Attributes:
-        canary: gives the accuracy on a few labelled items, by the model as it is; a round that
-            loses on them raises an alarm. None: there are none.
-        changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
-        guard: the `Guard`.
-    """
-
-    def __init__(self, limits: Limits | None):
-        super().__init__(self._check_of)
-        self.limits = limits
-        self.canary: Callable[[], float] | None = None
-        self._begin: tuple[Tensor, bool] | None = None
-        self._near: Tensor | None = None
-
-    @property
-    def probabilities_(self) -> Tensor:
-        """(N, K) by the accepted state."""
-        found: Tensor = self.answers_
-        return found
-
-    def start(self, model: nn.Module, source: Any) -> None:
-        """Begin with the source model and its predictions of the target, a `Predicted`."""
-        features = source.features
-        self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
-        self._begin = None
-        super().start(model, source.probabilities)
-        self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
-
-    def end_round(self, model: nn.Module, now: Any, *args: Any, **labelled: Any) -> Round:
-        """Check a round by the model's predictions of the target, a `Predicted`."""
-        probabilities = None if now is None else now.probabilities
-        return super().end_round(model, probabilities, *args, **labelled)
-
-    def keep_last(self, model: nn.Module, now: Any) -> None:
-        """See `Rounds.keep_last`; of a `Predicted`."""
-        super().keep_last(model, now.probabilities)
-
-    def _check_of(self, source: Tensor) -> Check:
-        self.guard = Guard(source, self._near, self.limits)
-        if self._begin is not None:
-            self.guard.begin_at(*self._begin)
-        return self._verdict
-
-    def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
-        """Take these predictions for those at the start of training, see `Guard.begin_at`."""
-        self._begin = probabilities, rises
-        self.guard.begin_at(*self._begin)
-
-    def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
-        found = self.guard.check(now, accepted)
-        alarms = found.alarms if self.limits is not None else []
-        final = found.final and bool(alarms)
-        if self.canary is None:
-            return Verdict(found.scores, alarms, final)
-        accuracy = self.canary()
-        before = self.history_[SOURCE_ROUND].scores["canary"] if self.history_ else accuracy
-        if accuracy < before:
-            fall = f"the canary's accuracy falls from {before:.1%} to {accuracy:.1%}"
-            alarms = [*alarms, fall]
-        return Verdict({**found.scores, "canary": accuracy}, alarms, final)
-
-    def note(self, index: int, now: Tensor) -> None:
-        """Record the round in which each item got its present label."""
-        labels = now.argmax(dim=1)
-        self.changed_in_[labels != self.answers_.argmax(dim=1)] = index
-        self.changed_in_[labels == self.source.argmax(dim=1)] = SOURCE_ROUND
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {**super().state_dict(), "neighbours": self._near, "begin": self._begin}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self._near, self._begin = state["neighbours"], state.get("begin")
-        super().load_state_dict(state)

@@ -43,10 +43,6 @@ class SelfTraining(Course, LaunchedCallback):
     accepted state is restored, or else the source model. A checkpoint holds the rounds: a resumed
     fit does not take the adapted model for the source.
 
-    Args:
-        rounds: How rounds are checked.
-        position: Of the training loader, see `ResumableLoader`.
-
     Attributes:
         rounds_: the `Rounds`, their history and best state.
     """

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
-from lora_lightning.adaptation.guard import Guard, Limits
+from lora_lightning.adaptation.guard import NAN, Guard, Limits
 from lora_lightning.adaptation.objectives import RunningMarginal, information_maximisation
 from lora_lightning.adaptation.teacher import Snapshot, trained
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.lora.values import check_count, check_number
+from lora_lightning.lora.values import check_count, check_number, finite
 from lora_lightning.model.calling import classifier, items_in
 from lora_lightning.model.probing import evaluating, without_cudnns_rnn
 from lora_lightning.model.switching import disabled
@@ -104,7 +104,7 @@ class StreamAdapter:
     def reset(self) -> None:
         """Restore the source model, bit for bit, and forget all items and alarms."""
         self._alarms = 0
-        self._begin_anew()
+        self._restart()
 
     @property
     def stopped_(self) -> bool:
@@ -134,8 +134,8 @@ class StreamAdapter:
             if self._unchecked >= self.memory:
                 self._check()
             found = self._predicted(inputs)
-            if not bool(torch.isfinite(found).all()):
-                self._go_back("the predictions are NaN: the learning rate is too high")
+            if not finite(found):
+                self._go_back(NAN.format("predictions"))
                 found = self._predicted(inputs)
         return found
 
@@ -152,7 +152,7 @@ class StreamAdapter:
                     f"several; got {got}. Leave other entries out"
                 )
             x = x.detach().to(dtype if x.is_floating_point() else x.dtype)
-            if not bool(torch.isfinite(x).all()):
+            if not finite(x):
                 raise DataError("the inputs hold NaN or infinity: they are left out")
             return x
 
@@ -166,7 +166,7 @@ class StreamAdapter:
     def _by_the_source(self, inputs: Any) -> Tensor:
         with disabled(self.model):
             found = self._predicted(inputs)
-        if not bool(torch.isfinite(found).all()):
+        if not finite(found):
             raise DataError(
                 "the source model's predictions hold NaN, as its values overflow: scale the "
                 "inputs as for training; these are left out"
@@ -229,9 +229,9 @@ class StreamAdapter:
     def _go_back(self, alarm: str) -> None:
         self.resets_.append((self._total, alarm))
         self._alarms += 1
-        self._begin_anew()
+        self._restart()
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self._source.restore(self.model)
         # The optimizer's moments belong to forgotten items.
         self._optimizer = torch.optim.AdamW(trained(self.model).values(), lr=self.learning_rate)

@@ -130,9 +130,6 @@ def input_of(item: Any) -> Any:
 class Canary:
     """A few labelled items of the target, to detect an adaptation that does harm.
 
-    Args:
-        items: A dataset of (input, class).
-
     Raises:
         ConfigError: items of another kind, or without a known length.
         DataError: there is no item.
@@ -153,15 +150,11 @@ class Canary:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A model's predictions of all items of the target, in the dataset's order.
+    """A model's predictions of all items of the target, in the dataset's order."""
 
-    Attributes:
-        probabilities: (N, K), float32, on the CPU.
-        features: (N, D), the classifier's input; the log-probabilities where the model has no
-            classifier of its own.
-    """
-
-    probabilities: Tensor
+    probabilities: Tensor  # (N, K), float32, on the CPU
+    # (N, D), the classifier's input; the log-probabilities where the model has no classifier of its
+    # own
     features: Tensor
 
 

@@ -22,11 +22,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Snapshot:
-    """A copy of the trained parameters and the buffers.
-
-    Args:
-        model: Whose values are copied.
-    """
+    """A copy of the trained parameters and the buffers."""
 
     def __init__(self, model: nn.Module):
         self._values = {n: t.detach().clone() for n, t in _moving(model).items()}
@@ -59,12 +55,9 @@ class Teacher:
 
     After each step :math:`\bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta` for the
     parameters that require a gradient. In the first steps the decay is
-    :math:`\min(d, (1 + t) / (10 + t))`, so that the initial values are not overweighted.
+    :math:`\min(d, (1 + t) / (10 + t))` with d the decay, in [0, 1), so that the
+    initial values are not overweighted.
     Tarvainen & Valpola 2017, "Mean teachers are better role models", arXiv:1703.01780.
-
-    Args:
-        model: The student, with its adapter on.
-        decay: d, in [0, 1).
 
     Raises:
         ConfigError: the decay is out of range, or nothing of the model is trained.

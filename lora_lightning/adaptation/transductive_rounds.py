@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lora_lightning.adaptation.prediction_self_training import PredictionSelfTra
 from lora_lightning.adaptation.rounds import print_wrapped
 from lora_lightning.adaptation.target import Predict, Predicted, Target
 from lora_lightning.adaptation.task_rounds import TaskRounds
+from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.adaptation.validators import agreement
 from lora_lightning.model.batch_norm import reestimated, tracking
 from lora_lightning.model.calling import moved
@@ -91,12 +93,11 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         if module.batch_norm == "source" or not tracking(module.model):
             return False
         asks = module.batch_norm == "auto"
-        steady = self._steady(module, source) if asks else 0.0
         if not statistics_of(module, self.target):
             return False
         now, rounds = self.look(module), self.rounds_
         rounds.begin_at(now.probabilities)  # neighbours by the source's features agree less on them
-        why = self._unhelpful(module, source, now, steady) if asks else ""
+        why = self._unhelpful(module, source, now) if asks else ""
         if not why:
             self.judge(module, now)
             return True
@@ -105,16 +106,29 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         print_wrapped(module, f"BatchNorm keeps the source's statistics: with the target's {why}")
         return False
 
-    def _unhelpful(self, module: Any, source: Predicted, now: Predicted, steady: float) -> str:
+    def _unhelpful(self, module: Any, source: Predicted, now: Predicted) -> str:
         """Why the target's statistics are not taken, by the guard or else by what they gain."""
         rounds = self.rounds_
         alarms = rounds.guard.check(now.probabilities).alarms if rounds.limits else []
-        return alarms[0] if alarms else unhelpful(source, now, self._steady(module, now) - steady)
+        steadier = partial(self._steadier, module, source, now)
+        return alarms[0] if alarms else unhelpful(source, now, steadier)
+
+    def _steadier(self, module: Any, source: Predicted, now: Predicted) -> float:
+        """By how much more of the items keep their label as they are trained on, such as cropped.
+
+        Than by the source model, whose statistics are put back for it.
+        """
+        if not module.augments:
+            return 0.0
+        after, network = self._steady(module, now), self.network(module)
+        own = Snapshot(network)
+        self.rounds_.restore(network)
+        before = self._steady(module, source)
+        own.restore(network)
+        return after - before
 
     def _steady(self, module: Any, now: Predicted) -> float:
-        """Part of the items that keep their label as they are trained on, such as cropped."""
-        if not module.augments:
-            return 1.0
+        """Part of the items that keep their label in an augmented view."""
         with isolate_rng():  # the same views for all models, and training draws what it would
             torch.manual_seed(0)
             views = self.look(module, module.training_items)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.guard import Limits
 from lora_lightning.adaptation.loss import Function, Loss
 from lora_lightning.adaptation.objectives import Objective
-from lora_lightning.adaptation.rounds import PredictionRounds
+from lora_lightning.adaptation.prediction_self_training import PredictionRounds
 from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds
 from lora_lightning.adaptation.transductive_rounds import TransductiveRounds

@@ -22,8 +22,7 @@ from lora_lightning.bank.probe import explain
 from lora_lightning.bank.probing_runs import Looks
 from lora_lightning.bank.store import Source, Store
 from lora_lightning.errors import AdapterError, ConfigError
-from lora_lightning.model import eval_caches
-from lora_lightning.model import state as states
+from lora_lightning.model import eval_caches, lending
 from lora_lightning.model.calling import Call, Forward, call_of
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
@@ -220,11 +219,11 @@ class AdapterBank:
 
     def _prepared(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
         """The batch, applied to the model until `stack` closes."""
-        return stack.enter_context(states.applied(partial(self._put_on, names)))
+        return stack.enter_context(lending.applied(partial(self._put_on, names)))
 
     def _put_on(self, names: tuple[str | None, ...], stack: ExitStack) -> Batch:
         view = View(self.model)
-        states.check_thread(view, "bank[...]")
+        lending.check_thread(view, "bank[...]")
         view.check_whole("an AdapterBank")
         if check_free(self.model):
             stack.enter_context(disabled(self.model))
@@ -236,7 +235,7 @@ class AdapterBank:
         modules = view.modules
         shortcuts = eval_caches.cachers(modules), eval_caches.packers(modules)
         stack.callback(eval_caches.settle, *shortcuts)
-        stack.enter_context(states.lent([m for _, m in modules], "bank[...]"))
+        stack.enter_context(lending.lent([m for _, m in modules], "bank[...]"))
         stack.enter_context(batch.applied())
         eval_caches.settle(*shortcuts, lambda m: ATTRIBUTE in m.__dict__)
         return batch

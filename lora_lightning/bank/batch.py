@@ -31,28 +31,22 @@ from lora_lightning.model.view import View
 
 @dataclass
 class Batch:
-    """The adapters of one batch, ready to be read; one name alone stands for any number of items.
-
-    Attributes:
-        n: number of items, or 1 where all have the same adapter.
-        now: module's path → tensor's name → its `Mix`, or the source's own tensor.
-        probing: whether the model runs only to be probed.
-        before: called before each call of the model.
-        announced: whether it has been called for the next call of the model.
-        inside: how many calls of the model are running.
-    """
+    """The adapters of one batch, ready to be read; one name stands for any number of items."""
 
     model: nn.Module
     names: Sequence[str | None]
     adapters: Mapping[str | None, Mapping[str, Part]]
     places: Places
     room: Room
-    n: int = field(init=False)
+    n: int = field(init=False)  # number of items, or 1 where all have the same adapter
+    # module's path → tensor's name → its `Mix`, or the source's own tensor
     now: dict[str, dict[str, Any]] = field(init=False)
-    probing: bool = field(init=False, default=False)
+    probing: bool = field(init=False, default=False)  # whether the model runs only to be probed
+    # called before each call of the model
     before: Callable[[Call], None] | None = field(init=False, default=None)
+    # whether it has been called for the next call of the model
     announced: bool = field(init=False, default=False)
-    inside: int = field(init=False, default=0)
+    inside: int = field(init=False, default=0)  # how many calls of the model are running
 
     def __post_init__(self) -> None:
         self.paths = sorted({path for parts in self.adapters.values() for path in parts})

@@ -36,23 +36,19 @@ class Crossable:
 
 @dataclass
 class Places:
-    """Layouts of a batch's items at each tensor of a model, for calls of one kind.
+    """Layouts of a batch's items at each tensor of a model, for calls of one kind."""
 
-    Attributes:
-        layouts: tensor's path → number of dimensions of the input → its layout.
-        around: tensor's path → the module that runs in groups for it.
-        crossings: that module → layouts of its inputs and outputs.
-        problems: tensor's path → why neither is possible.
-        firm: tensor's path → why the items cannot each have theirs there, in any batch.
-        known: the paths that need no further probe.
-    """
-
+    # tensor's path → number of dimensions of the input → its layout
     layouts: dict[str, dict[int, Layout]] = field(default_factory=dict)
+    # tensor's path → the module that runs in groups for it
     around: dict[str, str] = field(default_factory=dict)
+    # that module → layouts of its inputs and outputs
     crossings: dict[str, dict[Signature, Crossable]] = field(default_factory=dict)
+    # tensor's path → why neither is possible
     problems: dict[str, str] = field(default_factory=dict)
+    # tensor's path → why the items cannot each have theirs there, in any batch
     firm: dict[str, str] = field(default_factory=dict)
-    known: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)  # the paths that need no further probe
 
     def learn(self, runs: list[Watch], paths: list[str]) -> dict[str, str]:
         """Learn from the runs; tensor's path → why the items cannot each have theirs there."""

@@ -21,7 +21,7 @@ from lora_lightning.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
-from lora_lightning.lora.values import check_count
+from lora_lightning.lora.values import check_choice, check_count
 from lora_lightning.lora.xs import Basis
 from lora_lightning.model.view import View
 from lora_lightning.report.metrics import si
@@ -44,8 +44,7 @@ class Store:
     def __init__(self, model: nn.Module, capacity: int, capacity_bytes: int | None, check: str):
         for key, value in (("capacity", capacity), ("capacity_bytes", capacity_bytes or 1)):
             check_count(key, value)
-        if check not in ("weights", "structure"):
-            raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
+        check_choice("check", check, ("weights", "structure"))
         self.files: dict[str, Path] = {}
         self.held: OrderedDict[str, dict[str, Part]] = OrderedDict()  # used last: last
         self.data: dict[str, dict[str, Any]] = {}  # in their headers

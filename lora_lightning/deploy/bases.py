@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,9 @@ def named(
         adapter: An adapter file, which is loaded.
         of_classifier: Other arguments of `named_classifier`.
     """
-    if _is_recogniser(name):
-        from lora_lightning.speech.tasks.named_recogniser import named_recogniser
+    from lora_lightning.speech.tasks.named_recogniser import named_recogniser, names_recogniser
 
+    if names_recogniser(name):
         return named_recogniser(name, checkpoint, adapter)
     from lora_lightning.vision.named_classifier import named_classifier
 
@@ -34,16 +33,13 @@ def named(
 
 def answers(name: str, checkpoint: Path | None, **of_classifier: Any) -> Answers:
     """What is served by a name; arguments as of `named`."""
+    from lora_lightning.speech.tasks.named_recogniser import names_recogniser
+
     base: Any = named(name, checkpoint, **of_classifier)
-    if _is_recogniser(name):
+    if names_recogniser(name):
         from lora_lightning.deploy.recogniser_answers import RecogniserAnswers
 
         return RecogniserAnswers(base)
     from lora_lightning.deploy.classifier_answers import ClassifierAnswers
 
     return ClassifierAnswers(base)
-
-
-def _is_recogniser(name: str) -> bool:
-    """The package's, a bundle, or a recipe's file."""
-    return name == "spoken" or name.isupper() or os.path.isfile(name)

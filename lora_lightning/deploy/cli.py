@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.deploy import commands as run
+from lora_lightning.vision.cli import add_weights
 
 
 def add_commands(commands: Any) -> None:
@@ -65,12 +66,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="NAME",
-        help="the base: its name in timm, or that of a recogniser as in transcribe",
-    )  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="its weights")
-    parser.add_argument("--prefix", help="of the network's names in the checkpoint, such as model.")
+    add_weights(parser, "the base: its name in timm, or that of a recogniser as in transcribe")
     parser.add_argument(
         "--num-classes", metavar="N", type=int, help="default: the adapter's own, or the base's"
     )

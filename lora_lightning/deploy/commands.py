@@ -1,4 +1,4 @@
-"""What the commands for deployment do; their arguments are in `lora_lightning.deploy.cli`.
+"""The commands for deployment; their arguments are in `lora_lightning.deploy.cli`.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import AdapterFileError, ConfigError, MissingDependencyError
+from lora_lightning.report.console import say
 
 if TYPE_CHECKING:
     from lora_lightning.deploy.adapter_folder import AdapterFolder
@@ -46,7 +47,7 @@ def merge(arguments: argparse.Namespace) -> None:
         save_recogniser(found.model, arguments.out, half=False)
     else:
         save_weights(found.model, arguments.out)
-    _say(
+    say(
         f"{arguments.out}: {found.name} with {len(found.classes)} classes, "
         f"{len(found.model.state_dict())} tensors"
     )
@@ -71,7 +72,7 @@ def export(arguments: argparse.Namespace) -> None:
     if done.differences:
         worst, sizes = max(done.differences.values()), ", ".join(map(str, done.differences))
         compared = f"; outputs of batches of {sizes} differ by at most {worst:.1e} of the largest"
-    _say(f"{done.path}: {found.name} as {arguments.format}{compared}")
+    say(f"{done.path}: {found.name} as {arguments.format}{compared}")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def serve(arguments: argparse.Namespace) -> None:
     load, intake = _base(arguments, folder)
     key = os.environ.get(KEY) or None
     where = f"http://{arguments.host}:{arguments.port}"
-    _say(
+    say(
         f"{arguments.model} with {len(folder.files())} adapters of {folder.path}: POST {where}"
         f"/predict?adapter=NAME, GET {where}/health and /metrics; "
         + (f"requests need the key in {KEY}" if key else f"no key is asked for ({KEY} is not set)")
@@ -147,7 +148,7 @@ def _base(arguments: argparse.Namespace, folder: AdapterFolder) -> tuple[Any, An
     )
     base = loaded()
     for notice in getattr(base.base, "notices", ()):  # what was left out of a checkpoint
-        _say(notice)
+        say(notice)
     for file in [*folder.files().values()][:1]:
         try:
             base.told(read(file.path)[0].get("data", {}))
@@ -157,8 +158,3 @@ def _base(arguments: argparse.Namespace, folder: AdapterFolder) -> tuple[Any, An
             raise ConfigError(f"{file.path}: {error}") from error
     return loaded, base.intake(arguments.max_seconds)
 
-
-def _say(text: str) -> None:
-    from lora_lightning.report.console import PlainConsole
-
-    PlainConsole().print(text, soft_wrap=True)

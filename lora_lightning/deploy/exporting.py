@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError, MissingDependencyError, VerificationError
 from lora_lightning.linalg.torch_settings import ieee
 from lora_lightning.lora.precision import is_half
-from lora_lightning.model import switching
+from lora_lightning.model import lending, switching
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.peft_save import save_peft
 from lora_lightning.model.probing import difference, floats, preserved
-from lora_lightning.model.state import one_at_a_time, states_in
+from lora_lightning.model.state import states_in
 from lora_lightning.model.view import View
 from lora_lightning.registry import Registry
 from lora_lightning.report.files import atomic_write, scratch_folder
@@ -41,21 +41,15 @@ TOLERANCE, HALF = 1e-5, 5e-2
 
 @dataclass(frozen=True)
 class Format:
-    """A way to export.
+    """A way to export."""
 
-    Attributes:
-        write: From a model in eval mode, a path, a batch of two items or more, and the dimensions
-            of it that are free: writes it, and returns a function that runs what was written;
-            None where it cannot be run here.
-        whole: Whether it holds the base as well.
-        merged: Whether the base must be merged with the adapter for it.
-        traced: Whether it needs an example of the input.
-    """
-
+    # From a model in eval mode, a path, a batch of two items or more, and the dimensions of it that
+    # are free: writes it, and returns a function that runs what was written; None where it cannot
+    # be run here
     write: Write
-    whole: bool = True
-    merged: bool = True
-    traced: bool = False
+    whole: bool = True  # whether it holds the base as well
+    merged: bool = True  # whether the base must be merged with the adapter for it
+    traced: bool = False  # whether it needs an example of the input
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Exported:
     differences: dict[int, float]
 
 
-@one_at_a_time
+@lending.one_at_a_time
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -77,13 +77,11 @@ def _guard_views(out: Any, sources: list[EffectiveWeight]) -> Any:
         return (
             type(out)(_guard_views(o, sources) for o in out) if type(out) in (tuple, list) else out
         )
-    if isinstance(out, Tensor) and any(_shares_storage(out, s) for s in sources):
+    if isinstance(out, Tensor) and any(
+        out.untyped_storage()._cdata == s.untyped_storage()._cdata for s in sources
+    ):
         return out.as_subclass(EffectiveWeight)
     return out
-
-
-def _shares_storage(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 class WholeWeights:

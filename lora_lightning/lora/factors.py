@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.initialisation import METHODS, Setting
+from lora_lightning.lora.initialisation import METHODS, initialised
 from lora_lightning.lora.precision import factor_dtype, floating, kept_wide
-from lora_lightning.lora.sharding import assign, is_sharded, whole
+from lora_lightning.lora.sharding import assign, whole
 from lora_lightning.lora.spec import FactorSpec
 
-# Tensors that factors may hold; initial factors where the product began away from zero, LoRA-XS's
-# core, DoRA's magnitude.
+Values = Mapping[str, Tensor]
+# Initial factors are kept where the product began away from zero; the core is LoRA-XS's.
 TENSORS = ("lora_A", "lora_B", "start_A", "start_B", "core", "magnitude")
 
 
@@ -33,7 +34,7 @@ class Factors(nn.Module):
     Shapes: ``lora_A``, ``start_A`` (r, in·kernel), ``lora_B``, ``start_B`` (out, r),
     ``magnitude`` (out,).
 
-    They are initialised by the spec's `init`, or from `values`: those of all `tensors`, by name.
+    Without `values`, by name, they are initialised by the spec's `init`.
     """
 
     lora_A: nn.Parameter
@@ -44,7 +45,7 @@ class Factors(nn.Module):
         weight: Tensor,
         matrix: tuple[int, int],
         spec: FactorSpec,
-        values: Mapping[str, Tensor] | None = None,
+        values: Values | None = None,
     ):
         super().__init__()
         self.spec: FactorSpec
@@ -66,37 +67,31 @@ class Factors(nn.Module):
 
     def _allocate(self, weight: Tensor) -> None:
         (rows, columns), spec = self.matrix, self.spec
-        lora_A = nn.Parameter(_empty_like(weight, spec.rank, columns), not spec.freeze_a)
-        lora_B = nn.Parameter(_empty_like(weight, rows, spec.rank))
+        empty = partial(torch.empty, dtype=factor_dtype(weight), device=weight.device)
+        lora_A = nn.Parameter(empty(spec.rank, columns), not spec.freeze_a)
+        lora_B = nn.Parameter(empty(rows, spec.rank))
         self._parameters.update(lora_A=lora_A, lora_B=lora_B)
         if spec.offset:
             self.start_A = torch.zeros_like(self.lora_A, requires_grad=False)
             self.start_B = torch.zeros_like(self.lora_B, requires_grad=False)
 
-    def _adopt(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
+    def _adopt(self, weight: Tensor, values: Values) -> None:
         """Hold copies of these; DoRA's magnitude last, as when allocated."""
         device, dtype, parameters = weight.device, factor_dtype(weight), self._parameters
-        for name in TENSORS:
-            if name not in values:
-                continue
+        for name in (name for name in TENSORS if name in values):
             own = values[name].to(device, dtype, copy=True)
             if name.startswith("start"):
                 self._buffers[name] = own
             else:
-                parameters[name] = nn.Parameter(own, self.trains(name))
+                parameters[name] = nn.Parameter(own, self.spec.trains(name))
         parameters.setdefault("magnitude", None)
 
     def take(
-        self,
-        weight: Tensor,
-        matrix: tuple[int, int],
-        spec: FactorSpec,
-        values: Mapping[str, Tensor],
+        self, weight: Tensor, matrix: tuple[int, int], spec: FactorSpec, values: Values
     ) -> bool:
-        """Copy these values in place, under ``no_grad``, where that is enough.
+        """Copy these values in place, under ``no_grad``; gradients are dropped.
 
-        Parameters stay the objects that they were; their gradients are dropped. Otherwise (other
-        sizes, precision, device, a tensor that is not plain) nothing changes.
+        Nothing changes for other sizes, precision, device, or a tensor that is not plain.
         """
         own, device, dtype = self.tensors(), weight.device, factor_dtype(weight)
         if self.matrix != matrix or own.keys() != values.keys():
@@ -111,7 +106,7 @@ class Factors(nn.Module):
             tensor.copy_(values[name])
             if name in self._parameters:
                 tensor.grad = None
-                tensor.requires_grad_(self.trains(name))
+                tensor.requires_grad_(self.spec.trains(name))
         return True
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
@@ -129,29 +124,12 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Tensor | None = None, data: Any = None) -> None:
-        """Initialise the factors: the same seed gives the same values.
-
-        Args:
-            weight: The raw weight, which some methods use.
-            data: Statistics for a data-driven method; without them it starts as "zero" does,
-                until they are given.
-        """
+        """Initialise the factors from the raw weight, and statistics for a data-driven method."""
         own = self.lora_A.detach()
         if own.is_meta:
             return
-        method = METHODS[self.spec.init]
-        if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
-            method = METHODS["zero"]
-        matrix = torch.empty(self.matrix, device="meta") if weight is None else weight.detach()
-        matrix = matrix if matrix.shape == self.matrix else matrix.reshape(self.matrix)
-        # Drawn in float32 on the CPU wherever the factors are, so that a seed gives one result.
-        fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
-        fits = fits and not is_sharded(own)
-        room = own if fits else None
-        spec = self.spec
-        setting = Setting(matrix, spec.rank, spec.scaling, spec.generator(), data, room)
-        lora_A, lora_B = method.start(setting)
-        if lora_A is not room:
+        lora_A, lora_B = initialised(self.spec, self.matrix, own, weight, data)
+        if lora_A is not own:
             assign(own, lora_A)
         if lora_B is None:
             self.lora_B.zero_()
@@ -161,17 +139,9 @@ class Factors(nn.Module):
             self.start_A.copy_(whole(self.lora_A))
             self.start_B.copy_(whole(self.lora_B))
 
-    @property
-    def cost(self) -> int:
-        """Trained parameters for each rank: out + in·kernel, or out where A is frozen."""
-        return dataclasses.replace(self.spec, rank=1, dora=False).trained(*self.matrix)
-
     @torch.no_grad()
     def resize(self, rank: int, scaling: float) -> None:
-        """Resize to another rank; values are undefined until they are set.
-
-        Parameters stay the objects they were, so that an optimizer which holds them stays valid.
-        """
+        """Resize to another rank; the parameters, which an optimizer may hold, stay the objects."""
         self._rows_of(lambda rows: rows.new_zeros(rank, rows.shape[1]))
         self.spec = dataclasses.replace(self.spec, scaling=scaling)
 
@@ -190,10 +160,6 @@ class Factors(nn.Module):
                 tensor.data, tensor.grad = change(tensor.data.T).T.contiguous(), None
         self.spec = dataclasses.replace(self.spec, rank=len(self.lora_A))
 
-    def trains(self, key: str) -> bool:
-        """Whether the parameter of this name is trained while the adapter is active."""
-        return not (self.spec.freeze_a and key == "lora_A")
-
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of these factors in a file or a state dict, by name."""
         own = {**self._parameters, **self._buffers}
@@ -209,7 +175,8 @@ class Factors(nn.Module):
     @torch.no_grad()
     def rebase(self, weight: Tensor) -> None:
         """Recompute values that depend on the base weight, unless training has begun."""
-        if self._moved():
+        lora_B = whole(self.lora_B)
+        if bool((lora_B if self.start_B is None else lora_B - self.start_B).any()):
             return
         if METHODS[self.spec.init].moves and METHODS[self.spec.init].needs == "nothing":
             self.reset(whole(weight))
@@ -218,11 +185,6 @@ class Factors(nn.Module):
 
     def follow(self, weight: Tensor) -> None:
         """Recompute values that always depend on the base weight: none here."""
-
-    def _moved(self) -> bool:
-        """Whether training has changed the product."""
-        lora_B = whole(self.lora_B)
-        return bool((lora_B if self.start_B is None else lora_B - self.start_B).any())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # A module injected on the meta device has no values until it is materialised.
@@ -251,10 +213,7 @@ class Factors(nn.Module):
         return scaled
 
     def effective(self, weight: Tensor, dropout: bool = True) -> Tensor:
-        """W' from W, rounded once to its dtype.
-
-        In training with dropout, whole columns of A are dropped for this read.
-        """
+        """W' from W, rounded once to its dtype; dropout drops whole columns of A for this read."""
         mask: Tensor | None = None
         if dropout and self.training and self.spec.dropout > 0:
             keep = torch.ones_like(whole(self.lora_A)[:1])
@@ -268,27 +227,22 @@ class Factors(nn.Module):
     def row_scale(self, summed: Tensor) -> Tensor:
         """DoRA's factor m / ‖W + ΔW‖ for each row of `summed`, shape (out,)."""
         assert self.magnitude is not None
-        ratio: Tensor = whole(self.magnitude) / self.row_norm(summed.detach())
-        return ratio
+        return whole(self.magnitude).div(self.row_norm(summed.detach()))
 
     def row_norm(self, weight: Tensor) -> Tensor:
         """The norm of each row of `weight`, shape (out,): DoRA's magnitudes at the start."""
-        rows = weight.reshape(self.matrix)
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=factor_dtype(weight))
+        rows, dtype = weight.reshape(self.matrix), factor_dtype(weight)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def require_grad(self, on: bool = True) -> None:
         """Let what trains require a gradient (or nothing, if not `on`), and the rest none."""
         for key, parameter in self._parameters.items():
             if parameter is not None:
-                parameter.requires_grad_(on and self.trains(key))
+                parameter.requires_grad_(on and self.spec.trains(key))
 
     def extra_repr(self) -> str:
         """Rank, alpha and options, for ``print(model)``."""
         s = self.spec
         flags = "".join(f", {f}" for f in ("xs", "dora", "freeze_a") if getattr(s, f))
         return f"{self.matrix[0]}×{self.matrix[1]}, rank={s.rank}, scaling={s.scaling:.4g}{flags}"
-
-
-def _empty_like(weight: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=factor_dtype(weight), device=weight.device)

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from lora_lightning.errors import DecompositionError
 from lora_lightning.linalg.decompose import SVD, pivoted_qr, truncated_svd
+from lora_lightning.lora.sharding import is_sharded
+from lora_lightning.lora.spec import FactorSpec
 from lora_lightning.registry import Registry
 
 GAMMA = 16.0  # LoRA-GA's: the larger, the smaller the initial factors
@@ -33,23 +35,14 @@ RANDOMISED_FROM = 512  # smaller side of a weight from which its SVD is randomis
 
 @dataclass(frozen=True)
 class Setting:
-    """The inputs of a method.
+    """The inputs of a method."""
 
-    Attributes:
-        matrix: W (out, in·kernel).
-        rank: r.
-        scaling: s.
-        generator: For random numbers; on the CPU, so that every device starts alike.
-        data: Statistics of target batches for the method; None for the others.
-        room: Memory for A (r, in); None: newly allocated.
-    """
-
-    matrix: Tensor
-    rank: int
-    scaling: float
-    generator: torch.Generator
-    data: Any = None
-    room: Tensor | None = None
+    matrix: Tensor  # W (out, in·kernel)
+    rank: int  # r
+    scaling: float  # s
+    generator: torch.Generator  # for random numbers; on the CPU, so that every device starts alike
+    data: Any = None  # statistics of target batches for the method; None for the others
+    room: Tensor | None = None  # memory for A (r, in); None: newly allocated
 
 
 Start = tuple[Tensor, Tensor | None]  # A, and B where it is not zero
@@ -57,18 +50,13 @@ Start = tuple[Tensor, Tensor | None]  # A, and B where it is not zero
 
 @dataclass(frozen=True)
 class Method:
-    """How an initialisation is used.
+    """How an initialisation is used."""
 
-    Attributes:
-        start: From a `Setting` to A and B.
-        needs: Data of the target: "nothing", "inputs", "rows" (a sample of the inputs),
-            "covariance" or "gradient".
-        moves: Whether B starts away from zero, so that the initial factors are kept.
-    """
-
-    start: Callable[[Setting], Start]
+    start: Callable[[Setting], Start]  # from a `Setting` to A and B
+    # Data of the target: "nothing", "inputs", "rows" (a sample of the inputs), "covariance" or
+    # "gradient"
     needs: str
-    moves: bool
+    moves: bool  # whether B starts away from zero, so that the initial factors are kept
 
 
 METHODS: Registry[Method] = Registry("initialisation")
@@ -221,3 +209,27 @@ def _directions(s: Setting, found: Tensor) -> Tensor:
     basis = torch.linalg.qr(found.T).Q
     rest = torch.linalg.qr((drawn - (drawn @ basis) @ basis.T).T).Q.T
     return torch.cat([found, rest])
+
+
+def initialised(
+    spec: FactorSpec, shape: tuple[int, int], own: Tensor, weight: Tensor | None, data: Any
+) -> Start:
+    """The initial factors by the spec's method: the same seed gives the same values.
+
+    Args:
+        spec: Of the factors.
+        shape: Of the weight as a matrix.
+        own: A as it is; the new one is written into it and returned, where that is possible.
+        weight: The raw weight, which some methods use.
+        data: Statistics for a data-driven method; without them it starts as "zero" does.
+    """
+    method = METHODS[spec.init]
+    if (method.needs != "nothing" and data is None) or (method.moves and weight is None):
+        method = METHODS["zero"]
+    matrix = torch.empty(shape, device="meta") if weight is None else weight.detach()
+    matrix = matrix if matrix.shape == shape else matrix.reshape(shape)
+    # Drawn in float32 on the CPU wherever the factors are, so that a seed gives one result.
+    fits = own.dtype is torch.float32 and own.device.type == "cpu" and own.is_contiguous()
+    room = own if fits and not is_sharded(own) else None
+    setting = Setting(matrix, spec.rank, spec.scaling, spec.generator(), data, room)
+    return method.start(setting)

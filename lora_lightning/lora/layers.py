@@ -40,28 +40,22 @@ def _weight(module: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Properties of a kind of layer.
+    """Properties of a kind of layer."""
 
-    Attributes:
-        tensors: From a layer to the names of its weights.
-        refusal: From a layer to the reason why it cannot be adapted; ``None``: it can.
-        forward: Its forward with the adapter's product kept in factors; ``None``: the layer's own
-            forward reads the effective weight.
-        methods: Those that must not be overridden for `forward` to replace them.
-        fits: Whether this layer can take `forward`.
-        body: Further attributes of the adapted subclass of the layer's class.
-        refresh: Called with a layer whose class has changed.
-        cls: The class by which the kind was found.
-    """
-
-    tensors: Callable[[Any], tuple[str, ...]] = _weight
+    tensors: Callable[[Any], tuple[str, ...]] = _weight  # from a layer to the names of its weights
+    # From a layer to the reason why it cannot be adapted; ``None``: it can
     refusal: Callable[[Any], str | None] = lambda module: None
+    # Its forward with the adapter's product kept in factors; ``None``: the layer's own forward
+    # reads the effective weight
     forward: Forward | None = None
+    # Those that must not be overridden for `forward` to replace them
     methods: tuple[str, ...] = ("forward",)
-    fits: Callable[[Any], bool] = lambda module: True
+    fits: Callable[[Any], bool] = lambda module: True  # whether this layer can take `forward`
+    # Further attributes of the adapted subclass of the layer's class
     body: Mapping[str, Any] = field(default_factory=dict)
+    # Called with a layer whose class has changed
     refresh: Callable[[Any], None] = lambda module: None
-    cls: type[nn.Module] = nn.Module
+    cls: type[nn.Module] = nn.Module  # the class by which the kind was found
 
 
 _KINDS: dict[type[nn.Module], LayerKind] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,14 @@ class FactorSpec:
         """The generator of the initial factors: one seed gives the same numbers on all machines."""
         name_hash = zlib.crc32(self.key.encode())
         return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + name_hash) % 2**63)
+
+    def trains(self, key: str) -> bool:
+        """Whether the factor of this name is trained while the adapter is active."""
+        return not (self.freeze_a and key == "lora_A")
+
+    def cost(self, rows: int, columns: int) -> int:
+        """Trained parameters for each rank: out + in·kernel, or out where A is frozen."""
+        return replace(self, rank=1, dora=False).trained(rows, columns)
 
     def trained(self, rows: int, columns: int) -> int:
         """Number of trained parameters on a matrix of this size."""

@@ -137,6 +137,11 @@ def check_adapter_name(name: Any) -> None:
         )
 
 
+def finite(*tensors: Tensor) -> bool:
+    """Whether all of these numbers are finite."""
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     import torch

@@ -51,9 +51,6 @@ class AbsentTensor:
     """Stands in a checkpoint for one frozen weight, under a second name that a module has for it.
 
     Whoever loads it copies nothing, as the weight is the backbone's own: what is there is compared.
-
-    Args:
-        tensor: The weight.
     """
 
     def __init__(self, tensor: Tensor):

@@ -1,4 +1,4 @@
-"""How a batch becomes a call of a model: one rule for all code that runs a user's batch.
+"""From a batch to a call of a model: one rule for all code that runs a user's batch.
 
 - A *tensor* is the one argument.
 - A *mapping* holds keyword arguments: of its keys those that the model's ``forward`` names, all of

@@ -14,6 +14,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import find
 from lora_lightning.lora.spec import FactorSpec
+from lora_lightning.model import lending
 from lora_lightning.model import state as states
 from lora_lightning.model.injection import check_free, register
 from lora_lightning.model.injection_report import InjectionReport, Row
@@ -24,7 +25,7 @@ from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> InjectionReport:
     r"""A new adapter with :math:`\Delta W = \sum_i w_i\,s_i\,B_i A_i`, exactly, for any scaling.
 
@@ -105,7 +106,7 @@ def _place(
     lora_B = torch.cat([scale * B for scale, B, _ in pairs], dim=1)
     rank = lora_A.shape[0]
     first = parts[0][1]
-    bare = first.matrix[0] != _shape(module, tensor)[0]
+    bare = first.matrix[0] != len(raw_tensor(module, tensor))
     adapt(module, name, {tensor: FactorSpec(rank, float(rank), 1.0, key=f"{owner}.{tensor}")}, bare)
     live: Any = module
     placed: Factors = live.lora[name][tensor]
@@ -114,10 +115,6 @@ def _place(
     size = placed.lora_A.numel() + placed.lora_B.numel()
     kind = live._adapted_base.__name__
     return Row(owner, tensor, kind, "effective", rank, float(rank), size, first.matrix)
-
-
-def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
-    return tuple(raw_tensor(module, tensor).shape)
 
 
 @torch.no_grad()

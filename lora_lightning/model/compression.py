@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterError, ConfigError
+from lora_lightning.errors import ConfigError
 from lora_lightning.linalg.decompose import SVD, energy_rank, product_svd
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import join
-from lora_lightning.lora.values import check_count
+from lora_lightning.lora.values import check_count, check_number
+from lora_lightning.model import lending
 from lora_lightning.model import state as states
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
@@ -52,7 +53,7 @@ class Compression:
     parameters: int
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 @torch.no_grad()
 def compress(
     model: nn.Module,
@@ -86,13 +87,13 @@ def compress(
         raise ConfigError(f"give either rank or energy; got rank={rank!r}, energy={energy!r}")
     if rank is not None:
         check_count("rank", rank)
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy is a part of the whole, in (0, 1]; got {energy}")
+    if energy is not None:
+        check_number("energy", energy, "(0, 1]")
     root, state, name = states.holder(model, name, "to compress")
-    states.check_home(View(root), "compress")
-    if View(root).merged:
-        raise AdapterError("the model is merged; call unmerge(model) before compressing")
-    View(root).check_whole("compress")
+    view = View(root)
+    lending.check_home(view, "compress")
+    view.check_unmerged("compressing")
+    view.check_whole("compress")
     before = states.named_factors(root, name)
     scale = state.configs[name].scale
     found = [_compress_one(root, name, path, f, rank, energy, scale) for path, f in before.items()]
@@ -167,7 +168,7 @@ def update_report(state: ModelState, name: str, factors: dict[str, Factors]) -> 
     rows = []
     for row in state.reports[name].rows:
         f = factors[join(row.module, row.tensor)]
-        size = sum(p.numel() for k, p in f.named_parameters() if f.trains(k))
+        size = sum(p.numel() for k, p in f.named_parameters() if f.spec.trains(k))
         rows.append(dataclasses.replace(row, rank=f.spec.rank, parameters=size))
     state.reports[name] = dataclasses.replace(state.reports[name], rows=tuple(rows))
 

@@ -1,4 +1,4 @@
-"""Whether a gradient reaches every factor, and what the eval output can tell of it.
+"""Checks that a gradient reaches every factor, also by the eval output.
 
 Classes, detections and texts have no gradient, or as many entries as the model finds. Whether an
 adapter acts can be told by whether they change, if need be with far larger factors.

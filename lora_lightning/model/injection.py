@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.errors import (
-    AdapterError,
-    AdapterExistsError,
-    ConfigError,
-    TargetError,
-)
+from lora_lightning.errors import AdapterError, AdapterExistsError, ConfigError, TargetError
 from lora_lightning.lora import layers
 from lora_lightning.lora.adapted_module import adapt, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
@@ -22,7 +17,7 @@ from lora_lightning.lora.sharding import BEFORE
 from lora_lightning.lora.spec import FactorSpec, matrix_shape
 from lora_lightning.lora.values import check_adapter_name
 from lora_lightning.lora.xs import check_weights
-from lora_lightning.model import eval_caches, state_dict, switching
+from lora_lightning.model import eval_caches, lending, state_dict, switching
 from lora_lightning.model import state as states
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.fingerprint import fingerprint
@@ -103,7 +98,7 @@ def inject(
     return report
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) -> InjectionReport:
     """`inject` without the data-driven steps."""
     if config.xs and not freeze:
@@ -148,7 +143,7 @@ def check_free(view: View, name: str) -> ModelState:
     """The state to register an adapter of this name in; raises where that is impossible."""
     check_adapter_name(name)
     state = state_of(view.model)
-    states.check_home(view, f"putting adapter {name!r} on the model")
+    lending.check_home(view, f"putting adapter {name!r} on the model")
     if state is None or name not in state.configs:
         view.check_whole(f"putting adapter {name!r} on the model", BEFORE)
     if state is None:
@@ -159,8 +154,7 @@ def check_free(view: View, name: str) -> ModelState:
             )
         states.check_whole(view)
         return ModelState()
-    if view.merged:
-        raise AdapterError("the model is merged; call unmerge(model) before adding an adapter")
+    view.check_unmerged("adding an adapter")
     return state
 
 
@@ -188,20 +182,16 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
             f"rank is larger than these layers allow:\n{lines}\nlower rank, set rank_pattern for "
             "them, exclude them, or set clamp_rank=True to use the largest that fits"
         )
-    _all_used(config, targets)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(t.hit_by(pattern) for t in targets):
+                raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
     return specs
 
 
 def _last_match(patterns: Mapping[str, Any], target: Target, default: Any) -> Any:
     found = [v for p, v in patterns.items() if target.hit_by(p)]
     return found[-1] if found else default
-
-
-def _all_used(config: LoRAConfig, targets: list[Target]) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, key):
-            if not any(t.hit_by(pattern) for t in targets):
-                raise TargetError(f"{key}: {pattern!r} matches none of the adapted layers")
 
 
 def _put(name: str, targets: list[Target], specs: dict[str, FactorSpec]) -> None:

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterError
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.sharding import reshard
 from lora_lightning.lora.values import check_number
+from lora_lightning.model import lending
 from lora_lightning.model import state as states
 from lora_lightning.model.owned_tensors import extras, like, snapshot
 from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 @torch.no_grad()
 def shrink(model: nn.Module, share: float) -> None:
     r"""Interpolate towards the source: keep this share of the active adapter's changes.
@@ -81,9 +81,8 @@ def _source_magnitude(view: View, path: str, factors: Factors) -> Tensor:
 def _unmerged_holder(model: nn.Module, purpose: str) -> tuple[View, ModelState, str]:
     root, state, name = states.holder(model, None, purpose)
     view = View(root)
-    states.check_home(view, f"using adapter {name!r} {purpose}")
-    if view.merged:
-        raise AdapterError("the model is merged; call unmerge(model) first")
+    lending.check_home(view, f"using adapter {name!r} {purpose}")
+    view.check_unmerged("this")
     if purpose != "to copy":
         view.check_whole(f"an adapter {purpose}")
     reshard(view.modules)
@@ -95,7 +94,7 @@ def adapter_values(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in own_tensors(model).items()}
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy `adapter_values` back into the model."""
@@ -139,7 +138,7 @@ def squared_change(factors: Iterable[Factors]) -> Tensor:
     return torch.stack([s**2 * ((B.T @ B) * (A @ A.T)).sum() for s, B, A in each]).sum()
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 @torch.no_grad()
 def pull_to_source(model: nn.Module, strength: float) -> None:
     r"""Add the gradient of L2-SP to the gradients of the active adapter.

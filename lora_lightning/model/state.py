@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from threading import RLock, get_ident
-from typing import Any, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -25,48 +19,6 @@ _ATTRIBUTE = "_lora_state"
 _HOOKS = "_state_dict_pre_hooks"
 _PRESERVED = "_user_preserved_attributes"  # of `torch.fx`
 Kind = tuple[tuple[str, ...], frozenset[str]]
-P = ParamSpec("P")
-T = TypeVar("T")
-# Module → the block that has replaced its values, and its thread; not on the module, which may be
-# copied.
-_lent: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
-_lock = RLock()  # one for all models, as they may share modules
-
-
-def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that changes or reads the adapters of a model, for one thread at a time."""
-
-    @wraps(function)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _lock:
-            return function(*args, **kwargs)
-
-    return locked
-
-
-@contextmanager
-def applied(change: Callable[[ExitStack], T]) -> Iterator[T]:
-    """Within the block a change is applied, which puts what undoes it on the stack.
-
-    Other threads change no adapters while it is applied, nor while it is undone.
-    """
-    with _lock, ExitStack() as stack:
-        value = change(stack)
-        undo = stack.pop_all()
-    try:
-        yield value
-    finally:
-        with _lock:
-            undo.close()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = RLock()
-
-
-if hasattr(os, "register_at_fork"):  # the thread that holds it is not in the child
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass
@@ -111,9 +63,8 @@ class ModelState:
         """Forget an adapter."""
         self.parked.pop(name, None)
         self.settle({name})
-        for names in self.kinds.values():
-            names.discard(name)
-        self.kinds = {kind: names for kind, names in self.kinds.items() if names}
+        left = {kind: names - {name} for kind, names in self.kinds.items()}
+        self.kinds = {kind: names for kind, names in left.items() if names}
         del self.configs[name], self.reports[name]
 
     def settle(self, names: set[str]) -> None:
@@ -194,50 +145,6 @@ def roots(model: nn.Module | View) -> list[tuple[nn.Module, ModelState]]:
             "load_adapter(model, path) first, and pass the same model here"
         )
     return found
-
-
-@contextmanager
-def lent(modules: Iterable[nn.Module], block: str) -> Iterator[None]:
-    """Within this block the modules hold temporary values: see `check_home`."""
-    before = {m: _lent.get(m) for m in modules}
-    _lent.update(dict.fromkeys(before, (block, get_ident())))
-    try:
-        yield
-    finally:
-        for module, outer in before.items():
-            if outer is None:
-                _lent.pop(module, None)
-            else:
-                _lent[module] = outer
-
-
-def check_home(view: View, what: str, within: str = "") -> None:
-    """Refuse to change or read adapters while a block has replaced their values.
-
-    Raises:
-        AdapterError: one of the modules is lent to another block than `within`, or to a block of
-            another thread.
-    """
-    check_thread(view, what)
-    for _, module in view.modules if _lent else ():
-        block, _ = _lent.get(module, (within, 0))
-        if block != within:
-            raise AdapterError(
-                f"{what} inside `with {block}:` would be undone by the end of the block, or "
-                "outlive it: leave the block first"
-            )
-
-
-def check_thread(view: View, what: str) -> None:
-    """Raise AdapterError while a block of another thread has replaced a module's values."""
-    here = get_ident()
-    for _, module in view.modules if _lent else ():
-        block, thread = _lent.get(module, ("", here))
-        if thread != here:
-            raise AdapterError(
-                f"{what}: another thread has this model within `with {block}:`. Wait until it has "
-                "left the block, or give each thread a copy of the model"
-            )
 
 
 def holder(

@@ -12,8 +12,8 @@ from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.adapted_module import release
 from lora_lightning.lora.merging import check_unchanged, merge_layer, overflows, unmerge_layer
 from lora_lightning.lora.sharding import reshard
+from lora_lightning.model import lending, state_dict
 from lora_lightning.model import state as states
-from lora_lightning.model import state_dict
 from lora_lightning.model.eval_caches import settle
 from lora_lightning.model.owned_tensors import exchange, extras, source_values
 from lora_lightning.model.state import ModelState
@@ -29,7 +29,7 @@ def adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, state in found for name in state.configs))
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def set_active(model: nn.Module, name: str | None) -> None:
     """Make the adapter `name` the active one; ``None``: the source model.
 
@@ -41,11 +41,10 @@ def set_active(model: nn.Module, name: str | None) -> None:
     """
     view = View(model)
     holders = states.roots(view)
-    states.check_home(view, "set_active")
+    lending.check_home(view, "set_active")
     if name is not None and all(name not in state.configs for _, state in holders):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")
-    if view.merged:
-        raise AdapterError("the model is merged; call unmerge(model) before switching")
+    view.check_unmerged("switching")
     reshard(view.modules)
     for root, state in holders:
         if name is None or name in state.configs:
@@ -95,7 +94,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         AdapterError: an `AdapterBank` is active on the model, or another thread is within.
     """
-    with states.applied(partial(_disable, model)):
+    with lending.applied(partial(_disable, model)):
         yield model
 
 
@@ -103,12 +102,12 @@ def _disable(model: nn.Module, stack: ExitStack) -> None:
     """`disabled` until `stack` closes."""
     view = View(model)
     holders = states.roots(view)
-    states.check_home(view, "disabled(model)", within=_DISABLED)
+    lending.check_home(view, "disabled(model)", within=_DISABLED)
     stack.enter_context(unmerged(model))
     reshard(view.modules)
     stack.callback(reshard, view.modules)
     active = [(layer, layer.lora_active) for layer in view.adapted.values()]
-    stack.enter_context(states.lent([model, *(root for root, _ in holders)], _DISABLED))
+    stack.enter_context(lending.lent([model, *(root for root, _ in holders)], _DISABLED))
     for root, state in holders:
         stack.callback(settle, state.cachers, state.packers)
         stack.enter_context(source_values(View(root), state))
@@ -119,7 +118,7 @@ def _disable(model: nn.Module, stack: ExitStack) -> None:
         settle(state.cachers, state.packers)
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def merge(model: nn.Module) -> None:
     """Replace W by W + s·BA of the active adapter; merging a merged model changes nothing.
 
@@ -136,7 +135,7 @@ def merge(model: nn.Module) -> None:
     holders = states.roots(view)
     if all(state.active is None for _, state in holders):
         raise AdapterNotFoundError("no adapter is active: set_active(model, name) first")
-    states.check_home(view, "merge")
+    lending.check_home(view, "merge")
     view.check_whole("merge")
     view.check_floating()
     with all_or_nothing(view):
@@ -154,7 +153,7 @@ def merge(model: nn.Module) -> None:
         settle(state.cachers, state.packers)
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     """Undo `merge`: the raw weights are restored bit for bit; an unmerged model stays as it is.
 
@@ -163,7 +162,7 @@ def unmerge(model: nn.Module, discard_changes: bool = False) -> None:
     """
     view = View(model)
     holders = states.roots(view)
-    states.check_home(view, "unmerge")
+    lending.check_home(view, "unmerge")
     if merged := view.merged:
         view.check_whole("unmerge")
     if not discard_changes:  # all of them first: never half a model
@@ -190,7 +189,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge(model)
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Remove the adapter `name`, or all of them: without any the model is the source.
 
@@ -202,7 +201,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     view = View(model)
     holders = states.roots(view)
-    states.check_home(view, "remove")
+    lending.check_home(view, "remove")
     view.check_whole("remove")
     if name is not None and name not in adapters(model):
         raise AdapterNotFoundError(f"no adapter {name!r}; there are {adapters(model)}")

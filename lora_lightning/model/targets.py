@@ -87,7 +87,8 @@ def _trainable(view: View, pattern: str) -> Iterable[str]:
     if pattern == "biases":
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
-        hit = [n for n, m in view.modules if _is_norm(m)]
+        named = [(n, m) for n, m in view.modules if "Norm" in type(m).__name__]
+        hit = [n for n, m in named if not layers.tensors_of(m)]
     else:
         hit = [n for n, m in view.modules if n and matches(pattern, n, m)]
     prefixes = tuple(f"{n}." for n in hit)
@@ -196,10 +197,6 @@ def _block_prefixes(model: nn.Module, indices: list[int]) -> tuple[str, ...]:
             f"{blocks[0]} … {blocks[-1]}"
         )
     return tuple(f"{blocks[i]}." for i in indices)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and not layers.tensors_of(module)
 
 
 def _near(pattern: str, view: View) -> str:

@@ -31,18 +31,12 @@ from lora_lightning.errors import VerificationError
 from lora_lightning.linalg.torch_settings import ieee
 from lora_lightning.lora.merging import merge_layer, unmerge_layer
 from lora_lightning.lora.sharding import is_in_pieces, reshard
+from lora_lightning.model import lending
 from lora_lightning.model import state as states
 from lora_lightning.model import switching as adapters
 from lora_lightning.model.calling import Forward
 from lora_lightning.model.gradient_check import Look, dead_factors, untold_by_eval
-from lora_lightning.model.probing import (
-    accepted,
-    difference,
-    preserved,
-    randomised,
-    roundings,
-    run,
-)
+from lora_lightning.model.probing import accepted, difference, preserved, randomised, roundings, run
 from lora_lightning.model.view import View
 
 _verifying: ContextVar[bool] = ContextVar("verifying", default=False)
@@ -74,7 +68,7 @@ class Verification:
     untold: str = ""
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def verify(
     model: nn.Module,
     example_batch: Any,
@@ -116,7 +110,7 @@ def verify(
         return out
 
     found = []
-    # Another mode or number of items would compile what is compiled anew.
+    # Another mode or number of items would recompile what is compiled.
     eager = torch.compiler.set_stance("force_eager")
     with eager, ieee(), preserved(model), adapters.unmerged(model):
         outer = _verifying.set(True)

@@ -24,9 +24,6 @@ class View:
     parameter the tensors are others: make another view.
 
     Factors are not part of it, so that its cost does not grow with the number of adapters.
-
-    Args:
-        model: Any module, with adapters or without.
     """
 
     def __init__(self, model: nn.Module):
@@ -81,6 +78,11 @@ class View:
             for path, layer in self.adapted.items()
             if any(map(is_quantised, layer._parameters.values()))
         ]
+
+    def check_unmerged(self, before: str) -> None:
+        """Raise `AdapterError` where the model is merged; before: what is to be done."""
+        if self.merged:
+            raise AdapterError(f"the model is merged; call unmerge(model) before {before}")
 
     def check_floating(self) -> None:
         """Raise `AdapterError` where W + s·BA cannot take the place of W, which is quantised."""

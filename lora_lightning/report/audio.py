@@ -12,6 +12,7 @@ from lora_lightning.report.word_errors import SAMPLE_RATE, Piece, compare, sound
 
 MOST = 8
 MOST_CHARACTERS = 1_800_000  # of sound in the page, which stays below 3 MB
+_PLAYER = '<audio controls preload="none" aria-label="{}" src="{}"></audio>'
 _TAGS = {"substitute": "mark", "insert": "ins", "delete": "del"}
 
 
@@ -25,7 +26,7 @@ def section(run: Run) -> str:
         chosen = [(t, "") for t in telling(run.heard(), MOST)]
     else:
         title, texts, reference = "Listen", "recordings", "said"
-        chosen = [(t, _player(t, uri)) for t, uri in _playable(run)]
+        chosen = [(t, _PLAYER.format(escape(t.item), uri)) for t, uri in _playable(run)]
     if not chosen:
         return ""
     return (
@@ -47,11 +48,6 @@ def _one(t: Transcript, reference: str, player: str) -> str:
         f'<div class="heard"><p><b>{escape(t.domain)}</b> · {escape(t.item)}</p>'
         f"{player}<dl>{rows}</dl></div>"
     )
-
-
-def _player(t: Transcript, uri: str) -> str:
-    name = escape(t.item)
-    return f'<audio controls preload="none" aria-label="{name}" src="{uri}"></audio>'
 
 
 def _marked(pieces: Sequence[Piece], reference: str) -> str:

@@ -40,3 +40,8 @@ class PlainConsole(Console):
             renderable = Text(visible(renderable.plain), renderable.style, **layout)
         for segment in super().render(renderable, *options, **named):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def say(text: str) -> None:
+    """Print lines that are not broken, such as paths."""
+    PlainConsole().print(text, soft_wrap=True)

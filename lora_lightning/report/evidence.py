@@ -1,4 +1,4 @@
-"""How sure a figure is: 95 % intervals by item and by seed, and of paired differences.
+"""95 % confidence intervals of a figure, by item and by seed, and of paired differences.
 
 By item: percentile bootstrap over the held-out items of each domain (Koehn 2004, "Statistical
 significance tests for machine translation evaluation"). A difference is paired: both methods are
@@ -61,25 +61,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of two methods' means, with its intervals where they are known.
+    """A paired difference of two methods' means, with its intervals where they are known."""
 
-    Attributes:
-        value: of the means.
-        by_item: over held-out items.
-        by_seed: over seeds.
-        better: items on which the first method scores higher.
-        worse: items on which it scores lower.
-        items: held-out items.
-        seeds: that both were measured with.
-    """
-
-    value: float
-    by_item: Interval | None
-    by_seed: Interval | None
-    better: int = 0
-    worse: int = 0
-    items: int = 0
-    seeds: int = 0
+    value: float  # of the means
+    by_item: Interval | None  # over held-out items
+    by_seed: Interval | None  # over seeds
+    better: int = 0  # items on which the first method scores higher
+    worse: int = 0  # items on which it scores lower
+    items: int = 0  # held-out items
+    seeds: int = 0  # that both were measured with
 
     @property
     def known(self) -> list[Interval]:
@@ -98,12 +88,7 @@ class Difference:
 
 
 class Evidence:
-    """Intervals from each item's scores.
-
-    Args:
-        scores: of each method, domain and seed.
-        metric: whose sums these are.
-    """
+    """Intervals from each item's scores."""
 
     def __init__(self, scores: Scores, metric: str) -> None:
         self._scores, self._metric = scores, METRICS.get(metric, _ratio)

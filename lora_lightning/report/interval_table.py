@@ -9,7 +9,7 @@ from lora_lightning.report.evidence import Interval
 from lora_lightning.report.summary import Summary
 
 _SURE = (
-    "95 % intervals of the mean over the target: by item, drawn anew from the held-out items "
+    "95 % intervals of the mean over the target: by item, resampled from the held-out items "
     "(bootstrap); by seed, Student's t. The difference is from the source model, paired: on the "
     "same items, or the same seeds. It is called higher or lower only where each interval of it "
     "excludes 0; that by seed counts from three seeds on. Intervals of two methods can overlap "

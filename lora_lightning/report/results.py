@@ -32,8 +32,18 @@ class Row:
     tested: int | None = None  # held-out items behind `value`, where they were counted
 
 
+class _Item:
+    source: str
+    adapted: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether adaptation changed what is predicted."""
+        return self.source != self.adapted
+
+
 @dataclass
-class Transcript:
+class Transcript(_Item):
     """One recording or sentence of a target, before (`source`) and after (`adapted`) adaptation.
 
     Attributes:
@@ -58,14 +68,9 @@ class Transcript:
     confidence: float | None = None
     round: int | None = None
 
-    @property
-    def changed(self) -> bool:
-        """Whether its hypothesis differs from the source model's."""
-        return self.source != self.adapted
-
 
 @dataclass
-class Prediction:
+class Prediction(_Item):
     """One target item before (`source`) and after (`adapted`) adaptation.
 
     Attributes:
@@ -88,11 +93,6 @@ class Prediction:
     split: str = HELD_OUT
     method: str = ""
     round: int | None = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether its prediction differs from the source model's."""
-        return self.source != self.adapted
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections import Counter
 from collections.abc import Iterable
 
@@ -49,6 +50,14 @@ def sentence(error: BaseException) -> str | None:
         return _MEMORY
     names = [kind.__name__.removeprefix("_") for kind in type(error).__mro__]
     return next((_KINDS[n].format(first) for n in names if n in _KINDS), None)
+
+
+def failure(error: BaseException) -> str:
+    """`sentence`, or the kind of a fault of ours, whose traceback is printed."""
+    if said := sentence(error):
+        return said
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error} (its traceback is above)"
 
 
 def _of_system(error: OSError) -> str:

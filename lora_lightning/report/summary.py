@@ -100,6 +100,10 @@ class Summary:
         """Number of different seeds."""
         return len({r.seed for r in self._rows})
 
+    def bars(self) -> str:
+        """The sentence that explains error bars, for a caption; "" of one seed."""
+        return f" Bars: standard deviation over {self.seeds} seeds." * (self.seeds > 1)
+
     def cell(self, method: str, domains: Sequence[str]) -> Cell:
         """Average over `domains` for each seed, then mean and spread over seeds.
 

@@ -17,17 +17,11 @@ SAMPLE_RATE = 16_000  # Hz; enough for speech, and what a page can carry
 
 @dataclass(frozen=True)
 class Piece:
-    """A sequence of words with the same kind of error, or none.
+    """A sequence of words with the same kind of error, or none."""
 
-    Attributes:
-        kind: ``"equal"``, ``"substitute"``, ``"insert"`` or ``"delete"``.
-        said: The words of the reference; "" for an insertion.
-        heard: The words of the hypothesis; "" for a deletion.
-    """
-
-    kind: str
-    said: str
-    heard: str
+    kind: str  # ``"equal"``, ``"substitute"``, ``"insert"`` or ``"delete"``
+    said: str  # the words of the reference; "" for an insertion
+    heard: str  # the words of the hypothesis; "" for a deletion
 
 
 def compare(reference: str, hypothesis: str) -> list[Piece]:

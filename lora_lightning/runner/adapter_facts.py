@@ -21,10 +21,6 @@ from lora_lightning.model.adapter_file.schema import check
 def print_facts(path: Path, console: Console) -> None:
     """Print what an adapter file holds, or one with a model's weights that says what it is for.
 
-    Args:
-        path: Of the file.
-        console: On which.
-
     Raises:
         AdapterFileError: the file is missing, damaged, or neither.
     """

@@ -50,24 +50,14 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """A training without labels.
+    """A training without labels."""
 
-    Attributes:
-        task: What is fitted.
-        tell: Called at the end: adds notes and examples to the run.
-        data: Training data; None: the task has its own.
-        callbacks: Of the trainer.
-        trainer: Settings of the trainer.
-        batch_norm: Of the adapter's `LoRACallback`.
-        decodings: Suffix of a row's name → decoding; a row for each.
-        target_modules: Of the adapter; None: as with labels.
-    """
-
-    task: LightningModule
-    tell: Callable[[], None]
-    data: LightningDataModule | None = None
-    callbacks: Sequence[Callback] = ()
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    batch_norm: str = "frozen"
+    task: LightningModule  # what is fitted
+    tell: Callable[[], None]  # Called at the end: adds notes and examples to the run
+    data: LightningDataModule | None = None  # training data; None: the task has its own
+    callbacks: Sequence[Callback] = ()  # of the trainer
+    trainer: Mapping[str, Any] = field(default_factory=dict)  # settings of the trainer
+    batch_norm: str = "frozen"  # of the adapter's `LoRACallback`
+    # Suffix of a row's name → decoding; a row for each
     decodings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    target_modules: Any = None
+    target_modules: Any = None  # of the adapter; None: as with labels

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count
 from lora_lightning.registry import unknown
 from lora_lightning.runner.sweep import rank_of
 
@@ -25,8 +26,7 @@ def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[s
 def at_least(config: Any, least: int, keys: Iterable[str]) -> None:
     """Raise ConfigError for the first of these dotted keys whose number is smaller."""
     for key in keys:
-        if (number := attrgetter(key)(config)) < least:
-            raise ConfigError(f"{key} must be at least {least}, got {number}")
+        check_count(key, attrgetter(key)(config), least)
 
 
 def step_a_round(steps: int, keep: Sequence[float]) -> None:

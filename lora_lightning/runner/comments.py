@@ -51,11 +51,8 @@ def _docstrings(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         if is_dataclass(hints[field.name]):
             yield from _docstrings(hints[field.name], f"{prefix}{field.name}.")
         elif field.name in said:
-            yield f"{prefix}{field.name}", _first_sentence(said[field.name])
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"\. (?=[A-Z])", text)[0].rstrip(".").replace("`", "")
+            first = re.split(r"\. (?=[A-Z])", said[field.name])[0]
+            yield f"{prefix}{field.name}", first.rstrip(".").replace("`", "")
 
 
 def _entries(doc: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ A command gives the targets' names, the function that adapts to one, and the col
 from __future__ import annotations
 
 import errno
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from lora_lightning.errors import (
 from lora_lightning.model.adapter_file.checks import check_base
 from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.report.files import check_writable
-from lora_lightning.report.sentences import sentence
+from lora_lightning.report.sentences import failure
 from lora_lightning.runner.file_names import file_names
 
 if TYPE_CHECKING:
@@ -40,29 +39,18 @@ _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 @dataclass
 class Outcome:
-    """The result of adapting to a target: a speaker, a folder of pictures.
+    """The result of adapting to a target: a speaker, a folder of pictures."""
 
-    Attributes:
-        name: Of the target.
-        status: ``"adapted"``, ``"kept source"`` (the adapter did harm on the held-out items, or the
-            guard accepted no round: no file), ``"already there"`` (an earlier run's file) or
-            ``"failed"``.
-        learnt: Number of training items.
-        held_out: Number of labelled items that decided whether the adapter is kept.
-        before: The source's metric on those; None without any.
-        after: The adapter's metric on those.
-        path: The file.
-        reason: Of a failure, why the source is kept, or how the training ended.
-    """
-
-    name: str
+    name: str  # of the target
+    # ``"adapted"``, ``"kept source"`` (the adapter did harm on the held-out items, or the guard
+    # accepted no round: no file), ``"already there"`` (an earlier run's file) or ``"failed"``
     status: str
-    learnt: int = 0
-    held_out: int = 0
-    before: float | None = None
-    after: float | None = None
-    path: Path | None = None
-    reason: str = ""
+    learnt: int = 0  # number of training items
+    held_out: int = 0  # number of labelled items that decided whether the adapter is kept
+    before: float | None = None  # the source's metric on those; None without any
+    after: float | None = None  # the adapter's metric on those
+    path: Path | None = None  # the file
+    reason: str = ""  # of a failure, why the source is kept, or how the training ended
 
 
 def each_target(
@@ -100,10 +88,7 @@ def _reason(error: Exception) -> str:
         isinstance(error, OSError) and error.errno in _NO_WRITING
     ):
         raise error
-    if said := sentence(error):
-        return said
-    traceback.print_exception(error)  # a fault of ours
-    return f"{type(error).__name__}: {error} (its traceback is above)"
+    return failure(error)
 
 
 def _there(model: nn.Module, name: str, path: Path) -> Outcome:

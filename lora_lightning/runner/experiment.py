@@ -126,10 +126,6 @@ class Experiment(ABC, Generic[Config]):
         """Whether the report shows the spectra of this adapter."""
         return not self.run.spectra
 
-    def title(self, label: str) -> str:
-        """A row's name for its progress bar."""
-        return label
-
     def full_callbacks(self) -> list[Callback]:
         """Callbacks of the training of all weights."""
         return []
@@ -189,13 +185,13 @@ class Experiment(ABC, Generic[Config]):
     ) -> float:
         """Fit a task; returns the seconds. Named by row and case, its losses go to the report."""
         settings["gradient_clip_val"] = self.gradient_clip
-        losses = Losses()
-        trainer = make_trainer(self.config, [*callbacks, losses], **settings)
+        losses = [Losses()] if any(name) else []
+        trainer = make_trainer(self.config, [*callbacks, *losses], **settings)
         start = time.perf_counter()
         trainer.fit(task, datamodule=data)
         seconds = time.perf_counter() - start
-        if any(name):
-            self.run.losses[(*name, self.seed)] = losses.found()
+        for each in losses:
+            self.run.losses[(*name, self.seed)] = each.found()
         return seconds
 
     def train_source(self, model: nn.Module, data: LightningDataModule) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.files import atomic_write
-from lora_lightning.report.sentences import sentence
+from lora_lightning.report.sentences import failure
 from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.grid_results import Cell, Line, Sweep, lines_of
 from lora_lightning.runner.loading import apply_overrides, experiment_of, load_recipe
@@ -94,7 +93,7 @@ def sweep_grid(
         configs.append(apply_overrides(recipe, [*fixed, *cell.settings]))
         configs[-1].out = str(cell.folder)
     sweep = Sweep(axes, cells, experiment_of(recipe).metric, by)
-    sources: Any = {} if _shares_source(axes) else None
+    sources: Any = {} if all(key.startswith(_AFTER_SOURCE) for key in axes) else None
     try:
         for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
             tell(f"cell {number} of {len(cells)}: {cell.name}")
@@ -129,10 +128,6 @@ def _methods(axes: dict[str, list[str]]) -> list[str]:
     return ["source_only", *(changed or ["lora"])]
 
 
-def _shares_source(axes: dict[str, list[str]]) -> bool:
-    return all(key.startswith(_AFTER_SOURCE) for key in axes)
-
-
 def _one(cell: Cell, config: DictConfig, command: str, titled: bool, sources: Any) -> None:
     """Run a cell, unless its results are there."""
     from lora_lightning.runner.runner import run
@@ -147,10 +142,7 @@ def _one(cell: Cell, config: DictConfig, command: str, titled: bool, sources: An
         done = run(experiment_of(config), config, command, titled, sources=sources)
         cell.lines = lines_of(done)
     except Exception as error:
-        if (said := sentence(error)) is None:
-            traceback.print_exception(error)  # a fault of ours
-            said = f"{type(error).__name__}: {error} (its traceback is above)"
-        cell.reason = said
+        cell.reason = failure(error)
         return
     held = {"config": plain, "lines": [asdict(line) for line in cell.lines]}
     atomic_write(path, json.dumps(held, indent=1).encode())

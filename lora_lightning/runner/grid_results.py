@@ -25,18 +25,13 @@ SOURCE, TARGET = "source", "target"
 
 @dataclass
 class Line:
-    """A method in one cell.
+    """A method in one cell."""
 
-    Attributes:
-        method: Its name in the cell's own table.
-        measured: Means over seeds of the metric: on the held-out items of the source, on those of
-            all targets, and of each target by its name.
-        parameters: That were trained; 0 where a guard kept the source model.
-    """
-
-    method: str
+    method: str  # its name in the cell's own table
+    # Means over seeds of the metric: on the held-out items of the source, on those of all targets,
+    # and of each target by its name
     measured: dict[str, float]
-    parameters: int
+    parameters: int  # that were trained; 0 where a guard kept the source model
 
 
 def lines_of(run: Run) -> list[Line]:
@@ -54,19 +49,12 @@ def lines_of(run: Run) -> list[Line]:
 
 @dataclass
 class Cell:
-    """One combination of settings.
+    """One combination of settings."""
 
-    Attributes:
-        values: Key → its value, as typed.
-        folder: Of its run.
-        lines: What was measured.
-        reason: Why it failed; "" where it did not.
-    """
-
-    values: dict[str, str]
-    folder: Path
-    lines: list[Line] = field(default_factory=list)
-    reason: str = ""
+    values: dict[str, str]  # key → its value, as typed
+    folder: Path  # of its run
+    lines: list[Line] = field(default_factory=list)  # what was measured
+    reason: str = ""  # why it failed; "" where it did not
 
     @property
     def settings(self) -> list[str]:

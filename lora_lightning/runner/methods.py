@@ -164,7 +164,7 @@ def _fit(
 
 
 def _bars(experiment: Experiment[Any], label: str) -> list[Any]:
-    return [experiment.bar(experiment.title(label))] if experiment.counts_batches else []
+    return [experiment.bar(label)] if experiment.counts_batches else []
 
 
 def _line(experiment: Experiment[Any], case: Case) -> tuple[list[Says], Callable[[], None]]:

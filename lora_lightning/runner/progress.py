@@ -185,12 +185,12 @@ class Losses(Callback):
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._kept.append(loss.detach().reshape(()))
 
-    def found(self, most: int = MOST_LOSSES) -> list[tuple[int, float]]:
-        """(step, loss), each the mean of as many steps as leave `most` points."""
+    def found(self) -> list[tuple[int, float]]:
+        """(step, loss), each the mean of as many steps as leave `MOST_LOSSES` points."""
         if not self._kept:
             return []
         values = torch.stack(self._kept).double().cpu()
-        width = -(-len(values) // most)
+        width = -(-len(values) // MOST_LOSSES)
         return [
             (min(first + width, len(values)), float(values[first : first + width].mean()))
             for first in range(0, len(values), width)

@@ -29,18 +29,14 @@ FORMAT = 1  # of the files of `save_built`
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file, and what it says about their training.
+    """The weights in a file, and what it says about their training."""
 
-    Attributes:
-        weights: A state dict without the prefixes of DDP and of torch.compile.
-        settings: Arguments of the training, as timm's scripts write them: ``"model"``,
-            ``"img_size"``, ``"mean"`` …; empty where the file has none.
-        data: Of files that `save_weights` wrote: class names, and how pictures are prepared, see
-            `lora_lightning.model.adapter_file.data_config`.
-    """
-
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # A state dict without the prefixes of DDP and of torch.compile
+    # Arguments of the training, as timm's scripts write them: ``"model"``, ``"img_size"``,
+    # ``"mean"`` …; empty where the file has none
     settings: Mapping[str, Any] = field(default_factory=dict)
+    # Of files that `save_weights` wrote: class names, and how pictures are prepared, see
+    # `lora_lightning.model.adapter_file.data_config`
     data: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import DataError
+from lora_lightning.runner.options import add_accelerator, add_options, add_training
 
 if TYPE_CHECKING:
     from lora_lightning.speech.data.utterances import Utterance
@@ -25,6 +26,11 @@ _COLUMNS = ("speaker", "learnt\nfrom", "held\nout", "WER %\nbefore", "WER %\naft
 
 def add_commands(commands: Any) -> None:
     """Add both to the command's parser."""
+    _add_adapt(commands)
+    _add_transcribe(commands)
+
+
+def _add_adapt(commands: Any) -> None:
     adapt = commands.add_parser("adapt-speaker", help="learn an adapter for each speaker")
     _add_model(adapt)
     adapt.add_argument(
@@ -36,24 +42,14 @@ def add_commands(commands: Any) -> None:
         "--out", required=True, type=Path, metavar="FILE|DIR",
         help="the adapter file (.safetensors); a folder for many speakers, a file for each",
     )  # fmt: skip
-    for name, kind, default, text in (
-        ("rank", int, 2, "inner dimension of the factors"),
-        ("alpha", float, 4.0, "numerator of the scaling alpha/rank"),
-        (
-            "held-out",
-            float,
-            0.2,
-            "part that decides if it is kept; below ten: thirds; 0: none",
-        ),
-        ("seed", int, 0, "of factors, order, and what is held out"),
-    ):
-        adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
-    for name, kind, text in (
-        ("steps", int, "optimizer steps for each speaker (150; without transcripts 200)"),
-        ("learning-rate", float, "peak learning rate (0.004; without transcripts 0.008)"),
-        ("batch", int, "recordings in a batch, at most (4; without transcripts 8)"),
-    ):
-        adapt.add_argument(f"--{name}", type=kind, help=text)
+    add_training(adapt, 2, "all", "all")
+    add_options(
+        adapt,
+        ("held-out", float, 0.2, "part that decides if it is kept; below ten: thirds; 0: none"),
+        ("steps", int, None, "optimizer steps for each speaker (150; without transcripts 200)"),
+        ("learning-rate", float, None, "peak learning rate (0.004; without transcripts 0.008)"),
+        ("batch", int, None, "recordings in a batch, at most (4; without transcripts 8)"),
+    )
     adapt.add_argument(
         "--untranscribed", action="store_true",
         help="learn from no transcript; those that are there decide whether the adapter is kept. A "
@@ -67,11 +63,11 @@ def add_commands(commands: Any) -> None:
         adapt, "words that may be said: learnt by speakers without transcripts, and judged"
     )
     _add_numbers(adapt)
-    adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
-    adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
-    adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
+    add_accelerator(adapt)
     adapt.set_defaults(command=_adapt)
 
+
+def _add_transcribe(commands: Any) -> None:
     transcribe = commands.add_parser("transcribe", help="write down what recordings say")
     _add_model(transcribe)
     transcribe.add_argument("--adapter", type=Path, metavar="FILE", help="a speaker's adapter")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_lightning.adaptation.objectives import entropy, minimum_class_confusion
 from lora_lightning.adaptation.text_self_training import normalised_distance
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 
 
 def non_blank_rate(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> float:
@@ -55,10 +56,8 @@ def suta(
     Raises:
         ConfigError: a value is out of range, or the shape is another.
     """
-    if not 0 <= weight <= 1 or not temperature > 0:
-        raise ConfigError(
-            f"expected a weight in [0, 1] and a temperature above 0, got {weight}, {temperature}"
-        )
+    check_number("weight", weight, "[0, 1]")
+    check_number("temperature", temperature, "(0, inf)")
     if log_probs.ndim != 3 or log_probs.shape[2] < 3:
         raise ConfigError(
             f"expected (recordings, frames, classes) with two classes beside the blank, got "
@@ -78,10 +77,6 @@ def dust_distances(hypotheses: Sequence[str], variants: Sequence[Sequence[str]])
 
     The mean normalised edit distance of its variants. Khurana et al. 2021, "Unsupervised domain
     adaptation for speech recognition via uncertainty driven self-training", arXiv:2011.13439.
-
-    Args:
-        hypotheses: A transcript of each recording.
-        variants: For each, its transcripts under dropout.
 
     Raises:
         ConfigError: variants are missing.

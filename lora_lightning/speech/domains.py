@@ -32,19 +32,12 @@ PLAYED = 8  # held-out recordings of a target that are saved as audio, where it 
 
 @dataclass(frozen=True)
 class Domain:
-    """A target.
+    """A target."""
 
-    Attributes:
-        name: Of the speaker or the environment.
-        pool: Recordings to enrol with.
-        held_out: Recordings to measure on; no method sees them.
-        transform: The environment's effect on a recording; None: none.
-    """
-
-    name: str
-    pool: list[Utterance]
-    held_out: list[Utterance]
-    transform: Transform | None = None
+    name: str  # of the speaker or the environment
+    pool: list[Utterance]  # recordings to enrol with
+    held_out: list[Utterance]  # recordings to measure on; no method sees them
+    transform: Transform | None = None  # the environment's effect on a recording; None: none
 
     def enrolment(self, count: int, seed: int) -> list[Utterance]:
         """`count` recordings of the pool; a larger enrolment holds a smaller one's."""
@@ -78,16 +71,12 @@ class Domain:
 
 @dataclass
 class Recordings:
-    """All recordings of a run.
+    """All recordings of a run."""
 
-    Attributes:
-        source: Training data of the source model; empty where it is not trained.
-        domains: The targets.
-        skipped: (path, reason) of each recording that was left out.
-    """
-
-    domains: list[Domain]
+    domains: list[Domain]  # the targets
+    # Training data of the source model; empty where it is not trained
     source: list[Utterance] = field(default_factory=list)
+    # (path, reason) of each recording that was left out
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adaptation.teacher import Snapshot
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_count, check_number, finite
 from lora_lightning.model.probing import evaluating, training_only, without_cudnns_rnn
 from lora_lightning.speech.ctc_objectives import non_blank_rate, suta
 from lora_lightning.speech.data.utterances import AudioBatch
@@ -52,8 +53,8 @@ class SingleUtterance:
         temperature: float = 2.5,
         limits: SpeechLimits | None = SpeechLimits(),  # noqa: B008 - frozen
     ):
-        if steps < 1 or not learning_rate > 0:
-            raise ConfigError(f"steps and learning_rate must be above 0: {steps}, {learning_rate}")
+        check_count("steps", steps)
+        check_number("learning_rate", learning_rate, "(0, inf)")
         self.module, self.steps, self.learning_rate = module, steps, learning_rate
         self.weight, self.temperature, self.limits = weight, temperature, limits
         self.norms = [
@@ -89,7 +90,7 @@ class SingleUtterance:
     def _heard(self, batch: AudioBatch) -> tuple[str, float]:
         """The text, and the part of non-blank frames."""
         log_probs, frames = self.module(batch.waveforms, batch.lengths)
-        if not bool(torch.isfinite(log_probs).all()):
+        if not finite(log_probs):
             return "", float("nan")
         text = self.module.decode(log_probs, frames)[0]
         return text, non_blank_rate(log_probs, frames, self._blank)

@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.lora.values import check_number
 from lora_lightning.report.results import Transcript
 from lora_lightning.report.word_errors import errors
 from lora_lightning.runner.cases import LABELS, NO_LABELS, Adapted, Case, Unlabelled
@@ -44,7 +45,7 @@ class Recognition(Experiment[Config]):
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""
-        config, sizes = self.config, self.config.enrolment
+        config, sizes, settings = self.config, self.config.enrolment, self.config.train.label_free
         if not sizes or min(sizes) < 1 or sorted(set(sizes)) != sizes:
             raise ConfigError(f"enrolment must be sizes in rising order, at least 1; got {sizes}")
         if config.headline not in sizes:
@@ -57,20 +58,15 @@ class Recognition(Experiment[Config]):
                     f"enrolment={sizes}, got {steps}"
                 )
         at_least(config, 1, ["data.test"])
-        self._check_unlabelled()
-
-    def _check_unlabelled(self) -> None:
-        settings, seconds = self.config.train.label_free, self.config.unlabelled
         step_a_round(settings.steps, settings.keep)
-        if not seconds or min(seconds) <= 0:
-            raise ConfigError(f"unlabelled must hold numbers of seconds above 0: {seconds}")
+        check_number("unlabelled", min(config.unlabelled, default=0), "(0, inf)", "seconds")
         # The callback checks its settings: early, not after the source model's training.
         PseudoTranscriptCallback([Utterance(Path("none"))], keep=settings.keep)
-        if (decay := settings.teacher_decay) is not None and not 0 <= decay < 1:
-            raise ConfigError(f"train.label_free.teacher_decay: {decay} not in [0, 1)")
-        LoRACallback(self.config.lora, batch_norm=settings.batch_norm)
-        if self.config.data.lexicon is not None:
-            Lexicon.read(self.config.data.lexicon)
+        if (decay := settings.teacher_decay) is not None:
+            check_number("train.label_free.teacher_decay", decay, "[0, 1)")
+        LoRACallback(config.lora, batch_norm=settings.batch_norm)
+        if config.data.lexicon is not None:
+            self.lexicon()
 
     # ---- data and source model ---------------------------------------------------------------
 

@@ -13,11 +13,7 @@ from torch.utils.data import DataLoader
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import Position
 from lora_lightning.adaptation.rounds import Check, Round
-from lora_lightning.adaptation.text_self_training import (
-    TextRounds,
-    TextSelfTraining,
-    check_keep,
-)
+from lora_lightning.adaptation.text_self_training import TextRounds, TextSelfTraining, check_keep
 from lora_lightning.errors import DataError
 from lora_lightning.lora.values import check_count
 from lora_lightning.model.batch_norm import BatchNormKeeper
@@ -35,10 +31,6 @@ from lora_lightning.speech.transcript_guard import SpeechGuard, SpeechLimits, Un
 
 class LabelledSpeech(SpeechData):
     """`SpeechData` of the recordings that have a pseudo-transcript in this round.
-
-    Args:
-        recordings: All of them.
-        **settings: Of `SpeechData`.
 
     Attributes:
         labels: path → pseudo-transcript; replaced in each round.

@@ -35,20 +35,14 @@ class SpeechLimits:
 
 @dataclass(frozen=True)
 class Understood:
-    """A recogniser's transcript of a recording, with its label and scores.
+    """A recogniser's transcript of a recording, with its label and scores."""
 
-    Attributes:
-        written: Transcript by greedy decoding.
-        label: Pseudo-transcript: the lexicon's most likely sentence, or the greedy one.
-        distance: What the lexicon costs, in nats a frame; where there is none, normalised edit
-            distance under dropout.
-        rate: Part of non-blank frames.
-    """
-
-    written: str
-    label: str
+    written: str  # transcript by greedy decoding
+    label: str  # Pseudo-transcript: the lexicon's most likely sentence, or the greedy one
+    # What the lexicon costs, in nats a frame; where there is none, normalised edit distance under
+    # dropout
     distance: float
-    rate: float
+    rate: float  # part of non-blank frames
 
 
 class SpeechGuard:

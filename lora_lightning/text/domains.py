@@ -16,13 +16,7 @@ from lora_lightning.text.synthetic.registers import DOMAINS, registers
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain of text.
-
-    Attributes:
-        name: of the domain.
-        train: pairs to draw from.
-        test: held-out pairs.
-    """
+    """A domain of text."""
 
     name: str
     train: list[Pair]

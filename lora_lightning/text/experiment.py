@@ -45,12 +45,7 @@ def bleu_sums(found: Sequence[str], wanted: Sequence[str]) -> list[list[float]]:
 
 
 class Translating(Experiment[Config]):
-    """One case for each target, evaluated on the source too; predictions are domain → texts.
-
-    Attributes:
-        everyday: the source domain.
-        targets: the domains to adapt to.
-    """
+    """One case for each target, evaluated on the source too; predictions are domain → texts."""
 
     metric = "BLEU"
     methods = METHODS

@@ -44,16 +44,11 @@ class TextBatch:
     """Token ids of pairs, padded on the right with `PAD`.
 
     Lightning moves it to the device by `to`.
-
-    Attributes:
-        source: (B, S) int64, each ending in `END`.
-        target: (B, T) int64, from `BEGIN` to `END`.
-        pairs: The pair of each row.
     """
 
-    source: Tensor
-    target: Tensor
-    pairs: list[Pair] = field(default_factory=list)
+    source: Tensor  # (B, S) int64, each ending in `END`
+    target: Tensor  # (B, T) int64, from `BEGIN` to `END`
+    pairs: list[Pair] = field(default_factory=list)  # the pair of each row
 
     def __len__(self) -> int:
         return len(self.source)

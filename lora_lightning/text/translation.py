@@ -16,17 +16,11 @@ from lora_lightning.training.optimised_module import Optimised
 
 
 class Translated(NamedTuple):
-    """A predicted translation.
+    """A predicted translation."""
 
-    Attributes:
-        source: the sentence.
-        text: its translation.
-        log_probability: mean over the pieces of the translation.
-    """
-
-    source: str
-    text: str
-    log_probability: float
+    source: str  # the sentence
+    text: str  # its translation
+    log_probability: float  # mean over the pieces of the translation
 
 
 class Translation(Optimised):

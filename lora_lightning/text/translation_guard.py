@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_lightning.adaptation.guard import Verdict
+from lora_lightning.adaptation.guard import NAN, Verdict
 from lora_lightning.adaptation.text_self_training import text_agreement
 from lora_lightning.text.translation import Translated
 
@@ -53,7 +53,7 @@ class TranslationGuard:
     ) -> Verdict:
         """Check a round's translations of the same sentences."""
         if not all(math.isfinite(t.log_probability) for t in now.values()):
-            return Verdict({}, ["the translations are NaN: the learning rate is too high"])
+            return Verdict({}, [NAN.format("translations")])
         scores = self._scores(now)
         return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
 

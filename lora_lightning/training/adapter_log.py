@@ -1,4 +1,4 @@
-"""What `LoRACallback` gives the trainer's loggers: hyperparameters, few scalars, and spectra."""
+"""Logging of an adapter by the trainer's loggers: hyperparameters, few scalars, and spectra."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ class AdapterLog:
     """Logs by every logger of a trainer.
 
     Names begin with "lora/", then the adapter's where the trainer has several such callbacks.
-
-    Args:
-        callback: Whose adapter.
     """
 
     def __init__(self, callback: InjectingCallback):

@@ -76,14 +76,10 @@ class SaveHook(_Hook):
 
 
 class _Frozen(NamedTuple):
-    """Names of frozen base weights in a LightningModule's state dict.
+    """Names of frozen base weights in a LightningModule's state dict."""
 
-    Attributes:
-        own: those that the backbone itself fills in where they are absent.
-        others: every other name → the weight: of aliases of the backbone's parts, of ties.
-    """
-
-    own: list[str]
+    own: list[str]  # those that the backbone itself fills in where they are absent
+    # every other name → the weight: of aliases of the backbone's parts, of ties
     others: dict[str, nn.Parameter]
 
 

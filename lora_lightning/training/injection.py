@@ -33,62 +33,42 @@ class InjectingCallback(LaunchedCallback):
 
     def before_launch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Inject here already, where the strategy is about to start processes by itself."""
-        self.report_ = inject_before_launch(pl_module, self.backbone, self.config, self.name)
+        self.report_ = None
+        if checks.has_backbone(pl_module, self.backbone):
+            network = checks.find_backbone(pl_module, self.backbone)
+            if not View(network).merged:
+                self.report_ = _placed(network, self.config, self.name)
 
     def inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Inject, or do so after ``configure_model``, where that builds the network."""
+        """Inject, or do so after ``configure_model``, where that builds the network.
+
+        Raises:
+            AdapterError: the model is merged, and about to be trained.
+            TargetError: see `checks.find_backbone` and `lora_lightning.inject`.
+        """
         if checks.has_backbone(pl_module, self.backbone):
             self._inject(trainer, pl_module)
         if self.report_ is None or checks.builds_late(pl_module):
             after_configure_model(pl_module, partial(self._inject, trainer, pl_module))
 
     def _inject(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.report_ = inject_in_trainer(
-            trainer, pl_module, self.backbone, self.config, self.name, self.data, self.forward
-        )
+        """Inject into the network, with ranks from the target where asked for."""
+        network, name = checks.find_backbone(pl_module, self.backbone), self.name
+        state = state_of(network)
+        if state is not None and name in state.configs and View(network).merged:
+            if trainer.training:
+                raise AdapterError("the model is merged; call unmerge(model) before training it")
+            self.report_ = state.reports[name]
+            return
+        if state is None or name not in state.configs:
+            check_returned(trainer, self.backbone)
+        self.report_ = _placed(network, self.config, name)
+        # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
+        if name in state_in(network).unranked and trainer.training and checks.is_new(trainer):
+            from lora_lightning.training.data_driven import choose_in_trainer
 
-
-def inject_in_trainer(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    backbone: str,
-    config: LoRAConfig,
-    name: str,
-    data: Iterable[Any] | None,
-    forward: Forward | None,
-) -> InjectionReport:
-    """`inject` into the network at this attribute path, with ranks from the target where asked for.
-
-    Raises:
-        AdapterError: the model is merged, and about to be trained.
-        TargetError: see `checks.find_backbone` and `lora_lightning.inject`.
-    """
-    network = checks.find_backbone(pl_module, backbone)
-    state = state_of(network)
-    if state is not None and name in state.configs and View(network).merged:
-        if trainer.training:
-            raise AdapterError("the model is merged; call unmerge(model) before training it")
-        return state.reports[name]
-    if state is None or name not in state.configs:
-        check_returned(trainer, backbone)
-    report = _placed(network, config, name)
-    # Before optimizer, EMA or DDP see the factors. A checkpoint brings its own ranks.
-    unranked = name in state_in(network).unranked
-    if unranked and trainer.training and checks.is_new(trainer):
-        from lora_lightning.training.data_driven import choose_in_trainer
-
-        return choose_in_trainer(trainer, pl_module, network, name, data, forward)
-    return report
-
-
-def inject_before_launch(
-    pl_module: LightningModule, backbone: str, config: LoRAConfig, name: str
-) -> InjectionReport | None:
-    """`inject`, where the network is there already, in the process that starts the others."""
-    if not checks.has_backbone(pl_module, backbone):
-        return None
-    network = checks.find_backbone(pl_module, backbone)
-    return None if View(network).merged else _placed(network, config, name)
+            given = self.data, self.forward
+            self.report_ = choose_in_trainer(trainer, pl_module, network, name, *given)
 
 
 def _placed(network: nn.Module, config: LoRAConfig, name: str) -> InjectionReport:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.lora.sharding import is_sharded, part
+from lora_lightning.lora.values import finite
 from lora_lightning.model.shrinkage import own_tensors
 from lora_lightning.training import checks
 
@@ -40,12 +41,7 @@ class LastFinite:
         self._step = self._looked = trainer.global_step
 
     def after_batch(self, trainer: Trainer, look: bool = False) -> bool:
-        """Whether the fit has diverged, and is stopped; call before ranks are pruned.
-
-        Args:
-            trainer: Whose fit it is.
-            look: Wait for the device now.
-        """
+        """Whether the fit has diverged, and is stopped; call before ranks are pruned."""
         if not self._own or trainer.global_step == self._step:
             return bool(self._own) and look and self._lost(trainer)
         self._step = trainer.global_step
@@ -105,4 +101,4 @@ def _moves(name: str) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+    return not isinstance(value, Tensor) or finite(value)

@@ -8,9 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lora_lightning.errors import ConfigError
 from lora_lightning.lora.config import ConfigFields, LoRAConfig
-from lora_lightning.lora.values import check_adapter_name
+from lora_lightning.lora.values import check_adapter_name, check_choice
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.batch_norm import POLICIES, BatchNormKeeper
 from lora_lightning.model.calling import Forward
@@ -93,8 +92,7 @@ class LoRACallback(injection.InjectingCallback):
         output_dir: str | Path | None = None,
         **config_kwargs: ConfigFields,
     ) -> None:
-        if batch_norm not in POLICIES:
-            raise ConfigError(f"batch_norm must be one of {POLICIES}, got {batch_norm!r}")
+        check_choice("batch_norm", batch_norm, POLICIES)
         check_adapter_name(name)
         self.config = LoRAConfig.make(config, **config_kwargs)
         self.backbone, self.name, self.output_dir = backbone, name, output_dir

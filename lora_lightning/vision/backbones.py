@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from lora_lightning.errors import ConfigError, MissingDependencyError
+from lora_lightning.lora.values import check_choice
 from lora_lightning.model.introspection import classifier_modules
 from lora_lightning.registry import unknown
 from lora_lightning.runner.weights import Checkpoint, read_checkpoint, read_weights
@@ -53,8 +54,7 @@ def create_backbone(
         ConfigError: an unknown name, or weights that do not fit it.
         MissingDependencyError: the package is not installed.
     """
-    if imagenet not in ("package", "none"):
-        raise ConfigError(f"model.imagenet must be 'package' or 'none', got {imagenet!r}")
+    check_choice("model.imagenet", imagenet, ("package", "none"))
     if checkpoint is not None and pretrained:
         raise ConfigError("give model.checkpoint or model.pretrained=true, not both")
     if checkpoint is not None:

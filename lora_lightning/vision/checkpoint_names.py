@@ -141,5 +141,5 @@ def _cause(
     return "check that model.name is the architecture that the file was saved from"
 
 
-def _some(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (" …" if len(keys) > most else "")
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.runner.options import add_accelerator, add_options, add_training
 from lora_lightning.vision import commands as run
 
 
@@ -16,11 +17,9 @@ def add_commands(commands: Any) -> None:
     _add_shift(commands)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="NAME",
-        help="the classifier's name in timm; or hf-hub:user/name, local-dir:folder",
-    )  # fmt: skip
+def add_weights(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options that name a model and its weights; what: the model, for the help."""
+    parser.add_argument("--model", required=True, metavar="NAME", help=what)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="its weights: a state dict, or a training checkpoint of timm or Lightning; default: "
@@ -29,6 +28,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix", help='of the network\'s names in the checkpoint, such as "model."; found if not'
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add_weights(parser, "the classifier's name in timm; or hf-hub:user/name, local-dir:folder")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE",
         help="names of the classes, one a line, in the order of the head",
@@ -36,7 +39,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="side of its pictures; default: as trained"
     )
-    parser.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
+    add_accelerator(parser)
 
 
 def _add_adapt(commands: Any) -> None:
@@ -65,26 +68,19 @@ def _add_adapt(commands: Any) -> None:
         "--source-statistics", type=Path, metavar="FILE",
         help="of a recipe or of the command shift: tells how far each folder is",
     )  # fmt: skip
-    for name, kind, default, text in (
-        ("rank", int, 4, "inner dimension of the factors"),
-        ("alpha", float, 8.0, "numerator of the scaling alpha/rank"),
+    add_training(adapt, 4, None, "auto; with labels all")
+    add_options(
+        adapt,
         ("batch", int, 32, "pictures in a batch"),
-        ("seed", int, 0, "of factors, order, and what is held out"),
-    ):
-        adapt.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default:g})")
-    for name, kind, text in (
-        ("epochs", int, "passes over the pictures (4; with labels 10)"),
-        ("learning-rate", float, "peak learning rate (0.002; with labels 0.004)"),
-    ):
-        adapt.add_argument(f"--{name}", type=kind, help=text)
+        ("epochs", int, None, "passes over the pictures (4; with labels 10)"),
+        ("learning-rate", float, None, "peak learning rate (0.002; with labels 0.004)"),
+    )
     adapt.add_argument(
         "--batch-norm",
         choices=("auto", "source", "target"),
         default="auto",
         help="statistics while it trains without labels (auto: the target's if they help)",
     )
-    adapt.add_argument("--target-modules", help="what is adapted (auto; with labels all)")
-    adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
     adapt.set_defaults(command=run.adapt)
 
 

@@ -1,4 +1,4 @@
-"""What the commands of pictures do; their arguments are in `lora_lightning.vision.cli`.
+"""The commands of pictures; their arguments are in `lora_lightning.vision.cli`.
 
 Modules that take long to import are imported by the command that needs them.
 """
@@ -74,6 +74,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
 
 def adapt(arguments: argparse.Namespace) -> int:
     """An adapter for each target of pictures; the exit code."""
+    from lora_lightning.report.console import say
     from lora_lightning.runner.each_target import adapter_files, shown
     from lora_lightning.runner.progress import Stages, interruptible
     from lora_lightning.vision.adapt_images import adapt_images
@@ -102,14 +103,8 @@ def adapt(arguments: argparse.Namespace) -> int:
     reports = sorted(
         {str(p / "report.html") for f in files.values() if (p := report_folder(f)).is_dir()}
     )
-    _say("\n".join(f"open {path}" for path in reports))
+    say("\n".join(f"open {path}" for path in reports))
     return code
-
-
-def _say(text: str) -> None:
-    from lora_lightning.report.console import PlainConsole
-
-    PlainConsole().print(text, soft_wrap=True)
 
 
 def classify(arguments: argparse.Namespace) -> int:

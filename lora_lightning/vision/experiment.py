@@ -37,12 +37,9 @@ NAME = "LoRA, no labels"
 
 @dataclass(frozen=True)
 class Seen:
-    """The source model's features and predictions of some images.
+    """The source model's features and predictions of some images, and the time that it took.
 
-    Attributes:
-        said: predictions and features.
-        labels: (N,), for methods that may use them.
-        seconds: time of the forward passes.
+    The labels (N,) are for methods that may use them.
     """
 
     said: Predicted
@@ -199,13 +196,6 @@ class Pictures(Experiment[Config]):
     def shows(self, case: Case, rank: int | str | None) -> bool:
         """Whether this is the recipe's own rank."""
         return rank is None
-
-    def title(self, label: str) -> str:
-        """A row's name for its progress bar."""
-        return {
-            "LoRA, target labels": "LoRA with target labels",
-            "full, target labels": "full fine-tuning with target labels",
-        }.get(label, label)
 
     def shown(self) -> Sequence[str]:
         """The rows from which predictions are shown."""

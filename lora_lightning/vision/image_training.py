@@ -67,37 +67,23 @@ class ImageSettings:
 
 @dataclass
 class Learnt:
-    """The result of a training.
+    """The result of a training."""
 
-    Attributes:
-        method: What was trained, a row's name.
-        kept: Whether the adapter is kept.
-        verdict: How the training ended, in words.
-        before: (N, K) the source model's probabilities of the target's pictures.
-        after: (N, K) those of the adapted model; of the source where that is kept.
-        items: Labelled pictures that decided.
-        accuracies: On those, before and after.
-        right: Whether the answer to each of those is right, (items,), before and after.
-        rounds: Of a training without labels.
-        changed_in: The round in which each answer changed, likewise.
-        learnt: Number of pictures that were learnt from.
-        parameters: Trainable ones.
-        seconds: Of training.
-    """
-
-    method: str
-    kept: bool
-    verdict: str
-    before: Tensor
-    after: Tensor
-    items: int = 0
-    accuracies: tuple[float, float] | None = None
+    method: str  # what was trained, a row's name
+    kept: bool  # whether the adapter is kept
+    verdict: str  # how the training ended, in words
+    before: Tensor  # (N, K) the source model's probabilities of the target's pictures
+    after: Tensor  # (N, K) those of the adapted model; of the source where that is kept
+    items: int = 0  # labelled pictures that decided
+    accuracies: tuple[float, float] | None = None  # on those, before and after
+    # Whether the answer to each of those is right, (items,), before and after
     right: list[Tensor] = field(default_factory=list)
-    rounds: list[Any] = field(default_factory=list)
+    rounds: list[Any] = field(default_factory=list)  # of a training without labels
+    # The round in which each answer changed, likewise
     changed_in: list[int | None] = field(default_factory=list)
-    learnt: int = 0
-    parameters: int = 0
-    seconds: float = 0.0
+    learnt: int = 0  # number of pictures that were learnt from
+    parameters: int = 0  # trainable ones
+    seconds: float = 0.0  # of training
 
 
 @dataclass

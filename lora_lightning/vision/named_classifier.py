@@ -25,23 +25,14 @@ from lora_lightning.vision.data.pictures import Preparation
 
 @dataclass
 class NamedClassifier:
-    """A classifier with the names of its classes.
+    """A classifier with the names of its classes."""
 
-    Attributes:
-        name: As given.
-        model: From pictures to logits.
-        classes: Names, by index.
-        prepared: How its pictures are prepared.
-        named: Whether anything said the names; else they are "0", "1", …
-        notices: What was left out of its checkpoint.
-    """
-
-    name: str
-    model: nn.Module
-    classes: list[str]
-    prepared: Preparation
-    named: bool
-    notices: Sequence[str] = ()
+    name: str  # as given
+    model: nn.Module  # from pictures to logits
+    classes: list[str]  # Names, by index
+    prepared: Preparation  # how its pictures are prepared
+    named: bool  # whether anything said the names; else they are "0", "1", …
+    notices: Sequence[str] = ()  # what was left out of its checkpoint
 
     free = (0,)  # dimensions of the input of any size: pictures
 
@@ -165,12 +156,7 @@ def described(model: nn.Module, told: Mapping[str, Any], size: int | None = None
 
 
 def told_by(name: str, adapter: Path) -> tuple[int | None, int | None, dict[str, Any]]:
-    """What an adapter file says: number of classes, side of the pictures, its header's data.
-
-    Args:
-        name: Of the model in timm.
-        adapter: The file.
-    """
+    """What an adapter file says: number of classes, side of the pictures, its header's data."""
     header, tensors = read(adapter)
     data = header.get("data", {})
     return _head_of(name, tensors), data.get("input_size", [None])[-1], data

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adaptation.guard import Verdict
+from lora_lightning.adaptation.guard import NAN, Verdict
 from lora_lightning.adaptation.target import Target
-from lora_lightning.lora.values import check_number
+from lora_lightning.lora.values import check_number, finite
 from lora_lightning.model.probing import evaluating
 from lora_lightning.vision.pose_regressor import angle, circular_error, direction, mirrored
 
@@ -100,8 +100,8 @@ def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict
         now: By the round, of the same images.
         limits: Thresholds of the alarms.
     """
-    if not bool(torch.isfinite(now.plain).all() and torch.isfinite(now.mirror).all()):
-        return Verdict({}, ["the answers are NaN: the learning rate is too high"])
+    if not finite(now.plain, now.mirror):
+        return Verdict({}, [NAN.format("answers")])
     moved = circular_error(angle(now.plain), angle(source.plain))
     scores = {
         "agreement": float(torch.deg2rad(moved).cos().mean()),

@@ -184,7 +184,7 @@ def test_suta_by_hand():
     assert found == pytest.approx(0.3 * sharp + 0.7 * confusion)
     silent = suta(frames[:, :1], torch.tensor([1]), blank=0, weight=1.0)
     assert silent.item() == 0
-    with pytest.raises(ConfigError, match="weight in"):
+    with pytest.raises(ConfigError, match="weight must lie in"):
         suta(frames, lengths, weight=2.0)
     with pytest.raises(ConfigError, match="two classes beside"):
         suta(frames[:, :, :2], lengths)

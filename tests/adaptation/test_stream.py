@@ -252,7 +252,7 @@ def test_a_text_that_falls_silent_is_not_taken():
 
 def test_what_a_single_utterance_refuses():
     module = CTCRecognition(recogniser())
-    with pytest.raises(ConfigError, match="above 0"):
+    with pytest.raises(ConfigError, match="steps must be a whole number"):
         SingleUtterance(module, steps=0)
     module.model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no norm"):

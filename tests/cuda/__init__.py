@@ -1,1 +1,1 @@
-"""What only a CUDA device can show: `pytest -m cuda`."""
+"""Tests that need a CUDA device: `pytest -m cuda`."""

@@ -1,4 +1,4 @@
-"""What a GPU does otherwise, emulated on a CPU: TF32, and cuDNN's recurrent layers in eval mode."""
+"""Behaviour of a GPU, emulated on a CPU: TF32, and cuDNN's recurrent layers in eval mode."""
 
 from __future__ import annotations
 

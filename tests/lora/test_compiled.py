@@ -19,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from lora_lightning import fused, inject, set_active
 from lora_lightning.lora.fused import compiled, kernels
+from lora_lightning.lora.fused.plan import LIMITS
 from tests.helpers.cuda import apart, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own remarks while it compiles
@@ -65,7 +66,8 @@ def _fresh():
 )
 def test_gradients_are_those_of_the_plain_formula(monkeypatch, way, frozen, low, short):
     """By each way to the gradients, of both factors and of B alone, under autocast too."""
-    monkeypatch.setitem(compiled._WHOLE, "cpu", {"thin": 0, "whole": 10**9}[way])
+    own = LIMITS["cpu", False]._replace(compiled_whole={"thin": 0, "whole": 10**9}[way])
+    monkeypatch.setitem(LIMITS, ("cpu", False), own)
     model = stack(short, freeze_a=bool(frozen))
     with fused(False):
         expected = outcome(model, model)

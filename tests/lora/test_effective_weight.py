@@ -1,4 +1,4 @@
-"""What is read as W + s·BA is not assigned as W; tools that read weights work or say what to do."""
+"""W + s·BA cannot be assigned as W; tools that read weights work or say what to do."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_misuse():
         ({}, "either rank or energy"),
         ({"rank": 1, "energy": 0.5}, "either rank or energy"),
         ({"rank": 0}, "at least 1"),
-        ({"energy": 1.5}, "part of the whole"),
+        ({"energy": 1.5}, "energy must lie in"),
     ):
         with pytest.raises(ConfigError, match=said):
             compress(model, **given)

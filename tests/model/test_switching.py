@@ -31,7 +31,7 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import AdapterError, AdapterFileError
-from lora_lightning.model import state as states
+from lora_lightning.model import lending
 from lora_lightning.model.probing import difference
 from lora_lightning.model.shrinkage import adapter_values, restore, shrink
 from tests.helpers.interrupt import ERRORS, everything, lines_of, same
@@ -388,7 +388,7 @@ def test_threads_wait_or_are_refused_at_once(tmp_path):
             lambda: combine(model, {"a": 0.5, "b": 0.5}, "c"),
         ]
         for change in changes:
-            with states._lock:
+            with lending._lock:
                 waiting = pool.submit(change)
                 with pytest.raises(Waiting):
                     waiting.result(0.02)

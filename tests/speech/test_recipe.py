@@ -101,7 +101,7 @@ def test_a_source_model_is_trained_where_none_is_given(tmp_path):
         (["data.lexicon=nowhere.txt"], "nowhere.txt"),
         (["headline=7"], r"headline must be one of enrolment=\[1, 2\], got 7"),
         (["train.lora.steps=[1]"], r"train.lora.steps must hold a number of steps for each"),
-        (["data.test=0"], "data.test must be at least 1"),
+        (["data.test=0"], "data.test must be a whole number of at least 1"),
         (["methods=[lorra]"], "did you mean 'lora'"),
         (["lora.rank=0"], "rank"),
         (["data.environments=[moon]"], "moon"),

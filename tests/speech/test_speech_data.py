@@ -255,7 +255,7 @@ def test_mistakes_in_settings(tmp_path):
     with pytest.raises(ConfigError, match="test must be a list of Utterance"):
         SpeechData(test=[tmp_path])
     for wrong in ({"max_batch": 0}, {"sample_rate": 16}, {"num_workers": -1}, {"cache_mb": -1}):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be .*(least|0 or more)"):
             SpeechData(**wrong)
     for name in ("train", "test"):
         with pytest.raises(DataError, match=rf"no recordings .* SpeechData\({name}="):

@@ -1,4 +1,4 @@
-"""What becomes of transcripts that are not in the recogniser's symbols."""
+"""Transcripts with characters that are not among the recogniser's symbols."""
 
 import sys
 from pathlib import Path

@@ -106,9 +106,9 @@ def test_pairs_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("labelled=0", "labelled must be at least 1, got 0"),
-        ("data.test=0", "data.test must be at least 1"),
-        ("train.lora.epochs=0", "train.lora.epochs must be at least 1"),
+        ("labelled=0", "labelled must be a whole number of at least 1, got 0"),
+        ("data.test=0", "data.test must be a whole number of at least 1"),
+        ("train.lora.epochs=0", "train.lora.epochs must be a whole number of at least 1"),
         ("train.full.learning_rate=-1", "learning_rate must be above 0"),
         ("train.label_free.steps=1", "a step for each of the 3 rounds"),
         ("train.label_free.keep=[0.0]", "keep must hold parts"),

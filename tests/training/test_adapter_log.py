@@ -1,4 +1,4 @@
-"""What loggers get of an adapter: hyperparameters beside the user's, few scalars, spectra."""
+"""Logging of an adapter: hyperparameters beside the user's, few scalars, spectra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `PrefixCache` stores in models of other shapes, refuses, or leaves alone."""
+"""`PrefixCache` in models of other shapes: stored, refused, or left alone."""
 
 from __future__ import annotations
 

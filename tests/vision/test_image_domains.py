@@ -213,5 +213,5 @@ def test_class_missing_from_a_split_on_disk(tmp_path):
 
 
 def test_fraction_out_of_range(tmp_path):
-    with pytest.raises(ConfigError, match="test_fraction must lie between 0 and 1, got 1"):
+    with pytest.raises(ConfigError, match=r"test_fraction must lie in \(0, 1\), got 1"):
         ImageDomains(tmp_path, test_fraction=1)

@@ -13,23 +13,18 @@ from torch import Tensor
 
 from lora_lightning.errors import DataError
 from lora_lightning.linalg.torch_settings import shuffled
+from lora_lightning.lora.values import check_count, check_number, finite
 
 Distance = Callable[[Tensor, Tensor], float]
 MOST = 2000  # items of a set for distances between all pairs; drawn at random from more
 
 
 class Moments(NamedTuple):
-    """Summary of a set of features, for distances that need no items.
+    """Summary of a set of features, for distances that need no items."""
 
-    Attributes:
-        items: N.
-        mean: (D,), float64.
-        covariance: (D, D), of the sample, float64.
-    """
-
-    items: int
-    mean: Tensor
-    covariance: Tensor
+    items: int  # N
+    mean: Tensor  # (D,), float64
+    covariance: Tensor  # (D, D), of the sample, float64
 
 
 @torch.no_grad()
@@ -60,7 +55,7 @@ def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float
 
     Raises:
         DataError: fewer than two items, shapes that do not fit, or NaN.
-        ValueError: a bandwidth that is not above 0.
+        ConfigError: a bandwidth that is not above 0.
     """
     s, t = _pair(source, target)
     both = torch.cat([s, t])
@@ -72,10 +67,9 @@ def mmd(source: Tensor, target: Tensor, bandwidth: float | None = None) -> float
             h2 = float(pairs.mean())
         if h2 == 0:
             return 0.0
-    elif bandwidth > 0:
-        h2 = bandwidth**2
     else:
-        raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
+        check_number("bandwidth", bandwidth, "(0, inf)")
+        h2 = bandwidth**2
     k = torch.exp(-squares / (2 * h2))
     n, m = len(s), len(t)
     within_s = (k[:n, :n].sum() - n) / (n * (n - 1))
@@ -155,12 +149,10 @@ def bootstrap(
 
     Raises:
         DataError: see `moments`.
-        ValueError: `repeats` or `confidence` is out of range.
+        ConfigError: `repeats` or `confidence` is out of range.
     """
-    if repeats < 2 or not 0 < confidence < 1:
-        raise ValueError(
-            f"repeats must be at least 2 and confidence in (0, 1); got {repeats}, {confidence}"
-        )
+    check_count("repeats", repeats, 2)
+    check_number("confidence", confidence, "(0, 1)")
     s, t = _pair(source, target)
     generator = torch.Generator().manual_seed(seed)
 
@@ -181,7 +173,7 @@ def _checked(features: Tensor, name: str) -> Tensor:
         raise DataError(
             f"{name} must be (items, features) with two items or more; got {tuple(features.shape)}"
         )
-    if not bool(torch.isfinite(features).all()):
+    if not finite(features):
         bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten()[:5].tolist()
         raise DataError(f"{name} holds NaN or infinity, such as in items {bad}")
     return features.detach().double()

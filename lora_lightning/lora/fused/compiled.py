@@ -17,14 +17,15 @@ Legend of shapes: N rows, I in, O out, r rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.lora.fused.convolution import How, gradients_of, run, thin
-from lora_lightning.lora.fused.plan import LowRank, lowered, switches, transformed
+from lora_lightning.lora.fused.convolution import How, layer_gradients, run
+from lora_lightning.lora.fused.plan import LowRank, limits, lowered, switches, transformed
 from lora_lightning.lora.fused.thin_matmul import exact
 
 Low = tuple[Tensor, Tensor, float]  # A, B, s
@@ -32,9 +33,6 @@ Found = tuple[Tensor | None, Tensor | None]  # the gradients of A and B
 
 # Up to this rank a GPU computes W + s·BA as an elementwise function, in one kernel with the cast.
 _ELEMENTWISE = 16
-# The gradient of the whole weight takes as long as reading x and g once where I · O is at most so
-# many times I + O: a GPU multiplies some hundreds of numbers in the time that it reads one.
-_WHOLE = {"cpu": 40, "cuda": 160}
 
 
 def applies(x: Tensor, weight: Tensor, low: LowRank) -> bool:
@@ -59,7 +57,8 @@ def _few(x: Tensor, weight: Tensor) -> bool:
     into, out = weight[0].numel(), len(weight)
     rows = x.numel() // weight.shape[1]
     # Not by comparing sizes, on which a compiled graph of any batch would be specialised.
-    return statically_known_true(rows * (into + out) < 5 * into * out)
+    many = limits(x).compiled_many
+    return statically_known_true(rows * (into + out) < many * into * out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank) -> Tensor:
@@ -130,19 +129,21 @@ class _Layer(torch.autograd.Function):
             if not ctx.keeps_used:
                 used = effective(used, A.clone(), B, ctx.scaling, g.dtype)
             if ctx.how is not None:
-                grad_x, factors = _of_convolution(g, x, used, (A, B, ctx.scaling), ctx.how, needs_x)
+                low = A, B, ctx.scaling
+                whole = partial(_projected, low=low) if _whole(A, B) else None
+                grad_x, *found = layer_gradients(g, x, used, low, ctx.how, needs_x, whole)
             else:
                 grad_x = g @ used if needs_x else None
                 x = x.clone() if ctx.recompute else x
-                factors = _of_linear(g, x, (A, B, ctx.scaling), ctx.frozen_A, needs_A or needs_B)
+                found = [*_of_linear(g, x, (A, B, ctx.scaling), ctx.frozen_A, needs_A or needs_B)]
             channel = -1 if ctx.how is None else 1
             grad_bias = g.sum([d for d in range(g.dim()) if d != channel % g.dim()])
         return (
             grad_x,
             None,
             grad_bias if needs_bias else None,
-            factors[0] if needs_A else None,
-            factors[1] if needs_B else None,
+            found[0] if needs_A else None,
+            found[1] if needs_B else None,
             None,
             None,
             None,
@@ -166,19 +167,6 @@ def _of_linear(g: Tensor, x: Tensor, low: Low, frozen_A: bool, wanted: bool) -> 
     return found
 
 
-def _of_convolution(
-    g: Tensor, x: Tensor, used: Tensor, low: Low, how: How, needs_x: bool
-) -> tuple[Tensor | None, Found]:
-    """The gradients of x, and of A and B."""
-    A, B, scaling = low
-    grad_x, grad_W = gradients_of(g, x, used, how, needs_x, _whole(A, B))
-    if grad_W is not None:
-        return grad_x, _projected(grad_W.flatten(1), low)
-    low_A = A.to(x.dtype).view(-1, *used.shape[1:])
-    grad_A, grad_B = thin(g, x, low_A, B.to(x.dtype), how)
-    return grad_x, (grad_A.to(A.dtype) * scaling, grad_B.to(B.dtype) * scaling)
-
-
 def _projected(grad_W: Tensor, low: Low) -> Found:
     A, B, scaling = low
     grad_W = grad_W.to(A.dtype) * scaling
@@ -188,4 +176,4 @@ def _projected(grad_W: Tensor, low: Low) -> Found:
 def _whole(A: Tensor, B: Tensor) -> bool:
     """Whether the gradient of the whole weight takes no longer than the thin products."""
     out, into = len(B), A.shape[1]
-    return out * into <= _WHOLE.get(A.device.type, 40) * (out + into)
+    return out * into <= limits(A).compiled_whole * (out + into)

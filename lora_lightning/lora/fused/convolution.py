@@ -12,6 +12,8 @@ Legend of shapes: N images (or signals), I and O channels, r rank, P positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +65,29 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
     return out
 
 
-def gradients_of(
+def layer_gradients(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    low: tuple[Tensor, Tensor, float],
+    how: How,
+    of_x: bool,
+    projected: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B; `projected` gives the last two from that of the whole weight.
+
+    Without it they are computed by thin convolutions.
+    """
+    A, B, scaling = low
+    grad_x, grad_W = _gradients_of(g, x, weight, how, of_x, projected is not None)
+    if projected is not None and grad_W is not None:
+        return grad_x, *projected(grad_W.flatten(1).to(A.dtype))
+    low_A = A.to(x.dtype).view(-1, *weight.shape[1:])
+    grad_A, grad_B = _thin(g, x, low_A, B.to(x.dtype), how)
+    return grad_x, grad_A.to(A.dtype) * scaling, grad_B.to(B.dtype) * scaling
+
+
+def _gradients_of(
     g: Tensor, x: Tensor, weight: Tensor, how: How, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the weight, by torch."""
@@ -75,7 +99,7 @@ def gradients_of(
 
 def _effective(weight: Tensor, low: LowRank, dtype: torch.dtype | None = None) -> Tensor:
     """W' in the weight's own memory format, without a copy of it."""
-    if weight.is_contiguous() or not _is_last(weight):
+    if weight.is_contiguous() or not weight.movedim(1, -1).is_contiguous():
         return effective_weight(weight.flatten(1), low, dtype).view_as(weight)
     start_A = low.start_A
     moved = low._replace(
@@ -84,11 +108,6 @@ def _effective(weight: Tensor, low: LowRank, dtype: torch.dtype | None = None) -
     )
     rows = effective_weight(weight.movedim(1, -1).flatten(1), moved, dtype)
     return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
-
-
-def _is_last(weight: Tensor) -> bool:
-    """Whether the channels are the last dimension in memory."""
-    return weight.movedim(1, -1).is_contiguous()
 
 
 def _moved(A: Tensor, weight: Tensor) -> Tensor:
@@ -141,13 +160,11 @@ class _Convolution(torch.autograd.Function):
         whole = whole_is_cheap(g, positions, B.shape[0], *A.shape)
         if dtype is None and needs[0]:
             used = _effective(used, low)
-        grad_x, grad_W = gradients_of(g, x, used, how, needs[0], whole)
-        if grad_W is not None:
-            grad_A, grad_B = of_whole(grad_W.flatten(1).to(A.dtype), low)
-        else:
-            low_A, low_B = A.to(x.dtype).view(-1, *used.shape[1:]), B.to(x.dtype)
-            grad_A, grad_B = thin(g, x, low_A, low_B, how)
-            grad_A, grad_B = (grad.to(A.dtype) * low.scaling for grad in (grad_A, grad_B))
+        found = layer_gradients(
+            g, x, used, (A, B, low.scaling), how, needs[0],
+            partial(of_whole, low=low) if whole else None,
+        )  # fmt: skip
+        grad_x, grad_A, grad_B = found
         return (
             None if grad_x is None else grad_x.to(of_x),
             None,
@@ -160,11 +177,11 @@ class _Convolution(torch.autograd.Function):
         )
 
 
-def thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
+def _thin(g: Tensor, x: Tensor, kernel: Tensor, B: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """The gradients of A and B without that of the whole weight, not scaled yet."""
     h_NRP, g_NOP = run(x, kernel, None, how).flatten(2), g.flatten(2)
     grad_B = torch.bmm(h_NRP, g_NOP.transpose(1, 2)).sum(0).T
     back = (B.T @ g_NOP).view(g.shape[0], -1, *g.shape[2:])
-    grad_A = gradients_of(back, x, kernel, how, False, True)[1]
+    grad_A = _gradients_of(back, x, kernel, how, False, True)[1]
     assert grad_A is not None
     return grad_A.flatten(1), grad_B

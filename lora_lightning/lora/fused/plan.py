@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.lora.fused.recompute import Build, recipe_for
-from lora_lightning.lora.fused.thin_matmul import cut, exact
+from lora_lightning.lora.fused.thin_matmul import as_rows, cut, exact
 
 
 class Limits(NamedTuple):
@@ -29,12 +29,17 @@ class Limits(NamedTuple):
         reading: A thin product of rank r takes as long as r + `reading` rows of a large one: x and
             g must be read, and kernels launched, whatever the rank.
         cheap: Multiplications of a product that takes no longer than two launches.
+        compiled_many: `many` within `torch.compile`.
+        compiled_whole: There the gradient of the whole weight is computed where I · O is at most so
+            many times I + O: a GPU multiplies hundreds of numbers in the time that it reads one.
     """
 
-    small: int
-    many: float
-    reading: float
-    cheap: float
+    small: int = 400_000
+    many: float = 5.0
+    reading: float = 12
+    cheap: float = 0
+    compiled_many: int = 5
+    compiled_whole: int = 40
 
 
 # By kind of device, and by whether products are in half precision. On a CPU (measured, rank 4 to
@@ -42,29 +47,20 @@ class Limits(NamedTuple):
 # W + s·BA and the whole weight's gradient take the fewest, and under autocast, where the frozen
 # layer casts W as well, fewer than the plain formula at any size.
 LIMITS = {
-    ("cpu", False): Limits(400_000, 5.0, 12, 0),
-    ("cpu", True): Limits(400_000, 5.0, 12, 0),
-    ("cuda", False): Limits(400_000, 0.25, 12, 1e9),
-    ("cuda", True): Limits(0, 0.25, 320, 1e10),
+    ("cpu", False): Limits(),
+    ("cuda", False): Limits(many=0.25, cheap=1e9, compiled_whole=160),
+    ("cuda", True): Limits(0, 0.25, 320, 1e10, compiled_whole=160),
 }
 
 
 def limits(x: Tensor, dtype: torch.dtype | None = None) -> Limits:
     """The limits for products of x in this dtype, its own by default."""
-    half = (dtype or x.dtype).itemsize < 4
-    return LIMITS.get((x.device.type, half)) or LIMITS["cpu", half]
+    return LIMITS.get((x.device.type, (dtype or x.dtype).itemsize < 4)) or LIMITS["cpu", False]
 
 
 @dataclass
 class Switches:
-    """The state that `fused` sets.
-
-    Attributes:
-        enabled: Use the fused functions, not the plain formula.
-        recompute: Recompute a layer's input where possible, instead of keeping it.
-        smallest: Numbers in a layer's input and output below which the plain formula is used;
-            ``None``: those of `LIMITS`.
-    """
+    """The settings of `fused`; without a `smallest`, that of `LIMITS` counts."""
 
     enabled: bool = True
     recompute: bool = True
@@ -149,27 +145,18 @@ def adds_exactly(x: Tensor, weight: Tensor) -> bool:
 
 
 class Plan(NamedTuple):
-    """How a layer computes its output for one input.
+    """How a layer computes its output for one input."""
 
-    Attributes:
-        low: The factors.
-        whole: Whether W + s·BA is computed.
-        dtype: Of the products, where the tensors have others: autocast's, or that of a base in half
-            precision, whose factors are in float32.
-        seed: Of dropout's mask.
-        build: Recomputes x from what the graph keeps; ``None``: x is kept.
-        by_rows: Whether it can do so for some rows.
-        frozen_A: A is frozen, so that h is kept instead of x.
-        channels: x is (B, I, …), in memory (B, …, I): the input of a pointwise convolution.
-    """
-
-    low: LowRank
-    whole: bool
+    low: LowRank  # the factors
+    whole: bool  # whether W + s·BA is computed
+    # Of the products, where the tensors have others: autocast's, or that of a base in half
+    # precision, whose factors are in float32
     dtype: torch.dtype | None = None
-    seed: int = 0
-    build: Build | None = None
-    by_rows: bool = False
-    frozen_A: bool = False
+    seed: int = 0  # of dropout's mask
+    build: Build | None = None  # recomputes x from what the graph keeps; ``None``: x is kept
+    by_rows: bool = False  # whether it can do so for some rows
+    frozen_A: bool = False  # A is frozen, so that h is kept instead of x
+    # x is (B, I, …), in memory (B, …, I): the input of a pointwise convolution
     channels: bool = False
 
     @classmethod
@@ -249,17 +236,3 @@ class Plan(NamedTuple):
         return lambda at: self.cast(
             build([t if shared else cut(t, at) for t, shared in parts], dtype)
         )
-
-
-def as_rows(kept: Sequence[Tensor], lead: torch.Size) -> list[tuple[Tensor, bool]] | None:
-    """The inputs of an elementwise function with output (*lead, ·), each as rows, and whether it is
-    a single row, shared by all; ``None`` where one is neither (a gate (B, 1, I))."""
-    parts = []
-    for t in kept:
-        if t.dim() and t.shape[:-1] == lead:
-            parts.append((t.reshape(-1, t.shape[-1]), False))
-        elif all(size == 1 for size in t.shape[:-1]):
-            parts.append((t.reshape(t.shape[-1:]), True))
-        else:
-            return None
-    return parts

@@ -31,17 +31,12 @@ Build = Callable[..., Tensor]
 
 
 class Recipe(NamedTuple):
-    """How to recompute a tensor.
+    """How to recompute a tensor."""
 
-    Attributes:
-        kept: Tensors that the graph keeps in any case.
-        build: Computes the tensor from these, under ``no_grad``; holds no reference to them.
-        by_rows: Whether it is elementwise or along the last dimension alone, so that some of its
-            rows can be computed from the same rows of the kept tensors.
-    """
-
-    kept: tuple[Tensor, ...]
-    build: Build
+    kept: tuple[Tensor, ...]  # tensors that the graph keeps in any case
+    build: Build  # computes the tensor from these, under ``no_grad``; holds no reference to them
+    # Whether it is elementwise or along the last dimension alone, so that some of its rows can be
+    # computed from the same rows of the kept tensors
     by_rows: bool = True
 
 

@@ -7,6 +7,7 @@ The long dimension is the last one, (r, N), which is ten times as fast as the ot
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -82,3 +83,17 @@ def along(thin_RxN: Tensor, rows_NxO: Tensor, total_RxO: Tensor | None = None) -
     thin = thin_RxN.view(len(thin_RxN), parts, -1).transpose(0, 1)
     found = torch.bmm(thin, rows_NxO.view(parts, -1, rows_NxO.shape[1])).sum(0)
     return found if total_RxO is None else total_RxO.add_(found)
+
+
+def as_rows(kept: Sequence[Tensor], lead: torch.Size) -> list[tuple[Tensor, bool]] | None:
+    """The inputs of an elementwise function with output (*lead, ·), each as rows, and whether it is
+    a single row, shared by all; ``None`` where one is neither (a gate (B, 1, I))."""
+    parts = []
+    for t in kept:
+        if t.dim() and t.shape[:-1] == lead:
+            parts.append((t.reshape(-1, t.shape[-1]), False))
+        elif all(size == 1 for size in t.shape[:-1]):
+            parts.append((t.reshape(t.shape[-1:]), True))
+        else:
+            return None
+    return parts

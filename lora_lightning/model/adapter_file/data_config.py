@@ -1,4 +1,4 @@
-"""What a file's header says of the items and classes of a network.
+"""The part of a file's header about the items and classes of a network.
 
 A network says it by an attribute ``pretrained_cfg``, a mapping: timm's own for pictures; for
 recordings ``{"labels": {"symbols": […], "blank": 0, "separator": " "}, "sample_rate": 16000}``.

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterExistsError, AdapterFileError, ConfigError
+from lora_lightning.errors import AdapterExistsError, AdapterFileError
 from lora_lightning.lora.adapted_module import adapt
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import FactorSpec
+from lora_lightning.lora.values import check_choice
 from lora_lightning.lora.xs import Basis
-from lora_lightning.model import injection, switching
+from lora_lightning.model import injection, lending, switching
 from lora_lightning.model.adapter_file.checks import checked, plain_names
 from lora_lightning.model.adapter_file.format import read
 from lora_lightning.model.adapter_file.hub import fetched
@@ -23,13 +24,13 @@ from lora_lightning.model.adapter_file.peft_format import CONFIG
 from lora_lightning.model.adapter_file.peft_load import read_peft
 from lora_lightning.model.injection_report import InjectionReport, Row
 from lora_lightning.model.owned_tensors import chosen
-from lora_lightning.model.state import ModelState, named_factors, one_at_a_time, state_of, states_in
+from lora_lightning.model.state import ModelState, named_factors, state_of, states_in
 from lora_lightning.model.undo import all_or_nothing
 from lora_lightning.model.view import View
 from lora_lightning.model.wrapped_keys import look_through
 
 
-@one_at_a_time
+@lending.one_at_a_time
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -58,8 +59,7 @@ def load_adapter(
 
     Whatever is raised, the model is as it was.
     """
-    if check not in ("weights", "structure"):
-        raise ConfigError(f"check must be 'weights' or 'structure', got {check!r}")
+    check_choice("check", check, ("weights", "structure"))
     view = View(model)
     path = fetched(path)
     header, tensors = plain_names(view, *_read(view, path))

@@ -65,7 +65,7 @@ def read_peft(view: View, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterFileError(
             f"{folder} holds a pickle, adapter_model.bin, which can run code and was not opened: "
-            "write it anew by PEFT's save_pretrained(..., safe_serialization=True)"
+            "write it again by PEFT's save_pretrained(..., safe_serialization=True)"
         )
     given = contents(folder / WEIGHTS)[1]
     tensors: dict[str, Tensor] = {}

@@ -15,15 +15,9 @@ from lora_lightning.errors import TargetError
 from lora_lightning.lora.adapted_module import raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.module_tree import find, join
+from lora_lightning.model import lending, switching
 from lora_lightning.model import state as states
-from lora_lightning.model import switching
-from lora_lightning.model.adapter_file.peft_format import (
-    CONFIG,
-    OUTPUT,
-    PREFIX,
-    WEIGHTS,
-    refusal,
-)
+from lora_lightning.model.adapter_file.peft_format import CONFIG, OUTPUT, PREFIX, WEIGHTS, refusal
 from lora_lightning.model.adapter_file.save import checked_contents
 from lora_lightning.model.view import View
 from lora_lightning.report.files import atomic_write
@@ -48,7 +42,7 @@ def save_peft(model: nn.Module, folder: Path, name: str | None = None) -> Path:
     from safetensors.torch import save
 
     view = View(model)
-    states.check_home(view, "export")
+    lending.check_home(view, "export")
     root, state, name = states.holder(view, name, "to export")
     with switching.unmerged(root):
         view = View(root)

@@ -25,8 +25,8 @@ from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.sharding import reshard, whole, writes
 from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import XSFactors
+from lora_lightning.model import lending, switching
 from lora_lightning.model import state as states
-from lora_lightning.model import switching
 from lora_lightning.model.adapter_file.data_config import data_config
 from lora_lightning.model.adapter_file.format import (
     FORMAT_VERSION,
@@ -42,7 +42,7 @@ from lora_lightning.model.state import ModelState
 from lora_lightning.model.view import View
 
 
-@states.one_at_a_time
+@lending.one_at_a_time
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write the adapter `name` (default: the active one) of `model` to a safetensors file.
 
@@ -56,7 +56,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             a tensor holds NaN or infinity, which no file keeps.
     """
     view = View(model)
-    states.check_home(view, "save_adapter")
+    lending.check_home(view, "save_adapter")
     reshard(view.modules)
     root, state, name = states.holder(view, name, "to save")
     with switching.unmerged(root):

@@ -1,4 +1,4 @@
-"""What the values of a file's header may be, checked before anything is made of them.
+"""Schemas of the values in a file's header, checked before anything is made of them.
 
 SCHEMA = Record({"rank": whole(1, 4096), "shape": Listed(whole(), most=8)})
 check(SCHEMA, header, "the header", path)
@@ -73,16 +73,11 @@ class Listed:
 
 @dataclass(frozen=True)
 class Record:
-    """Mappings with these fields.
+    """Mappings with these fields."""
 
-    Attributes:
-        required: Name → kind of the fields that there must be.
-        optional: Those that there may be.
-        others: Of all further fields; ``None``: whatever they are, nothing reads them.
-    """
-
-    required: Mapping[str, Kind]
-    optional: Mapping[str, Kind] = field(default_factory=dict)
+    required: Mapping[str, Kind]  # name → kind of the fields that there must be
+    optional: Mapping[str, Kind] = field(default_factory=dict)  # those that there may be
+    # Of all further fields; ``None``: whatever they are, nothing reads them
     others: Kind | None = None
 
     def fits(self, value: Any) -> bool:

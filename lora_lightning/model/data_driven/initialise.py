@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from operator import length_hint
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.linalg.streaming_svd import StreamingSVD
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.factors import Factors
 from lora_lightning.lora.initialisation import METHODS
 from lora_lightning.model.calling import Forward, call
 from lora_lightning.model.data_driven.activations import observed
-from lora_lightning.model.probing import (
-    evaluating,
-    loss_in_eval,
-    training_only,
-    without_cudnns_rnn,
-)
+from lora_lightning.model.probing import evaluating, loss_in_eval, training_only, without_cudnns_rnn
 from lora_lightning.model.state import holder, named_factors
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.view import View
@@ -34,20 +30,23 @@ _BEFORE = "inject with data= before fully_shard, or start in one process and loa
 SAMPLE = 2048  # rows of each layer's input for a factorisation
 
 
-class Gatherer(Protocol):
+class Gatherer(ABC):
     """Collects statistics of a weight's inputs, for its initial factors or its rank."""
 
+    @abstractmethod
     def update(self, rows: Tensor) -> None:
         """Take note of inputs (N, in)."""
 
     def settled(self) -> bool:
         """Whether more inputs would change nothing."""
+        return False
 
+    @abstractmethod
     def result(self) -> Tensor:
         """The collected statistics."""
 
 
-class Directions:
+class Directions(Gatherer):
     """The leading directions of the inputs, as many as the factors have rank."""
 
     def __init__(self, factors: Factors):
@@ -66,7 +65,7 @@ class Directions:
         return self.svd.components
 
 
-class Sample:
+class Sample(Gatherer):
     """Reservoir sample of the inputs: every row so far is in it with the same probability."""
 
     def __init__(self, factors: Factors, size: int = SAMPLE):
@@ -83,33 +82,25 @@ class Sample:
         chosen = keys.topk(min(self._size, len(keys))).indices
         self._rows, self._keys = kept[chosen.to(kept.device)].clone(), keys[chosen]
 
-    def settled(self) -> bool:
-        """Never: each row counts."""
-        return False
-
     def result(self) -> Tensor:
         """(size or less, in)."""
         assert self._rows is not None
         return self._rows
 
 
-class _Covariance:
+class _Covariance(Gatherer):
     def __init__(self, factors: Factors):
-        self._sum: Tensor | None = None
+        self._sum: Any = 0
         self._count = 0
 
     def update(self, rows: Tensor) -> None:
         rows = rows.double()
         self._count += len(rows)
-        found = rows.T @ rows
-        self._sum = found if self._sum is None else self._sum + found
-
-    def settled(self) -> bool:
-        return False
+        self._sum = self._sum + rows.T @ rows
 
     def result(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum / self._count
+        mean: Tensor = self._sum / self._count
+        return mean
 
 
 GATHERERS: dict[str, Callable[[Factors], Gatherer]] = {
@@ -158,8 +149,7 @@ def start_from_data(
         DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
     """
     model, state, name = holder(model, name, "to start")
-    if View(model).merged:
-        raise AdapterError("the model is merged; call unmerge(model) before its adapters start")
+    View(model).check_unmerged("its adapters start")
     View(model).check_whole("start_from_data", _BEFORE)
     method = METHODS[state.configs[name].init]
     if method.needs == "nothing":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora import rank_rules
 from lora_lightning.lora.adapted_module import located, raw_tensor
 from lora_lightning.lora.config import LoRAConfig
@@ -68,14 +68,15 @@ def choose_ranks(
     config = state.configs[name]
     if config.rank != "auto":
         raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
-    if View(root).merged:
-        raise AdapterError("the model is merged; call unmerge(model) before ranks are chosen")
+    View(root).check_unmerged("ranks are chosen")
     View(root).check_whole("choose_ranks", "inject with data= before fully_shard")
     factors = states.named_factors(root, name)
     spectra = _spectra(root, factors, config, shown(batches, max_batches, progress), forward)
     budget = config.parameter_budget
     if budget is not None:
-        budget -= sum(f.cost * f.spec.rank for p, f in factors.items() if p not in spectra)
+        budget -= sum(
+            f.spec.cost(*f.matrix) * f.spec.rank for p, f in factors.items() if p not in spectra
+        )
     chosen = rank_rules.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
     return set_ranks(root, state, name, chosen)
 
@@ -111,7 +112,9 @@ def _spectra(
             "no layer's inputs were seen on these batches: forward= must run the model itself"
         )
     return {
-        path: rank_rules.spectrum_of(g.result(), free[path].spec.rank, free[path].cost)
+        path: rank_rules.spectrum_of(
+            g.result(), (f := free[path]).spec.rank, f.spec.cost(*f.matrix)
+        )
         for path, g in found.items()
     }
 

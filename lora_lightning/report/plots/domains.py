@@ -51,7 +51,9 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
         axes.set_title(kind)
         axes.grid(visible=True, axis="y")
         _lines(axes, summary, places, 0.015 * columns)
-        _thin_lines(axes, summary, places, thin)
+        for method in thin:
+            y, _ = _shown([summary.cell(method, [domain]) for _, domain in places], summary)
+            axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -60,11 +62,10 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
     figure.supxlabel("severity of the shift", fontsize=9.5)
     for i in range(columns - 1, len(kinds), columns):
         _label_ends(grid.flat[i], summary.methods, 0.06 * columns)
-    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     return figure, (
         "Each panel is one kind of shift, from the source domain on the left to the most severe "
         f"on the right; {'lower' if summary.lower else 'higher'} is better. All panels share one "
-        f"scale.{spread}"
+        f"scale.{summary.bars()}"
     )
 
 
@@ -76,14 +77,6 @@ def _lines(axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], dodg
         x = np.array([place for place, _ in places]) + dodge * (i - middle)
         y, error = _shown(cells, summary)
         axes.errorbar(x, y, np.nan_to_num(error), label=method, elinewidth=1, **look(i))
-
-
-def _thin_lines(
-    axes: Axes, summary: Summary, places: Sequence[tuple[int, str]], methods: Sequence[str]
-) -> None:
-    for method in methods:
-        y, _ = _shown([summary.cell(method, [domain]) for _, domain in places], summary)
-        axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
 
 
 def _shown(cells: Sequence[Cell], summary: Summary) -> tuple[np.ndarray, np.ndarray]:
@@ -151,5 +144,4 @@ def _by_domain(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figure,
     figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
     rest = len(summary.targets) - MOST_DOMAINS
     more = f" The first {MOST_DOMAINS} target domains are shown, {rest} are not." * (rest > 0)
-    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
-    return figure, f"One line a domain; further right is better.{spread}{more}"
+    return figure, f"One line a domain; further right is better.{summary.bars()}{more}"

@@ -43,10 +43,9 @@ def rank_plot(run: Run) -> Drawing | None:
     axes.grid(visible=True, axis="y")
     axes.legend(frameon=False, loc="best", fontsize=8.5)
     better = "lower" if summary.lower else "higher"
-    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     return figure, (
         f"The numbers are ranks, the same in every layer that allows it; {better} is better. The "
-        f"star is rank=auto, where the target's data chose the rank of each layer.{spread}"
+        f"star is rank=auto, where the target's data chose the rank of each layer.{summary.bars()}"
     )
 
 

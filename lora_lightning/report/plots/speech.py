@@ -51,7 +51,7 @@ def enrolment_plot(run: Run) -> Drawing | None:
     axes.legend(frameon=False, loc="lower left")
     return figure, (
         "Mean over the targets; the band holds the middle half of targets and seeds. "
-        f"{_direction(summary)} is better."
+        f"{'Lower' if summary.lower else 'Higher'} is better."
     )
 
 
@@ -102,9 +102,8 @@ def target_plot(run: Run) -> Drawing | None:
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{run.metric} (%)")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.2)
-    spread = f" Bars: standard deviation over {summary.seeds} seeds." if summary.seeds > 1 else ""
     some = f" Only the {MOST_TARGETS} worst are shown." * (len(summary.targets) > MOST_TARGETS)
-    return figure, f"One line a target; further left is better.{spread}{some}"
+    return figure, f"One line a target; further left is better.{summary.bars()}{some}"
 
 
 def _mean(summary: Summary, method: str, domain: str) -> float:
@@ -171,7 +170,3 @@ def _spectrogram(t: Transcript, run: Run) -> tuple[np.ndarray, float] | None:
 def _mel(kilohertz: float) -> float:
     """A frequency on torchaudio's mel scale (O'Shaughnessy's)."""
     return 2595 * math.log10(1 + kilohertz / 0.7)
-
-
-def _direction(summary: Summary) -> str:
-    return "Lower" if summary.lower else "Higher"

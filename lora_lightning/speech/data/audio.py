@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
+from lora_lightning.errors import DataError, MissingDependencyError
+from lora_lightning.lora.values import check_number
 from lora_lightning.report.sentences import by_reason
 from lora_lightning.speech.data.compressed import COMPRESSED, Compressed
 from lora_lightning.speech.data.utterances import Utterance
@@ -68,10 +69,7 @@ def read_audio(
             infinity; names the file and the reason.
         MissingDependencyError: it is AAC or the like, and the extra ``m4a`` is not installed.
     """
-    if not RATES[0] <= sample_rate <= RATES[1]:
-        raise ConfigError(
-            f"sample_rate must lie between {RATES[0]} and {RATES[1]} Hz, got {sample_rate}"
-        )
+    check_number("sample_rate", sample_rate, f"[{RATES[0]}, {RATES[1]}]", unit="Hz")
     source = Path(path) if isinstance(path, (str, Path)) else path
     try:
         with _opened(source) as file:
@@ -87,11 +85,6 @@ def check_audio(path: Path | str, min_seconds: float = 0.1, max_seconds: float =
     """Decode a file completely and return its length.
 
     A file that is too long is refused by its header, before it is decoded.
-
-    Args:
-        path: Any audio file.
-        min_seconds: A shorter one is refused.
-        max_seconds: A longer one is refused.
 
     Returns:
         Its length in seconds.
@@ -119,12 +112,6 @@ def checked(
 ) -> tuple[list[Utterance], list[tuple[str, str]]]:
     """Decode every recording once, and leave out those that cannot be used.
 
-    Args:
-        utterances: Recordings, checked before or not.
-        min_seconds: Shorter ones are left out.
-        max_seconds: Longer ones are left out.
-        tick: Called with (done, total) after each.
-
     Returns:
         The usable ones, with their seconds; and (path, reason) of the others.
     """
@@ -142,11 +129,7 @@ def checked(
 
 
 def counted(skipped: Sequence[tuple[str, str]]) -> str:
-    """(path, reason) of what was left out, counted by reason, with an example of each.
-
-    Args:
-        skipped: As `checked` gives it.
-    """
+    """(path, reason) of what was left out, counted by reason, with an example of each."""
     example = {reason.partition(":")[0]: f"{path}: {reason}" for path, reason in reversed(skipped)}
     told = "; ".join(
         f"{n} × {reason}, such as {example[reason]}"

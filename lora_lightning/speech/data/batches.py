@@ -30,24 +30,15 @@ class DataWarning(UserWarning):
 
 @dataclass(eq=False)
 class Recordings(Dataset[tuple[AudioBatch | None, Lost]]):
-    """Batches by lists of indices; None where no recording of a batch can be read.
+    """Batches by lists of indices; None where no recording of a batch can be read."""
 
-    Args:
-        items: The recordings.
-        sample_rate: Of the waveforms, in Hz.
-        transform: Applied once, after reading.
-        augment: Applied each time.
-        training: Replace a batch of which nothing can be read by another recording.
-        cache: Of waveforms.
-        lost: Path → reason of what was reported; filled in the loader's process, not in workers.
-    """
-
-    items: Sequence[Utterance]
-    sample_rate: int
-    transform: Transform | None
-    augment: Transform | None
-    training: bool
-    cache: Cache
+    items: Sequence[Utterance]  # the recordings
+    sample_rate: int  # of the waveforms, in Hz
+    transform: Transform | None  # applied once, after reading
+    augment: Transform | None  # applied each time
+    training: bool  # replace a batch of which nothing can be read by another recording
+    cache: Cache  # of waveforms
+    # Path → reason of what was reported; filled in the loader's process, not in workers
     lost: dict[str, str]
 
     def __len__(self) -> int:

@@ -17,9 +17,6 @@ COMPRESSED = {".3gp", ".aac", ".amr", ".m4a", ".m4b", ".webm", ".wma"}
 class Compressed:
     """The sound of a file, with the attributes of a `soundfile.SoundFile` that are used.
 
-    Args:
-        path: Of the file.
-
     Raises:
         DataError: it cannot be read, or holds no sound.
         MissingDependencyError: PyAV is not installed.

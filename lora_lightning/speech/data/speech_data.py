@@ -17,6 +17,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_count, check_number
 from lora_lightning.speech.data.audio import checked, counted
 from lora_lightning.speech.data.batches import BatchLoader, Cache, Recordings, Transform, unchanged
 from lora_lightning.speech.data.buckets import BucketSampler
@@ -83,14 +84,12 @@ class SpeechData(LightningDataModule):
         given = {"train": train, "validation": validation, "test": test}
         _check_items(given)
         self.items = {name: list(items) for name, items in given.items()}
-        _check_least(
-            sample_rate=(sample_rate, 1000),
-            batch_seconds=(batch_seconds, 0.1),
-            max_batch=(max_batch, 1),
-            num_workers=(num_workers, 0),
-            cache_mb=(cache_mb, 0),
-            seed=(seed, 0),
-        )
+        check_count("sample_rate", sample_rate, 1000)
+        check_number("batch_seconds", batch_seconds, "[0.1, inf)")
+        check_count("max_batch", max_batch)
+        check_count("num_workers", num_workers, 0)
+        check_number("cache_mb", cache_mb, "[0, inf)")
+        check_count("seed", seed, 0)
         self.sample_rate, self.batch_seconds, self.max_batch = sample_rate, batch_seconds, max_batch
         self.min_seconds, self.max_seconds = min_seconds, max_seconds
         self.num_workers, self.cache_mb, self.seed = num_workers, cache_mb, seed
@@ -172,9 +171,3 @@ def _check_items(given: dict[str, Sequence[Utterance]]) -> None:
                 f"{name} must be a list of Utterance, as load_utterances gives it; in it is "
                 f"{strange[0]!r}"
             )
-
-
-def _check_least(**least: tuple[float, float]) -> None:
-    for name, (value, lowest) in least.items():
-        if not value >= lowest:
-            raise ConfigError(f"{name} must be at least {lowest:g}, got {value}")

@@ -24,22 +24,16 @@ _ASSETS = "https://download.pytorch.org/torchaudio/"
 
 @dataclass
 class AudioModel:
-    """A model with the metadata of its bundle.
+    """A model with the metadata of its bundle."""
 
-    Attributes:
-        model: In eval mode.
-        labels: Symbols of its classes, the blank first; None where it has none.
-        sample_rate: Of its input, in Hz; 0 where unknown.
-        data: What its checkpoint's header says, see
-            `lora_lightning.model.adapter_file.data_config`.
-        kind: ``"ctc"``, ``"encoder"``, ``"transducer"``, ``"synthesis"``, ``"separation"``,
-            ``"quality"``, or ``"factory"`` for a model without a bundle.
-    """
-
-    model: nn.Module
+    model: nn.Module  # in eval mode
+    # Symbols of its classes, the blank first; None where it has none
     labels: tuple[str, ...] | None
-    sample_rate: int
+    sample_rate: int  # of its input, in Hz; 0 where unknown
+    # ``"ctc"``, ``"encoder"``, ``"transducer"``, ``"synthesis"``, ``"separation"``, ``"quality"``,
+    # or ``"factory"`` for a model without a bundle
     kind: str
+    # What its checkpoint's header says, see `lora_lightning.model.adapter_file.data_config`
     data: Mapping[str, Any] = field(default_factory=dict)
 
 

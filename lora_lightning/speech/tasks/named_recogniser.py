@@ -17,22 +17,17 @@ from lora_lightning.model.adapter_file.load import load_adapter
 from lora_lightning.speech.tasks.labels import Labels
 from lora_lightning.speech.tasks.recognisers import load_recogniser
 
+SPOKEN = "spoken"  # the small recogniser in this package
+
 
 @dataclass
 class NamedRecogniser:
-    """A recogniser with its labels and sample rate.
+    """A recogniser with its labels and sample rate."""
 
-    Attributes:
-        name: As given.
-        model: From waveforms and lengths to logits and frames.
-        labels: The symbols of its classes.
-        sample_rate: Of its input, in Hz.
-    """
-
-    name: str
-    model: nn.Module
-    labels: Labels
-    sample_rate: int
+    name: str  # as given
+    model: nn.Module  # from waveforms and lengths to logits and frames
+    labels: Labels  # the symbols of its classes
+    sample_rate: int  # of its input, in Hz
 
     free = (0, 1)  # dimensions of the input of any size: recordings, and their length
 
@@ -61,6 +56,11 @@ class NamedRecogniser:
         self.labels.describe(self.model, self.sample_rate)
 
 
+def names_recogniser(name: str) -> bool:
+    """Whether `named_recogniser` is to load this, and not timm, whose names are no such."""
+    return name == SPOKEN or name.isupper() or Path(name).is_file()  # bundles are in upper case
+
+
 def named_recogniser(
     name: str, checkpoint: Path | str | None = None, adapter: Path | str | None = None
 ) -> NamedRecogniser:
@@ -86,10 +86,10 @@ def named_recogniser(
 
 
 def _base(name: str, checkpoint: Path | str | None) -> NamedRecogniser:
-    if name == "spoken" or Path(name).suffix or Path(name).exists():
+    if name == SPOKEN or Path(name).suffix or Path(name).exists():
         if checkpoint is not None:
             raise ConfigError("a checkpoint is for a torchaudio bundle; give one or the other")
-        model = load_recogniser("package" if name == "spoken" else name)
+        model = load_recogniser("package" if name == SPOKEN else name)
         return NamedRecogniser(name, model, model.labels, model.sample_rate)
     from lora_lightning.speech.tasks.audio_models import load_audio_model
 

@@ -43,10 +43,6 @@ FLOOR = 1e-6  # energy below it counts as silence; that of a full-scale signal i
 class LogMel(nn.Module):
     """Log-mel features, each band with mean 0 and variance 1 over the recording.
 
-    Args:
-        sample_rate: Of the waveforms, in Hz.
-        n_mels: Number of bands.
-
     The window is 25 ms, the hop 10 ms; there are no trainable parameters.
     """
 

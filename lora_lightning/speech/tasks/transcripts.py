@@ -28,11 +28,6 @@ def normalised(text: str, known: Container[str], changes: Counter[str] | None = 
     other characters that are none, such as hyphens and punctuation, become a space between two
     letters, so that no words are joined, and are left out elsewhere.
 
-    Args:
-        text: The text.
-        known: The symbols.
-        changes: Counts what was rewritten.
-
     Raises:
         DataError: it holds digits, and these are no symbols.
     """

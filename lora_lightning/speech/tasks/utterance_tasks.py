@@ -11,6 +11,7 @@ from torchmetrics import MeanAbsoluteError, Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.lora.values import check_choice
 from lora_lightning.registry import unknown
 from lora_lightning.speech.data.utterances import AudioBatch, Utterance
 from lora_lightning.speech.tasks.audio_task import AudioTask
@@ -180,8 +181,7 @@ class AudioRegression(_UtteranceTask):
         schedule: str = "one-cycle",
         error: str = "squared",
     ):
-        if error not in ("squared", "absolute"):
-            raise ConfigError(f"error must be 'squared' or 'absolute', got {error!r}")
+        check_choice("error", error, ("squared", "absolute"))
         metrics: dict[str, Metric] = {"mae": MeanAbsoluteError(), "correlation": PearsonCorrCoef()}
         super().__init__(model, metrics, learning_rate, weight_decay, schedule)
         self.error = error

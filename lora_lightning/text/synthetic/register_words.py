@@ -23,14 +23,7 @@ HOURS = ("at dawn", "at noon", "at dusk")
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a register, each as its forms in English.
-
-    Attributes:
-        nouns: of people and things.
-        places: nouns that something may happen in.
-        adjectives: one form each.
-        verbs: transitive.
-    """
+    """The words of a register, each as its forms in English."""
 
     nouns: tuple[str, ...]
     places: tuple[str, ...]

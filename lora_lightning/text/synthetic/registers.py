@@ -99,9 +99,6 @@ class _Phrase:
 class Grammar:
     """Sentences of one register at one severity; severity 0 is the everyday register.
 
-    Args:
-        domain: ``"everyday"`` or one of `DOMAINS`.
-
     Raises:
         ConfigError: there is no such domain.
     """

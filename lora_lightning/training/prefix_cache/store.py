@@ -1,4 +1,4 @@
-"""What a stored feature is found by, and where it is kept under a budget of bytes."""
+"""Keys of stored features, and their store under a budget of bytes."""
 
 from __future__ import annotations
 

@@ -20,20 +20,13 @@ Skipped = list[tuple[str, str]]
 
 @dataclass
 class Found:
-    """The pictures of a target.
+    """The pictures of a target."""
 
-    Attributes:
-        name: Of the target.
-        items: The pictures; a label is empty where there is none.
-        root: The folder that their names are relative to.
-        skipped: (path, reason) of each file that is left out.
-        pictures: Those in memory, once they were `read`.
-    """
-
-    name: str
-    items: list[Item]
-    root: Path
-    skipped: Skipped = field(default_factory=list)
+    name: str  # of the target
+    items: list[Item]  # the pictures; a label is empty where there is none
+    root: Path  # the folder that their names are relative to
+    skipped: Skipped = field(default_factory=list)  # (path, reason) of each file that is left out
+    # Those in memory, once they were `read`
     pictures: dict[Path, Tensor] = field(default_factory=dict)
 
     def read(self, prepared: Preparation, tick: Callable[[int, int], None]) -> None:

@@ -90,7 +90,8 @@ def scan(
 
 def pictures_below(folder: Path) -> list[Path]:
     """The pictures in a folder, flat or nested, sorted."""
-    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if not _hidden(p, folder) and p.is_file())
 
 
 def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
@@ -193,10 +194,6 @@ def _grouped(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_image(path: Path, below: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not _hidden(path, below) and path.is_file()
 
 
 def _hidden(path: Path, below: Path) -> bool:

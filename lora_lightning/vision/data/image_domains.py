@@ -16,7 +16,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import DataError
+from lora_lightning.lora.values import check_number
 from lora_lightning.vision.data.folders import (
     Item,
     common_classes,
@@ -78,8 +79,7 @@ class ImageDomains(LightningDataModule):
         tick: Callable[[int, int], None] | None = None,
     ):
         super().__init__()
-        if not 0 < test_fraction < 1:
-            raise ConfigError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
+        check_number("test_fraction", test_fraction, "(0, 1)")
         self.root, self.source = Path(root), source
         self.wanted_target, self.wanted_classes = target, classes
         self.size, self.test_fraction, self.seed = size, test_fraction, seed

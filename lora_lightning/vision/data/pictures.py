@@ -71,21 +71,13 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preparation:
-    """From a picture in a file to a network's input: the centre square, resized, cropped, scaled.
+    """From a picture in a file to a network's input: centre square, resized, cropped, scaled."""
 
-    Args:
-        size: Side of the input, in pixels.
-        mean: Mean of each colour channel, as the network expects.
-        std: Standard deviation of each colour channel, likewise.
-        interpolation: Of resizing: bicubic, bilinear …
-        crop: Part of the resized square's side that the network sees.
-    """
-
-    size: int
-    mean: Sequence[float] = HALF
-    std: Sequence[float] = HALF
-    interpolation: str = "bicubic"
-    crop: float = CROP
+    size: int  # side of the input, in pixels
+    mean: Sequence[float] = HALF  # mean of each colour channel, as the network expects
+    std: Sequence[float] = HALF  # standard deviation of each colour channel, likewise
+    interpolation: str = "bicubic"  # of resizing: bicubic, bilinear …
+    crop: float = CROP  # part of the resized square's side that the network sees
 
     @classmethod
     def of(cls, config: Mapping[str, Any], size: int | None = None) -> Preparation:

@@ -42,23 +42,16 @@ _lock = threading.Lock()  # the library has one voice and one synthesizer for th
 class Voice:
     """A speaker of eSpeak NG.
 
-    Args:
-        language: Of the pronunciation rules, such as "en-us"; another language than the text's
-            gives an accent.
-        variant: Timbre, a file name in eSpeak's voices/!v, such as "f2"; "": the default.
-        pitch: 0 to 100.
-        pitch_range: 0 (monotonous) to 100.
-        rate: Words a minute, 80 to 450.
-
     Raises:
         ConfigError: a number is out of range.
     """
 
+    # Of the pronunciation rules, such as "en-us"; another language than the text's gives an accent
     language: str
-    variant: str = ""
-    pitch: int = 50
-    pitch_range: int = 50
-    rate: int = 175
+    variant: str = ""  # Timbre, a file name in eSpeak's voices/!v, such as "f2"; "": the default
+    pitch: int = 50  # 0 to 100
+    pitch_range: int = 50  # 0 (monotonous) to 100
+    rate: int = 175  # words a minute, 80 to 450
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():

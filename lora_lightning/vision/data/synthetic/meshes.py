@@ -44,19 +44,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Front:
-    """Orientation of an object with a front; degrees, counter-clockwise as seen from above.
+    """Orientation of an object with a front; degrees, counter-clockwise as seen from above."""
 
-    Args:
-        turn: Rotation of the maker's output that makes its front face the viewer.
-        low: Least random rotation of a new instance.
-        high: Greatest.
-        either: Draw the sign of the rotation as well.
-    """
-
-    turn: float
-    low: float
-    high: float
-    either: bool = False
+    turn: float  # rotation of the maker's output that makes its front face the viewer
+    low: float  # least random rotation of a new instance
+    high: float  # greatest
+    either: bool = False  # draw the sign of the rotation as well
 
     def random(self, rng: Rng) -> float:
         """Draw the rotation of a new instance."""

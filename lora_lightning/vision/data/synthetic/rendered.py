@@ -116,8 +116,7 @@ def _settings(
     if not domains:
         raise ConfigError("domains is empty: name at least one, such as 'source'")
     check_count("size", size, 16, unit="pixels")
-    if seed < 0:
-        raise ConfigError(f"seed must not be negative, got {seed}")
+    check_count("seed", seed, 0)
     for domain, counts in domains.items():
         if domain not in worlds:
             near = difflib.get_close_matches(domain, worlds, 1)
@@ -126,8 +125,7 @@ def _settings(
         for split, count in counts.items():
             if split not in SPLITS:
                 raise ConfigError(f"unknown split {split!r} of {domain!r}: use 'train' or 'test'")
-            if count < 1:
-                raise ConfigError(f"{domain}/{split} needs at least 1 picture a class, got {count}")
+            check_count(f"{domain}/{split}", count, unit="picture a class")
     used = {name: asdict(worlds[name]) for name in domains}
     facing = any(worlds[name].facing for name in domains)
     classes = sorted(FRONTS) if facing else list(CLASSES)

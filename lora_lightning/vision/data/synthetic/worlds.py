@@ -27,31 +27,22 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """The setting that images are rendered in; angles in degrees.
+    """The setting that images are rendered in; angles in degrees."""
 
-    Args:
-        lighting: The light, and the sensor.
-        azimuth: Range of the object's turn, counter-clockwise as seen from above; 0 shows its
-            front, 180 its rear.
-        elevation: Range of the viewer's height; 90 looks straight down.
-        both_sides: Change the azimuth's sign in half of the images.
-        backgrounds: Kinds of patterns behind the object.
-        contrast: Range of the factor between their two colours.
-        fog: The object keeps exp(-fog) of its contrast, points farther away less.
-        cover: Part of the image that is occluded.
-        facing: At azimuth 0 the front faces the viewer, so that the azimuth can be read off the
-            image, within (-180, 180]; the classes of `meshes.FRONTS` only. By default each object
-            is first rotated at random.
-    """
-
-    lighting: Lighting = field(default_factory=Lighting)
+    lighting: Lighting = field(default_factory=Lighting)  # the light, and the sensor
+    # Range of the object's turn, counter-clockwise as seen from above; 0 shows its front, 180 its
+    # rear
     azimuth: tuple[float, float] = (-35, 35)
+    # Range of the viewer's height; 90 looks straight down
     elevation: tuple[float, float] = (10, 35)
-    both_sides: bool = False
-    backgrounds: tuple[str, ...] = KINDS
-    contrast: tuple[float, float] = (0.6, 1.3)
-    fog: float = 0.0
-    cover: float = 0.0
+    both_sides: bool = False  # change the azimuth's sign in half of the images
+    backgrounds: tuple[str, ...] = KINDS  # kinds of patterns behind the object
+    contrast: tuple[float, float] = (0.6, 1.3)  # range of the factor between their two colours
+    fog: float = 0.0  # the object keeps exp(-fog) of its contrast, points farther away less
+    cover: float = 0.0  # part of the image that is occluded
+    # At azimuth 0 the front faces the viewer, so that the azimuth can be read off the image, within
+    # (-180, 180]; the classes of `meshes.FRONTS` only. By default each object is first rotated at
+    # random.
     facing: bool = False
 
     def picture(self, renderer: Renderer, class_name: str, scene: Rng, here: Rng) -> Picture:
