@@ -16,6 +16,7 @@ from torch import nn
 from lora_lightning import inject, remove, verify
 from lora_lightning.errors import ConfigError
 from lora_lightning.model.probing import difference
+from tests.helpers.audio_zoo import build
 from tests.helpers.training import randomise, tiny_vit
 from tests.helpers.zoo import ZOO
 from tests.model.test_every_timm import wake
@@ -61,20 +62,10 @@ def test_weights_read_by_functional_calls(name, options):
     check(small(name, **options), image(options["img_size"]), target_modules="qkv")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_wavlm_self_attention():
-    model = torchaudio.models.wavlm_model(
-        extractor_mode="group_norm", extractor_conv_layer_config=[(16, 10, 5), (16, 8, 4)],
-        extractor_conv_bias=False, encoder_embed_dim=16, encoder_projection_dropout=0.0,
-        encoder_pos_conv_kernel=4, encoder_pos_conv_groups=2, encoder_num_layers=2,
-        encoder_num_heads=2, encoder_num_buckets=8, encoder_max_distance=16,
-        encoder_attention_dropout=0.0, encoder_ff_interm_features=32,
-        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False,
-        encoder_layer_drop=0.0, aux_num_out=None,
-    )  # fmt: skip
+    model, batch = build("WavLM")
     wake(model)
-    targets = ["*attention.attention", "out_proj", "re:.*dense"]
-    check(model, torch.randn(2, 800), target_modules=targets)
+    check(model, batch, target_modules=["*attention.attention", "out_proj", "re:.*dense"])
 
 
 def test_conformer_attention_projections():
@@ -174,14 +165,5 @@ def test_what_works_elsewhere_works_here(name, targets):
     check(small(name, **options), image(options.get("img_size", 64)), target_modules=targets)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_wav2vec2_linear_layers():
-    model = torchaudio.models.wav2vec2_model(
-        extractor_mode="group_norm", extractor_conv_layer_config=[(16, 10, 5), (16, 8, 4)],
-        extractor_conv_bias=False, encoder_embed_dim=16, encoder_projection_dropout=0.0,
-        encoder_pos_conv_kernel=4, encoder_pos_conv_groups=2, encoder_num_layers=2,
-        encoder_num_heads=2, encoder_attention_dropout=0.0, encoder_ff_interm_features=32,
-        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False,
-        encoder_layer_drop=0.0, aux_num_out=8,
-    )  # fmt: skip
-    check(model, torch.randn(2, 800), target_modules=[nn.Linear, "*pos_conv_embed.conv"])
+    check(*build("Wav2Vec2"), target_modules=[nn.Linear, "*pos_conv_embed.conv"])

@@ -12,22 +12,13 @@ from lora_lightning.model import probing
 
 _WAV2VEC2 = {
     "extractor_mode": "group_norm",
-    "extractor_conv_layer_config": [(8, 10, 5), (8, 4, 4), (8, 4, 4)],
-    "extractor_conv_bias": False,
-    "encoder_embed_dim": 16,
-    "encoder_projection_dropout": 0.1,
-    "encoder_pos_conv_kernel": 4,
-    "encoder_pos_conv_groups": 2,
-    "encoder_num_layers": 2,
-    "encoder_num_heads": 2,
-    "encoder_attention_dropout": 0.1,
-    "encoder_ff_interm_features": 24,
-    "encoder_ff_interm_dropout": 0.1,
-    "encoder_dropout": 0.1,
-    "encoder_layer_norm_first": False,
-    "encoder_layer_drop": 0.1,
-    "aux_num_out": 7,
-}
+    "extractor_conv_layer_config": [(8, 10, 5), (8, 4, 4), (8, 4, 4)], "extractor_conv_bias": False,
+    "encoder_embed_dim": 16, "encoder_projection_dropout": 0.1, "encoder_pos_conv_kernel": 4,
+    "encoder_pos_conv_groups": 2, "encoder_num_layers": 2, "encoder_num_heads": 2,
+    "encoder_attention_dropout": 0.1, "encoder_ff_interm_features": 24,
+    "encoder_ff_interm_dropout": 0.1, "encoder_dropout": 0.1, "encoder_layer_norm_first": False,
+    "encoder_layer_drop": 0.1, "aux_num_out": 7,
+}  # fmt: skip
 _LARGE = {
     "extractor_mode": "layer_norm",
     "extractor_conv_bias": True,
@@ -41,28 +32,15 @@ _HUBERT = {
     "skip_nomask": False, "num_classes": 5, "final_dim": 6, "feature_grad_mult": None,
 }  # fmt: skip
 RNNT = {
-    "input_dim": 8,
-    "encoding_dim": 12,
-    "num_symbols": 9,
-    "segment_length": 8,
-    "right_context_length": 4,
-    "time_reduction_input_dim": 4,
-    "time_reduction_stride": 2,
-    "transformer_num_heads": 2,
-    "transformer_ffn_dim": 16,
-    "transformer_num_layers": 2,
-    "transformer_dropout": 0.1,
-    "transformer_activation": "gelu",
-    "transformer_left_context_length": 6,
-    "transformer_max_memory_size": 0,
-    "transformer_weight_init_scale_strategy": "depthwise",
-    "transformer_tanh_on_mem": True,
-    "symbol_embedding_dim": 10,
-    "num_lstm_layers": 2,
-    "lstm_layer_norm": True,
-    "lstm_layer_norm_epsilon": 1e-3,
-    "lstm_dropout": 0.1,
-}
+    "input_dim": 8, "encoding_dim": 12, "num_symbols": 9, "segment_length": 8,
+    "right_context_length": 4, "time_reduction_input_dim": 4, "time_reduction_stride": 2,
+    "transformer_num_heads": 2, "transformer_ffn_dim": 16, "transformer_num_layers": 2,
+    "transformer_dropout": 0.1, "transformer_activation": "gelu",
+    "transformer_left_context_length": 6, "transformer_max_memory_size": 0,
+    "transformer_weight_init_scale_strategy": "depthwise", "transformer_tanh_on_mem": True,
+    "symbol_embedding_dim": 10, "num_lstm_layers": 2, "lstm_layer_norm": True,
+    "lstm_layer_norm_epsilon": 1e-3, "lstm_dropout": 0.1,
+}  # fmt: skip
 
 
 def noise(*shape: int) -> torch.Tensor:

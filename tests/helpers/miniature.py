@@ -4,38 +4,18 @@ import numpy as np
 from PIL import Image
 
 TINY = [
-    "model.name=test_efficientnet",
-    "model.imagenet=none",
-    "data.size=32",
-    "data.batch_size=8",
-    "train.source.epochs=1",
-    "train.source.least_steps=0",
-    "train.lora.epochs=1",
-    "train.full.epochs=1",
-    "train.label_free.epochs=1",
-    "train.label_free.least_steps=0",
-    "lora.rank=1",
-    "accelerator=cpu",
-]
+    "model.name=test_efficientnet", "model.imagenet=none", "data.size=32", "data.batch_size=8",
+    "train.source.epochs=1", "train.source.least_steps=0", "train.lora.epochs=1",
+    "train.full.epochs=1", "train.label_free.epochs=1", "train.label_free.least_steps=0",
+    "lora.rank=1", "accelerator=cpu",
+]  # fmt: skip
 
 TINY_TRANSLATION = [
-    "data.registers.source_train=40",
-    "data.registers.target_train=6",
-    "data.test=3",
-    "labelled=2",
-    "unlabelled=4",
-    "model.merges=100",
-    "model.dim=8",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.ffn_dim=8",
-    "train.source.epochs=1",
-    "train.lora.epochs=1",
-    "train.full.epochs=1",
-    "train.label_free.steps=3",
-    "lora.rank=1",
-    "accelerator=cpu",
-]
+    "data.registers.source_train=40", "data.registers.target_train=6", "data.test=3", "labelled=2",
+    "unlabelled=4", "model.merges=100", "model.dim=8", "model.num_layers=1", "model.num_heads=2",
+    "model.ffn_dim=8", "train.source.epochs=1", "train.lora.epochs=1", "train.full.epochs=1",
+    "train.label_free.steps=3", "lora.rank=1", "accelerator=cpu",
+]  # fmt: skip
 
 
 def photos(root, domains=("day", "night"), classes=("cat", "dog"), count=6, split=""):

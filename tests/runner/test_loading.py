@@ -33,8 +33,6 @@ from tests.helpers.miniature import TINY, TINY_TRANSLATION, photos
 
 FEW_METHODS = "methods=[source_only,label_free,lora]"
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*/recipe.yaml"))
-# One of each kind; tests/speech and tests/text run the others with all their methods.
-RENDERED = [p for p in RECIPES if p.parent.name in ("acoustics", "environment", "pose")]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +54,6 @@ def rendered(tmp_path_factory):
 # ---- every recipe -----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("path", RENDERED, ids=lambda p: p.parent.name)
-def test_recipe_runs_on_what_it_renders(path, tmp_path, monkeypatch, rendered):
-    runs_in_miniature(path, tmp_path, monkeypatch, rendered, FEW_METHODS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
 def test_recipe_runs_in_miniature(path, tmp_path, monkeypatch, rendered):
@@ -81,27 +73,28 @@ def runs_in_miniature(path, tmp_path, monkeypatch, cache, *overrides):
     assert len({r["method"] for r in rows}) == len(result.config["methods"]) + with_lexicon
 
 
+# One of each kind; tests/speech and tests/text run the others with all their methods.
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "init"),
     [
+        ("pose", "zero"),
         ("environment", "corda"),
         ("acoustics", "lora-ga"),
         pytest.param("environment", "lora-ga", marks=pytest.mark.slow),
         pytest.param("acoustics", "corda", marks=pytest.mark.slow),
     ],
 )
-def test_factors_start_from_a_recipes_data(name, init, tmp_path, monkeypatch, rendered):
-    pytest.importorskip("panda3d")
-    monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(rendered))
+def test_recipe_runs_on_what_it_renders(name, init, tmp_path, monkeypatch, rendered):
+    """And factors start from its data."""
     [path] = [p for p in RECIPES if p.parent.name == name]
-    small, _ = miniature(load_recipe(path))
-    run_recipe(path, [*small, FEW_METHODS, f"lora.init={init}"], tmp_path / "out")
+    runs_in_miniature(path, tmp_path, monkeypatch, rendered, FEW_METHODS, f"lora.init={init}")
     files = list((tmp_path / "out").rglob("*.safetensors"))
     kept = [f for f in files if any(k.endswith("start_B") for k in load_file(f))]
     # Without labels the guard may have kept the source model: then there is no file.
-    assert 1 <= len(kept) <= 2
-    assert any(v.any() for f in kept for k, v in load_file(f).items() if k.endswith("start_B"))
+    assert init == "zero" or 1 <= len(kept) <= 2
+    starts = [v for f in kept for k, v in load_file(f).items() if k.endswith("start_B")]
+    assert any(v.any() for v in starts) == (init != "zero")
 
 
 def miniature(config):
