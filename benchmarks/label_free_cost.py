@@ -3,9 +3,10 @@
     python benchmarks/label_free_cost.py
 
 Each network adapts five times to the same random pictures, four epochs of batches of 32, with the
-guard's checks after each epoch; the first time is left out. Memory is kept as the command
-``lora-lightning`` keeps it; ``--returned`` as a program of one's own does. The teacher is the
-moving average of what is trained; its bytes stand beside those of the model.
+guard's checks after each epoch; the first time is left out. Weights lie with channels last, and
+freed memory is kept, as ``lora-lightning adapt-images`` has them; ``--plain``: as a program of
+one's own. The teacher is the moving average of what is trained; its bytes stand beside those of the
+model.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ def seconds(
     epochs: int,
     folder: str,
     batch_size: int = 32,
+    memory_format: torch.memory_format = torch.contiguous_format,
     **trainer_options: Any,
 ) -> float:
     """Seconds of one adaptation."""
     seed_everything(0, verbose=False)
-    model = timm.create_model(name, num_classes=10).eval()
+    model = timm.create_model(name, num_classes=10).eval().to(memory_format=memory_format)
     with torch.no_grad():  # a trained model has no norms at their zero start, which block gradients
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -73,18 +75,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
-    parser.add_argument("--returned", action="store_true", help="freed memory to the system")
+    parser.add_argument("--plain", action="store_true", help="without those two")
     given = parser.parse_args()
-    if not given.returned:
+    if not given.plain:
         keep_freed_memory()
     torch.set_num_threads(given.threads)
     pictures = torch.randn(550, 3, 64, 64)
+    layout = torch.contiguous_format if given.plain else torch.channels_last
     print(f"550 pictures of 64 x 64, {given.epochs} epochs, {given.threads} threads of "
           f"{os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
     with TemporaryDirectory() as folder:
         for name in given.networks:
             times = [
-                seconds(name, pictures, given.epochs, folder) for _ in range(given.repeats + 1)
+                seconds(name, pictures, given.epochs, folder, memory_format=layout)
+                for _ in range(given.repeats + 1)
             ][1:]
             print(f"{name}: median {median(times):.1f} s, {min(times):.1f} to {max(times):.1f}")
     for name in TEACHERS:

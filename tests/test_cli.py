@@ -37,9 +37,13 @@ def test_run_prints_the_table_and_where_the_results_are(tmp_path, capsys, monkey
     root = photos(tmp_path / "photos")
     own = [f"data.root={root}", "data.source=day", f"out={tmp_path / 'out'}"]
     own += ["methods=[source_only,nearest_centroid,label_free,lora]"]
-    assert main(["run", "lighting", *TINY, *own]) == 0
+    assert main(["run", "lighting", "--quick", *TINY, *own]) == 0
     out, err = capsys.readouterr()
     assert "LoRA" in out
+    assert "(quick)" in out
+    page = (tmp_path / "out/report.html").read_text()
+    assert "its figures are rougher" in page
+    assert "run lighting --quick model.name" in page
     assert "report.html" in out
     assert (tmp_path / "out/results.json").is_file()
     assert "training the source model" in err

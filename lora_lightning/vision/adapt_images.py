@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from lightning.pytorch import seed_everything
 
 from lora_lightning.adaptation.shift.measure import shift
@@ -52,6 +53,8 @@ def adapt_images(
         tell: Writes the report of a target: its pictures, the result, how far it is, the file.
         overwrite: Adapt again where a file exists, see `each_target`.
     """
+    # As `Classifier` has it: on a CPU a training takes a quarter less time.
+    base.model.to(memory_format=torch.channels_last)
     for extra, what in ((settings.canary, "canary"), (settings.labels, "labels")):
         if extra is not None:
             base.check_labels(extra.items, what)

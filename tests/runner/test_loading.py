@@ -1,6 +1,7 @@
 """Recipes: each runs in miniature; errors of settings, folders and weights."""
 
 import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -128,6 +129,8 @@ def test_each_key_has_a_comment_and_a_readme_is_there(path):
 def test_every_setting_is_explained(path):
     config, said = load_recipe(path), comments(path)
     assert not [k for k in settings(config) if k not in said]
+    quick = apply_overrides(config, config.quick)
+    assert {"source_only", "lora"} < set(quick.methods) < set(config.methods)
 
 
 def test_the_recipe_compares_every_method():
@@ -297,6 +300,29 @@ def test_mistakes_in_recipe_files(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(tmp_path)
+
+
+def test_a_recipe_without_quick_settings_has_no_quick_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("kind: classification")
+    with pytest.raises(ConfigError, match="no settings for --quick"):
+        run_recipe(tmp_path, quick=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an allocator of glibc's")
+def test_freed_memory_is_used_again():
+    code = (
+        "import resource\n"
+        "from lora_lightning.runner.memory import keep_freed_memory\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "keep_freed_memory()\n"
+        "size = 1 << 26\n"
+        "b'x' * size\n"
+        "before = faults()\n"
+        "b'x' * size\n"
+        "print(faults() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of 16,384 pages
 
 
 def test_resolvers_work_where_they_are_asked_for(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_lightning.adaptation.target import Target
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.vision.data.folders import find_domains, scan
 from lora_lightning.vision.data.image_domains import ImageDomains
@@ -116,6 +117,17 @@ def test_the_seed_decides_on_order_and_augmentation(tmp_path):
         found.append(torch.cat([x for x, _ in data.train_dataloader()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_a_batch_is_its_pictures_one_by_one(tmp_path):
+    dataset = pictures(folders(tmp_path)).unlabelled(augmented=True, jitter=0.4)
+    chosen = [2, 0, 1]
+    torch.manual_seed(0)
+    found, indices = zip(*Target(dataset).__getitems__(chosen), strict=True)
+    torch.manual_seed(0)
+    alone = [dataset.transform(dataset.pictures[dataset.items[i].path]) for i in chosen]
+    assert torch.equal(torch.stack(found), torch.stack(alone))
+    assert list(indices) == chosen
 
 
 def test_loaders_keep_to_domain_and_split(tmp_path):
