@@ -101,8 +101,8 @@ class _Covariance:
     def update(self, rows: Tensor) -> None:
         rows = rows.double()
         self._count += len(rows)
-        found = rows.T @ rows
-        self._sum = found if self._sum is None else self._sum + found
+        # In place: of 18,432 inputs each copy of this sum would take 2.7 GB.
+        self._sum = rows.T @ rows if self._sum is None else self._sum.addmm_(rows.T, rows)
 
     def settled(self) -> bool:
         return False

@@ -22,6 +22,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError, DataNotFoundError
+from lora_lightning.report.files import no_file
+from lora_lightning.runner.walking import files_below
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 TEST_NAMES = ("test", "val", "validation")  # the first that exists is the held-out part
@@ -95,7 +97,7 @@ def scan(
 
 def pictures_below(folder: Path) -> list[Path]:
     """The pictures in a folder, flat or nested, sorted."""
-    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+    return [p for p in files_below(folder).files if p.suffix.lower() in SUFFIXES]
 
 
 def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
@@ -106,10 +108,8 @@ def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[
         used: The pictures that are; None: all.
     """
     known = None if used is None else set(used)
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if _hidden(path, folder) or not path.is_file():
-            continue
+    files, found = files_below(folder)
+    for path in files:
         if path.suffix.lower() not in SUFFIXES:
             ending = path.suffix.lower() or "missing"
             found.append((path, f"ending {ending}: not read as a picture"))
@@ -193,6 +193,8 @@ def read_picture(path: Path, side: int, interpolation: str = "bicubic") -> Tenso
         DataError: it cannot be read; says why.
     """
     try:
+        if what := no_file(path):
+            raise DataError(f"a {what}, no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless oddities of palettes and metadata
             with Image.open(path) as opened:
@@ -225,14 +227,6 @@ def _grouped(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_image(path: Path, below: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not _hidden(path, below) and path.is_file()
-
-
-def _hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def _names(folders: list[Path], most: int = 12) -> str:
