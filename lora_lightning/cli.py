@@ -8,16 +8,17 @@ Modules that take long to import are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.deploy import cli as deploy
 from lora_lightning.errors import ConfigError
+from lora_lightning.report import streams
 from lora_lightning.report.sentences import sentence
 from lora_lightning.report.versions import installed
 from lora_lightning.runner.memory import keep_freed_memory
@@ -48,7 +49,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C.
+    0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C; 141: whoever read
+    what is printed has closed the pipe, which ends the command.
     """
     arguments = _parser().parse_args(argv)
     arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
@@ -57,21 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # for names in other scripts
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     try:
-        return arguments.command(arguments) or 0
+        code = arguments.command(arguments) or 0
+        streams.flush()
+        return code
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
-    except BrokenPipeError:  # the reader of a pipe has closed it
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:
+        streams.discard()
+        return 141  # as a program that SIGPIPE ends
     except Exception as error:
         if (said := sentence(error)) is None:  # a fault of ours: its traceback is of use
             raise
         _complain(f"error: {said}")
+        with suppress(OSError):
+            streams.flush()
         return 2
 
 

@@ -186,10 +186,14 @@ def test_merge_with_another_base(adapter, tmp_path, capsys):
         (["run", "lighting", "accelerator=cpu", "out=OUT/file/x"], "a part of the path is a file"),
         (["run", "lighting", 'accelerator="[/]"'], "[/] cannot be used here"),
         (["copy", "lighting", "OUT/file"], "a part of the path is a file"),
+        (["run", "lighting", "accelerator=cpu", 'out="a\\0b"'], "a path holds a NUL character"),
+        (["run", "lighting", "accelerator=cpu", "data.root=OUT/loop", "out=OUT/o"], "no folder"),
+        (["run", "lighting", f"lora.alpha={5000 * '9'}"], "the value is no valid YAML"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(arguments, message, capsys, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     arguments = [a.replace("OUT", str(tmp_path)) for a in arguments]
     assert main(arguments) == 2
     err = capsys.readouterr().err
@@ -233,6 +237,22 @@ def test_whatever_a_system_refuses_is_one_sentence(error, message, capsys, monke
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_pipe_that_is_closed_ends_the_command(monkeypatch, capsys):
+    """Not as if it were done; and what is still to be printed goes nowhere."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    assert main(["list"]) == 141
+    sys.stdout.close()  # says nothing
+
+
+def test_a_full_disk_is_told_of_what_is_printed(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["list"]) == 2
+        assert "No space left on device" in capsys.readouterr().err  # and closing says nothing
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -48,11 +48,12 @@ class Part:
 class Room:
     """Reused memory in which the factors of a batch are stacked.
 
-    Allocation costs more than copying.
+    Allocation costs more than copying. Each stream of a GPU has its own: another's kernels may
+    still read what was stacked there before.
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, str], Tensor] = {}
+        self._tensors: dict[tuple[str, str, int], Tensor] = {}
 
     def stack(self, key: tuple[str, str], tensors: list[Tensor]) -> Tensor:
         """The stacked tensors, in the memory of those stacked under this key before."""
@@ -60,13 +61,19 @@ class Room:
             return tensors[0][None]
         if torch.is_grad_enabled():  # the previous batch's graph may still need its tensors
             return torch.stack(tensors)
-        first, known = tensors[0], self._tensors.get(key)
+        first, place = tensors[0], (*key, stream_of(tensors[0]))
+        known = self._tensors.get(place)
         shape = (len(tensors), *first.shape)
         same = known is not None and known.shape == shape and known.dtype == first.dtype
         if known is None or not same or known.device != first.device:
-            known = self._tensors[key] = first.new_empty(shape)
+            known = self._tensors[place] = first.new_empty(shape)
         with torch.no_grad():
             return torch.stack(tensors, out=known)
+
+
+def stream_of(tensor: Tensor) -> int:
+    """Which queue of its device runs what comes next; 0 on a CPU, which has one."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 @dataclass

@@ -157,4 +157,3 @@ def _base(arguments: argparse.Namespace, folder: AdapterFolder) -> tuple[Any, An
         except ConfigError as error:
             raise ConfigError(f"{file.path}: {error}") from error
     return loaded, base.intake(arguments.max_seconds)
-

@@ -158,11 +158,15 @@ def _located(module: nn.Module, key: str) -> Any:
         ) from error
 
 
-def overflows(module: nn.Module) -> bool:
-    """Whether merging has put NaN or infinity where the raw weights hold none."""
-    merged: Merged = module.__dict__[_ATTRIBUTE]
-    bad = [key for key, (_, total) in merged.sums.items() if not math.isfinite(total)]
-    return any(math.isfinite(_sum(merged.raw[key])) for key in bad)
+def overflowing(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of merged layers that hold NaN or infinity where the raw weights hold none."""
+    kept = {path: layer.__dict__[_ATTRIBUTE] for path, layer in layers.items()}
+    keys = [(path, key) for path, merged in kept.items() for key in merged.sums]
+    sums = [kept[path].sums[key][1] for path, key in keys]
+    # One wait for the device, not one a layer.
+    finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().tolist() if sums else []
+    bad = [place for place, right in zip(keys, finite, strict=True) if not right]
+    return list(dict.fromkeys(p for p, k in bad if math.isfinite(_sum(kept[p].raw[k]))))
 
 
 def is_merged(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from lora_lightning.errors import ConfigError
 if TYPE_CHECKING:  # the command line checks numbers before it imports torch
     from torch import Tensor
 
+SEEDS = "[0, 4294967295]"  # what Lightning's seed_everything takes
 LONGEST_NAME = 150  # of an adapter: file names hold 255 bytes, and a step is added
 LONGEST_TEXT = 1000  # in a header; a longer pattern can be split into several
 # What Windows takes for a device, whatever the ending.

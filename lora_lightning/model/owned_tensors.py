@@ -9,16 +9,17 @@ source model back exactly.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.lora.sharding import assign, is_sharded
-from lora_lightning.model.state import Kind, ModelState, kind_of
+from lora_lightning.model.fingerprint import fingerprint, statistics
+from lora_lightning.model.state import Kind, ModelState, kind_of, state_of
 from lora_lightning.model.targets import trainable_names
-from lora_lightning.model.view import View
+from lora_lightning.model.view import Marks, View
 
 
 def extras(view: View, state: ModelState, name: str) -> list[str]:
@@ -173,3 +174,18 @@ def source_values(view: View, state: ModelState) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             _hold(live[name], value)
+
+
+def source_marks(view: View, extras: Iterable[str], moved: Iterable[str]) -> Marks:
+    """`fingerprint` and `statistics` of the source, once for each view.
+
+    Args:
+        view: Of the base, with adapters or without.
+        extras: Tensors that an adapter trains in full.
+        moved: Buffers that its file holds.
+    """
+    key, state = (tuple(extras), tuple(moved)), state_of(view.model)
+    if key not in view.marks:
+        with source_values(view, state) if state else nullcontext():
+            view.marks[key] = fingerprint(view, key[0]), statistics(view, key[1])
+    return view.marks[key]

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning.errors import AdapterError, AdapterNotFoundError
 from lora_lightning.lora.adapted_module import release
-from lora_lightning.lora.merging import check_unchanged, merge_layer, overflows, unmerge_layer
+from lora_lightning.lora.merging import check_unchanged, merge_layer, overflowing, unmerge_layer
 from lora_lightning.lora.sharding import reshard
 from lora_lightning.model import lending, state_dict
 from lora_lightning.model import state as states
@@ -139,10 +139,10 @@ def merge(model: nn.Module) -> None:
     view.check_whole("merge")
     view.check_floating()
     with all_or_nothing(view):
-        adapted = view.adapted.items()
-        for _, layer in adapted:
+        adapted = view.adapted
+        for layer in adapted.values():
             merge_layer(layer)
-        if bad := [path for path, layer in adapted if overflows(layer)]:
+        if bad := overflowing(adapted):
             raise AdapterError(
                 f"the merged weights of {len(bad)} layers ({bad[0]} …) would hold NaN or infinity: "
                 "the adapter's factors do, as after a training that diverged, or W + s·BA is "

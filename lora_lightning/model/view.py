@@ -14,6 +14,8 @@ from lora_lightning.lora.module_tree import Children, Modules, unwrapped, walk
 from lora_lightning.lora.precision import is_quantised
 from lora_lightning.lora.sharding import ELSEWHERE, check_whole
 
+Marks = tuple[dict[str, str], dict[str, str]]
+
 
 class View:
     """The modules and tensors of a model, collected once, as traversal dominates a switch's cost.
@@ -65,6 +67,11 @@ class View:
     def structure(self) -> int:
         """A hash of the parameters' names and identities."""
         return hash(tuple((n, id(p)) for n, p in self.parameters.items()))
+
+    @cached_property
+    def marks(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Marks]:
+        """Hashes of the source, see `source_marks`, for whoever compares it with many files."""
+        return {}
 
     def check_whole(self, what: str, instead: str = ELSEWHERE) -> None:
         """Raise `AdapterError` where weights are sharded, see `lora_lightning.lora.sharding`."""

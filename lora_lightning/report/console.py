@@ -6,6 +6,8 @@ a picture; a terminal obeys the escape sequences in it.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +33,10 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, where rich would end the program with another's exit code."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(self, renderable: Any, *options: Any, **named: Any) -> Iterable[Segment]:
         """As rich does, with control characters written out; its own stay."""

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,18 +18,23 @@ except ImportError:  # Windows: nothing is removed there
     fcntl = None  # type: ignore[assignment]
 
 
-def atomic_write(path: Path, content: bytes) -> Path:
+def atomic_write(path: Path, content: bytes | str) -> Path:
     """Write a temporary file beside `path` and rename it to `path` in one step.
 
     Folders are made; a write that fails, or is killed, leaves the old file. The temporary files of
-    killed writes of `path` are removed.
+    killed writes of `path` are removed. Text is written as UTF-8; of names of files, bytes that are
+    none are written out.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        if path.exists() and (what := no_file(path)) not in ("", "folder"):
+            # What is renamed to it would take its place, a root's /dev/null included.
+            raise FileExistsError(errno.EEXIST, f"there is a {what} of this name")
+        _write(path, data)
     except OSError as error:
         if error.errno is not None:  # that of the temporary file would tell nobody anything
             error.filename, error.filename2 = os.fspath(path), None
@@ -47,9 +53,21 @@ def write_plot(out: Path, name: str, svg: bytes | None) -> None:
     path.unlink(missing_ok=True) if svg is None else atomic_write(path, svg)
 
 
+def no_file(path: Path) -> str:
+    """What is there in place of a regular file, which alone can be read to an end; "" where it is.
+
+    Raises:
+        OSError: there is nothing.
+    """
+    mode = path.stat().st_mode
+    kinds = {"": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO}
+    kinds["socket"] = stat.S_ISSOCK
+    return next((name for name, is_kind in kinds.items() if is_kind(mode)), "device")
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError where this folder cannot be made, or nothing be written into it."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
     if not os.access(there, os.W_OK):

@@ -46,6 +46,8 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _of_system(error)
     first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, ValueError) and first.startswith("embedded null"):
+        return "a path holds a NUL character, which no name of a file can: give another"
     if isinstance(error, RuntimeError) and "allocate memory" in first:  # torch, on the CPU
         return _MEMORY
     names = [kind.__name__.removeprefix("_") for kind in type(error).__mro__]

@@ -190,10 +190,10 @@ def write_report(run: Run, out: Path) -> None:
     from lora_lightning.report import html, plots
 
     results = [asdict(row) for row in run.rows]
-    atomic_write(out / "results.json", _json(results).encode())
+    atomic_write(out / "results.json", _json(results))
     atomic_write(out / "results.csv", _csv(Row, results))
     if run.shifts:
-        atomic_write(out / "shift.json", (json.dumps(run.shifts, indent=1) + "\n").encode())
+        atomic_write(out / "shift.json", json.dumps(run.shifts, indent=1) + "\n")
     if run.transcripts:
         atomic_write(out / f"{run.texts}.csv", _csv(Transcript, _counted(run.transcripts), COUNTS))
     if run.predictions or not run.transcripts:
@@ -203,7 +203,7 @@ def write_report(run: Run, out: Path) -> None:
     files = dict.fromkeys(plots.PLOTS) | {plot.name: plot.svg for plot in drawn}
     for name, svg in files.items():
         write_plot(out, name, svg)
-    atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)).encode())
+    atomic_write(out / "report.html", html.page(run, drawn, run.verdict or verdict(run)))
 
 
 def _counted(transcripts: Iterable[Transcript]) -> Iterator[dict[str, Any]]:
@@ -224,10 +224,10 @@ def _json(rows: list[dict[str, Any]]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -> bytes:
+def _csv(kind: type, rows: Iterable[dict[str, Any]], more: Sequence[str] = ()) -> str:
     text = io.StringIO()
     names = [*(f.name for f in fields(kind)), *more]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
-    return text.getvalue().encode()
+    return text.getvalue()

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.values import check_count
+from lora_lightning.lora.values import SEEDS, check_count, check_number
 from lora_lightning.registry import unknown
 from lora_lightning.runner.sweep import rank_of
 
@@ -21,6 +21,7 @@ def check_plan(methods: Sequence[str], seeds: Sequence[int], known: Collection[s
         raise ConfigError("seeds and methods must not be empty")
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be different and 0 or more, got {list(seeds)}")
+    check_number("seeds", max(seeds), SEEDS)
 
 
 def at_least(config: Any, least: int, keys: Iterable[str]) -> None:

@@ -145,7 +145,7 @@ def _one(cell: Cell, config: DictConfig, command: str, titled: bool, sources: An
         cell.reason = failure(error)
         return
     held = {"config": plain, "lines": [asdict(line) for line in cell.lines]}
-    atomic_write(path, json.dumps(held, indent=1).encode())
+    atomic_write(path, json.dumps(held, indent=1))
 
 
 def _there(path: Path, config: dict[str, Any]) -> list[Line] | None:

@@ -177,7 +177,7 @@ class Sweep:
                 found = [line.measured.get(name, "") for name in names]
                 row = [*cell.values.values(), line.method, *found, line.parameters or "", *place]
                 writer.writerow(map(csv_cell, row))
-        atomic_write(out / "sweep.csv", text.getvalue().encode())
+        atomic_write(out / "sweep.csv", text.getvalue())
 
     def draw(self, out: Path) -> None:
         """Draw plots/sweep.svg, where there are one or two keys."""

@@ -115,7 +115,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         try:
             return OmegaConf.from_dotlist([override])
         except Exception as error:  # PyYAML's, for a value such as "[1,"
-            raise ConfigError(f"{override!r}: the value is no valid YAML") from error
+            raise ConfigError(f"{override!r:.200}: the value is no valid YAML") from error
 
     try:
         return _merged(config, "overrides", *map(parsed, overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,4 +140,4 @@ def own_title(config: Any) -> str:
     source = getattr(data, "source", None) if getattr(data, "root", None) else None
     shown = ", ".join(targets[:3]) + ", …" * (len(targets) > 3)
     way = [f"from {source}"] * bool(source) + [f"to {shown}"] * bool(shown)
-    return ": ".join([Path(folder).resolve().name, *[" ".join(way)] * bool(way)])
+    return ": ".join([os.path.basename(os.path.realpath(folder)), *[" ".join(way)] * bool(way)])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import DataError, DataNotFoundError
+from lora_lightning.report.files import no_file
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 Row = tuple[int, dict[str, Any]]  # number of its line, and its cells by name
@@ -19,10 +20,12 @@ def read_text(path: Path) -> str:
     """A file of UTF-8, with or without a byte order mark.
 
     Raises:
-        DataError: it is in another encoding; names the line.
+        DataError: it is in another encoding (names the line), or a folder, pipe or device.
         DataNotFoundError: there is no such file.
     """
     try:
+        if what := no_file(path):
+            raise DataError(f"{path} is a {what}; expected a file of text")
         raw = path.read_bytes()
     except OSError as error:
         raise DataNotFoundError(f"{path} cannot be read: {error.strerror}") from error
@@ -50,7 +53,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object {{…}}, got {line[:40]!r}")

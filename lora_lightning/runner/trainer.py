@@ -118,7 +118,7 @@ def make_trainer(
             default_root_dir=config.out,
             **settings,
         )
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
         raise ConfigError(
             f"accelerator={config.accelerator} cannot be used here ({error}); try cpu or auto"
         ) from error

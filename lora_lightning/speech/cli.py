@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import DataError
+from lora_lightning.lora.values import SEEDS, check_count, check_number
 from lora_lightning.runner.options import add_accelerator, add_options, add_training
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ def _adapt(arguments: argparse.Namespace) -> int:
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
     from lora_lightning.speech.tasks.transcripts import told
 
+    check_number("--seed", arguments.seed, SEEDS)
+    check_number("--held-out", arguments.held_out, "[0, 1)")
+    for name in ("steps", "batch"):
+        if (count := getattr(arguments, name)) is not None:
+            check_count(f"--{name}", count)
     settings = SpeakerSettings(
         LoRAConfig(
             rank=arguments.rank, alpha=arguments.alpha, target_modules=arguments.target_modules

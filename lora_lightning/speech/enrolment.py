@@ -135,8 +135,8 @@ def transcribed(
     module = CTCRecognition(
         base.model.eval(),
         base.labels,
-        decoder="beam" if beam_size else "greedy",
-        beam_size=beam_size or (1 if lexicon is None else 16),
+        decoder="greedy" if beam_size is None else "beam",
+        beam_size=(1 if lexicon is None else 16) if beam_size is None else beam_size,
         lexicon=lexicon,
     )
     device = next(base.model.parameters()).device

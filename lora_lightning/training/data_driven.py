@@ -58,9 +58,11 @@ def start_in_trainer(
             progress=_shows_progress(trainer),
         )
     if trainer.world_size > 1:  # each process saw a part of the data: rank 0's start for all
-        for factors in named_factors(backbone, name).values():
-            for tensor in factors.tensors().values():
-                tensor.data.copy_(trainer.strategy.broadcast(tensor.detach(), src=0))
+        own = [t for f in named_factors(backbone, name).values() for t in f.tensors().values()]
+        # By the CPU: a GPU's are unpickled on rank 0's device, on which each rank would take room.
+        given = trainer.strategy.broadcast([t.detach().cpu() for t in own], src=0)
+        for tensor, value in zip(own, given, strict=True):
+            tensor.data.copy_(value)
 
 
 def choose_in_trainer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.lora.values import check_count
+from lora_lightning.lora.values import SEEDS, check_count, check_number
 
 if TYPE_CHECKING:
     from lora_lightning.vision.image_training import ImageSettings
@@ -26,6 +26,8 @@ def _classifier(arguments: argparse.Namespace) -> NamedClassifier:
     from lora_lightning.runner.trainer import make_trainer
     from lora_lightning.vision.named_classifier import named_classifier
 
+    if arguments.size is not None:
+        check_count("--size", arguments.size)
     found = named_classifier(
         arguments.model,
         arguments.checkpoint,
@@ -51,6 +53,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         raise ConfigError(
             "give --canary or --labels: of labelled pictures to learn from, some are held out"
         )
+    check_number("--seed", arguments.seed, SEEDS)
     targets = arguments.target_modules
     settings = ImageSettings(
         LoRAConfig(rank=arguments.rank, alpha=arguments.alpha, target_modules=targets or "all"),
@@ -115,8 +118,9 @@ def classify(arguments: argparse.Namespace) -> int:
     check_count("--top", arguments.top)
     paths, skipped = single_pictures(arguments.files)
     base = _classifier(arguments)
-    answers = classified(base, paths, arguments.top, skipped)
-    (write_csv if arguments.csv else write_table)(answers, arguments.top)
+    top = min(arguments.top, len(base.classes))
+    answers = classified(base, paths, top, skipped)
+    (write_csv if arguments.csv else write_table)(answers, top)
     return _left_out(skipped)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning import AdapterBank, inject, save_adapter
+from lora_lightning.bank import mix
 from lora_lightning.errors import (
     AdapterError,
     AdapterExistsError,
@@ -17,6 +18,7 @@ from lora_lightning.errors import (
     BaseMismatchError,
     ConfigError,
 )
+from lora_lightning.model import owned_tensors
 from lora_lightning.model.probing import difference
 from tests.helpers.bank_cases import one_by_one, tiny, write
 from tests.helpers.files import rewrite
@@ -126,6 +128,27 @@ def test_errors_of_files_that_do_not_fit(tmp_path):
     rewrite(path, lambda tensors, header: tensors["0.weight.lora_B"].fill_(float("nan")))
     with pytest.raises(AdapterFileError, match="NaN"):
         AdapterBank(base, {"nan": path})["nan"].__enter__()
+
+
+def test_the_base_is_looked_at_once_for_all_files_of_a_batch(tmp_path, monkeypatch):
+    base = tiny()
+    bank, seen = AdapterBank(base, write(base, tmp_path, "abcd"), capacity=4), []
+    real = owned_tensors.statistics
+    monkeypatch.setattr(owned_tensors, "statistics", lambda *a: seen.append(a) or real(*a))
+    with bank[[*"abcd"]]:
+        assert len(seen) == 1
+
+
+def test_each_stream_of_a_device_stacks_in_memory_of_its_own(monkeypatch):
+    room, parts, now = mix.Room(), [torch.zeros(2), torch.ones(2)], 0
+    monkeypatch.setattr(mix, "stream_of", lambda tensor: now)
+    with torch.no_grad():
+        first = room.stack(("a", "lora_A"), parts)
+        now = 1
+        second = room.stack(("a", "lora_A"), parts[::-1])
+        now = 0
+        assert room.stack(("a", "lora_A"), parts) is first
+    assert second.data_ptr() != first.data_ptr()
 
 
 def test_a_file_that_cannot_be_read_leaves_no_others_behind(tmp_path):

@@ -66,9 +66,27 @@ def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"file|long") as caught:
             atomic_write(path, b"")
         assert caught.value.filename == str(path)
-    with pytest.raises(NotADirectoryError):
-        check_writable(tmp_path / "file" / "more")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "file" / "more", tmp_path / "loop" / "more"):
+        with pytest.raises(NotADirectoryError):
+            check_writable(path)
     check_writable(tmp_path / "made" / "later")
+
+
+def test_a_pipe_or_device_is_not_replaced(tmp_path: Path) -> None:
+    """A root's ``--out /dev/null`` would take it from everybody."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (link := tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(FileExistsError, match="there is a pipe of this name"):
+            atomic_write(path, b"")
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "link"}
+    assert pipe.is_fifo()
+
+
+def test_text_holds_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"n\xffght \xc3\xa9")
+    assert atomic_write(tmp_path / "a.csv", name).read_bytes() == b"n\\udcffght \xc3\xa9"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+a", "-a", "@x", "\t=1", "\r=1", " =1", "＝1"])

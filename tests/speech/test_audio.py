@@ -101,6 +101,7 @@ BAD = {
     "silent.wav": ("silent: all zero", lambda p: written(p, np.zeros(8000))),
     "faint.flac": ("silent: peak at -8[45]", lambda p: written(p, tone(level=6e-5))),
     "nan.wav": ("NaN or inf", lambda p: written(p, with_value(np.nan), subtype="FLOAT")),
+    "loud.wav": ("samples of 3e.38", lambda p: written(p, with_value(3e38), subtype="FLOAT")),
     "inf.wav": ("NaN or inf", lambda p: written(p, with_value(np.inf), subtype="FLOAT")),
     "short.wav": (r"too short: 0.090 s, below 0.1 s", lambda p: written(p, tone(0.09))),
     "long.wav": (r"too long: 61.0 s, above 60 s", lambda p: written(p, tone(61, 8000), 8000)),

@@ -177,6 +177,7 @@ WRONG = {
     "number.jsonl": ('{"path": 3}', "line 1: no file"),
     "nul.jsonl": ('{"path": "a\\u0000"}', "line 1: no file"),
     "text.jsonl": ('{"path": "a", "text": ["x"]}', "line 1: 'text' or .* must be text"),
+    "deep.jsonl": ('{"path": ' + 100_000 * "[", "line 1: not JSON"),
     "bool.jsonl": ('{"path": "a", "target": true}', "line 1: 'target' must be"),
 }
 

@@ -206,6 +206,9 @@ def test_how_far_a_folder_is(model, pictures, capsys):
         (["--classes", "classes.txt", "--canary", "odd"], "unknown class 'cow'"),
         (["--canary", "night"], "no pictures in folders of their classes"),
         (["--canary", "labelled", "--labels", "labelled"], "--canary or --labels"),
+        (["--classes", "/dev/zero"], "/dev/zero is a device"),
+        (["--size", "-1"], "--size must be a whole number of at least 1"),
+        (["--seed", "-1"], "--seed must lie in"),
         (["--epochs", "0"], "--epochs must be a whole number of at least 1"),
         (["--images", "night", "rain"], "2 folders need a file each"),
         (["--checkpoint", "classes.txt"], "is damaged"),
@@ -233,7 +236,7 @@ def test_a_checkpoint_of_ones_own_needs_no_size(pictures, capsys):
     torch.save(network.state_dict(), folder / "pytorch_model.bin")
     files = [str(pictures / f"night/{i}.tif") for i in (1, 2)]
     common = ["classify", "--model", f"local-dir:{folder}", "--accelerator", "cpu"]
-    assert main([*common, "--top", "2", *files]) == 0
+    assert main([*common, "--top", "99999999999", *files]) == 0
     shown = capsys.readouterr().out
     assert "Hund" in shown
     assert "Katze" in shown

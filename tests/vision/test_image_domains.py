@@ -1,5 +1,9 @@
 """Image folders: layouts, splits, unreadable files, and errors."""
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,8 @@ from PIL import Image
 
 from lora_lightning.adaptation.target import Target
 from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
-from lora_lightning.vision.data.folders import find_domains, scan
+from lora_lightning.speech.data.manifests import load_utterances
+from lora_lightning.vision.data.folders import find_domains, other_files, pictures_below, scan
 from lora_lightning.vision.data.image_domains import ImageDomains
 from lora_lightning.vision.data.pictures import read_picture
 from tests.helpers.miniature import photos
@@ -99,6 +104,32 @@ def test_unreadable_pictures_are_listed_and_left_out(tmp_path):
     assert len(data.items) == 20
     for batch in data.on(train=["day", "night"]).train_dataloader():
         assert batch[0].shape[1:] == (3, 28, 28)
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_told(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "all", folders(tmp_path / "elsewhere")
+    root.mkdir()
+    for name, to in (("day", elsewhere / "day"), ("loop", root), ("gone.png", tmp_path / "gone")):
+        (root / name).symlink_to(to)
+    (root / "shut").mkdir()
+    os.mkfifo(root / "pipe.png")
+    scan = os.scandir
+
+    def scandir(path):
+        if path == str(root / "shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = pictures_below(root)
+    day = sorted(p.relative_to(elsewhere) for p in (elsewhere / "day").rglob("*.png"))
+    assert [p.relative_to(root) for p in found] == [*day, Path("gone.png"), Path("pipe.png")]
+    assert other_files(root) == [(root / "shut", "Permission denied: its files are not read")]
+    for name in ("gone.png", "pipe.png"):
+        with pytest.raises(DataError, match=r"No such file|a pipe"):
+            read_picture(root / name, 8)
+    with pytest.raises(DataError, match="shut: Permission denied"):
+        load_utterances(root)
 
 
 def test_pictures_are_the_same_with_and_without_memory(tmp_path):

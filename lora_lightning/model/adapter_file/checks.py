@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from lora_lightning.lora.module_tree import find, join
 from lora_lightning.lora.spec import matrix_shape
 from lora_lightning.lora.values import not_finite
 from lora_lightning.lora.xs import Basis, basis_of
-from lora_lightning.model.fingerprint import fingerprint, statistics
-from lora_lightning.model.owned_tensors import source_values
-from lora_lightning.model.state import state_of
+from lora_lightning.model.fingerprint import fingerprint
+from lora_lightning.model.owned_tensors import source_marks
 from lora_lightning.model.view import View
 
 # Before the names in files that were written of a wrapped model, once.
@@ -77,10 +75,7 @@ def check_base(
         BaseMismatchError: the adapter of this header was made for another base.
     """
     view, made_for = View.of(model), header["base"]
-    state = state_of(view.model)
-    with source_values(view, state) if state else nullcontext():
-        own = fingerprint(view, header["extras"])
-        kept = statistics(view, header["buffers"])
+    own, kept = source_marks(view, header["extras"], header["buffers"])
     wrapped = (fingerprint(view, header["extras"], w)["structure"] for w in _WRAPPERS)
     if own["structure"] != made_for["structure"] and made_for["structure"] not in wrapped:
         raise BaseMismatchError(

@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import os
-import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError
+from lora_lightning.report.files import no_file
 
 LARGEST_HEADER = 16_000_000  # bytes; parsed, JSON takes up to thirty times its length
 # First bytes of files often renamed to .safetensors: zip (torch.save) and pickle protocols.
@@ -51,7 +51,8 @@ def contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _bytes(path: Path) -> bytearray:
     """The whole file, once its first bytes allow it."""
     try:
-        _check_regular(path, os.stat(path).st_mode)
+        if what := no_file(path):
+            raise AdapterFileError(f"{path} is a {what}; expected a .safetensors file")
         with path.open("rb") as file:
             _check_start(path, file.peek(9)[:9])
             data = bytearray(os.fstat(file.fileno()).st_size)
@@ -64,15 +65,6 @@ def _bytes(path: Path) -> bytearray:
     except (OSError, MemoryError) as error:
         why = getattr(error, "strerror", None) or "it is larger than the memory"
         raise AdapterFileError(f"{path} cannot be read: {why}") from error
-
-
-def _check_regular(path: Path, mode: int) -> None:
-    """Refuse what cannot be read to an end, or would wait for somebody to write."""
-    if stat.S_ISREG(mode):
-        return
-    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
-    what = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
-    raise AdapterFileError(f"{path} is a {what}; expected a .safetensors file")
 
 
 def _check_start(path: Path, start: bytes) -> None:

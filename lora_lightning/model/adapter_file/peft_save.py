@@ -57,7 +57,7 @@ def save_peft(model: nn.Module, folder: Path, name: str | None = None) -> Path:
     settings["modules_to_save"] = sorted(whole) or None
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
     atomic_write(folder / WEIGHTS, save(plain, metadata={"format": "pt"}))
-    atomic_write(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
+    atomic_write(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
     return folder
 
 

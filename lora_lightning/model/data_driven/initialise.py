@@ -95,8 +95,9 @@ class _Covariance(Gatherer):
 
     def update(self, rows: Tensor) -> None:
         rows = rows.double()
+        # In place: of 18,432 inputs each copy of this sum would take 2.7 GB.
+        self._sum = self._sum.addmm_(rows.T, rows) if self._count else rows.T @ rows
         self._count += len(rows)
-        self._sum = self._sum + rows.T @ rows
 
     def result(self) -> Tensor:
         mean: Tensor = self._sum / self._count

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lora_lightning.errors import DataError, MissingDependencyError
 from lora_lightning.lora.values import check_number
+from lora_lightning.report.files import no_file
 from lora_lightning.report.sentences import by_reason
 from lora_lightning.speech.data.compressed import COMPRESSED, Compressed
 from lora_lightning.speech.data.utterances import Utterance
@@ -41,6 +42,7 @@ AUDIO = {
 SILENCE_DBFS = -80.0  # a recording whose peak lies below counts as silent
 RATES = (1000, 768_000)  # Hz; what lies outside is a damaged header
 BLOCK = 2**16  # frames decoded at a time
+LOUDEST = 2.0**31  # of integers that were not scaled; what is larger overflows in a spectrum
 UNKNOWN = 2**48  # frames; more means that the length was unknown when the file was written
 CUT_SHORT = 0.95  # with less than this part of the length in the header the end is missing
 
@@ -158,8 +160,10 @@ def _opened(path: Path | BinaryIO) -> Iterator[Any]:
 def _open(path: Path | BinaryIO) -> Any:
     if not isinstance(path, Path):
         return soundfile.SoundFile(path)
-    if not path.is_file():  # libsndfile says "System error" here
-        raise DataError("a folder, not a file" if path.is_dir() else "there is no such file")
+    if not path.exists():  # libsndfile says "System error" here
+        raise DataError("there is no such file")
+    if what := no_file(path):
+        raise DataError(f"a {what}, not a file")
     if path.stat().st_size == 0:
         raise DataError("empty: 0 bytes")
     if path.suffix.lower() in COMPRESSED:
@@ -194,6 +198,8 @@ def _blocks(file: Any) -> Iterator[NDArray[np.float32]]:
             break
         if not np.isfinite(block).all():
             raise DataError(f"holds NaN or infinity within its block {count} of {BLOCK} frames")
+        if (peak := float(np.abs(block).max())) > LOUDEST:
+            raise DataError(f"holds samples of {peak:.0e}; those of a sound lie in [-1, 1]")
         total += len(block)
         yield block
     if not total:

@@ -16,6 +16,7 @@ from lora_lightning.errors import ConfigError, DataError, DataNotFoundError
 from lora_lightning.registry import Registry, unknown
 from lora_lightning.report.files import atomic_write
 from lora_lightning.runner.tables import SUFFIXES, read_text
+from lora_lightning.runner.walking import files_below
 from lora_lightning.speech.data.audio import AUDIO as AUDIO  # what a folder is searched for
 from lora_lightning.speech.data.utterances import Utterance, read_table
 
@@ -30,13 +31,16 @@ COMMON_VOICE = (
 )  # the first that exists is read
 
 
-def visible(root: Path, pattern: str = "*") -> list[Path]:
-    """Files under `root` whose names match, sorted, without hidden files and folders."""
-    return sorted(
-        path
-        for path in root.rglob(pattern)
-        if not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
-    )
+def visible(root: Path, ending: str = "") -> list[Path]:
+    """Files under `root` whose names end so, sorted, without hidden files and folders.
+
+    Raises:
+        DataError: a folder in it cannot be read.
+    """
+    files, unread = files_below(root)
+    if unread:
+        raise DataError(f"{unread[0][0]}: {unread[0][1]}; move it away, or change its permissions")
+    return [path for path in files if path.name.endswith(ending)]
 
 
 def recordings(root: Path) -> list[Path]:
@@ -51,7 +55,7 @@ def librispeech(root: Path) -> list[Utterance]:
     Panayotov et al., "Librispeech: an ASR corpus based on public domain audio books", 2015.
     """
     found = []
-    for listing in visible(root, "*.trans.txt"):
+    for listing in visible(root, ".trans.txt"):
         speaker = listing.parent.parent.name
         for number, line in enumerate(read_text(listing).split("\n"), start=1):
             name, _, text = line.strip().partition(" ")
@@ -188,7 +192,7 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> Path:
     if path.suffix.lower() != ".jsonl":
         raise ConfigError(f"a manifest is written as JSON lines: name it *.jsonl, got {path.name}")
     lines = [json.dumps(_row(item, path.parent)) + "\n" for item in utterances]
-    return atomic_write(path, "".join(lines).encode())
+    return atomic_write(path, "".join(lines))
 
 
 def _row(item: Utterance, folder: Path) -> dict[str, Any]:

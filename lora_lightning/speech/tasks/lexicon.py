@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.values import check_count, check_number
+from lora_lightning.runner.tables import read_text
 from lora_lightning.speech.data.synthetic.phrases import phrases
 from lora_lightning.speech.tasks.decoding import NEVER, Prefix, prefixes, valid_frames
 from lora_lightning.speech.tasks.labels import Labels
@@ -65,10 +66,9 @@ class Lexicon:
             DataError: it cannot be read, or is empty.
         """
         try:
-            lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [x for line in read_text(Path(path)).splitlines() if (x := line.strip())]
+        except DataError as error:
             raise DataError(f"{path} cannot be read as a lexicon: {error}") from error
-        lines = [x for x in lines if x]
         if not lines:
             raise DataError(f"{path} holds no word")
         return cls(texts=lines) if any(" " in x for x in lines) else cls(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def labelled(path: Path) -> Found:
 
 
 def _folder(path: Path) -> Found:
-    name = path.resolve().name or str(path)
+    name = os.path.basename(os.path.realpath(path)) or str(path)
     items = [Item(p, name, "", "train") for p in pictures_below(path)]
     skipped = [(p.relative_to(path).as_posix(), why) for p, why in other_files(path)]
     if not items:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_lightning.errors import DataError, DataNotFoundError
+from lora_lightning.runner.walking import files_below
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 TEST_NAMES = ("test", "val", "validation")  # the first that exists is the held-out part
@@ -90,8 +91,7 @@ def scan(
 
 def pictures_below(folder: Path) -> list[Path]:
     """The pictures in a folder, flat or nested, sorted."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    return sorted(p for p in found if not _hidden(p, folder) and p.is_file())
+    return [p for p in files_below(folder).files if p.suffix.lower() in SUFFIXES]
 
 
 def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[Path, str]]:
@@ -102,10 +102,8 @@ def other_files(folder: Path, used: Iterable[Path] | None = None) -> list[tuple[
         used: The pictures that are; None: all.
     """
     known = None if used is None else set(used)
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if _hidden(path, folder) or not path.is_file():
-            continue
+    files, found = files_below(folder)
+    for path in files:
         if path.suffix.lower() not in SUFFIXES:
             ending = path.suffix.lower() or "missing"
             found.append((path, f"ending {ending}: not read as a picture"))
@@ -194,10 +192,6 @@ def _grouped(items: Iterable[Item]) -> dict[tuple[str, str], list[Item]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def _names(folders: list[Path], most: int = 12) -> str:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lora_lightning.errors import DataError
+from lora_lightning.report.files import no_file
 from lora_lightning.vision.data.folders import Item
 
 CROP = 0.875  # part of the stored image's side that the network sees
@@ -41,6 +42,8 @@ def read_picture(
         DataError: it cannot be read; says why.
     """
     try:
+        if isinstance(path, Path) and (what := no_file(path)):
+            raise DataError(f"a {what}, no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # harmless oddities of palettes and metadata
             with Image.open(path, formats=formats) as opened:
