@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import DataError
+from lora_lightning.runner.jobs import add_options, given
 
 if TYPE_CHECKING:
     from lora_lightning.speech.data.utterances import Utterance
@@ -70,6 +71,7 @@ def add_commands(commands: Any) -> None:
     adapt.add_argument("--target-modules", default="all", help="what is adapted (all)")
     adapt.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (auto)")
     adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
+    add_options(adapt, "speakers")
     adapt.set_defaults(command=_adapt)
 
     transcribe = commands.add_parser("transcribe", help="write down what recordings say")
@@ -112,10 +114,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _adapt(arguments: argparse.Namespace) -> int:
     from lora_lightning.lora.config import LoRAConfig
-    from lora_lightning.runner.each_target import adapter_files, shown
+    from lora_lightning.runner.each_target import adapter_files, each_apart, shown
     from lora_lightning.runner.progress import Stages, interruptible
     from lora_lightning.speech.enrolment import SpeakerSettings
-    from lora_lightning.speech.speakers import adapt_speakers
+    from lora_lightning.speech.speakers import adapt_speakers, job
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
     from lora_lightning.speech.tasks.transcripts import told
 
@@ -133,6 +135,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
         _lexicon(arguments.lexicon),
         arguments.guard,
     )
+    jobs, again = given(arguments), arguments.overwrite
     with Stages() as stages, interruptible():
         speakers = _speakers(arguments.enroll, stages, arguments.numbers)
         files = adapter_files(arguments.out, speakers, "speakers")
@@ -140,15 +143,14 @@ def _adapt(arguments: argparse.Namespace) -> int:
         texts = (u.text for each in speakers.values() for u in each)
         if said := told(base.labels.changes(texts)):
             stages.console.print(said, style="yellow")
-        outcomes = adapt_speakers(
-            base,
-            speakers,
-            files,
-            settings,
-            lambda name: stages.stage(name, "steps"),
-            arguments.overwrite,
-        )
-        return shown(outcomes, stages, _COLUMNS)
+        if jobs.serial:
+            stage = lambda name: stages.stage(name, "steps")  # noqa: E731
+            outcomes = adapt_speakers(base, speakers, files, settings, stage, again)
+        else:
+            items = {name: (name, speakers[name], files[name]) for name in speakers}
+            common = base, settings
+            outcomes = each_apart(base.model, files, job, items, common, jobs, stages, again)
+        return shown(outcomes, stages, _COLUMNS, files)
 
 
 def _speakers(path: Path, stages: Any, numbers: str | None) -> dict[str, list[Utterance]]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.runner.jobs import add_options
 from lora_lightning.vision import commands as run
 
 
@@ -85,6 +86,7 @@ def _add_adapt(commands: Any) -> None:
     )
     adapt.add_argument("--target-modules", help="what is adapted (auto; with labels all)")
     adapt.add_argument("--overwrite", action="store_true", help="adapt again where a file exists")
+    add_options(adapt, "folders")
     adapt.set_defaults(command=run.adapt)
 
 
