@@ -11,6 +11,7 @@
     ├── AdapterFileError(ValueError)       a file is damaged, foreign, or does not fit the model
     │   └── BaseMismatchError              the file was made for another base model
     ├── DecompositionError(ValueError)     a matrix cannot be decomposed as asked
+    ├── TaskError(RuntimeError)            a task's process died, or its result cannot be sent
     ├── DataError(ValueError)              a dataset cannot be used as it is
     │   └── DataNotFoundError(FileNotFoundError)
     └── MissingDependencyError(ImportError) an optional extra is not installed
@@ -63,6 +64,10 @@ class BaseMismatchError(AdapterFileError):
 
 class DecompositionError(LoRALightningError, ValueError):
     """A matrix is empty, not finite, or has no such rank."""
+
+
+class TaskError(LoRALightningError, RuntimeError):
+    """A task's process died, or what it returned or raised cannot be sent."""
 
 
 class DataError(LoRALightningError, ValueError):

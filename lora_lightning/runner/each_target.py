@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.report.files import check_writable
 from lora_lightning.report.sentences import failure
 from lora_lightning.runner.file_names import file_names
+from lora_lightning.runner.jobs import Done, Jobs, run_tasks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,11 +76,60 @@ def each_target(
         if not overwrite and path.exists():
             yield _there(model, name, path)
             continue
-        try:
-            outcome = adapt(name)
-        except Exception as error:
-            outcome = Outcome(name, FAILED, reason=_reason(error))
-        yield outcome
+        yield attempted(name, adapt)
+
+
+def each_apart(
+    model: nn.Module,
+    files: Mapping[str, Path],
+    task: Callable[[Any, Any], Outcome],
+    items: Mapping[str, Any],
+    common: Any,
+    jobs: Jobs,
+    stages: Stages,
+    overwrite: bool = False,
+) -> Iterator[Outcome]:
+    """As `each_target`, several at once, in other processes; one bar counts them.
+
+    Args:
+        model: See `each_target`, as for `files` and `overwrite`.
+        files: Name → adapter file.
+        task: From `common` and a target's item to its outcome; see `run_tasks`.
+        items: Name → what the task is given.
+        common: What all tasks are given, with the base.
+        jobs: How many at once, and where.
+        stages: Shows the bar, and what each task says.
+        overwrite: Adapt again where a file exists.
+
+    Yields:
+        The outcome of each, in the order in which they end.
+    """
+    due = [name for name, path in files.items() if overwrite or not path.exists()]
+    for name in files.keys() - set(due):
+        yield _there(model, name, files[name])
+    for done in counted(run_tasks(task, map(items.get, due), common, jobs), stages, len(due)):
+        if done.error is None:
+            yield done.value
+        else:
+            yield Outcome(due[done.index], FAILED, reason=_reason(done.error))
+
+
+def counted(tasks: Iterable[Done], stages: Stages, total: int) -> Iterator[Done]:
+    """Tasks of other processes as they end, with a bar; what they said is printed above it."""
+    stage = stages.stage("all", "done", max(total, 1))
+    for number, done in enumerate(tasks, 1):
+        for line in filter(str.strip, done.said.splitlines()):
+            stages.line(line)
+        stage(number, total)
+        yield done
+
+
+def attempted(name: str, adapt: Callable[[str], Outcome]) -> Outcome:
+    """The outcome of adapting to a target; raises what the next one would fail for as well."""
+    try:
+        return adapt(name)
+    except Exception as error:
+        return Outcome(name, FAILED, reason=_reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -134,13 +184,16 @@ def adapter_files(out: Path, names: Collection[str], what: str) -> dict[str, Pat
     return {name: out / f"{stem}.safetensors" for name, stem in file_names(names).items()}
 
 
-def shown(outcomes: Iterable[Outcome], stages: Stages, columns: Sequence[str]) -> int:
+def shown(
+    outcomes: Iterable[Outcome], stages: Stages, columns: Sequence[str], order: Iterable[str]
+) -> int:
     """Go through outcomes, and print a table of those there are, also where one is interrupted.
 
     Args:
         outcomes: Of `each_target`.
         stages: The progress bars, stopped for the table.
         columns: Heads of the name, the numbers of items, and the metric before and after.
+        order: Names of the targets, in the order of the table.
 
     Returns:
         The exit code: 1 where one failed.
@@ -154,7 +207,8 @@ def shown(outcomes: Iterable[Outcome], stages: Stages, columns: Sequence[str]) -
     finally:
         stages.stop()
         if found:
-            PlainConsole().print(_table(found, columns))
+            place = {name: number for number, name in enumerate(order)}
+            PlainConsole().print(_table(sorted(found, key=lambda o: place[o.name]), columns))
     return int(any(o.status == FAILED for o in found))
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import DataError
 from lora_lightning.lora.values import SEEDS, check_count, check_number
+from lora_lightning.runner.jobs import add_options as add_jobs
+from lora_lightning.runner.jobs import given
 from lora_lightning.runner.options import add_accelerator, add_options, add_training
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def _add_adapt(commands: Any) -> None:
     )
     _add_numbers(adapt)
     add_accelerator(adapt)
+    add_jobs(adapt, "speakers")
     adapt.set_defaults(command=_adapt)
 
 
@@ -109,10 +112,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _adapt(arguments: argparse.Namespace) -> int:
     from lora_lightning.lora.config import LoRAConfig
-    from lora_lightning.runner.each_target import adapter_files, shown
+    from lora_lightning.runner.each_target import adapter_files, each_apart, shown
     from lora_lightning.runner.progress import Stages, interruptible
     from lora_lightning.speech.enrolment import SpeakerSettings
-    from lora_lightning.speech.speakers import adapt_speakers
+    from lora_lightning.speech.speakers import adapt_speakers, job
     from lora_lightning.speech.tasks.named_recogniser import named_recogniser
     from lora_lightning.speech.tasks.transcripts import told
 
@@ -135,6 +138,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
         _lexicon(arguments.lexicon),
         arguments.guard,
     )
+    jobs, again = given(arguments), arguments.overwrite
     with Stages() as stages, interruptible():
         speakers = _speakers(arguments.enroll, stages, arguments.numbers)
         files = adapter_files(arguments.out, speakers, "speakers")
@@ -142,15 +146,14 @@ def _adapt(arguments: argparse.Namespace) -> int:
         texts = (u.text for each in speakers.values() for u in each)
         if said := told(base.labels.changes(texts)):
             stages.console.print(said, style="yellow")
-        outcomes = adapt_speakers(
-            base,
-            speakers,
-            files,
-            settings,
-            lambda name: stages.stage(name, "steps"),
-            arguments.overwrite,
-        )
-        return shown(outcomes, stages, _COLUMNS)
+        if jobs.serial:
+            stage = lambda name: stages.stage(name, "steps")  # noqa: E731
+            outcomes = adapt_speakers(base, speakers, files, settings, stage, again)
+        else:
+            items = {name: (name, speakers[name], files[name]) for name in speakers}
+            common = base, settings
+            outcomes = each_apart(base.model, files, job, items, common, jobs, stages, again)
+        return shown(outcomes, stages, _COLUMNS, files)
 
 
 def _speakers(path: Path, stages: Any, numbers: str | None) -> dict[str, list[Utterance]]:

@@ -10,15 +10,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from lightning.pytorch import seed_everything
 from torch import nn
 
 from lora_lightning.model.switching import adapters, remove
 from lora_lightning.model.targets import without_head
-from lora_lightning.runner.each_target import ADAPTED, KEPT, Outcome, Tick, each_target
+from lora_lightning.runner.each_target import (
+    ADAPTED,
+    KEPT,
+    Outcome,
+    Tick,
+    attempted,
+    each_target,
+)
 from lora_lightning.runner.file_names import adapter_name
-from lora_lightning.runner.progress import Ticks, quiet_lightning
+from lora_lightning.runner.progress import Stages, Ticks, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.trainer import in_rounds, make_trainer
 from lora_lightning.speech.data.speech_data import SpeechData
@@ -71,6 +79,17 @@ def adapt_speakers(
         return _one(base, name, speakers[name], files[name], settings, stage)
 
     return each_target(base.model, {name: files[name] for name in speakers}, one, overwrite)
+
+
+def job(common: tuple[NamedRecogniser, SpeakerSettings], item: Any) -> Outcome:
+    """A speaker of `each_apart`: the recogniser and settings; name, recordings and file."""
+    (base, settings), (name, said, path) = common, item
+    with Stages() as stages:
+
+        def one(name: str) -> Outcome:
+            return _one(base, name, said, path, settings, lambda name: stages.stage(name, "steps"))
+
+        return attempted(name, one)
 
 
 def _one(

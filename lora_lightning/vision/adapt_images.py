@@ -13,24 +13,28 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lora_lightning.adaptation.shift.measure import shift
-from lora_lightning.adaptation.shift.verdicts import Shift
 from lora_lightning.model.adapter_file.save import save_adapter
 from lora_lightning.model.switching import adapters, remove
-from lora_lightning.runner.each_target import ADAPTED, KEPT, Outcome, Tick, each_target
+from lora_lightning.runner.each_target import (
+    ADAPTED,
+    KEPT,
+    Outcome,
+    Tick,
+    attempted,
+    each_target,
+)
 from lora_lightning.runner.file_names import adapter_name
-from lora_lightning.runner.progress import quiet_lightning
+from lora_lightning.runner.progress import Stages, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.vision.data.folder_targets import Found
+from lora_lightning.vision.image_report import Tell, reporter
 from lora_lightning.vision.image_training import (
     Fit,
     ImageSettings,
-    Learnt,
     from_labels,
     without_labels,
 )
 from lora_lightning.vision.named_classifier import NamedClassifier
-
-Tell = Callable[[Found, Learnt, Shift | None, Path | None], None]
 
 
 def adapt_images(
@@ -61,14 +65,35 @@ def adapt_images(
             extra.read(base.prepared, stage(f"reading {what}", "pictures"))
 
     def one(name: str) -> Outcome:
-        found = targets[name]
-        found.read(base.prepared, stage(f"reading {name}", "pictures"))
-        try:
-            return _one(base, found, files[name], settings, stage(name, "batches"), tell)
-        finally:
-            found.pictures = {}
+        return _read_one(base, targets[name], files[name], settings, stage, tell)
 
     return each_target(base.model, {name: files[name] for name in targets}, one, overwrite)
+
+
+def job(common: tuple[NamedClassifier, ImageSettings, str], item: tuple[Found, Path]) -> Outcome:
+    """A target of `each_apart`: the classifier, settings and command; pictures and file."""
+    (base, settings, command), (found, path) = common, item
+    with Stages() as stages:
+        tell = reporter(base, settings, {found.name: path}, command, stages)
+        return attempted(
+            found.name,
+            lambda name: _read_one(base, found, path, settings, stages.stage, tell),
+        )
+
+
+def _read_one(
+    base: NamedClassifier,
+    found: Found,
+    path: Path,
+    settings: ImageSettings,
+    stage: Callable[[str, str], Tick],
+    tell: Tell,
+) -> Outcome:
+    found.read(base.prepared, stage(f"reading {found.name}", "pictures"))
+    try:
+        return _one(base, found, path, settings, stage(found.name, "batches"), tell)
+    finally:
+        found.pictures = {}
 
 
 def _one(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.runner.jobs import add_options as add_jobs
 from lora_lightning.runner.options import add_accelerator, add_options, add_training
 from lora_lightning.vision import commands as run
 
@@ -81,6 +82,7 @@ def _add_adapt(commands: Any) -> None:
         default="auto",
         help="statistics while it trains without labels (auto: the target's if they help)",
     )
+    add_jobs(adapt, "folders")
     adapt.set_defaults(command=run.adapt)
 
 

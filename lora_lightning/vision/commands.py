@@ -6,8 +6,7 @@ Modules that take long to import are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.values import SEEDS, check_count, check_number
@@ -78,11 +77,12 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
 def adapt(arguments: argparse.Namespace) -> int:
     """An adapter for each target of pictures; the exit code."""
     from lora_lightning.report.console import say
-    from lora_lightning.runner.each_target import adapter_files, shown
+    from lora_lightning.runner.each_target import adapter_files, each_apart, shown
+    from lora_lightning.runner.jobs import given
     from lora_lightning.runner.progress import Stages, interruptible
-    from lora_lightning.vision.adapt_images import adapt_images
+    from lora_lightning.vision.adapt_images import adapt_images, job
     from lora_lightning.vision.data.folder_targets import unlabelled_targets
-    from lora_lightning.vision.image_report import report_folder, write_image_report
+    from lora_lightning.vision.image_report import report_folder, reporter
 
     targets = unlabelled_targets(arguments.images)
     files = adapter_files(arguments.out, targets, "folders")
@@ -91,18 +91,17 @@ def adapt(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--canary and --labels are of one target, and --images has {len(targets)}"
         )
+    jobs, again = given(arguments), arguments.overwrite
     base = _classifier(arguments)
     with Stages() as stages, interruptible():
-
-        def tell(found: Any, learnt: Any, far: Any, file: Path | None) -> None:
-            folder = report_folder(files[found.name])
-            stages.left_out(f"files of {found.name} are", found.skipped)
-            write_image_report(base, found, learnt, far, settings, file, folder, arguments.typed)
-
-        outcomes = adapt_images(
-            base, targets, files, settings, stages.stage, tell, arguments.overwrite
-        )
-        code = shown(outcomes, stages, _COLUMNS)
+        if jobs.serial or len(targets) == 1:
+            tell = reporter(base, settings, files, arguments.typed, stages)
+            outcomes = adapt_images(base, targets, files, settings, stages.stage, tell, again)
+        else:
+            items = {name: (found, files[name]) for name, found in targets.items()}
+            common = base, settings, arguments.typed
+            outcomes = each_apart(base.model, files, job, items, common, jobs, stages, again)
+        code = shown(outcomes, stages, _COLUMNS, files)
     reports = sorted(
         {str(p / "report.html") for f in files.values() if (p := report_folder(f)).is_dir()}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lora_lightning.adaptation.shift.verdicts import Shift
@@ -11,15 +11,35 @@ from lora_lightning.report.evidence import of_mean
 from lora_lightning.report.results import Prediction, Row, Run
 from lora_lightning.report.versions import hardware, versions
 from lora_lightning.report.write import write_report
+from lora_lightning.runner.progress import Stages
 from lora_lightning.vision.classifier import likeliest
 from lora_lightning.vision.data.folder_targets import Found
 from lora_lightning.vision.image_training import ImageSettings, Learnt
 from lora_lightning.vision.named_classifier import NamedClassifier
 
+Tell = Callable[[Found, Learnt, Shift | None, Path | None], None]
+
 
 def report_folder(file: Path) -> Path:
     """The folder of a report, beside the adapter file that it is about."""
     return file.with_name(f"{file.stem}-report")
+
+
+def reporter(
+    base: NamedClassifier,
+    settings: ImageSettings,
+    files: Mapping[str, Path],
+    command: str,
+    stages: Stages,
+) -> Tell:
+    """A function that writes the report of a target, and says what was left out of it."""
+
+    def tell(found: Found, learnt: Learnt, far: Shift | None, file: Path | None) -> None:
+        folder = report_folder(files[found.name])
+        stages.left_out(f"files of {found.name} are", found.skipped)
+        write_image_report(base, found, learnt, far, settings, file, folder, command)
+
+    return tell
 
 
 def write_image_report(
