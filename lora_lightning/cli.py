@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C; 141: whoever read
     what is printed has closed the pipe, which ends the command.
     """
-    arguments = _parser().parse_args(argv)
-    arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
+    given = sys.argv[1:] if argv is None else argv
+    # Last: argparse takes no settings, of which there may be none, after an option.
+    arguments = _parser().parse_args(sorted(given, key="--quick".__eq__))
+    arguments.typed = shlex.join(["lora-lightning", *given])
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).

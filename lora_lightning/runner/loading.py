@@ -172,7 +172,7 @@ def run_recipe(
 def _quick(recipe: DictConfig, name: str | Path) -> list[str]:
     if not recipe.quick:
         raise ConfigError(
-            f"{find_recipe(name)} has no quick settings: list them under its key quick"
+            f"{find_recipe(name)} has no settings for --quick: list them under its key quick"
         )
     return list(recipe.quick)
 

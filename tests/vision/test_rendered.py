@@ -1,6 +1,7 @@
 """Rendered sets: reuse, repair, and folders that are no such set."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from lora_lightning.errors import ConfigError, DataError, MissingDependencyError
 from lora_lightning.vision.data.synthetic import rendered
+from lora_lightning.vision.data.synthetic.drawing import drawn
 from lora_lightning.vision.data.synthetic.meshes import CLASSES
 from lora_lightning.vision.data.synthetic.rendered import render_domains
+from lora_lightning.vision.data.synthetic.scene import Renderer
 from lora_lightning.vision.data.synthetic.worlds import WORLDS
 
 pytest.importorskip("panda3d")
@@ -39,6 +42,20 @@ def test_layout_and_manifest(rendered_set):
     assert manifest["files"] == len(found)
     assert manifest["settings"]["size"] == 32
     assert not [path for path in rendered_set.parent.iterdir() if path != rendered_set]
+
+
+def test_several_processes_draw_the_same(rendered_set):
+    settings = json.loads((rendered_set / "manifest.json").read_text())["settings"]
+    items = list(rendered._items(settings))
+    found = drawn(items[8:12], Renderer(32), WORLDS["lighting"], 0, processes=2)
+    assert [d.png for d in found] == [(rendered_set / i.path).read_bytes() for i in items[8:12]]
+
+
+def test_what_a_process_that_ends_leaves_is_drawn_here(rendered_set, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    item = rendered.Item("source", "train", CLASSES[0], 0)
+    _, again = drawn([item, item], Renderer(32), WORLDS["lighting"], 0, processes=2)
+    assert again.png == (rendered_set / item.path).read_bytes()
 
 
 def test_a_complete_set_is_reused(rendered_set, monkeypatch):
@@ -71,7 +88,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rendered._Item, "draw", fail)
+    monkeypatch.setattr(rendered.Item, "draw", fail)
     with pytest.raises(KeyboardInterrupt):
         render_domains(tmp_path / "set", domains=SMALL, size=32, progress=False)
     assert not list(tmp_path.iterdir())
@@ -106,7 +123,7 @@ def shape(split, domain, index=0):
         def render(self, parts, *_):
             kept.append(np.concatenate([part.mesh.vertices for part in parts]).tobytes())
 
-    rendered._Item(domain, split, "car", index).draw(Spy(), WORLDS["lighting"][domain], 0)
+    rendered.Item(domain, split, "car", index).draw(Spy(), WORLDS["lighting"][domain], 0)
     return kept[0]
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.values import check_count
@@ -25,33 +23,13 @@ from lora_lightning.report.versions import versions
 from lora_lightning.runner import generated_sets
 from lora_lightning.runner.generated_sets import made_set
 from lora_lightning.vision.data.pose_domains import LABELS, Pose, write_poses
+from lora_lightning.vision.data.synthetic.drawing import Item, drawn
 from lora_lightning.vision.data.synthetic.meshes import CLASSES, FRONTS
 from lora_lightning.vision.data.synthetic.scene import Renderer
-from lora_lightning.vision.data.synthetic.worlds import WORLDS, Picture, World
+from lora_lightning.vision.data.synthetic.worlds import WORLDS, World
 
 EDITION = 2  # increment whenever the same settings would give other images
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One image of the set."""
-
-    domain: str
-    split: str
-    class_name: str
-    index: int
-
-    @property
-    def path(self) -> str:
-        return f"{self.domain}/{self.split}/{self.class_name}/{self.index:04d}.png"
-
-    def draw(self, renderer: Renderer, world: World, seed: int) -> Picture:
-        """Render the image; a test object's light alone depends on the domain's name."""
-        words = [self.split, self.class_name, self.domain if self.split == "train" else ""]
-        scene = [seed, self.index, *(zlib.crc32(word.encode()) for word in words)]
-        here = np.random.default_rng([*scene, zlib.crc32(self.domain.encode())])
-        return world.picture(renderer, self.class_name, np.random.default_rng(scene), here)
 
 
 def render_domains(
@@ -136,32 +114,32 @@ def _settings(
     return plain
 
 
-def _items(settings: Mapping[str, Any]) -> Iterator[_Item]:
+def _items(settings: Mapping[str, Any]) -> Iterator[Item]:
     for domain, counts in settings["domains"].items():
         for split in SPLITS:
             for class_name in settings["classes"]:
                 for index in range(counts.get(split, 0)):
-                    yield _Item(domain, split, class_name, index)
+                    yield Item(domain, split, class_name, index)
 
 
 def _write(
     folder: Path,
-    items: Sequence[_Item],
+    items: Sequence[Item],
     renderer: Renderer,
     settings: Mapping[str, Any],
     worlds: Mapping[str, World],
     progress: bool,
 ) -> Mapping[str, Any]:
-    from PIL import Image
-
     pixels, poses = hashlib.sha256(), dict[str, Pose]()
-    with generated_sets.progress(items, f"rendering {len(items)} images", progress) as shown:
-        for item in shown:
-            picture, azimuth, elevation = item.draw(renderer, worlds[item.domain], settings["seed"])
-            poses[item.path] = Pose(azimuth, elevation)
-            pixels.update(picture.tobytes())
-            # Noise does not repeat: searching for matches would cost time, and even bytes.
-            Image.fromarray(picture).save(folder / item.path, compress_type=zlib.Z_HUFFMAN_ONLY)
+    with (
+        closing(drawn(items, renderer, worlds, settings["seed"])) as images,
+        generated_sets.progress(items, f"rendering {len(items)} images", progress) as shown,
+    ):
+        for item, image in zip(shown, images, strict=True):
+            found, png = image
+            poses[item.path] = Pose(found.azimuth, found.elevation)
+            pixels.update(found.pixels.tobytes())
+            (folder / item.path).write_bytes(png)
     if _faces(settings):
         write_poses(folder, poses)
     made_with = versions("numpy", "panda3d", "pillow", "trimesh")
