@@ -86,7 +86,7 @@ def local_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
     held: dict[str, dict[str, bytes]] = {}
     handler = type("OneHub", (Hub,), {"repositories": held})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", held
