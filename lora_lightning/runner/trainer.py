@@ -42,7 +42,10 @@ def _tensorboard(folder: str) -> Logger:
 
 @LOGGERS.register("wandb")
 def _wandb(folder: str) -> Logger:
-    return _OneTraining(project=PROJECT, save_dir=_made(folder))
+    quiet = {"quiet": True, "console": "off"}  # thirty lines a training, among the bars
+    if os.environ.get("WANDB_MODE") == "offline":
+        quiet["silent"] = True  # without an address, what is left says nothing
+    return _OneTraining(project=PROJECT, save_dir=_made(folder), settings=quiet)
 
 
 @LOGGERS.register("mlflow")
@@ -50,7 +53,7 @@ def _mlflow(folder: str) -> Logger:
     # A database, as MLflow 3.13 refuses plain files; a server where the environment names one.
     logs = _made(folder)
     where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs / 'mlflow.db'}"
-    return MLFlowLogger(PROJECT, tracking_uri=where)
+    return _Explained(PROJECT, tracking_uri=where)
 
 
 def _made(folder: str) -> Path:
@@ -59,14 +62,38 @@ def _made(folder: str) -> Path:
     return logs
 
 
+class _Explained(MLFlowLogger):
+    """Says what to do where its server does not answer."""
+
+    @property
+    def experiment(self) -> Any:
+        with _explained("mlflow", "unset MLFLOW_TRACKING_URI to log"):
+            return super().experiment
+
+
 class _OneTraining(WandbLogger):
     """Ends its run with the training: the next one of this process would log into it too."""
+
+    @property
+    def experiment(self) -> Any:
+        with _explained("wandb", "set WANDB_MODE=offline to log"):
+            return super().experiment
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(status != "success"))
+
+
+@contextmanager
+def _explained(name: str, instead: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many kinds: no key, no server, no right to write
+        raise ConfigError(
+            f"logger={name} cannot log ({error}); {instead} into the run's folder alone"
+        ) from error
 
 
 def _logger(name: str, folder: str) -> Logger:

@@ -32,7 +32,7 @@ from lora_lightning.runner.settings import EpochTraining, RunConfig, TrainStages
 from lora_lightning.runner.trainer import make_trainer
 from lora_lightning.training.lora_callback import LoRACallback
 from lora_lightning.vision.classifier import Classifier
-from tests.helpers import stand_ins
+from tests.helpers import kept_logs, stand_ins
 
 METHODS: Registry[Method] = Registry("method")
 common.add(METHODS, "source_only", "label_free", "lora", "full")
@@ -197,17 +197,22 @@ def test_a_logger_that_is_not_installed_is_named_with_its_extra(recipe, monkeypa
     assert not (recipe / "out/source.safetensors").exists()
 
 
+def train_with(logger, out, **options):
+    """Train an adapter of one layer."""
+    config = RunConfig(accelerator="cpu", logger=logger, out=str(out))
+    callback = LoRACallback(rank=1, target_modules="all", output_dir=out, **options)
+    trainer = make_trainer(config, [callback], max_epochs=1)
+    task = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)))
+    with quiet_lightning():
+        trainer.fit(task, DATA["near"])
+
+
 def test_every_training_is_a_run_of_its_own_in_the_runs_folder(tmp_path, monkeypatch):
     wandb, mlflow = stand_ins.wandb(monkeypatch), stand_ins.mlflow(monkeypatch)
     board = stand_ins.tensorboard(monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in 2 * ["wandb", "mlflow", "tensorboard"]:
-        config = RunConfig(accelerator="cpu", logger=name, out=str(tmp_path))
-        callback = LoRACallback(rank=1, target_modules="all", output_dir=tmp_path)
-        trainer = make_trainer(config, [callback], max_epochs=1)
-        task = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)))
-        with quiet_lightning():
-            trainer.fit(task, DATA["near"])
+        train_with(name, tmp_path)
     assert [a["dir"] for what, a in wandb if what == "init"] == 2 * [str(tmp_path / "logs")]
     assert [code for what, code in wandb if what == "finish"] == 2 * [0]
     database = f"sqlite:///{tmp_path / 'logs/mlflow.db'}"
@@ -217,6 +222,37 @@ def test_every_training_is_a_run_of_its_own_in_the_runs_folder(tmp_path, monkeyp
     assert [a for what, a in board if what == "log_dir"] == versions
     for told in (wandb, mlflow, board):
         assert sum(isinstance(a, dict) and a.get("lora/targets") in (1, "1") for _, a in told) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's and W&B's own packages
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_the_packages_themselves_keep_each_training(tmp_path, monkeypatch, capfd, name):
+    """As above, by what their files hold; where they are installed."""
+    pytest.importorskip(name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for _ in range(2):
+        train_with(name, tmp_path, log_spectrum=True)
+    kept = getattr(kept_logs, name)(tmp_path / "logs")
+    assert [(hparams["lora/rank"], hparams["lora/targets"]) for hparams, _ in kept] == 2 * [(1, 1)]
+    spectrum = "lora/1.weight/sigma" + "_0" * (name == "mlflow")  # it has no histograms
+    for _, names in kept:
+        assert {"train_loss", "lora/delta_norm", spectrum} <= names
+    assert capfd.readouterr().err.count("wandb:") <= 1  # the bars are there
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "way_out"),
+    [("wandb", "init", "WANDB_MODE"), ("mlflow", "set_tracking_uri", "TRACKING_URI")],
+)
+def test_a_logger_that_cannot_log_says_what_to_do(tmp_path, monkeypatch, name, begins, way_out):
+    def refuse(*_, **__):
+        raise OSError("no key")
+
+    getattr(stand_ins, name)(monkeypatch)
+    monkeypatch.setattr(f"{name}.{begins}", refuse)
+    with pytest.raises(ConfigError, match=rf"logger={name} cannot log \(no key\); .*{way_out}"):
+        train_with(name, tmp_path)
 
 
 def test_a_training_uses_the_devices_that_measuring_does_not(tmp_path):
