@@ -137,11 +137,6 @@ def adapter_files(out: Path, names: Collection[str], what: str) -> dict[str, Pat
 def shown(outcomes: Iterable[Outcome], stages: Stages, columns: Sequence[str]) -> int:
     """Go through outcomes, and print a table of those there are, also where one is interrupted.
 
-    Args:
-        outcomes: Of `each_target`.
-        stages: The progress bars, stopped for the table.
-        columns: Heads of the name, the numbers of items, and the metric before and after.
-
     Returns:
         The exit code: 1 where one failed.
     """

@@ -41,17 +41,7 @@ def adapt_images(
     tell: Tell,
     overwrite: bool = False,
 ) -> Iterator[Outcome]:
-    """Adapt to each target in turn; each adapter file is written when its target is done.
-
-    Args:
-        base: The classifier; as before when the iterator ends.
-        targets: Name → pictures.
-        files: Name → adapter file to write.
-        settings: How.
-        stage: Begins a progress bar of a title and a unit; returns a function of (done, total).
-        tell: Writes the report of a target: its pictures, the result, how far it is, the file.
-        overwrite: Adapt again where a file exists, see `each_target`.
-    """
+    """Adapt to each target in turn; each adapter file is written when its target is done."""
     for extra, what in ((settings.canary, "canary"), (settings.labels, "labels")):
         if extra is not None:
             base.check_labels(extra.items, what)
