@@ -108,12 +108,7 @@ class Guard:
         self.least_cohesion = min(before + change, 1 - 1e-6)  # 1: of all labels
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
-        """Check a round's predictions of the same items, (N, K).
-
-        Args:
-            probabilities: Of the round.
-            accepted: Of the last accepted round; None: there was none.
-        """
+        """Check a round's predictions of the same items, (N, K)."""
         if not finite(probabilities):
             return Verdict({}, [NAN.format("predictions")], final=True)
         now = score.check_probabilities(probabilities)

@@ -26,16 +26,7 @@ def swapped_class(
     read: Callable[[Any, str], Any],
     body: Mapping[str, Any],
 ) -> type[nn.Module]:
-    """A temporary class for a module of class `base`.
-
-    Args:
-        prefix: Of its name, before that of `base`.
-        parents: Whose subclass it is.
-        base: The module's own class.
-        tensors: Names of the tensors that are computed when they are read.
-        read: From (module, tensor's name) to the value.
-        body: What else it defines.
-    """
+    """A temporary class for a module of class `base`."""
     properties = {tensor: _tensor_property(base, tensor, read) for tensor in tensors}
     own = {**properties, **body, "_adapted_base": base, "__module__": __name__}
     return type(f"{prefix}{base.__name__}", parents, own)

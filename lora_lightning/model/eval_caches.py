@@ -41,13 +41,7 @@ def settle(
     packing: Iterable[nn.TransformerEncoder],
     acts: Callable[[nn.Module], bool] = _acts,
 ) -> None:
-    """Clear caches and choose fast paths, after adapters or the values of biases have changed.
-
-    Args:
-        caching: Those of `cachers`.
-        packing: Those of `packers`: they pack unless a layer inside acts.
-        acts: Whether a module computes with an adapter.
-    """
+    """Clear caches and choose fast paths, after adapters or the values of biases have changed."""
     for module in caching:
         module.__dict__[_CACHE] = {}
     for encoder in packing:

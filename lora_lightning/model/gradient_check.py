@@ -83,15 +83,7 @@ def untold_by_eval(
     trained: list[Tensor],
     found: list[Tensor],
 ) -> tuple[str, bool]:
-    """Why the eval output tells no gradient ("": it does), and whether it can be compared.
-
-    Args:
-        model: In eval mode.
-        factors: Of the adapter that is on, randomised.
-        look: Runs the model.
-        trained: The outputs in training mode.
-        found: Those in eval mode.
-    """
+    """Why the eval output tells no gradient ("": it does), and whether it can be compared."""
     gradient = any(x.requires_grad and x.numel() for x in found)
     if gradient and _kinds(found) == _kinds(trained):
         return "", True

@@ -210,13 +210,7 @@ def _near(pattern: str, view: View) -> str:
 
 
 def without_head(lora: LoRAConfig, model: nn.Module, targets: Any = None) -> LoRAConfig:
-    """The same adapter without the head, the fixed reference for the features.
-
-    Args:
-        lora: The adapter.
-        model: Whose head it is.
-        targets: In place of its `target_modules`; None: the same.
-    """
+    """The same adapter, on `targets` if given, without the head: the reference for the features."""
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
     named = lora.target_modules if targets is None else targets
     return LoRAConfig.make(lora, trainable=[], exclude_modules=left, target_modules=named)

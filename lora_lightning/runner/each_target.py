@@ -189,12 +189,6 @@ def shown(
 ) -> int:
     """Go through outcomes, and print a table of those there are, also where one is interrupted.
 
-    Args:
-        outcomes: Of `each_target`.
-        stages: The progress bars, stopped for the table.
-        columns: Heads of the name, the numbers of items, and the metric before and after.
-        order: Names of the targets, in the order of the table.
-
     Returns:
         The exit code: 1 where one failed.
     """

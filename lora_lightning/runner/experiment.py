@@ -183,9 +183,9 @@ class Experiment(ABC, Generic[Config]):
         name: tuple[str, str] = ("", ""),
         **settings: Any,
     ) -> float:
-        """Fit a task; returns the seconds. Named by row and case, its losses go to the report."""
+        """Fit a task; returns the seconds. The first seed's losses go to the report by `name`."""
         settings["gradient_clip_val"] = self.gradient_clip
-        losses = [Losses()] if any(name) else []
+        losses = [Losses()] if any(name) and self.first else []
         trainer = make_trainer(self.config, [*callbacks, *losses], **settings)
         start = time.perf_counter()
         trainer.fit(task, datamodule=data)

@@ -83,12 +83,6 @@ class Recordings:
 def recordings(config: Config, sample_rate: int, train: bool, stages: Stages) -> Recordings:
     """Find, or synthesise, the recordings of the run, and check every file.
 
-    Args:
-        config: The run.
-        sample_rate: Of the model, in Hz.
-        train: Whether a source model is to be trained.
-        stages: Shows the progress.
-
     Raises:
         DataError: there are too few recordings, or none.
     """

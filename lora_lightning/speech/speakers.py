@@ -64,16 +64,7 @@ def adapt_speakers(
     stage: Callable[[str], Tick],
     overwrite: bool = False,
 ) -> Iterator[Outcome]:
-    """Adapt to each speaker in turn; each adapter file is written when its speaker is done.
-
-    Args:
-        base: The recogniser; restored when the iterator ends.
-        speakers: Name → recordings, checked already (`checked`).
-        files: Name → adapter file to write.
-        settings: How.
-        stage: Begins a progress bar; returns a function of (done, total).
-        overwrite: Adapt again where a file exists, see `each_target`.
-    """
+    """Adapt to each speaker in turn; each adapter file is written when its speaker is done."""
 
     def one(name: str) -> Outcome:
         return _one(base, name, speakers[name], files[name], settings, stage)

@@ -46,17 +46,7 @@ def adapt_images(
     tell: Tell,
     overwrite: bool = False,
 ) -> Iterator[Outcome]:
-    """Adapt to each target in turn; each adapter file is written when its target is done.
-
-    Args:
-        base: The classifier; as before when the iterator ends.
-        targets: Name → pictures.
-        files: Name → adapter file to write.
-        settings: How.
-        stage: Begins a progress bar of a title and a unit; returns a function of (done, total).
-        tell: Writes the report of a target: its pictures, the result, how far it is, the file.
-        overwrite: Adapt again where a file exists, see `each_target`.
-    """
+    """Adapt to each target in turn; each adapter file is written when its target is done."""
     # As `Classifier` has it: on a CPU a training takes a quarter less time.
     base.model.to(memory_format=torch.channels_last)
     for extra, what in ((settings.canary, "canary"), (settings.labels, "labels")):

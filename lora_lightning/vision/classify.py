@@ -22,14 +22,7 @@ Answer = tuple[Path, list[tuple[str, float]]]  # a picture, and its likeliest cl
 def classified(
     base: NamedClassifier, paths: Sequence[Path], top: int, skipped: list[tuple[str, str]]
 ) -> Iterator[Answer]:
-    """The likeliest classes of each picture.
-
-    Args:
-        base: The classifier.
-        paths: Of the pictures.
-        top: Classes for each.
-        skipped: (path, reason) of those that cannot be read are appended to it.
-    """
+    """The likeliest classes of each picture."""
     for start in range(0, len(paths), BATCH):
         read: list[tuple[Path, Tensor]] = []
         for path in paths[start : start + BATCH]:

@@ -48,14 +48,7 @@ class Seen:
 
 
 class Pictures(Experiment[Config]):
-    """A run over domains of images; its predictions are (held-out images, outputs).
-
-    Attributes:
-        domains: reads the images.
-        data: the images.
-        looks: the source model's features and predictions, see
-            `lora_lightning.vision.methods.seen`.
-    """
+    """A run over domains of images; its predictions are (held-out images, outputs)."""
 
     packages = ("timm",)
     source_each_seed = True
@@ -222,14 +215,7 @@ class Pictures(Experiment[Config]):
     def tell_course(
         self, course: Any, before: Tensor, after: Tensor, changed_in: Sequence[int | None]
     ) -> None:
-        """Add the predictions of the target's training images to the run, and how it ended.
-
-        Args:
-            course: Its history, such as `lora_lightning.adaptation.rounds.Rounds`.
-            before: The source model's predictions of the target's training images.
-            after: Those of the accepted state.
-            changed_in: The round in which each changed, where that is known.
-        """
+        """Add the predictions of the target's training images to the run, and how it ended."""
         history: list[Round] = course.history_
         self.run.rounds[self.seed] = [vars(r) for r in history]
         self.run.notes.append(

@@ -52,18 +52,7 @@ def write_image_report(
     folder: Path,
     command: str,
 ) -> None:
-    """Write it.
-
-    Args:
-        base: The classifier.
-        found: The target's pictures.
-        learnt: The result.
-        far: How far the target is, where that was asked for.
-        settings: Of the training.
-        file: The adapter's; None where the source model is kept.
-        folder: Of the report.
-        command: That repeats the run.
-    """
+    """Write it."""
     seed = settings.seed
     kept = "The adapter is kept" if learnt.kept else "The source model is kept, without adapter"
     notes = [*base.notices]

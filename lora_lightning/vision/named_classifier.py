@@ -142,13 +142,7 @@ def _names(file: Path | str | None, model: nn.Module) -> list[str]:
 
 
 def described(model: nn.Module, told: Mapping[str, Any], size: int | None = None) -> Preparation:
-    """How a model's pictures are prepared; the model says it and the names of its classes then.
-
-    Args:
-        model: Of timm.
-        told: The data in an adapter's header, over the model's own.
-        size: Side of the pictures, over both.
-    """
+    """How a model's pictures are prepared; the model says it and the names of its classes then."""
     known = {**data_config(model), **told}
     prepared = Preparation.of(known, size)
     prepared.describe(model, known.get("class_names", ()))

@@ -92,14 +92,7 @@ def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.
 
 
 def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
-    """The verdict on a round: both predictions must agree better than ever, without collapse.
-
-    Args:
-        source: By the source model.
-        best: By the best state so far.
-        now: By the round, of the same images.
-        limits: Thresholds of the alarms.
-    """
+    """The verdict on a round: both predictions must agree better than ever, without collapse."""
     if not finite(now.plain, now.mirror):
         return Verdict({}, [NAN.format("answers")])
     moved = circular_error(angle(now.plain), angle(source.plain))

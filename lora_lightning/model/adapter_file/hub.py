@@ -114,14 +114,7 @@ def _refused(what: str, done: str, error: Exception) -> AdapterFileError:
 def card(
     header: Mapping[str, Any], repository: str, results: Mapping[str, Any], base: str | None
 ) -> str:
-    """The page of an adapter.
-
-    Args:
-        header: Of its file.
-        repository: Where it will be.
-        results: What was measured → value.
-        base: Address of the base on the hub, where it is known.
-    """
+    """The page of an adapter."""
     data, config, targets = header.get("data", {}), header["config"], header["targets"]
     task = "automatic-speech-recognition" if "labels" in data else None
     task = "image-classification" if "input_size" in data else task

@@ -16,12 +16,6 @@ def read_pictures(
 ) -> ImageDomains:
     """The pictures that the settings describe, read.
 
-    Args:
-        domains: Reads them.
-        settings: Which.
-        model: "mean" and "std" of the pictures that the backbone is used to, where it says them.
-        stages: Shows the progress.
-
     Raises:
         DataError: they cannot be used.
     """
