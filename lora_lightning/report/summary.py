@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from lora_lightning.report.evidence import Difference, Evidence, Interval, by_seed
 from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
@@ -76,7 +75,9 @@ class Summary:
         self._evidence = Evidence(run.scores, run.metric)
         self.methods = list(dict.fromkeys(r.method for r in self._rows))
         domains = list(dict.fromkeys(r.domain for r in self._rows))
-        self.source = next((d for d in ("source", _source_of(run)) if d in domains), None)
+        data = run.config.get("data")
+        own = data.get("source") if isinstance(data, dict) else None
+        self.source = next((d for d in ("source", own) if d in domains), None)
         others = [d for d in domains if d != self.source]
         # A caller's own average is used only where there is nothing to average.
         self.targets = [d for d in others if d != "target"] or others
@@ -245,8 +246,3 @@ def target_items(run: Run) -> list[Prediction]:
     source = Summary(run).source
     found = (p for p in run.predictions if p.domain != source and p.split == HELD_OUT)
     return [p for p in found if p.label]
-
-
-def _source_of(run: Run) -> Any:
-    data = run.config.get("data")
-    return data.get("source") if isinstance(data, dict) else None
