@@ -131,9 +131,15 @@ class Evidence:
         found = _middle(drawn)
         if chance >= LEVEL:
             found = Interval(min(found.low, 0.0), max(found.high, 0.0))
-        first = pairs[: len(domains)]
-        gains = np.concatenate([self._each(a) - self._each(b) for _, a, b in first])
+        gains = self._gains([(a, b) for _, a, b in pairs], len(domains))
         return found, int((gains > 0).sum()), int((gains < 0).sum())
+
+    def _gains(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], domains: int) -> np.ndarray:
+        """Of each item, in the mean of the seeds; in the first, where they have other items."""
+        each = [self._each(a) - self._each(b) for a, b in pairs]
+        seeds = [np.concatenate(each[i : i + domains]) for i in range(0, len(each), domains)]
+        same = len({len(gains) for gains in seeds}) == 1
+        return np.asarray(np.mean(seeds, 0) if same else seeds[0])
 
     def _each(self, scores: np.ndarray) -> np.ndarray:
         if self._metric is not _ratio:  # matches, as BLEU of a single sentence is mostly 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from lora_lightning.report.evidence import Difference, Evidence, Interval, by_seed
-from lora_lightning.report.metrics import LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
+from lora_lightning.report.metrics import DEGREES, LOWER_IS_BETTER, PERCENT, UNITS, Unit, si
 from lora_lightning.report.results import HELD_OUT, Prediction, Run
 
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
@@ -134,7 +134,7 @@ class Summary:
     def seed_interval(self, method: str, domains: Sequence[str]) -> Interval | None:
         """95 % of a mean over domains, by seed, within what the metric can be."""
         found = by_seed(list(self._by_seed(method, domains).values()))
-        most = math.inf if self.lower else 1.0
+        most = 180.0 if self.unit == DEGREES else math.inf if self.lower else 1.0
         return found and Interval(max(found.low, 0.0), min(found.high, most))
 
     def _means(self, method: str, domains: Sequence[str]) -> dict[int, float]:

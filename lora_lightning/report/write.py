@@ -176,6 +176,8 @@ def _against(summary: Summary, method: str, full: str) -> str:
             text += " (within the spread over seeds)"
         elif found.known and not found.clear:
             text += " (which can be chance)"
+    if not share:  # the guard kept the source model
+        return f", {text}"
     return f", {text}, with {share:.{1 if share < 10 else 0}f} % of its trainable parameters"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torchmetrics.functional.text import sacre_bleu_score
 
-from lora_lightning.report.evidence import Evidence, _bleu, by_seed
+from lora_lightning.report.evidence import Evidence, _bleu, by_seed, of_mean
 from lora_lightning.report.results import Row
 from lora_lightning.report.write import verdict
 from lora_lightning.text.experiment import bleu_sums
@@ -34,6 +34,15 @@ def test_a_gain_is_one_that_chance_seldom_makes(better: int, worse: int, clear: 
     assert (more, less) == (better, worse)
     assert interval.clear == clear
     assert interval.low <= (better - worse) / 39 <= interval.high
+
+
+def test_items_are_better_in_the_mean_of_the_seeds() -> None:
+    """The guard kept the source model in the first seed; the interval is of both."""
+    degrees = {("a", 0): [9, 9, 9], ("a", 1): [1, 9, 20], ("b", 0): [9, 9, 9], ("b", 1): [9, 9, 9]}
+    scores = {(m, "t", s): of_mean(np.array(v)) for (m, s), v in degrees.items()}
+    found = Evidence(scores, "azimuth error").difference("a", "b", ["t"])
+    assert found
+    assert found[1:] == (1, 1)
 
 
 def test_of_many_items_the_sums_are_normal(monkeypatch: pytest.MonkeyPatch) -> None:

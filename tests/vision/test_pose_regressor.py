@@ -19,6 +19,7 @@ from lora_lightning.report.html import page
 from lora_lightning.report.metrics import AZIMUTH_ERROR, angle_between
 from lora_lightning.report.plots.angles import angle_plot
 from lora_lightning.report.plots.domains import domain_plot
+from lora_lightning.report.plots.speech import target_plot
 from lora_lightning.report.results import Prediction
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.write import verdict
@@ -491,6 +492,11 @@ def test_plots_of_angles_show_circular_errors_in_degrees(tmp_path):
     assert "lower is better" in caption
     line = figure.axes[0].containers[0][0]
     assert line.get_ydata().tolist() == pytest.approx([5.04, 20, 40, 90])
+    run.rows = [dataclasses.replace(r, domain=r.domain.replace("-", " ")) for r in run.rows]
+    figure, _ = target_plot(run) or pytest.fail("no plot")  # of domains without severities
+    assert figure.axes[0].get_xlabel() == "azimuth error (degrees)"
+    line = figure.axes[0].containers[0][0]
+    assert sorted(line.get_xdata()) == pytest.approx([20, 40, 90])
 
 
 def test_other_metrics_have_no_plot_of_angles(tmp_path):

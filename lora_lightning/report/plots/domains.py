@@ -54,6 +54,7 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
         for method in thin:
             y, _ = _shown([summary.cell(method, [domain]) for _, domain in places], summary)
             axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
+        axes.set_ylim(_possible(axes.get_ylim(), summary))
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -83,6 +84,12 @@ def _shown(cells: Sequence[Cell], summary: Summary) -> tuple[np.ndarray, np.ndar
     """Means and spreads in the metric's unit."""
     scale = summary.unit.scale
     return scale * np.array([c.mean for c in cells]), scale * np.array([c.sd for c in cells])
+
+
+def _possible(limits: tuple[float, float], summary: Summary) -> tuple[float, float]:
+    """Without room for more than 100 % or less than 0, where bars reach beyond."""
+    low, high = limits
+    return (low, high) if summary.lower else (max(low, -3.0), min(high, 103.0))
 
 
 def _label_ends(axes: Axes, methods: Sequence[str], distance: float) -> None:
@@ -140,6 +147,7 @@ def _by_domain(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figure,
     names = [f"{d} (source)" if d == summary.source != "source" else d for d in shown]
     axes.set_yticks(range(len(shown)), [shorten(name, 30) for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(_possible(axes.get_xlim(), summary))
     axes.set_xlabel(f"{run.metric} ({summary.unit.name})")
     figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
     rest = len(summary.targets) - MOST_DOMAINS

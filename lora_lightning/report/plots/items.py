@@ -152,7 +152,7 @@ def _tile(ax: Axes, path: Path, p: Prediction, side: float, degrees: bool) -> No
 
 
 def _degrees(number: str) -> str:
-    return f"{float(number):.0f}°".replace("-", "−")
+    return f"{float(number):z.0f}°".replace("-", "−")
 
 
 def _thumbnail(path: Path) -> np.ndarray | None:

@@ -56,3 +56,4 @@ def _panel(axes: Axes, name: str, curves: list[Curve]) -> None:
             alpha=0.5 if several else 1, markersize=3,
         )  # fmt: skip
     axes.locator_params(nbins=4)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]

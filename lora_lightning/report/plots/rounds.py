@@ -60,7 +60,7 @@ def rounds_figure(rounds: Sequence[dict[str, Any]], classes: Sequence[str] = ())
     left.set_xticks(indices)
     left.set_xlabel("round")
     left.grid(visible=True, axis="y")
-    left.legend(frameon=False, loc="lower left", fontsize=8.5)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
     if right:
         _histogram(right[0], figure, labelled, classes)
     return figure

@@ -11,7 +11,17 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from lora_lightning.report.metrics import shorten
-from lora_lightning.report.plots.style import INK, QUIET, RIGHT, WRONG, Drawing, colour, look, plot
+from lora_lightning.report.plots.style import (
+    COLOURS,
+    INK,
+    QUIET,
+    RIGHT,
+    WRONG,
+    Drawing,
+    colour,
+    look,
+    plot,
+)
 from lora_lightning.report.results import Run, Transcript
 from lora_lightning.report.summary import Summary
 from lora_lightning.report.word_errors import SAMPLE_RATE, errors, sound, telling
@@ -82,25 +92,28 @@ def _family(method: str) -> str:
 def target_plot(run: Run) -> Drawing | None:
     """The metric of each target: before, with the adapter, with all weights."""
     summary = Summary(run)
-    shown = summary.headline_methods()
+    shown, thin = summary.headline_methods(), summary.closed_forms()
+    if len(shown) > len(COLOURS):  # they are in the table
+        shown = [m for m in shown if m not in thin]
     if not summary.apart or not summary.targets or len(shown) < 2:
         return None
+    scale = summary.unit.scale
     targets = sorted(summary.targets, key=lambda d: -_mean(summary, shown[0], d))[:MOST_TARGETS]
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(targets)), layout="constrained")
     axes = figure.subplots()
     axes.grid(visible=True, axis="x")
     for i, method in enumerate(shown):
         cells = [summary.cell(method, [d]) for d in targets]
-        x, error = (100 * np.array([getattr(c, n) for c in cells]) for n in ("mean", "sd"))
+        x, error = (scale * np.array([getattr(c, n) for c in cells]) for n in ("mean", "sd"))
         y = np.arange(len(targets)) + 0.1 * (i - (len(shown) - 1) / 2)
         axes.errorbar(x, y, xerr=np.nan_to_num(error), label=method, linestyle="", **look(i))
     for line, domain in enumerate(targets):
-        ends = [100 * _mean(summary, m, domain) for m in (shown[0], shown[1])]
+        ends = [scale * _mean(summary, m, domain) for m in (shown[0], shown[1])]
         axes.plot(ends, [line, line], color=QUIET, linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(targets)), [shorten(d, 30) for d in targets])
     axes.set_ylim(len(targets) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{run.metric} (%)")
+    axes.set_xlabel(f"{run.metric} ({summary.unit.name})")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.2)
     some = f" Only the {MOST_TARGETS} worst are shown." * (len(summary.targets) > MOST_TARGETS)
     return figure, f"One line a target; further left is better.{summary.bars()}{some}"

@@ -19,7 +19,7 @@ RIGHT, WRONG = "#00755a", "#b8400a"
 # Okabe and Ito's palette, darkened where it would be faint on white; told apart by
 # people with any of the common colour blindnesses. Markers differ as well.
 COLOURS = ("#616e7c", "#009e73", "#0072b2", "#d55e00", "#b15e8f", "#b07d00", "#56b4e9")
-MARKERS = "oDs^vPX"
+MARKERS = "oDs^vPX*"  # one more than colours: the eighth method is told from the first
 # Text is measured in the first, which is wide: in the others it takes less room.
 FONTS = (
     "'DejaVu Sans', Verdana, system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', "
