@@ -58,13 +58,15 @@ def floats(output: Any, whole: bool = False) -> Iterator[Tensor]:
 def _parts(output: Any) -> Iterable[Any]:
     if isinstance(output, Mapping):
         return output.values()
-    if isinstance(output, (tuple, list)):
+    if isinstance(output, (tuple, list, Iterator)):
         return output
     if isinstance(output, (type, nn.Module)):
         return ()
     if dataclasses.is_dataclass(output):
         return [getattr(output, f.name) for f in dataclasses.fields(output)]
-    found = getattr(output, "__dict__", {}).values()
+    owns = [vars(c).get("__slots__", ()) for c in type(output).__mro__]
+    slots = [s for own in owns for s in ([own] if isinstance(own, str) else own)]
+    found = [*getattr(output, "__dict__", {}).values(), *(getattr(output, s, None) for s in slots)]
     return [x for x in found if isinstance(x, (Tensor, list, tuple, Mapping))]
 
 

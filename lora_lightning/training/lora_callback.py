@@ -122,9 +122,17 @@ class LoRACallback(injection.InjectingCallback):
         # Called on every process: in distributed runs the folder is broadcast.
         folder = Path(self.output_dir or Path(trainer.log_dir or ".") / "adapters")
         self.files.follow(trainer, folder)
+        self._hook(pl_module)
+        self.inject(trainer, pl_module)
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, held: dict[str, Any]) -> None:
+        """Take what processes of the strategy learnt; checkpoints are as after any other fit."""
+        super().take(trainer, pl_module, held)
+        self._hook(pl_module)
+
+    def _hook(self, pl_module: LightningModule) -> None:
         adapter = checkpoint_hooks.Adapter(self.backbone, self.name, self.config.to_dict())
         checkpoint_hooks.install(pl_module, self.state_key, adapter)
-        self.inject(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what the optimizer captured; log the size of the adapter."""

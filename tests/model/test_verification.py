@@ -98,6 +98,23 @@ def kept(model, x, found):
     return {"scores": found[found > 0.3], "labels": found.argmax(1)}
 
 
+class Slotted:
+    """Has no table of attributes."""
+
+    __slots__ = "logits"
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize("give", [Slotted, lambda y: iter([y])])
+def test_outputs_of_slots_and_iterators_are_seen(give):
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, rank=2, target_modules="all", trainable=[])
+    (found,) = verify(model, torch.randn(5, 4), forward=lambda m, x: give(m(x)))
+    assert found.effect > 0
+
+
 LEARNT, CHANGES = (
     "every factor learns was checked in training mode",
     "the adapter changes decisions",

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_lightning import FitGuard, LoRACallback
+from lora_lightning import FitGuard, LoRACallback, inject
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.lora.factors import Factors
 from tests.helpers.detectors import Detection, boxes, faster_rcnn, retinanet
@@ -198,3 +198,13 @@ def test_held_out_losses_of_detectors_are_those_of_training_mode(tmp_path):
         wanted = sum(float(module.training_step(item, 0)) for item in items) / len(items)
     trainer(tmp_path, lora, guard, max_epochs=1).fit(module, boxes())
     assert guard.history_[0].held_out == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_a_batch_without_items_tells_nothing(init):
+    found = []
+    for batches in ([X], [X[:0], X]):
+        model = net()
+        inject(model, rank=2, init=init, target_modules="all", trainable=[], seed=0, data=batches)
+        found.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*found)

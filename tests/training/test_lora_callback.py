@@ -46,6 +46,7 @@ from lora_lightning.errors import (
 from lora_lightning.lora.factors import Factors
 from lora_lightning.model.shrinkage import adapter_values
 from lora_lightning.model.state import named_factors
+from lora_lightning.training.checkpoint_hooks import frozen_names
 from tests.helpers.training import (
     Late,
     Module,
@@ -622,6 +623,14 @@ def test_what_processes_of_the_trainer_learnt_is_in_the_one_that_started_them(
     (got,) = t.test(module, data, verbose=False)
     (expected,) = trainer(tmp_path).test(base, data, verbose=False)
     assert got == pytest.approx(expected)
+    t.save_checkpoint(path := tmp_path / "here.ckpt")  # without the base, as after any other fit
+    held = torch.load(path, weights_only=False)["state_dict"]
+    assert frozen_names(module).isdisjoint(k for k, v in held.items() if torch.is_tensor(v))
+    if guard is None:  # which would have to be there again, and lowers ranks
+        other = fresh(model=efficientnet())
+        again = trainer(tmp_path, lora(output_dir=tmp_path, **options))
+        (found,) = again.test(other, data, ckpt_path=path, verbose=False)
+        assert found == pytest.approx(expected)
 
 
 class Configures(Module):

@@ -103,6 +103,8 @@ class Inputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def take(self, path: str, rows: Tensor, kernel: int = 0) -> None:
         """Pass on at most `ROWS` rows (…, in), followed by that many kernel dimensions."""
+        if not rows.numel():  # of a batch without items
+            return
         self.times[path] = self.times.get(path, 0) + 1
         rows = rows.detach()
         leading = rows.shape[: rows.ndim - 1 - kernel]
