@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from lora_lightning.deploy import cli as deploy
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.sentences import sentence
 from lora_lightning.report.versions import installed
+from lora_lightning.runner.jobs import add_options, given
 from lora_lightning.speech import cli as speech
 from lora_lightning.vision import cli as vision
 
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
@@ -72,6 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; settings may follow options, where argparse would not look for them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings = all("=" in x and not x.startswith("-") for x in rest)
+    if rest and not (settings and hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def _complain(message: str) -> None:
     _console(stderr=True).print(message, style="red", soft_wrap=True)
 
@@ -89,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)
     run.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, folder or file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
+    add_options(run, "seeds")
     run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
     run.set_defaults(command=_run, parser=run)
 
@@ -110,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what chooses the best combination: source, its held-out items (the default); target, "
         "or a target's name: then labels of the target choose",
     )  # fmt: skip
+    add_options(sweep, "cells or ranks")
     sweep.set_defaults(command=_sweep)
 
     commands.add_parser("list", help="list the recipes").set_defaults(command=_list)
@@ -140,7 +156,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return _help(arguments)
     from lora_lightning.runner.loading import run_recipe
 
-    _show(run_recipe(arguments.name, arguments.overrides))
+    _show(run_recipe(arguments.name, arguments.overrides, jobs=given(arguments)))
     return None
 
 
@@ -148,19 +164,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from lora_lightning.runner.grid import is_grid, sweep_grid
     from lora_lightning.runner.loading import sweep_recipe
 
-    grid = is_grid(arguments.overrides)
+    grid, jobs = is_grid(arguments.overrides), given(arguments)
     if arguments.by and not grid:
         raise ConfigError("--by chooses among settings with several values: lora.rank=1,2,4")
     if not grid:
         ranks = arguments.ranks or [*RANKS]
-        _show(sweep_recipe(arguments.name, ranks, arguments.overrides))
+        _show(sweep_recipe(arguments.name, ranks, arguments.overrides, jobs))
         return 0
     if arguments.ranks:
         raise ConfigError("give either --ranks, or lora.rank=1,2,4 among the other settings")
     console, told = _console(), _console(stderr=True)
-    sweep = sweep_grid(
-        arguments.name, arguments.overrides, arguments.by, lambda t: told.print(t, style="bold")
-    )
+    say = partial(told.print, style="bold")
+    sweep = sweep_grid(arguments.name, arguments.overrides, arguments.by, say, jobs)
     console.print(sweep.table())
     console.print(f"\n{sweep.verdict()}", markup=False)
     return int(bool(sweep.failed))

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry, unknown
+from lora_lightning.runner.jobs import SERIAL, Jobs
 from lora_lightning.runner.setting_tree import explained, inside_free, leaves, misfit, refuse_calls
 from lora_lightning.runner.setting_tree import settings as settings
 
@@ -138,7 +139,10 @@ def _merged(config: DictConfig, where: str, *given: Any) -> DictConfig:
 
 
 def run_recipe(
-    name: str | Path, overrides: Sequence[str] = (), out: Path | str | None = None
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    jobs: Jobs = SERIAL,
 ) -> Run:
     """Run a recipe; all results are written to its output folder.
 
@@ -146,6 +150,7 @@ def run_recipe(
         name: Name of a recipe, a folder, or a recipe.yaml.
         overrides: ``key=value`` strings.
         out: The output folder, over the configuration's own.
+        jobs: How many seeds at once, and where.
 
     Returns:
         The results, as written to ``results.json``.
@@ -159,7 +164,8 @@ def run_recipe(
     from lora_lightning.runner.runner import run
 
     command = shlex.join(["lora-lightning", "run", str(name), *given])
-    return run(experiment_of(config), config, command, config.title != recipe.title)
+    titled = config.title != recipe.title
+    return run(experiment_of(config), config, command, titled, jobs=jobs)
 
 
 def experiment_of(config: DictConfig) -> Any:
@@ -182,7 +188,10 @@ def _imported(what: str | type) -> Any:
 
 
 def sweep_recipe(
-    name: str | Path, ranks: Sequence[int | str], overrides: Sequence[str] = ()
+    name: str | Path,
+    ranks: Sequence[int | str],
+    overrides: Sequence[str] = (),
+    jobs: Jobs = SERIAL,
 ) -> Run:
     """Run a recipe's adapter with labels at several ranks; the plot ``ranks.svg`` compares them.
 
@@ -191,6 +200,7 @@ def sweep_recipe(
         ranks: Whole numbers, and ``"auto"``.
         overrides: See `run_recipe`; but for the methods, which are the source model and the adapter
             at each rank.
+        jobs: How many ranks at once, and where.
 
     Raises:
         ConfigError: a rank that is none, or a recipe without an adapter on labels.
@@ -199,4 +209,4 @@ def sweep_recipe(
         if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ConfigError(f'ranks are whole numbers of at least 1, or "auto"; got {rank!r}')
     methods = ",".join(["source_only", *(f"lora@{rank}" for rank in ranks)])
-    return run_recipe(name, [*overrides, f"methods=[{methods}]"])
+    return run_recipe(name, [*overrides, f"methods=[{methods}]"], jobs=jobs)
