@@ -25,9 +25,10 @@ from lora_lightning.report.sentences import sentence
 from lora_lightning.runner.each_target import counted
 from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.grid_results import Cell, Line, Sweep, lines_of
-from lora_lightning.runner.jobs import SERIAL, Jobs, run_tasks
+from lora_lightning.runner.jobs import SERIAL, Jobs
 from lora_lightning.runner.loading import apply_overrides, experiment_of, load_recipe
 from lora_lightning.runner.progress import Stages, interruptible
+from lora_lightning.runner.tasks import run_tasks
 
 STAGES = ("label_free", "lora", "full")  # methods, each with its settings in train.<name>
 RESULT = "cell.json"

@@ -1,9 +1,4 @@
-"""`run_tasks`: a function of many items, in this process, in several, or on a Ray cluster.
-
-A task is one call ``function(common, item)``. `common`, such as the base model, is sent once to
-each process, or put once into Ray's object store. A function that raises, and a process that dies,
-cost that task alone. What a task leaves behind are the files that it writes itself.
-"""
+"""`Jobs`: how many tasks run at once, and where; what the engines of `run_tasks` share."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,43 +100,6 @@ def add_options(parser: argparse.ArgumentParser, what: str) -> None:
 def given(arguments: argparse.Namespace) -> Jobs:
     """The options of `add_options`."""
     return Jobs(arguments.jobs, arguments.engine, arguments.address)
-
-
-def run_tasks(
-    function: Function, items: Iterable[Any], common: Any = None, jobs: Jobs = SERIAL
-) -> Iterator[Done]:
-    """Call ``function(common, item)`` for each item.
-
-    Args:
-        function: Of a module that can be imported, unless all runs in this process.
-        items: Read one by one, as there is room.
-        common: The same for all. Other processes have a copy, which they keep from task to task.
-        jobs: How many at once, and where.
-
-    Yields:
-        Each task as it ends; a failure is a value. A task whose process dies is run once more.
-
-    Raises:
-        ConfigError: Ray's cluster cannot be reached.
-        MissingDependencyError: Ray is not installed.
-    """
-    numbered = enumerate(items)
-    if jobs.serial:
-        return (_in_this_process(function, common, *each) for each in numbered)
-    if jobs.engine == "ray":
-        from lora_lightning.runner.ray_jobs import on_ray
-
-        return on_ray(pickle.dumps((function, common)), numbered, jobs)
-    from lora_lightning.runner.process_jobs import in_processes
-
-    return in_processes(pickle.dumps((function, common)), numbered, jobs)
-
-
-def _in_this_process(function: Function, common: Any, index: int, item: Any) -> Done:
-    try:
-        return Done(index, function(common, item))
-    except Exception as error:
-        return Done(index, error=error)
 
 
 # ---- in another process ------------------------------------------------------------------------

@@ -24,9 +24,10 @@ from lora_lightning.report.results import Prediction, Row, Run, Transcript
 from lora_lightning.report.sentences import sentence
 from lora_lightning.runner.each_target import counted
 from lora_lightning.runner.experiment import Experiment
-from lora_lightning.runner.jobs import Jobs, run_tasks
+from lora_lightning.runner.jobs import Jobs
 from lora_lightning.runner.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runner.sweep import method_of, rank_of
+from lora_lightning.runner.tasks import run_tasks
 from lora_lightning.runner.trainer import threads
 
 _LISTS = {"rows": Row, "predictions": Prediction, "transcripts": Transcript, "notes": None}

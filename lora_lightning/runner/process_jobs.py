@@ -1,4 +1,4 @@
-"""`in_processes`: the tasks of `lora_lightning.runner.jobs` in processes of this machine."""
+"""`in_processes`: the tasks of `lora_lightning.runner.tasks` in processes of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function of tasks for tests/runner/test_jobs.py; importing it takes no time."""
+"""A function of tasks for tests/runner/test_tasks.py; importing it takes no time."""
 
 import os
 import signal

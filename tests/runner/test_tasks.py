@@ -12,8 +12,9 @@ import pytest
 
 from lora_lightning.cli import main
 from lora_lightning.errors import ConfigError, TaskError
-from lora_lightning.runner.jobs import Jobs, run_tasks
+from lora_lightning.runner.jobs import Jobs
 from lora_lightning.runner.loading import KINDS
+from lora_lightning.runner.tasks import run_tasks
 from tests.helpers.jobs import answer
 from tests.runner.test_experiment import PointsExperiment, recipe  # noqa: F401  # a fixture
 
@@ -48,7 +49,8 @@ def test_tasks_are_read_as_there_is_room_and_end_with_the_driver(tmp_path):
     # A driver that is killed takes its processes with it, at work or not.
     code = f"""if 1:
         from pathlib import Path
-        from lora_lightning.runner.jobs import Jobs, run_tasks
+        from lora_lightning.runner.jobs import Jobs
+        from lora_lightning.runner.tasks import run_tasks
         from tests.helpers.jobs import answer
         list(run_tasks(answer, ["waits"] * 2, Path({str(tmp_path)!r}), Jobs(2)))
     """
