@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.report import streams
 from lora_lightning.report.sentences import sentence
 from lora_lightning.report.versions import installed
+from lora_lightning.runner.jobs import add_options as add_jobs
+from lora_lightning.runner.jobs import given
 from lora_lightning.runner.memory import keep_freed_memory
 from lora_lightning.speech import cli as speech
 from lora_lightning.vision import cli as vision
@@ -52,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: some speaker or file of several failed; 2: an error; 130: Ctrl-C; 141: whoever read
     what is printed has closed the pipe, which ends the command.
     """
-    given = sys.argv[1:] if argv is None else argv
-    # Last: argparse takes no settings, of which there may be none, after an option.
-    arguments = _parser().parse_args(sorted(given, key="--quick".__eq__))
-    arguments.typed = shlex.join(["lora-lightning", *given])
+    arguments = _parsed(argv)
+    arguments.typed = shlex.join(["lora-lightning", *(sys.argv[1:] if argv is None else argv)])
     # For OpenMP, which reads it when torch is imported: its threads spin while they wait, and on
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
@@ -79,6 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             streams.flush()
         return 2
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; settings may follow options, where argparse would not look for them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings = all("=" in x and not x.startswith("-") for x in rest)
+    if rest and not (settings and hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _complain(message: str) -> None:
@@ -106,6 +119,7 @@ def _add_recipes(commands: Any) -> None:
     run.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, folder or file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
     run.add_argument("--quick", action="store_true", help="a first, rougher table in a minute")
+    add_jobs(run, "seeds")
     run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
     run.set_defaults(command=_run, parser=run)
 
@@ -127,6 +141,7 @@ def _add_recipes(commands: Any) -> None:
         help="what chooses the best combination: source, its held-out items (the default); target, "
         "or a target's name: then labels of the target choose",
     )  # fmt: skip
+    add_jobs(sweep, "cells or ranks")
     sweep.set_defaults(command=_sweep)
 
     commands.add_parser("list", help="list the recipes").set_defaults(command=_list)
@@ -152,7 +167,10 @@ def _run(arguments: argparse.Namespace) -> None:
         return _help(arguments)
     from lora_lightning.runner.loading import run_recipe
 
-    _show(run_recipe(arguments.name, arguments.overrides, quick=arguments.quick))
+    done = run_recipe(
+        arguments.name, arguments.overrides, quick=arguments.quick, jobs=given(arguments)
+    )
+    _show(done)
     return None
 
 
@@ -160,19 +178,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from lora_lightning.runner.grid import is_grid, sweep_grid
     from lora_lightning.runner.loading import sweep_recipe
 
-    grid = is_grid(arguments.overrides)
+    grid, jobs = is_grid(arguments.overrides), given(arguments)
     if arguments.by and not grid:
         raise ConfigError("--by chooses among settings with several values: lora.rank=1,2,4")
     if not grid:
         ranks = arguments.ranks or [*RANKS]
-        _show(sweep_recipe(arguments.name, ranks, arguments.overrides))
+        _show(sweep_recipe(arguments.name, ranks, arguments.overrides, jobs))
         return 0
     if arguments.ranks:
         raise ConfigError("give either --ranks, or lora.rank=1,2,4 among the other settings")
     console, told = _console(), _console(stderr=True)
-    sweep = sweep_grid(
-        arguments.name, arguments.overrides, arguments.by, lambda t: told.print(t, style="bold")
-    )
+    say = partial(told.print, style="bold")
+    sweep = sweep_grid(arguments.name, arguments.overrides, arguments.by, say, jobs)
     console.print(sweep.table())
     console.print(f"\n{sweep.verdict()}", markup=False)
     return int(bool(sweep.failed))

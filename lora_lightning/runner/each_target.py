@@ -25,7 +25,8 @@ from lora_lightning.model.adapter_file.save import read_header
 from lora_lightning.report.files import check_writable
 from lora_lightning.report.sentences import failure
 from lora_lightning.runner.file_names import file_names
-from lora_lightning.runner.jobs import Done, Jobs, run_tasks
+from lora_lightning.runner.jobs import Done, Jobs
+from lora_lightning.runner.tasks import run_tasks
 
 if TYPE_CHECKING:
     from rich.table import Table

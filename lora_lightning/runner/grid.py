@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.errors import ConfigError
 from lora_lightning.report.files import atomic_write
 from lora_lightning.report.sentences import failure
+from lora_lightning.runner.each_target import counted
 from lora_lightning.runner.file_names import file_names
 from lora_lightning.runner.grid_results import Cell, Line, Sweep, lines_of
+from lora_lightning.runner.jobs import SERIAL, Jobs
 from lora_lightning.runner.loading import apply_overrides, experiment_of, load_recipe
+from lora_lightning.runner.progress import Stages, interruptible
+from lora_lightning.runner.tasks import run_tasks
 
 STAGES = ("label_free", "lora", "full")  # methods, each with its settings in train.<name>
 RESULT = "cell.json"
+_Task = tuple[Cell, DictConfig, str, bool]  # a cell, its run's settings and command, if titled
 _OPEN, _CLOSED = "[{(", "]})"
 # What these keys change comes after the source model.
 _AFTER_SOURCE = ("lora.", "batch_norm", *(f"train.{stage}." for stage in STAGES))
@@ -57,6 +62,7 @@ def sweep_grid(
     overrides: Sequence[str],
     by: str | None = None,
     tell: Callable[[str], None] = lambda said: None,
+    jobs: Jobs = SERIAL,
 ) -> Sweep:
     """Run a recipe with every combination of settings; results are written to its output folder.
 
@@ -69,7 +75,8 @@ def sweep_grid(
         overrides: ``key=value``, or ``key=value,value`` for several.
         by: What chooses the best cell: ``"source"``, the metric on the source's held-out items (the
             default); ``"target"``, or a target's name: then labels of the target choose.
-        tell: Called with a line of text before each cell.
+        tell: Called with a line of text before each cell that runs in this process.
+        jobs: How many cells at once, and where.
 
     Raises:
         ConfigError: an unknown key or bad value in any cell, before anything is run; a `by` that is
@@ -93,18 +100,50 @@ def sweep_grid(
         configs.append(apply_overrides(recipe, [*fixed, *cell.settings]))
         configs[-1].out = str(cell.folder)
     sweep = Sweep(axes, cells, experiment_of(recipe).metric, by)
-    sources: Any = {} if all(key.startswith(_AFTER_SOURCE) for key in axes) else None
+    sources: Any = {} if _shares_source(axes) else None
+    kind = experiment_of(recipe)
     try:
+        todo = list[_Task]()
         for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
-            tell(f"cell {number} of {len(cells)}: {cell.name}")
             settings = [*fixed, *cell.settings, f"out={cell.folder}"]
             command = shlex.join(["lora-lightning", "run", str(name), *settings])
-            _one(cell, config, command, config.title != recipe.title, sources)
+            task = cell, config, command, config.title != recipe.title
+            # The first one that trains the source model of all is done before the others.
+            if not jobs.serial and sources != {}:
+                todo.append(task)
+                continue
+            tell(f"cell {number} of {len(cells)}: {cell.name}")
+            _one((kind, sources), task)
+            sweep.check()
+            sweep.write(out)
+        for _ in _apart(kind, sources, todo, jobs):
             sweep.check()
             sweep.write(out)
     finally:  # of those there are, where it is interrupted
         sweep.draw(out)
     return sweep
+
+
+def _apart(kind: Any, sources: Any, todo: Sequence[_Task], jobs: Jobs) -> Iterator[None]:
+    """Run cells in other processes; yields as each ends."""
+    due = []
+    for task in todo:
+        cell, config, *_ = task
+        if (found := _there(cell.folder / RESULT, _settings(config))) is None:
+            due.append(task)
+        else:
+            cell.lines = found
+            yield
+    if not due:
+        return
+    with interruptible(), Stages() as stages:
+        for done in counted(run_tasks(_one, due, (kind, sources), jobs), stages, len(due)):
+            cell = due[done.index][0]
+            if done.error is None:
+                cell.lines, cell.reason = done.value
+            else:
+                cell.reason = failure(done.error)
+            yield
 
 
 def _axes(lists: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -128,24 +167,34 @@ def _methods(axes: dict[str, list[str]]) -> list[str]:
     return ["source_only", *(changed or ["lora"])]
 
 
-def _one(cell: Cell, config: DictConfig, command: str, titled: bool, sources: Any) -> None:
-    """Run a cell, unless its results are there."""
+def _shares_source(axes: dict[str, list[str]]) -> bool:
+    return all(key.startswith(_AFTER_SOURCE) for key in axes)
+
+
+def _one(common: tuple[Any, Any], task: _Task) -> tuple[list[Line], str]:
+    """Run a cell, unless its results are there; returns them, and why it failed."""
     from lora_lightning.runner.runner import run
 
-    plain = {**OmegaConf.to_container(config, resolve=True), "out": ""}  # type: ignore[dict-item]
-    plain = json.loads(json.dumps(plain))
-    path = cell.folder / RESULT
+    (kind, sources), (cell, config, command, titled) = common, task
+    plain, path = _settings(config), cell.folder / RESULT
     if (found := _there(path, plain)) is not None:
         cell.lines = found
-        return
+        return found, ""
     try:
-        done = run(experiment_of(config), config, command, titled, sources=sources)
-        cell.lines = lines_of(done)
+        cell.lines = lines_of(run(kind, config, command, titled, sources=sources))
     except Exception as error:
         cell.reason = failure(error)
-        return
+        return [], cell.reason
     held = {"config": plain, "lines": [asdict(line) for line in cell.lines]}
     atomic_write(path, json.dumps(held, indent=1))
+    return cell.lines, ""
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """Those that decide on a cell's results, as JSON has them."""
+    plain = {**OmegaConf.to_container(config, resolve=True), "out": ""}  # type: ignore[dict-item]
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found
 
 
 def _there(path: Path, config: dict[str, Any]) -> list[Line] | None:

@@ -1,9 +1,4 @@
-"""`run_tasks`: a function of many items, in this process, in several, or on a Ray cluster.
-
-A task is one call ``function(common, item)``. `common`, such as the base model, is sent once to
-each process, or put once into Ray's object store. A function that raises, and a process that dies,
-cost that task alone. What a task leaves behind are the files that it writes itself.
-"""
+"""`Jobs`: how many tasks run at once, and where; what the engines of `run_tasks` share."""
 
 from __future__ import annotations
 
@@ -11,24 +6,16 @@ import argparse
 import io
 import os
 import pickle
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from itertools import islice
-from multiprocessing import connection, get_context, parent_process
-from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 from lora_lightning.errors import ConfigError, TaskError
-from lora_lightning.report.files import scratch_folder
 
 ENGINES = ("processes", "ray")
 Function = Callable[[Any, Any], Any]
-_END = object()
 
 
 @dataclass(frozen=True)
@@ -115,41 +102,6 @@ def given(arguments: argparse.Namespace) -> Jobs:
     return Jobs(arguments.jobs, arguments.engine, arguments.address)
 
 
-def run_tasks(
-    function: Function, items: Iterable[Any], common: Any = None, jobs: Jobs = SERIAL
-) -> Iterator[Done]:
-    """Call ``function(common, item)`` for each item.
-
-    Args:
-        function: Of a module that can be imported, unless all runs in this process.
-        items: Read one by one, as there is room.
-        common: The same for all. Other processes have a copy, which they keep from task to task.
-        jobs: How many at once, and where.
-
-    Yields:
-        Each task as it ends; a failure is a value. A task whose process dies is run once more.
-
-    Raises:
-        ConfigError: Ray's cluster cannot be reached.
-        MissingDependencyError: Ray is not installed.
-    """
-    numbered = enumerate(items)
-    if jobs.serial:
-        return (_in_this_process(function, common, *each) for each in numbered)
-    if jobs.engine == "ray":
-        from lora_lightning.runner.ray_jobs import on_ray
-
-        return on_ray(pickle.dumps((function, common)), numbered, jobs)
-    return _in_processes(pickle.dumps((function, common)), numbered, jobs)
-
-
-def _in_this_process(function: Function, common: Any, index: int, item: Any) -> Done:
-    try:
-        return Done(index, function(common, item))
-    except Exception as error:
-        return Done(index, error=error)
-
-
 # ---- in another process ------------------------------------------------------------------------
 
 
@@ -182,110 +134,3 @@ def limit_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)  # for libraries that are not loaded yet
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
-
-
-def _serve(pipe: connection.Connection, path: str, threads: int) -> None:
-    """A process: calls the function for each item that comes through the pipe, until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends this process
-    threading.Thread(target=_end_with_driver, daemon=True).start()
-    limit_threads(threads)
-    held: list[Any] = []
-
-    def task() -> Any:
-        if not held:
-            held.append(pickle.loads(Path(path).read_bytes()))
-            limit_threads(threads)
-        return held[0]
-
-    while True:
-        try:
-            index, item = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(called(task, index, item))
-        except (EOFError, ConnectionError):
-            return
-
-
-def _end_with_driver() -> None:
-    """End at once where the driver was killed: a second run of the command may be at work."""
-    driver = parent_process()
-    assert driver is not None
-    driver.join()
-    os._exit(1)
-
-
-class _Worker:
-    """A process with a pipe to it."""
-
-    def __init__(self, path: str, threads: int):
-        context = get_context("spawn")  # a fork would copy locks that torch's threads hold
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, path, threads))
-        self.process.start()
-        theirs.close()
-
-    def begin(self, index: int, item: bytes) -> None:
-        """Send a task; a process that is dead already is found when it is waited for."""
-        with suppress(ConnectionError):
-            self.pipe.send_bytes(pickle.dumps((index, item)))
-
-    def end(self) -> int:
-        """Kill the process, unless it is dead; the code with which it ended."""
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-        return self.process.exitcode or 0
-
-
-def _in_processes(common: bytes, numbered: Iterator[tuple[int, Any]], jobs: Jobs) -> Iterator[Done]:
-    with scratch_folder(Path(gettempdir(), "lora-lightning-jobs")) as folder:
-        path = folder / "common"
-        path.write_bytes(common)
-        del common
-        # Pipe → its process, the task (index, pickled item) that it is at, and whether again.
-        busy: dict[Any, tuple[_Worker, tuple[int, bytes], bool]] = {}
-
-        def begin(worker: _Worker | None, task: Any, again: bool = False) -> None:
-            if task is _END:
-                if worker is not None:
-                    worker.end()
-                return
-            worker = worker or _Worker(str(path), jobs.threads)
-            packed = task if again else (task[0], pickle.dumps(task[1]))
-            busy[worker.pipe] = worker, packed, again
-            worker.begin(*packed)
-
-        try:
-            for task in islice(numbered, jobs.count):
-                begin(None, task)
-            while busy:
-                for pipe in connection.wait(list(busy)):
-                    worker, task, again = busy.pop(pipe)
-                    done = _answer(worker)
-                    if isinstance(done, Done):
-                        begin(worker, next(numbered, _END))
-                        yield done
-                    elif again:
-                        begin(None, next(numbered, _END))
-                        yield Done(task[0], error=TaskError(done))
-                    else:
-                        begin(None, task, again=True)
-        finally:
-            for worker, _, _ in busy.values():
-                worker.end()
-
-
-def _answer(worker: _Worker) -> Done | str:
-    """The task that a process has finished, or how it died."""
-    try:
-        done: Done = pickle.loads(worker.pipe.recv_bytes())
-    except (EOFError, ConnectionError):
-        worker.process.join()
-        return died(worker.end())
-    return done
-
-
-def died(code: int) -> str:
-    """How a process ended, in words."""
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    memory = ", as where the memory is full: take fewer --jobs" if code == -9 else ""
-    return f"its process ended {how}, and so did a second one{memory}"

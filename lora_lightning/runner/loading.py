@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.registry import Registry, unknown
+from lora_lightning.runner.jobs import SERIAL, Jobs
 from lora_lightning.runner.setting_tree import explained, inside_free, leaves, misfit, refuse_calls
 from lora_lightning.runner.setting_tree import settings as settings
 
@@ -142,6 +143,7 @@ def run_recipe(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
     quick: bool = False,
+    jobs: Jobs = SERIAL,
 ) -> Run:
     """Run a recipe; all results are written to its output folder.
 
@@ -150,6 +152,7 @@ def run_recipe(
         overrides: ``key=value`` strings.
         out: The output folder, over the configuration's own.
         quick: By the recipe's ``quick`` settings, `overrides` over these; title and notes say so.
+        jobs: How many seeds at once, and where.
 
     Returns:
         The results, as written to ``results.json``.
@@ -166,7 +169,8 @@ def run_recipe(
     from lora_lightning.runner.runner import run
 
     command = shlex.join(["lora-lightning", "run", str(name), *given])
-    return run(experiment_of(config), config, command, config.title != recipe.title, quick=quick)
+    titled = config.title != recipe.title
+    return run(experiment_of(config), config, command, titled, quick=quick, jobs=jobs)
 
 
 def _quick(recipe: DictConfig, name: str | Path) -> list[str]:
@@ -197,7 +201,10 @@ def _imported(what: str | type) -> Any:
 
 
 def sweep_recipe(
-    name: str | Path, ranks: Sequence[int | str], overrides: Sequence[str] = ()
+    name: str | Path,
+    ranks: Sequence[int | str],
+    overrides: Sequence[str] = (),
+    jobs: Jobs = SERIAL,
 ) -> Run:
     """Run a recipe's adapter with labels at several ranks; the plot ``ranks.svg`` compares them.
 
@@ -206,6 +213,7 @@ def sweep_recipe(
         ranks: Whole numbers, and ``"auto"``.
         overrides: See `run_recipe`; but for the methods, which are the source model and the adapter
             at each rank.
+        jobs: How many ranks at once, and where.
 
     Raises:
         ConfigError: a rank that is none, or a recipe without an adapter on labels.
@@ -214,4 +222,4 @@ def sweep_recipe(
         if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ConfigError(f'ranks are whole numbers of at least 1, or "auto"; got {rank!r}')
     methods = ",".join(["source_only", *(f"lora@{rank}" for rank in ranks)])
-    return run_recipe(name, [*overrides, f"methods=[{methods}]"])
+    return run_recipe(name, [*overrides, f"methods=[{methods}]"], jobs=jobs)

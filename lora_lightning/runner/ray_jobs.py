@@ -1,4 +1,4 @@
-"""`on_ray`: the tasks of `lora_lightning.runner.jobs` on a Ray cluster.
+"""`on_ray`: the tasks of `lora_lightning.runner.tasks` on a Ray cluster.
 
 https://docs.ray.io; the extra ``ray``. All machines of a cluster must have this package installed,
 and see the same files under the same paths.

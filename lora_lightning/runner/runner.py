@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lora_lightning.report.versions import hardware, versions
 from lora_lightning.report.write import write_report
 from lora_lightning.runner.checks import check_plan
 from lora_lightning.runner.experiment import Experiment
+from lora_lightning.runner.jobs import SERIAL, Jobs
+from lora_lightning.runner.parts import parts_of, run_parts, show
 from lora_lightning.runner.progress import Stages, interruptible, quiet_lightning
 from lora_lightning.runner.settings import RunConfig
 from lora_lightning.runner.sweep import at_rank, method_of, rank_of
@@ -32,6 +35,7 @@ def run(
     *,
     sources: Sources | None = None,
     quick: bool = False,
+    jobs: Jobs = SERIAL,
 ) -> Run:
     """Run every stage for every seed; the results are written to ``config.out``.
 
@@ -42,10 +46,12 @@ def run(
         titled: Whether the user gave the title; else data of their own have one of their own.
         sources: Source models of an earlier run, to which those that are made are added.
         quick: Whether the settings are the recipe's ``quick`` ones, which title and notes say.
+        jobs: How many seeds at once, and where; where ranks are compared, those too.
 
     Raises:
         ConfigError: an invalid value, before anything is read or trained.
         DataError: the data cannot be used.
+        TaskError: with several jobs, a seed failed; the others' results are written.
     """
     with quiet_lightning(), interruptible():
         config: Any = OmegaConf.to_object(given)
@@ -62,7 +68,12 @@ def run(
             out = Path(config.out)
             out.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(given, out / "config.yaml")
-            _run(experiment, {} if sources is None else sources)
+            sources = {} if sources is None else sources
+            if jobs.serial or len(parts_of(config)) == 1:
+                _run(experiment, sources)
+            else:
+                empty = copy.deepcopy(experiment.run)
+                _run_apart(experiment, empty, sources, jobs)
             return experiment.run
 
 
@@ -86,7 +97,27 @@ def _run(experiment: Experiment[Any], sources: Sources) -> None:
             stages.line(f"seed {seed}", style="bold")
         experiment.begin(seed)
         _one_seed(experiment, sources)
+        experiment.run.notes[:] = dict.fromkeys(experiment.run.notes)
         write_report(experiment.run, Path(config.out))
+
+
+def _run_apart(experiment: Experiment[Any], empty: Run, sources: Sources, jobs: Jobs) -> None:
+    """As `_run`, with parts as tasks; source models that several share are made here."""
+    experiment.load()
+    parts, shared = parts_of(experiment.config), list[int | None]()
+    if not experiment.source_each_seed:
+        shared = [None]
+    elif len(parts) > len(experiment.config.seeds):
+        shared = [*experiment.config.seeds]
+    for seed in shared:
+        experiment.begin(experiment.config.seeds[0] if seed is None else seed)
+        _take_source(experiment, sources, seed)
+    made = {seed: sources[seed][0] for seed in shared}
+    try:
+        run_parts(experiment, empty, made, jobs)
+    finally:
+        if experiment.run.rows:
+            write_report(experiment.run, Path(experiment.config.out))
 
 
 def _take_source(experiment: Experiment[Any], sources: Sources, seed: int | None) -> None:
@@ -103,10 +134,7 @@ def _one_seed(experiment: Experiment[Any], sources: Sources) -> None:
     experiment.before_methods()
     for name in experiment.config.methods:
         experiment.run.rows += method_of(name, experiment.methods)(experiment)
-    answers = experiment.answers
-    shown = [label for label in experiment.shown() if label in answers]
-    if shown and "source only" in answers:
-        experiment.show(answers["source only"], answers[shown[-1]])
+    show(experiment)
 
 
 def _empty(kind: type[Experiment[Any]], config: RunConfig, given: DictConfig) -> Run:

@@ -1,6 +1,7 @@
 """The commands adapt-speaker and transcribe, end to end."""
 
 import errno
+import importlib.util
 import json
 import re
 import shutil
@@ -92,6 +93,30 @@ def test_the_order_of_speakers_does_not_matter(model, enrolment, tmp_path):
     adapt(model, tmp_path / "boris.jsonl", tmp_path / "alone")
     both, one = ((tmp_path / d / "boris.safetensors").read_bytes() for d in ("both", "alone"))
     assert both == one
+
+
+ENGINES = ["processes", pytest.param("ray", marks=pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='Ray is not installed: pip install "ray"'
+))]  # fmt: skip
+
+
+@pytest.mark.slow  # each process imports torch and torchaudio
+@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_at_once_give_the_files_of_one_after_the_other(
+    model, enrolment, tmp_path, engine, capsys
+):
+    adapt(model, enrolment / LISTING, tmp_path / "turn")
+    (tmp_path / "once").mkdir()
+    (tmp_path / "once/anna.safetensors").write_bytes(b"damaged")  # one that fails is listed
+    more = ["--jobs", "2", "--engine", engine]
+    assert adapt(model, enrolment / LISTING, tmp_path / "once", *more) == 1
+    said = capsys.readouterr()
+    assert "failed" in said.out
+    assert "✓ all: 1/1 done" in said.err
+    assert adapt(model, enrolment / LISTING, tmp_path / "once", *more, "--overwrite") == 0
+    made = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("turn", "once")]
+    assert made[0] == made[1]
 
 
 def test_one_bad_speaker_never_ends_the_run(model, enrolment, tmp_path, capsys, monkeypatch):

@@ -113,6 +113,19 @@ def test_a_folder_becomes_an_adapter_answers_and_a_report(model, pictures, capsy
     assert "32 × 32 pixels, bicubic, 0.95 of the resized side" in shown
 
 
+@pytest.mark.slow  # each process imports torch and timm
+def test_several_at_once_give_the_files_of_one_after_the_other(model, pictures, monkeypatch):
+    monkeypatch.undo()  # what this module's fixtures change, other processes do not see
+    made = []
+    for out, more in (("turn", []), ("once", ["--jobs", "2"])):
+        assert adapt(model, pictures, pictures / out, *more, images=("night", "rain")) == 0
+        made.append({p.relative_to(pictures / out): p.read_bytes()
+                     for ending in ("csv", "safetensors", "svg")
+                     for p in sorted((pictures / out).rglob(f"*.{ending}"))})  # fmt: skip
+    assert made[0] == made[1]
+    assert {p.name for p in made[0]} >= {"predictions.csv"}
+
+
 def test_several_folders_share_a_base_and_are_resumed(model, pictures, capsys, monkeypatch):
     real, seen = run._one, []
 
