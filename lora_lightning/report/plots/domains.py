@@ -52,10 +52,10 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
         axes.grid(visible=True, axis="y")
         _lines(axes, summary, places, 0.015 * columns)
         _thin_lines(axes, summary, places, thin)
-        axes.set_ylim(_possible(axes.get_ylim(), summary))
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
+    grid.flat[0].set_ylim(_possible(grid.flat[0].get_ylim(), summary))  # that of all
     for row in grid[:, 0]:
         row.set_ylabel(f"{run.metric} ({summary.unit.name})")
     figure.supxlabel("severity of the shift", fontsize=9.5)
