@@ -54,10 +54,10 @@ def _by_severity(run: Run, summary: Summary, thin: Sequence[str]) -> tuple[Figur
         for method in thin:
             y, _ = _shown([summary.cell(method, [domain]) for _, domain in places], summary)
             axes.plot([place for place, _ in places], y, color=QUIET, alpha=0.6, linewidth=0.7)
-        axes.set_ylim(_possible(axes.get_ylim(), summary))
         ticks = {0: "source"} if summary.source else {}
         ticks |= {level: str(level) for (_, level), _ in graded}
         axes.set_xticks(list(ticks), list(ticks.values()))
+    grid.flat[0].set_ylim(_possible(grid.flat[0].get_ylim(), summary))  # that of all
     for row in grid[:, 0]:
         row.set_ylabel(f"{run.metric} ({summary.unit.name})")
     figure.supxlabel("severity of the shift", fontsize=9.5)

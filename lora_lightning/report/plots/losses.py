@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lora_lightning.report.metrics import shorten
 from lora_lightning.report.plots.style import COLOURS, Drawing, plot
@@ -55,5 +56,5 @@ def _panel(axes: Axes, name: str, curves: list[Curve]) -> None:
             x, y, mark + "-", color=COLOURS[2], linewidth=0.8 if several else 1.4,
             alpha=0.5 if several else 1, markersize=3,
         )  # fmt: skip
-    axes.locator_params(nbins=4)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+    axes.locator_params("y", nbins=4)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

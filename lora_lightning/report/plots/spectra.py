@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lora_lightning.linalg.decompose import effective_rank
-from lora_lightning.report.metrics import shorten
 from lora_lightning.report.plots.style import COLOURS, FAINT, INK, QUIET, Drawing, plot
 from lora_lightning.report.results import Run
 
@@ -30,7 +29,7 @@ def spectrum_plot(run: Run) -> Drawing | None:
     _values(above, list(spectra.values()))
     _ranks(below, list(spectra.values()), [len(values) for values in run.spectra.values()])
     step = math.ceil(len(spectra) / MOST_LABELS)
-    names = [shorten(name, 26) for name in _without_common_prefix(list(spectra))]
+    names = [_end(name) for name in _without_common_prefix(list(spectra))]
     ticks = range(0, len(names), step)
     below.set_xticks(ticks, names[::step], rotation=90, fontsize=8 if len(names) <= 30 else 6.5)
     below.set_xlim(-0.7, max(len(names), 8) - 0.3)
@@ -42,6 +41,11 @@ def spectrum_plot(run: Run) -> Drawing | None:
         "the spectrum's entropy) of those it has (grey): bars that fill the grey call for a "
         "higher rank, short bars would do with a lower one."
     )
+
+
+def _end(name: str, limit: int = 32) -> str:
+    """Of a long name the end, which tells layers apart."""
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
 
 
 def _clean(values: list[float]) -> np.ndarray:
