@@ -123,10 +123,10 @@ class AdapterAPI(LitAPI):  # type: ignore[misc]
 
 
 def _trim() -> None:
-    """Free what adapters that were renewed leave behind, and give it back to the system.
+    """Free what is held by cycles alone, and give freed memory back to the system.
 
-    Python's collector counts objects, not the bytes of their tensors, and comes too late; glibc's
-    allocator keeps what it frees. Each renewal cost half a megabyte (2026-11-28).
+    Python's collector counts objects, not the bytes of their tensors; glibc's allocator keeps what
+    lies below something in use.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
