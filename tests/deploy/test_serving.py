@@ -307,7 +307,7 @@ def test_the_server_answers_by_name_and_refuses_in_words(tmp_path):
     pytest.importorskip("litserve", reason="the extra serve is not installed")
     import timm
 
-    base = timm.create_model("test_vit", num_classes=4).eval()
+    base = timm.create_model("test_vit", num_classes=4, depth=6).eval()
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     folder, port = tmp_path / "adapters", free_port()
     folder.mkdir()
