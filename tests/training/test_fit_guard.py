@@ -153,7 +153,7 @@ def test_shrink_speaks_to_people():
     with pytest.raises(ConfigError, match=r"share must lie in \[0, 1\], got 1.5"):
         shrink(model, 1.5)
     merge(model)
-    with pytest.raises(AdapterError, match=r"merged; call unmerge\(model\) first"):
+    with pytest.raises(AdapterError, match=r"merged; call unmerge\(model\)"):
         shrink(model, 0.5)
 
 
