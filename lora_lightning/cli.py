@@ -36,7 +36,7 @@ RANKS = (1, 2, 4, 8, 16, 32, "auto")
 EXAMPLES = """\
 examples:
   lora-lightning run lighting
-  lora-lightning run lighting --quick          a first, rougher table in a minute
+  lora-lightning run lighting --quick          a first, rougher table
   lora-lightning run lighting --help           every setting, with its default
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
@@ -118,7 +118,7 @@ def _add_recipes(commands: Any) -> None:
     run = commands.add_parser("run", help="run a recipe, from data to report", add_help=False)
     run.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, folder or file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over its own")
-    run.add_argument("--quick", action="store_true", help="a first, rougher table in a minute")
+    run.add_argument("--quick", action="store_true", help="a first, rougher table")
     add_jobs(run, "seeds")
     run.add_argument("-h", "--help", action="store_true", help="list the recipe's settings")
     run.set_defaults(command=_run, parser=run)

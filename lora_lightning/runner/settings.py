@@ -98,7 +98,7 @@ class RunConfig:
         devices: Devices that a training uses; measuring uses one.
         logger: What each training logs with, into logs/ in `out`: csv, tensorboard, wandb or
             mlflow; null: nothing.
-        quick: What ``--quick`` sets, key=value each: a first table in less than a minute.
+        quick: What ``--quick`` sets, key=value each: a first, rougher table.
         lora: The adapter, a `LoRAConfig`.
     """
 
