@@ -29,7 +29,7 @@ except ImportError:
 
 from lora_lightning import TransductiveTask
 from lora_lightning.adaptation.neighbours import nearest
-from lora_lightning.adaptation.rounds import NEIGHBOURS
+from lora_lightning.adaptation.prediction_self_training import NEIGHBOURS
 from lora_lightning.adaptation.selection import SOURCE, Candidate, select
 from lora_lightning.adaptation.target import Target, predicted
 from lora_lightning.adaptation.validators import mean_entropy, nuclear_norm

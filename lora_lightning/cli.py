@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.deploy import cli as deploy
+from lora_lightning.deploy.commands import serve
 from lora_lightning.errors import ConfigError
 from lora_lightning.report import streams
 from lora_lightning.report.sentences import sentence
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # two cores with another program at work that makes training 3 to 5 times slower. Sleeping
     # threads cost 2 % on a quiet machine (EfficientNet-Lite0, 112 pixels, 2026-11-23).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_freed_memory()
+    if arguments.command is not serve:  # which stays, and forks
+        keep_freed_memory()
     streams.prepare()
     try:
         code = arguments.command(arguments) or 0

@@ -100,7 +100,8 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = AdapterFolder(arguments.adapters)
     load, intake = _base(arguments, folder)
     key = os.environ.get(KEY) or None
-    where = f"http://{arguments.host}:{arguments.port}"
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    where = f"http://{host}:{arguments.port}"
     say(
         f"{arguments.model} with {len(folder.files())} adapters of {folder.path}: POST {where}"
         f"/predict?adapter=NAME, GET {where}/health and /metrics; "

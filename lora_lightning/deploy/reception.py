@@ -101,7 +101,7 @@ class Metrics:
             head: Of its response, as ASGI has it.
             seconds: That it took.
         """
-        self._answered.labels(head.get("status", 500)).inc()
+        self._answered.labels(head.get("status", 499)).inc()
         self._seconds.observe(seconds)
         for name, value in head.get("headers", ()):
             if name == BATCH:

@@ -6,6 +6,7 @@ No server is needed for it: what receives requests is in `lora_lightning.deploy.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,6 @@ from lora_lightning.bank.adapter_bank import AdapterBank
 from lora_lightning.deploy.adapter_folder import AdapterFolder
 from lora_lightning.deploy.answers import Answers
 from lora_lightning.deploy.intake import Job, Refused, no_adapter
-from lora_lightning.errors import LoRALightningError
 from lora_lightning.report.sentences import sentence
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ class Service:
         try:
             self.bank.add({name: path}, overwrite=True)
             return self.answers.told(self.bank.read(name)[name])
-        except LoRALightningError as error:
+        except Exception as error:  # whatever it is, the others of the batch are answered
             log.warning("adapter %r cannot be used: %s", name, error)
-            said = str(error).replace(str(path), path.name)
+            said = (sentence(error) or type(error).__name__).replace(str(path), path.name)
             return Refused(500, f"the adapter {name!r} cannot be used: {said}")
 
     def _run(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -105,6 +105,7 @@ class Service:
                 return [answer for job in jobs for answer in self._run([job])]
             log.exception("a request could not be answered")
             why = sentence(error) or "the model failed; the server's log says more"
+            why = why.replace(f"{self.folder.path}{os.sep}", "")
             return [_refusal(Refused(500, f"this could not be answered: {why}"))]
 
     def _together(self, jobs: Sequence[Job]) -> list[Answer]:

@@ -17,6 +17,7 @@ from typing import Any
 from lora_lightning.errors import TaskError
 from lora_lightning.report.files import scratch_folder
 from lora_lightning.runner.jobs import Done, Jobs, called, limit_threads
+from lora_lightning.runner.memory import keep_freed_memory
 
 _END = object()
 
@@ -25,6 +26,7 @@ def _serve(pipe: connection.Connection, path: str, threads: int) -> None:
     """A process: calls the function for each item that comes through the pipe, until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends this process
     threading.Thread(target=_end_with_driver, daemon=True).start()
+    keep_freed_memory()
     limit_threads(threads)
     held: list[Any] = []
 

@@ -10,11 +10,13 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from lora_lightning.errors import ConfigError, MissingDependencyError, TaskError, first_line
 from lora_lightning.runner.jobs import Done, Jobs, called, limit_threads
+from lora_lightning.runner.memory import keep_freed_memory
 
 _STORE = 100_000_000  # bytes of a local cluster's object store, beside what all tasks share
 _held: dict[str, Any] = {}  # of a worker: the function and what all tasks share, by their object
@@ -25,6 +27,7 @@ def on_ray(common: bytes, numbered: Iterator[tuple[int, Any]], jobs: Jobs) -> It
     ray = _ray()
     with _cluster(ray, jobs, 2 * len(common) + _STORE):
         count = jobs.count or max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        threads = replace(jobs, count=count).threads
         store = ray.put(common)
         del common
         call = ray.remote(num_cpus=1, max_retries=1)(_called)
@@ -34,7 +37,7 @@ def on_ray(common: bytes, numbered: Iterator[tuple[int, Any]], jobs: Jobs) -> It
             for index, item in islice(numbered, number):
                 packed = pickle.dumps(item)
                 # The object in a list: it is fetched once by a process, not for each task.
-                sent = call.remote([store], store.hex(), index, packed, jobs.threads)
+                sent = call.remote([store], store.hex(), index, packed, threads)
                 busy[sent] = index
 
         begin(count)
@@ -63,6 +66,7 @@ def _called(store: list[Any], key: str, index: int, item: bytes, threads: int) -
     def task() -> Any:
         if key not in _held:
             _held.clear()
+            keep_freed_memory()
             limit_threads(threads)
             _held[key] = pickle.loads(ray.get(store[0]))
             limit_threads(threads)

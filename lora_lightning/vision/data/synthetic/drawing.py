@@ -84,7 +84,8 @@ class _Helper:
         assert self._process.stdout is not None
         try:
             return pickle.load(self._process.stdout)  # type: ignore[no-any-return]
-        except (EOFError, pickle.UnpicklingError):
+        except Exception:  # it has ended, or a library of it printed into the stream
+            self._process.kill()
             return None
 
     def stop(self) -> None:
