@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import AdapterFileError, ConfigError, MissingDependencyError
-from lora_lightning.report.console import say
 
 if TYPE_CHECKING:
     from lora_lightning.deploy.adapter_folder import AdapterFolder
@@ -38,6 +37,7 @@ def _adapted(arguments: argparse.Namespace) -> NamedClassifier | NamedRecogniser
 def merge(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter merged in."""
     from lora_lightning.model import switching
+    from lora_lightning.report.console import say
     from lora_lightning.runner.weights import save_weights
     from lora_lightning.speech.tasks.recognisers import ConformerCTC, save_recogniser
 
@@ -57,6 +57,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter for other programs."""
     from lora_lightning.deploy.exporting import FORMATS
     from lora_lightning.deploy.exporting import export as exported
+    from lora_lightning.report.console import say
 
     FORMATS.get(arguments.format)  # before the model is loaded
     found = _adapted(arguments)
@@ -77,6 +78,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answer requests until stopped."""
+    from lora_lightning.report.console import say
+
     try:
         from lora_lightning.deploy.server import Limits
         from lora_lightning.deploy.server import serve as served
@@ -137,6 +140,7 @@ def _base(arguments: argparse.Namespace, folder: AdapterFolder) -> tuple[Any, An
     """
     from lora_lightning.deploy.bases import answers
     from lora_lightning.model.adapter_file.format import read
+    from lora_lightning.report.console import say
 
     loaded = partial(
         answers,
