@@ -28,13 +28,14 @@ class Target(Dataset[Any]):
     process, it comes.
 
     Args:
-        items: A dataset of known length; an item is the input (a tensor, or a mapping of several),
-            or begins with it, as in a tuple. Or a DataLoader of one, whose dataset is used, with as
+        items: A dataset of known length that is read by index, also one that streams (litdata's
+            ``StreamingDataset``); an item is the input (a tensor, or a mapping of several), or
+            begins with it, as in a tuple. Or a DataLoader of one, whose dataset is used, with as
             many workers, and its ``collate_fn``, if it has one of its own, for whole items.
         augment: Applied to each input of a training batch on its own.
 
     Raises:
-        ConfigError: items of another kind, or without a known length.
+        ConfigError: items of another kind, without a known length, or that are not read by index.
         DataError: there is no item.
     """
 
@@ -54,10 +55,11 @@ class Target(Dataset[Any]):
             items = items.dataset
         if isinstance(items, Tensor):
             items = list(items)
-        if isinstance(items, IterableDataset) or not hasattr(items, "__len__"):
+        if not _by_index(items):
             raise ConfigError(
-                f"target must be a dataset of a known length, so that each item can keep its "
-                f"label; got {type(items).__name__}. Collect a stream into a list first"
+                f"target must be a dataset of a known length that is read by index, so that each "
+                f"item can keep its label; got {type(items).__name__}. Collect a stream into a "
+                "list first, or take one with random access, such as litdata's StreamingDataset"
             )
         if not len(items):
             raise DataError("the target is empty: there is nothing to adapt to")
@@ -97,6 +99,14 @@ class Target(Dataset[Any]):
             drop_last=drop,
             **self.settings,
         )
+
+
+def _by_index(items: Any) -> bool:
+    """Whether ``items[i]`` is always the same item; streams that have no such access inherit it."""
+    streams = isinstance(items, IterableDataset)
+    return hasattr(items, "__len__") and not (
+        streams and type(items).__getitem__ is IterableDataset.__getitem__
+    )
 
 
 class _Indexed:

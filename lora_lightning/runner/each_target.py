@@ -6,6 +6,7 @@ A command gives the targets' names, the function that adapts to one, and the col
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,11 +204,22 @@ def shown(
         stages.stop()
         if found:
             place = {name: number for number, name in enumerate(order)}
-            PlainConsole().print(_table(sorted(found, key=lambda o: place[o.name]), columns))
+            notes = _notes(found)
+            console = PlainConsole()
+            console.print(_table(sorted(found, key=lambda o: place[o.name]), columns, notes))
+            for reason, mark in notes.items():
+                console.print(f"{mark} {reason}")
     return int(any(o.status == FAILED for o in found))
 
 
-def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> Table:
+def _notes(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The reasons that several targets share, with the marks that stand for them in the table."""
+    counts = Counter(o.reason for o in outcomes if o.reason)
+    shared = [reason for reason, count in counts.items() if count > 1]
+    return {reason: f"[{number}]" for number, reason in enumerate(shared, 1)}
+
+
+def _table(outcomes: Sequence[Outcome], columns: Sequence[str], notes: Mapping[str, str]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -220,7 +232,8 @@ def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> Table:
     for o in outcomes:
         rates = ["–" if r is None else f"{100 * r:.1f}" for r in (o.before, o.after)]
         file = "" if o.path is None else f"{o.path} ({o.path.stat().st_size / 1000:.0f} kB)"
-        result = ": ".join(part for part in (o.status, file, o.reason) if part)
+        result = ": ".join(part for part in (o.status, file, o.reason) if part not in ("", *notes))
+        result += f" {notes[o.reason]}" if o.reason in notes else ""
         counts = [str(n) if n else "–" for n in (o.learnt, o.held_out)]
         table.add_row(*map(Text, (o.name, *counts, *rates, result)))
     return table

@@ -25,6 +25,19 @@ class Stream(IterableDataset):
         return iter(())
 
 
+class IndexedStream(Stream):
+    """Read by index as well, as litdata's `StreamingDataset` is."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
 class Net(nn.Module):
     """Two layers, BatchNorm, and a head."""
 
@@ -101,8 +114,10 @@ def test_it_gets_better_without_labels(tmp_path, source, target):
 
 def test_labels_that_come_with_the_target_are_not_looked_at(tmp_path, source, target):
     wrong = TensorDataset(target[0], (target[1] + 1) % CLASSES)
-    found = [adapted(tmp_path, source, x, epochs=2) for x in (target[0], wrong)]
-    torch.testing.assert_close(found[0].probabilities_, found[1].probabilities_)
+    stream = IndexedStream(wrong)
+    found = [adapted(tmp_path, source, x, epochs=2) for x in (target[0], wrong, stream)]
+    for other in found[1:]:
+        torch.testing.assert_close(found[0].probabilities_, other.probabilities_)
 
 
 def test_at_an_alarm_the_source_comes_back(tmp_path, source, target):
@@ -140,7 +155,7 @@ def test_one_item_leaves_the_source(tmp_path, source, target):
     [
         (lambda x: x[:0], {}, DataError, "target is empty"),
         (lambda x: iter(x), {}, ConfigError, "known length"),
-        (lambda x: Stream(), {}, ConfigError, "known length"),
+        (lambda x: Stream(), {}, ConfigError, "known length that is read by index"),
         (lambda x: [{"x": 1}], {}, ConfigError, "must be a tensor"),
         (lambda x: x * math.nan, {}, DataError, "NaN or infinite for 128 of 128"),
         (lambda x: x, {"objective": "magic"}, ConfigError, "objective must be one of"),
