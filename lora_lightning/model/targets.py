@@ -209,8 +209,14 @@ def _near(pattern: str, view: View) -> str:
     return f"; adaptable layers end in {', '.join(adaptable[:12])}"
 
 
-def without_head(lora: LoRAConfig, model: nn.Module, targets: Any = None) -> LoRAConfig:
-    """The same adapter, on `targets` if given, without the head: the reference for the features."""
+def without_head(
+    lora: LoRAConfig, model: nn.Module, targets: Any = None, norms: bool = False
+) -> LoRAConfig:
+    """The same adapter, on `targets` if given, without the head: the reference for the features.
+
+    `norms`: with the norms' own weights.
+    """
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
     named = lora.target_modules if targets is None else targets
-    return LoRAConfig.make(lora, trainable=[], exclude_modules=left, target_modules=named)
+    whole = ["norms"] if norms else []
+    return LoRAConfig.make(lora, trainable=whole, exclude_modules=left, target_modules=named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lora_lightning.adaptation.shift.measure import shift
 from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import NAMES, Shift
 from lora_lightning.adaptation.transductive_task import TransductiveTask
+from lora_lightning.model.batch_norm import tracking
+from lora_lightning.runner.cases import Case, Unlabelled
 from lora_lightning.vision.classifier import Classifier, likeliest
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.experiment import Pictures
@@ -56,6 +59,10 @@ class Classification(Pictures):
     def said(self, answer: Tensor) -> tuple[str, float]:
         """The predicted class, and its probability."""
         return likeliest(answer, self.data.classes)
+
+    def unlabelled(self, model: nn.Module, case: Case) -> Unlabelled:
+        """Without BatchNorm, whose statistics are the target's, the norms are trained as well."""
+        return replace(super().unlabelled(model, case), norms=not tracking(model))
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
         """A `TransductiveTask`."""
