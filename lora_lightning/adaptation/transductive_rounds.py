@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lora_lightning.adaptation.class_centroids import (
     LEAST_ITEMS,
@@ -31,6 +32,8 @@ SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
 # To train on the source's statistics: a smaller spread of the predictions over the classes has
 # nothing to teach.
 LEAST_SPREAD = 0.4
+# Trained in full without BatchNorm, whose statistics follow a target: factors alone gain little.
+WITHOUT_STATISTICS = ("head", "norms")
 
 
 class TransductiveRounds(TaskRounds, PredictionSelfTraining):
@@ -45,12 +48,12 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         return module  # in whose forward is the user's
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Also warn where the classifier is trained."""
+        """Also warn where the classifier is trained, of a model with BatchNorm."""
         super().check(trainer, module)
         # Where the learning rate falls, a round at its peak is judged too early.
         self.each_counts = module.schedule == "constant"
         network = self.network(module)
-        if any(
+        if tracking(network) and any(
             p.requires_grad
             for name in classifier_modules(network)
             for p in network.get_submodule(name).parameters()
@@ -172,6 +175,11 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
             rounds.end_round(self.network(module), Predicted(found, source.features), keep=False)
             print_wrapped(module, "round 1: class centroids answer for these items, untrained")
         return why
+
+
+def trained_in_full(model: nn.Module) -> tuple[str, ...]:
+    """What `LoRACallback` best trains beside the factors, as its ``trainable``."""
+    return () if tracking(model) else WITHOUT_STATISTICS
 
 
 def statistics_of(module: Any, target: Target) -> bool:

@@ -9,7 +9,7 @@ parameters (``"pos_embed"``); one that matches nothing at all is an error.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -88,7 +88,8 @@ def _trainable(view: View, pattern: str) -> Iterable[str]:
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
         named = [(n, m) for n, m in view.modules if "Norm" in type(m).__name__]
-        hit = [n for n, m in named if not layers.tensors_of(m)]
+        # A norm holds no adaptable layer; timm's `NormMlpClassifierHead` does.
+        hit = [n for n, m in named if not any(map(layers.tensors_of, m.modules()))]
     else:
         hit = [n for n, m in view.modules if n and matches(pattern, n, m)]
     prefixes = tuple(f"{n}." for n in hit)
@@ -210,13 +211,13 @@ def _near(pattern: str, view: View) -> str:
 
 
 def without_head(
-    lora: LoRAConfig, model: nn.Module, targets: Any = None, norms: bool = False
+    lora: LoRAConfig, model: nn.Module, targets: Any = None, trainable: Sequence[str] = ()
 ) -> LoRAConfig:
     """The same adapter, on `targets` if given, without the head: the reference for the features.
 
-    `norms`: with the norms' own weights.
+    `trainable` is trained in full.
     """
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
     named = lora.target_modules if targets is None else targets
-    whole = ["norms"] if norms else []
+    whole = list(trainable)
     return LoRAConfig.make(lora, trainable=whole, exclude_modules=left, target_modules=named)

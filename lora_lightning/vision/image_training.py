@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.target import Target, predicted
+from lora_lightning.adaptation.transductive_rounds import trained_in_full
 from lora_lightning.adaptation.transductive_task import TransductiveTask
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.model.batch_norm import tracking
 from lora_lightning.model.switching import disabled
 from lora_lightning.model.targets import without_head
 from lora_lightning.report.evidence import by_chance
@@ -121,8 +121,8 @@ def without_labels(
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
     passes = how.passes_over(len(found.items))
-    norms = not tracking(base.model)  # without BatchNorm, whose statistics are the target's
-    lora = without_head(settings.lora, base.model, how.target_modules, norms)
+    whole = trained_in_full(base.model)
+    lora = without_head(settings.lora, base.model, how.target_modules, whole)
     callback = fit(task, None, lora, passes)
     seconds = time.perf_counter() - start
     course = task.rounds_

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.shift.measure import shift
 from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import NAMES, Shift
+from lora_lightning.adaptation.transductive_rounds import trained_in_full
 from lora_lightning.adaptation.transductive_task import TransductiveTask
-from lora_lightning.model.batch_norm import tracking
 from lora_lightning.runner.cases import Case, Unlabelled
 from lora_lightning.vision.classifier import Classifier, likeliest
 from lora_lightning.vision.data.folders import Item
@@ -61,8 +61,8 @@ class Classification(Pictures):
         return likeliest(answer, self.data.classes)
 
     def unlabelled(self, model: nn.Module, case: Case) -> Unlabelled:
-        """Without BatchNorm, whose statistics are the target's, the norms are trained as well."""
-        return replace(super().unlabelled(model, case), norms=not tracking(model))
+        """With what is best trained in full."""
+        return replace(super().unlabelled(model, case), trainable=trained_in_full(model))
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
         """A `TransductiveTask`."""
