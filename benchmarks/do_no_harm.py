@@ -5,10 +5,10 @@
 Thirteen targets (twelve lights and the source's own) times eight conditions, 104 runs: ten times
 as many pictures of one class as of another, 32 pictures, a learning rate ten times too high,
 noise, pictures upside down, pictures cut into shuffled tiles, three of ten classes only, and
-spectrograms of speech. Each method starts from the same source model. TENT, SHOT and plain
-pseudo-labels stand beside ours, as their papers define them. A run does harm if it ends more than
-one point below the source model: on the target's own items, or, where those have no labels (noise,
-speech), on the next pictures of that light.
+spectrograms of speech. Each method starts from the same source model. TENT, SHOT, NRC and plain
+pseudo-labels stand beside ours, as their papers define them (`benchmarks.rivals`). A run does harm
+if it ends more than one point below the source model: on the target's own items, or, where those
+have no labels (noise, speech), on the next pictures of that light.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,12 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
+
+try:  # from the repository's root, and as a script beside the other
+    from benchmarks.rivals import Predictor, evaluated, nrc, pseudo, shot, tent
+except ImportError:
+    from rivals import Predictor, evaluated, nrc, pseudo, shot, tent
 
 from lora_lightning import LoRACallback, TransductiveTask
 from lora_lightning.runner.progress import quiet_lightning
@@ -155,8 +159,6 @@ def _shuffled(picture: Tensor, generator: torch.Generator, tiles: int = 4) -> Te
 
 # ---- methods: (model, unaugmented items, transform, learning-rate factor) → predict(pictures)
 
-Predictor = Callable[[Tensor], Tensor]
-
 
 def ours(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
     """Information maximisation on factors, with the guard."""
@@ -189,97 +191,24 @@ def fit(task: TransductiveTask, out: Path, epochs: int = 4, verify: bool = True)
         trainer.fit(task)
 
 
-def evaluated(model: nn.Module) -> Predictor:
-    """Logits in eval mode."""
-    model.eval()
-    return torch.no_grad()(lambda x: torch.cat([model(b) for b in x.split(256)]))
+def rival(method: Callable[..., Predictor]) -> Callable[..., Any]:
+    """One of `benchmarks.rivals`, called as `ours` is."""
+
+    def called(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
+        d = data.domains
+
+        def views(index: Tensor) -> Tensor:
+            return torch.stack([d.train_transform(p) for p in pictures[index]])
+
+        return method(model, d.test_transform(pictures), views, factor), None
+
+    return called
 
 
-def tent(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
-    """Wang et al. 2021: entropy, BatchNorm's affine weights, the batch's statistics, one pass."""
-    model.train()
-    model.requires_grad_(False)
-    affine = []
-    for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
-        norm.requires_grad_(True)
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-        affine += [norm.weight, norm.bias]
-    optimizer = torch.optim.Adam(affine, lr=1e-3 * factor)
-    items = data.domains.test_transform(pictures)
-    outputs = []
-    for batch in items.split(64):
-        logits = model(batch)
-        outputs.append(logits.detach())
-        loss = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    online = torch.cat(outputs)
-    after = torch.no_grad()(lambda x: torch.cat([model(b) for b in x.split(64)]))
-    return lambda x: online if x.shape == items.shape and torch.equal(x, items) else after(x), None
-
-
-def shot(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
-    """Liang et al. 2020: all weights but the head, BatchNorm in training mode, 15 epochs."""
-    return _self_trained(model, data, pictures, factor, epochs=15, centroids=True)
-
-
-def pseudo(model: nn.Module, data: Data, pictures: Tensor, factor: float, out: Path) -> Any:
-    """Lee 2013: each item's own most likely class, all weights, 15 epochs."""
-    return _self_trained(model, data, pictures, factor, epochs=15, centroids=False)
-
-
-def _self_trained(
-    model: Any, data: Data, pictures: Tensor, factor: float, epochs: int, centroids: bool
-) -> Any:
-    d = data.domains
-    model.get_classifier().requires_grad_(not centroids)
-    live = [p for p in model.parameters() if p.requires_grad]
-    rate = 1e-3 * factor
-    optimizer = torch.optim.SGD(live, lr=rate, momentum=0.9, weight_decay=1e-3, nesterov=True)
-    plain = d.test_transform(pictures)
-    both = TensorDataset(torch.arange(len(pictures)))
-    steps = epochs * math.ceil(len(pictures) / 64)
-    done = 0
-    for _ in range(epochs):
-        if centroids:
-            labels = _centroids(model, plain)
-        for (index,) in DataLoader(both, batch_size=64, shuffle=True):
-            model.train()
-            x = torch.stack([d.train_transform(p) for p in pictures[index]])
-            logits = model(x)
-            if centroids:
-                p = logits.softmax(1)
-                mean = p.mean(0)
-                loss = -(p * (p + 1e-5).log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
-                loss = loss + 0.3 * F.cross_entropy(logits, labels[index])
-            else:
-                loss = F.cross_entropy(logits, logits.detach().argmax(1))
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (1 + 10 * done / steps) ** -0.75
-            optimizer.step()
-            done += 1
-    return evaluated(model), None
-
-
-@torch.no_grad()
-def _centroids(model: Any, plain: Tensor) -> Tensor:
-    model.eval()
-    maps = torch.cat([model.forward_features(b) for b in plain.split(256)])
-    z = model.forward_head(maps, pre_logits=True)
-    p = model.get_classifier()(z).softmax(1)
-    z = F.normalize(torch.cat([z, torch.ones(len(z), 1)], 1), dim=1)
-    labels = p
-    for _ in range(2):
-        centres = labels.T @ z / (labels.sum(0)[:, None] + 1e-8)
-        nearest = (z @ F.normalize(centres, dim=1).T).argmax(1)
-        labels = F.one_hot(nearest, p.shape[1]).float()
-    return nearest
-
-
-METHODS = {"ours": ours, "TENT": tent, "SHOT": shot, "pseudo-labels": pseudo}
+METHODS = {
+    "ours": ours, "TENT": rival(tent), "SHOT": rival(shot), "NRC": rival(nrc),
+    "pseudo-labels": rival(pseudo),
+}  # fmt: skip
 
 
 def source_model(

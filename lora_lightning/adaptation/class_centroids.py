@@ -11,8 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_lightning.adaptation.guard import Guard
 from lora_lightning.adaptation.label_propagation import lame
-from lora_lightning.adaptation.neighbours import check_features, check_probabilities, unit_rows
+from lora_lightning.adaptation.neighbours import (
+    check_features,
+    check_probabilities,
+    nearest,
+    unit_rows,
+)
 from lora_lightning.adaptation.target import Predicted
 from lora_lightning.adaptation.validators import information, mean_entropy
 from lora_lightning.lora.values import check_count, check_number
@@ -28,6 +34,10 @@ UNSTEADY = 0.08
 # Least evenness of the classes by LAME. It merges classes that the target lacks into those of their
 # neighbours: below, the centroids of the merged classes would split what belongs together.
 COMPLETE, COMPLETE_RESTATED = 0.8, 0.75  # on the source's statistics, and on the target's
+# Without BatchNorm: from this evenness on the centroids are trusted, or where neighbours agree on
+# their labels by so much more (Cohen's kappa), which says that the source mistook whole classes.
+COMPLETE_ALONE, COHERENT = 0.85, 0.15
+LEAST_ITEMS = 50  # of fewer, a gain cannot be told from chance
 
 
 @torch.no_grad()
@@ -117,17 +127,50 @@ def unhelpful(
     return ""
 
 
+def confirmed_centroids(source: Predicted, guard: Guard) -> tuple[Tensor, str]:
+    """`soft_centroids` of a model without BatchNorm, and whether they can be trusted.
+
+    They can where there are 50 items, the guard has no alarm, and the source's `spread` is 0.85 or
+    more, or neighbours agree on their labels by 0.15 of Cohen's kappa more than on the source's.
+
+    Args:
+        source: Of the target's items, by the source model.
+        guard: Of these predictions, with the items' neighbours.
+
+    Returns:
+        (N, K), and why they cannot be trusted; "" where they can.
+    """
+    found = soft_centroids(source.features, source.probabilities)
+    if (count := len(found)) < LEAST_ITEMS:
+        return found, f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
+    if alarms := guard.check(found).alarms:
+        return found, f"by class centroids {alarms[0]}"
+    rise = guard.cohesion(found) - guard.cohesion(source.probabilities)
+    if rise >= COHERENT or (even := spread(source)) >= COMPLETE_ALONE:
+        return found, ""
+    return found, (
+        f"the source's predictions, smoothed over neighbours, have {even:.2f} of an even spread "
+        f"over the classes, below {COMPLETE_ALONE:g}, and by class centroids neighbours agree by "
+        f"{rise:.2f} more, below {COHERENT:g}"
+    )
+
+
 def trusted_centroids(source: Predicted, restated: Predicted | None) -> tuple[Tensor, str]:
     """`soft_centroids` where they can be trusted, and else the source model's predictions.
 
     Args:
         source: Of the target's items, by the source model.
-        restated: The same with BatchNorm's statistics of the target; None without BatchNorm.
+        restated: The same with BatchNorm's statistics of the target; None without BatchNorm, where
+            `confirmed_centroids` decides.
 
     Returns:
         (N, K) probabilities, and ``"target statistics"``, ``"source statistics"`` or ``"source"``.
     """
-    if restated is not None and not unhelpful(source, restated):
+    if restated is None:
+        near = nearest(source.features, NEIGHBOURS)[0] if len(source.features) > 1 else None
+        found, why = confirmed_centroids(source, Guard(source.probabilities, near))
+        return (source.probabilities, "source") if why else (found, "source statistics")
+    if not unhelpful(source, restated):
         return soft_centroids(restated.features, restated.probabilities), "target statistics"
     if complete(source):
         return soft_centroids(source.features, source.probabilities), "source statistics"

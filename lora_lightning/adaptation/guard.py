@@ -94,7 +94,7 @@ class Guard:
         self.confidence, self.surest = float(sure.mean()), float(sure[self.upper].mean())
         self.neighbours, self.limits = neighbours, limits or Limits()
         self.evenness = score.marginal_entropy(self.source)
-        self.least_cohesion = self._cohesion(self.labels) - self.limits.cohesion
+        self.least_cohesion = self.cohesion(self.source) - self.limits.cohesion
 
     def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
         """Compare the cohesion with that of these predictions, from which training starts.
@@ -104,8 +104,14 @@ class Guard:
             rises: Whether it has to be larger than theirs, by `Limits.rise`.
         """
         change = self.limits.rise if rises else -self.limits.cohesion
-        before = self._cohesion(probabilities.cpu().argmax(dim=1))
+        before = self.cohesion(probabilities)
         self.least_cohesion = min(before + change, 1 - 1e-6)  # 1: of all labels
+
+    def cohesion(self, probabilities: Tensor) -> float:
+        """How much neighbours agree on the labels of these predictions (N, K), see `cohesion`."""
+        if self.neighbours is None:
+            return 0.0
+        return score.cohesion(probabilities.cpu().argmax(dim=1), self.neighbours, self.classes)
 
     def check(self, probabilities: Tensor, accepted: Tensor | None = None) -> Verdict:
         """Check a round's predictions of the same items, (N, K)."""
@@ -120,7 +126,7 @@ class Guard:
             "marginal_entropy": score.marginal_entropy(now),
             "class_share": self._share(labels),
             "sure_flips": float((labels != self.labels)[self.upper].double().mean()),
-            "cohesion": self._cohesion(labels),
+            "cohesion": self.cohesion(now),
         }
         if accepted is not None:
             found["steadiness"] = score.agreement(now, accepted)
@@ -169,8 +175,3 @@ class Guard:
         )
         # For a class that the source hardly predicts, any count would be a large multiple.
         return float((now / before.clamp_min(len(labels) / self.classes)).max())
-
-    def _cohesion(self, labels: Tensor) -> float:
-        if self.neighbours is None:
-            return 0.0
-        return score.cohesion(labels, self.neighbours, self.classes)

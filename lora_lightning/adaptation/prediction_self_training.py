@@ -20,6 +20,7 @@ from lora_lightning.model.calling import classifier, logits_of
 from lora_lightning.training.steps import run_module
 
 NEIGHBOURS = 5  # of each item, for the guard
+UNTRAINED_ROUND = 1  # that of answers which took no training
 
 
 class PredictionRounds(Rounds[Tensor]):
@@ -33,6 +34,9 @@ class PredictionRounds(Rounds[Tensor]):
             loses on them raises an alarm. None: there are none.
         changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
         guard: the `Guard`.
+        untrained: (N, K) answers that took no training, of the first round; None: none. At the end
+            they are the answers, whatever state is kept, unless neighbours agree more on those of a
+            trained state that is.
     """
 
     def __init__(self, limits: Limits | None):
@@ -41,6 +45,7 @@ class PredictionRounds(Rounds[Tensor]):
         self.canary: Callable[[], float] | None = None
         self._begin: tuple[Tensor, bool] | None = None
         self._near: Tensor | None = None
+        self.untrained: Tensor | None = None
 
     @property
     def probabilities_(self) -> Tensor:
@@ -52,7 +57,7 @@ class PredictionRounds(Rounds[Tensor]):
         """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
-        self._begin = None
+        self._begin = self.untrained = None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
@@ -64,6 +69,17 @@ class PredictionRounds(Rounds[Tensor]):
     def keep_last(self, model: nn.Module, now: Any) -> None:
         """See `Rounds.keep_last`; of a `Predicted`."""
         super().keep_last(model, now.probabilities)
+
+    def finish(self, model: nn.Module) -> None:
+        """Also take the answers that took no training, where they are the better ones."""
+        super().finish(model)
+        if self.untrained is None:
+            return
+        worth = self.guard.cohesion
+        if not self.accepted_ or worth(self.untrained) >= worth(self.answers_):
+            self.note(UNTRAINED_ROUND, self.untrained)
+            self.answers_ = self.untrained
+            self.termination_condition_ += "; class centroids answer for these items, untrained"
 
     def _check_of(self, source: Tensor) -> Check:
         self.guard = Guard(source, self._near, self.limits)
@@ -97,11 +113,13 @@ class PredictionRounds(Rounds[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {**super().state_dict(), "neighbours": self._near, "begin": self._begin}
+        own = {"neighbours": self._near, "begin": self._begin, "untrained": self.untrained}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self._near, self._begin = state["neighbours"], state.get("begin")
+        self.untrained = state.get("untrained")
         super().load_state_dict(state)
 
 

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-from lora_lightning.adaptation.class_centroids import spread, unhelpful
+from lora_lightning.adaptation.class_centroids import (
+    LEAST_ITEMS,
+    confirmed_centroids,
+    spread,
+    unhelpful,
+)
 from lora_lightning.adaptation.loss import Loss
 from lora_lightning.adaptation.prediction_self_training import PredictionSelfTraining
 from lora_lightning.adaptation.rounds import print_wrapped
@@ -23,9 +29,11 @@ from lora_lightning.model.calling import moved
 from lora_lightning.model.introspection import classifier_modules
 
 SOURCE_ITEMS = 8  # weight of the source's statistics, in items of the target
-# To train on the source's statistics: fewer items cannot tell a gain from chance; a smaller spread
-# of the predictions over the classes has nothing to teach.
-LEAST_ITEMS, LEAST_SPREAD = 50, 0.4
+# To train on the source's statistics: a smaller spread of the predictions over the classes has
+# nothing to teach.
+LEAST_SPREAD = 0.4
+# Trained in full without BatchNorm, whose statistics follow a target: factors alone gain little.
+WITHOUT_STATISTICS = ("head", "norms")
 
 
 class TransductiveRounds(TaskRounds, PredictionSelfTraining):
@@ -40,12 +48,12 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         return module  # in whose forward is the user's
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Also warn where the classifier is trained."""
+        """Also warn where the classifier is trained, of a model with BatchNorm."""
         super().check(trainer, module)
         # Where the learning rate falls, a round at its peak is judged too early.
         self.each_counts = module.schedule == "constant"
         network = self.network(module)
-        if any(
+        if tracking(network) and any(
             p.requires_grad
             for name in classifier_modules(network)
             for p in network.get_submodule(name).parameters()
@@ -66,7 +74,7 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
                 "the target has one item: nothing can be learnt from it, the source model stays"
             )
         elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
-            self._train_on_sources(source, module.setting)
+            self._train_on_sources(module, source)
 
     def due_at_end(self, trainer: Trainer) -> bool:
         """Whether the last round decides, and is still to be ended."""
@@ -134,24 +142,44 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
             views = self.look(module, module.training_items)
         return agreement(views.probabilities, now.probabilities)
 
-    def _train_on_sources(self, source: Predicted, setting: str) -> None:
+    def _train_on_sources(self, module: Any, source: Predicted) -> None:
         """Leave the source model where it has nothing to teach; else ask for a rise of cohesion."""
-        rounds, count = self.rounds_, len(self.target)
+        rounds = self.rounds_
         if rounds.limits is None:
             return
+        own = tracking(module.model)
+        why = self._nothing_to_teach(source) if own else self._answer_untrained(module, source)
         rounds.begin_at(source.probabilities, rises=True)
-        why = ""
-        if count < LEAST_ITEMS:
-            why = f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
-        elif (even := spread(source)) < LEAST_SPREAD:
-            why = (
+        if why:
+            rounds.termination_condition_ = (
+                f"{why}; the source model stays. {module.setting} trains all the same"
+            )
+
+    def _nothing_to_teach(self, source: Predicted) -> str:
+        """Why the source's predictions teach nothing, with BatchNorm; "" where they do."""
+        if (count := len(self.target)) < LEAST_ITEMS:
+            return f"{count} items are too few to tell a gain from chance, below {LEAST_ITEMS}"
+        if (even := spread(source)) < LEAST_SPREAD:
+            return (
                 f"the source's predictions, smoothed over neighbours, spread over too few classes "
                 f"({even:.2f} of an even spread, below {LEAST_SPREAD:g})"
             )
-        if why:
-            rounds.termination_condition_ = (
-                f"{why}; the source model stays. {setting} trains all the same"
-            )
+        return ""
+
+    def _answer_untrained(self, module: Any, source: Predicted) -> str:
+        """Answer by class centroids, without BatchNorm; why not, or "" where they are trusted."""
+        rounds = self.rounds_
+        found, why = confirmed_centroids(source, rounds.guard)
+        if not why:
+            rounds.untrained = found
+            rounds.end_round(self.network(module), Predicted(found, source.features), keep=False)
+            print_wrapped(module, "round 1: class centroids answer for these items, untrained")
+        return why
+
+
+def trained_in_full(model: nn.Module) -> tuple[str, ...]:
+    """What `LoRACallback` best trains beside the factors, as its ``trainable``."""
+    return () if tracking(model) else WITHOUT_STATISTICS
 
 
 def statistics_of(module: Any, target: Target) -> bool:

@@ -9,7 +9,7 @@ parameters (``"pos_embed"``); one that matches nothing at all is an error.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -88,7 +88,8 @@ def _trainable(view: View, pattern: str) -> Iterable[str]:
         return [p for p in parameters if p.split(".")[-1].startswith("bias")]
     if pattern == "norms":
         named = [(n, m) for n, m in view.modules if "Norm" in type(m).__name__]
-        hit = [n for n, m in named if not layers.tensors_of(m)]
+        # A norm holds no adaptable layer; timm's `NormMlpClassifierHead` does.
+        hit = [n for n, m in named if not any(map(layers.tensors_of, m.modules()))]
     else:
         hit = [n for n, m in view.modules if n and matches(pattern, n, m)]
     prefixes = tuple(f"{n}." for n in hit)
@@ -209,8 +210,14 @@ def _near(pattern: str, view: View) -> str:
     return f"; adaptable layers end in {', '.join(adaptable[:12])}"
 
 
-def without_head(lora: LoRAConfig, model: nn.Module, targets: Any = None) -> LoRAConfig:
-    """The same adapter, on `targets` if given, without the head: the reference for the features."""
+def without_head(
+    lora: LoRAConfig, model: nn.Module, targets: Any = None, trainable: Sequence[str] = ()
+) -> LoRAConfig:
+    """The same adapter, on `targets` if given, without the head: the reference for the features.
+
+    `trainable` is trained in full.
+    """
     left = [*lora.exclude_modules, *sorted(classifier_modules(model))]
     named = lora.target_modules if targets is None else targets
-    return LoRAConfig.make(lora, trainable=[], exclude_modules=left, target_modules=named)
+    whole = list(trainable)
+    return LoRAConfig.make(lora, trainable=whole, exclude_modules=left, target_modules=named)

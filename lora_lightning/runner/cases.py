@@ -61,3 +61,4 @@ class Unlabelled:
     # Suffix of a row's name → decoding; a row for each
     decodings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     target_modules: Any = None  # of the adapter; None: as with labels
+    trainable: Sequence[str] = ()  # by the adapter, in full

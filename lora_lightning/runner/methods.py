@@ -112,7 +112,7 @@ def _averaged(rows: Sequence[Row]) -> list[Row]:
 def _label_free(experiment: Experiment[Any], case: Case, label: str) -> list[Row]:
     model = experiment.fresh()
     own = experiment.unlabelled(model, case)
-    lora = without_head(experiment.config.lora, model, own.target_modules)
+    lora = without_head(experiment.config.lora, model, own.target_modules, own.trainable)
     callback = experiment.adapter(lora, case, "no", "labels", batch_norm=own.batch_norm)
     says, end = _line(experiment, case)
     callbacks = [callback, *own.callbacks, *_bars(experiment, label), *says]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.target import Target, predicted
+from lora_lightning.adaptation.transductive_rounds import trained_in_full
 from lora_lightning.adaptation.transductive_task import TransductiveTask
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.model.switching import disabled
@@ -120,7 +121,9 @@ def without_labels(
     task.print = lambda *_, **__: None  # type: ignore[method-assign]  # the table has it
     start = time.perf_counter()
     passes = how.passes_over(len(found.items))
-    callback = fit(task, None, without_head(settings.lora, base.model, how.target_modules), passes)
+    whole = trained_in_full(base.model)
+    lora = without_head(settings.lora, base.model, how.target_modules, whole)
+    callback = fit(task, None, lora, passes)
     seconds = time.perf_counter() - start
     course = task.rounds_
     assert course is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from lora_lightning.adaptation.shift.measure import shift
 from lora_lightning.adaptation.shift.source_statistics import FEWEST, SourceStatistics
 from lora_lightning.adaptation.shift.verdicts import NAMES, Shift
+from lora_lightning.adaptation.transductive_rounds import trained_in_full
 from lora_lightning.adaptation.transductive_task import TransductiveTask
+from lora_lightning.runner.cases import Case, Unlabelled
 from lora_lightning.vision.classifier import Classifier, likeliest
 from lora_lightning.vision.data.folders import Item
 from lora_lightning.vision.experiment import Pictures
@@ -56,6 +59,10 @@ class Classification(Pictures):
     def said(self, answer: Tensor) -> tuple[str, float]:
         """The predicted class, and its probability."""
         return likeliest(answer, self.data.classes)
+
+    def unlabelled(self, model: nn.Module, case: Case) -> Unlabelled:
+        """With what is best trained in full."""
+        return replace(super().unlabelled(model, case), trainable=trained_in_full(model))
 
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductiveTask:
         """A `TransductiveTask`."""

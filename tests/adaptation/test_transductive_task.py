@@ -63,7 +63,11 @@ def points(count, seed, shift=0.0):
 @pytest.fixture(scope="module")
 def source():
     torch.manual_seed(0)
-    model, (x, y) = Net(), points(400, 0)
+    return learnt(Net())
+
+
+def learnt(model):
+    x, y = points(400, 0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(60):
         loss = nn.functional.cross_entropy(model(x), y)
@@ -342,6 +346,24 @@ def test_where_nothing_can_be_learnt_the_source_stays(tmp_path, source, classes,
         assert torch.equal(task.model.eval()(one), source(one))
     # On request it trains all the same.
     assert len(adapted(tmp_path, source, one, batch_norm="source").rounds_.history_) > 1
+
+
+def test_without_batchnorm_class_centroids_answer_where_training_is_refused(tmp_path, target):
+    torch.manual_seed(0)
+    plain = Net()
+    plain.body[1] = nn.Identity()
+    plain = learnt(plain)
+    task = adapted(tmp_path, plain, target[0], epochs=2, limits=Limits(rise=1.0))
+    rounds = task.rounds_
+    assert rounds.accepted_ == 0
+    assert len(rounds.history_) == 4  # the source, the centroids, two rounds of training
+    assert "class centroids answer" in rounds.termination_condition_
+    before, now = rounds.source.argmax(1), task.probabilities_.argmax(1)
+    assert (now == target[1]).sum() > (before == target[1]).sum()
+    assert torch.equal(rounds.changed_in_, (before != now).long())
+    assert accuracy(task.model, target) == accuracy(plain, target)  # for other items
+    plainly = adapted(tmp_path, plain, target[0], epochs=1, batch_norm="source")
+    assert len(plainly.rounds_.history_) == 2
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,9 @@ def test_trainable_keywords():
     assert on == set(report.extras)
     assert {"head.weight", "norm.weight", "blocks.0.attn.qkv.bias", "pos_embed"} <= on
     assert "blocks.0.attn.qkv.weight" not in on
+    convnext = timm.create_model("test_convnext", num_classes=3)  # NormMlpClassifierHead is no norm
+    extras = inject(convnext, rank=1, trainable=["norms"]).extras
+    assert {n for n in extras if n.startswith("head")} == {"head.norm.weight", "head.norm.bias"}
 
 
 def pruned() -> nn.Module:
