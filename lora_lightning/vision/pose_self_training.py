@@ -27,7 +27,7 @@ from lora_lightning.adaptation.transductive_rounds import statistics_of
 from lora_lightning.adaptation.transductive_task import check_settings
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.values import check_number
-from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, judge_trained, seen_twice
 from lora_lightning.vision.pose_regressor import mirrored
 
 JUDGED = 4  # every fourth image is not trained on, but used by the guard
@@ -45,10 +45,11 @@ class TransductivePose(Course, TaskInRounds):
     :math:`\|v(x) - t\|^2`, with half of the images mirrored, and R t for them.
 
     After each epoch a round ends: on every fourth image, which is not trained on, the two
-    predictions must agree better than when training began, and they must neither collapse nor
-    change too much. The last round decides, when the learning rate has fallen: its state is kept,
-    or else the one at the start of training. With ``schedule="constant"`` each round may be
-    kept and relabels the images, and the first alarm ends the training.
+    predictions must agree better than when training began, they must lie nearer to the t of
+    then than the predictions of then do, and they must neither collapse nor change too much.
+    The last round decides, when the learning rate has fallen: its state is kept, or else the one
+    at the start of training. With ``schedule="constant"`` each round may be kept and relabels the
+    images, and the first alarm ends the training.
 
     Args:
         model: The network, from images (B, 3, H, W) to (B, 2), (cos, sin).
@@ -164,7 +165,7 @@ class _Course(TaskRounds, SelfTraining):
 
         def check(now: Twice, _: Twice | None) -> Verdict:
             best: Twice = self.rounds_.answers_  # of the state that is kept so far
-            return judge(source.of(on), best.of(on), now.of(on), self.limits)
+            return judge_trained(source.of(on), best.of(on), now.of(on), self.limits)
 
         return check
 
