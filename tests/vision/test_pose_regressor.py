@@ -36,7 +36,7 @@ from lora_lightning.vision.data.synthetic.meshes import FRONTS, make_mesh
 from lora_lightning.vision.data.synthetic.rendered import render_domains
 from lora_lightning.vision.data.synthetic.scene import Renderer
 from lora_lightning.vision.data.synthetic.worlds import WORLDS
-from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, judge_trained
 from lora_lightning.vision.pose_recipe import METHODS
 from lora_lightning.vision.pose_regressor import (
     PoseRegressor,
@@ -400,6 +400,17 @@ def test_concordance_is_not_raised_by_answers_that_shrink_or_by_a_preference():
     assert exact.concordance == pytest.approx(1)
     assert judge(whole, whole, exact, PoseLimits()).accepted
     assert "agree no better" in judge(whole, whole, of(0.99, 10), PoseLimits()).alarms[0]
+
+
+def test_answers_that_draw_together_agree_better_and_are_not_kept():
+    g = torch.Generator().manual_seed(0)
+    degrees = 160 * torch.rand(400, generator=g) - 80
+    before = Twice(*(direction(degrees + n) for n in 5 * torch.randn(2, 400, generator=g)))
+    drawn, taught = Twice(*[direction(0.8 * degrees)] * 2), Twice(*[before.mean] * 2)
+    assert judge(before, before, drawn, PoseLimits()).accepted
+    [alarm] = judge_trained(before, before, drawn, PoseLimits()).alarms
+    assert "degrees from the means of both answers before training, those were" in alarm
+    assert judge_trained(before, before, taught, PoseLimits()).accepted
 
 
 def test_one_picture_and_labels_that_are_not_looked_at():
