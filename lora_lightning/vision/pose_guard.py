@@ -91,6 +91,23 @@ def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.
     return Twice(torch.cat(plain), torch.cat(mirror))
 
 
+def judge_trained(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
+    """The verdict on a trained state, which must also keep to what it was taught.
+
+    Agreement alone rises where predictions draw together, since it is trained for. So on these
+    images, which are not trained on, predictions must lie nearer to the means of both predictions
+    of the state before than that state's own do.
+    """
+    found = judge(source, best, now, limits)
+    before, after = (circular_error(angle(t.plain), angle(best.mean)).mean() for t in (best, now))
+    if not found.alarms and after >= before:
+        found.alarms.append(
+            f"the answers are {float(after):.1f} degrees from the means of both answers before "
+            f"training, those were {float(before):.1f}"
+        )
+    return found
+
+
 def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
     """The verdict on a round: both predictions must agree better than ever, without collapse."""
     if not finite(now.plain, now.mirror):

@@ -10,10 +10,10 @@ never seen a rear makes the same mistake twice, which no such method can detect.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -27,7 +27,7 @@ from lora_lightning.adaptation.transductive_rounds import statistics_of
 from lora_lightning.adaptation.transductive_task import check_settings
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.values import check_number
-from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, judge_trained, seen_twice
 from lora_lightning.vision.pose_regressor import mirrored
 
 JUDGED = 4  # every fourth image is not trained on, but used by the guard
@@ -40,14 +40,16 @@ class TransductivePose(Course, TaskInRounds):
         Trainer(max_epochs=4, callbacks=[LoRACallback(trainable=[])]).fit(task)
 
     With v(x) the network's vector, M the mirror image and R the negation of an angle, an image's
-    pseudo-label is :math:`t = (v(x) + R\,v(Mx)) / 2`, updated in each epoch; where both predictions
-    differ by more than `tolerance`, it has none. The loss of a batch is the mean of
+    pseudo-label is :math:`t = (v(x) + R\,v(Mx)) / 2`, of when training begins; where both
+    predictions differ by more than `tolerance`, it has none. The loss of a batch is the mean of
     :math:`\|v(x) - t\|^2`, with half of the images mirrored, and R t for them.
 
     After each epoch a round ends: on every fourth image, which is not trained on, the two
-    predictions must agree better than in any earlier round, and they must neither collapse nor
-    change too much. At the first alarm training stops, and the best state is restored; if there is
-    none, the source model.
+    predictions must agree better than when training began, they must lie nearer to the t of
+    then than the predictions of then do, and they must neither collapse nor change too much.
+    The last round decides, when the learning rate has fallen: its state is kept, or else the one
+    at the start of training. With ``schedule="constant"`` each round may be kept and relabels the
+    images, and the first alarm ends the training.
 
     Args:
         model: The network, from images (B, 3, H, W) to (B, 2), (cos, sin).
@@ -151,12 +153,6 @@ class _Rounds(Rounds[Twice]):
         return Twice(**state)
 
 
-def _judged(
-    source: Twice, on: Tensor, limits: PoseLimits, now: Twice, accepted: Twice | None
-) -> Verdict:
-    return judge(source.of(on), (accepted or source).of(on), now.of(on), limits)
-
-
 class _Course(TaskRounds, SelfTraining):
     """The rounds of a `TransductivePose`, which is the module in training."""
 
@@ -166,7 +162,18 @@ class _Course(TaskRounds, SelfTraining):
 
     def _check_of(self, source: Twice) -> Check:
         on = torch.arange(0, len(source), JUDGED, device="cpu")
-        return partial(_judged, source, on, self.limits)
+
+        def check(now: Twice, _: Twice | None) -> Verdict:
+            best: Twice = self.rounds_.answers_  # of the state that is kept so far
+            return judge_trained(source.of(on), best.of(on), now.of(on), self.limits)
+
+        return check
+
+    def check(self, trainer: Trainer, module: Any) -> None:
+        self.each_counts = module.schedule == "constant"  # at its peak it is judged too early
+
+    def due_at_end(self, trainer: Trainer) -> bool:
+        return not self.each_counts and trainer.global_step > self._judged_at
 
     def look(self, module: Any) -> Twice:
         return seen_twice(module.model, self.target, 2 * module.batch_size, module.device)
@@ -176,6 +183,7 @@ class _Course(TaskRounds, SelfTraining):
         if module.batch_norm == "source" or not statistics_of(module, self.target):
             return
         now = self.look(module)
-        scores = self.rounds_.check(now, None).scores
-        self.judge(module, now, Verdict(scores) if module.batch_norm == "target" else None)
+        found = judge(source, source, now, self.limits)  # by all images: none is trained on yet
+        asks = module.batch_norm == "auto"
+        self.judge(module, now, found if asks else Verdict(found.scores))
         self.rounds_.restore(module.model)

@@ -214,11 +214,8 @@ class PoseConfig(Config):
     title: str = "Domain adaptation of a pose regressor"
     out: str = "runs/pose"
     methods: list[str] = field(
-        default_factory=lambda: [
-            "source_only", "ridge", "subspace", "nmf_subspace", "coral", "batchnorm",
-            "label_free", "lora", "full",
-        ]
-    )  # fmt: skip
+        default_factory=lambda: ["source_only", "batchnorm", "label_free", "lora", "full"]
+    )
     data: DataSettings = field(
         default_factory=lambda: DataSettings(render=RenderSettings(shift="pose"))
     )

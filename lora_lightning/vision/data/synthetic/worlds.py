@@ -87,8 +87,10 @@ def _beside(low: float, high: float) -> World:
     return World(azimuth=(low, high), both_sides=True)
 
 
-def _facing(low: float, high: float, elevation: tuple[float, float] = (10, 35)) -> World:
-    return World(azimuth=(low, high), elevation=elevation, both_sides=True, facing=True)
+def _facing(
+    low: float, high: float, elevation: tuple[float, float] = (10, 35), light: str = "source"
+) -> World:
+    return World(LIGHTINGS[light], (low, high), elevation, both_sides=True, facing=True)
 
 
 _CALM, _BUSY = ("plain", "blobs", "noise"), ("checks", "speckles", "stripes", "foliage")
@@ -108,18 +110,16 @@ WORLDS: dict[str, dict[str, World]] = {
         "top-2": World(elevation=(55, 66)),
         "top-3": World(elevation=(70, 82)),
     },
-    # The azimuth is the target: the source has the front half, from eye level.
+    # The azimuth is the target. Each kind's range overlaps with the source's and grows from it.
     "pose": {
         "source": _facing(0, 60),
-        "side-1": _facing(60, 75),
-        "side-2": _facing(75, 90),
-        "side-3": _facing(90, 110),
-        "rear-1": _facing(110, 130),
-        "rear-2": _facing(130, 155),
-        "rear-3": _facing(155, 180),
-        "top-1": _facing(0, 60, (42, 52)),
-        "top-2": _facing(0, 60, (55, 66)),
-        "top-3": _facing(0, 60, (70, 82)),
+        "side-1": _facing(15, 75),
+        "side-2": _facing(30, 90),
+        "side-3": _facing(45, 105),
+        "top-1": _facing(0, 60, (30, 50)),
+        "top-2": _facing(0, 60, (40, 60)),
+        "top-3": _facing(0, 60, (50, 70)),
+        **{f"dim-{i}": _facing(0, 60, light=f"dim-{i}") for i in (1, 2, 3)},
     },
     "environment": {
         "source": World(backgrounds=_CALM, contrast=_TAME),
