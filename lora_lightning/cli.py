@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_lightning.report.console import PlainConsole
     from lora_lightning.report.results import Run
 
-RANKS = (1, 2, 4, 8, 16, 32, "auto")
+RANKS = (1, 2, 4, 8, 16, 32)
 EXAMPLES = """\
 examples:
   lora-lightning run lighting
@@ -41,7 +41,7 @@ examples:
   lora-lightning run lighting --help           every setting, with its default
   lora-lightning run lighting seeds=[0,1,2] out=runs/three
   lora-lightning run lighting data.root=photos data.source=day data.target=[night]
-  lora-lightning sweep lighting --ranks 1 2 4 8 auto
+  lora-lightning sweep lighting --ranks 1 2 4 8
   lora-lightning sweep lighting lora.rank=1,2,4 train.lora.learning_rate=1e-3,1e-2
   lora-lightning adapt-images --model convnext_tiny --checkpoint mine.pth --images night/ \
       --out night.safetensors
@@ -135,7 +135,7 @@ def _add_recipes(commands: Any) -> None:
     )  # fmt: skip
     sweep.add_argument(
         "--ranks", nargs="+", type=_rank, metavar="RANK",
-        help="where no key has several values: ranks to compare in one run, numbers and auto; "
+        help="where no key has several values: ranks to compare in one run, numbers and rules; "
         f"default: {' '.join(map(str, RANKS))}",
     )  # fmt: skip
     sweep.add_argument(
@@ -198,7 +198,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _rank(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    from lora_lightning.lora.config import LoRAConfig
+
+    return int(text) if text.isdigit() else LoRAConfig(rank=text).rank
 
 
 def _show(result: Run) -> None:

@@ -55,7 +55,7 @@ def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     root = photos(tmp_path / "photos")
     own = [f"data.root={root}", "data.source=day", f"out={tmp_path / 'out'}", "lora.rank=2"]
-    assert main(["sweep", "lighting", *TINY, *own, "--ranks", "1", "64", "auto"]) == 0
+    assert main(["sweep", "lighting", *TINY, *own, "--ranks", "1", "64", "explained-variance"]) == 0
     out = capsys.readouterr().out
     assert "rank 64" in out
     assert (tmp_path / "out/plots/ranks.svg").is_file()
@@ -64,7 +64,7 @@ def test_sweep_compares_ranks(tmp_path, capsys, monkeypatch):
         (r["method"].split(", ")[1], r["trainable_parameters"]) for r in rows if "," in r["method"]
     ]
     size = dict(ranked)
-    assert size["rank 1"] < size["rank auto"] < size["rank 64"]
+    assert size["rank 1"] < size["rank explained-variance"] < size["rank 64"]
     targets = read_header(tmp_path / "out/adapter_rank_64.safetensors")["targets"]
     # First steps as large as the recipe's: its scaling is 4 (alpha 8) at rank 2.
     assert all(t["scaling"] == pytest.approx(4 * (2 / t["rank"]) ** 0.5) for t in targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
@@ -28,7 +29,8 @@ from lora_lightning.registry import unknown
 
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)")
 LARGEST_ALPHA = 1e6
-NOMINAL_RANK = 8  # at which rank="auto" has the scaling that a fixed rank has
+NOMINAL_RANK = 8  # at which a rule's rank has the scaling that a fixed rank has
+USUAL_RULE = "explained-variance"  # what rank="auto" was
 
 
 @dataclass
@@ -40,17 +42,15 @@ class LoRAConfig:
     "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685).
 
     Args:
-        rank: Inner dimension r of the factors, at least 1. ``"auto"``: each layer's own, from the
-            target's data (see `lora_lightning.choose_ranks`). ``alpha/r`` is then
+        rank: Inner dimension r of the factors, at least 1. Or a rule that gives each layer its
+            own, from the target's data (see `lora_lightning.choose_ranks`):
+            ``"explained-variance"`` (as many directions as hold `rank_energy` of the layer's
+            inputs' variance), ``"effective-rank"`` or ``"hard-threshold"``. ``alpha/r`` is then
             :math:`\alpha/\sqrt{8r}`: that of rank 8 at rank 8, and first steps of the same size at
-            every other rank (as in arXiv:2312.03732), so that the ranks found do not act as
-            learning rates.
-        rank_rule: With ``"auto"``: ``"explained-variance"`` (as many directions as hold
-            `rank_energy` of the layer's inputs' variance), ``"effective-rank"`` or
-            ``"hard-threshold"``.
+            every other rank (as in arXiv:2312.03732).
         rank_energy: Part of the variance that "explained-variance" asks for, in (0, 1].
-        max_rank: With ``"auto"``: the most that a layer gets.
-        parameter_budget: With ``"auto"``: the most numbers that the factors may hold together,
+        max_rank: With a rule: the most that a layer gets.
+        parameter_budget: With a rule: the most numbers that the factors may hold together,
             dealt out where they explain most. ``None``: no limit.
         prune_to: Mean rank to which `LoRACallback` lowers the ranks while it trains, dropping
             the directions that matter least, of all layers together (after Zhang et al. 2023,
@@ -100,7 +100,6 @@ class LoRAConfig:
     blocks: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    rank_rule: str = "explained-variance"
     rank_energy: float = 0.5
     max_rank: int = 32
     parameter_budget: int | None = None
@@ -114,6 +113,13 @@ class LoRAConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rank == "auto":
+            why = (
+                f'rank="auto" is now called rank="{USUAL_RULE}", after what it does; take rank=8, '
+                "than which it was no better on the mean of four recipes (docs/rank.md)"
+            )
+            warnings.warn(why, FutureWarning, stacklevel=3)
+            self.rank = USUAL_RULE
         self.target_modules = patterns("target_modules", self.target_modules)
         self.exclude_modules = patterns("exclude_modules", self.exclude_modules)
         self.trainable = patterns("trainable", self.trainable)
@@ -138,24 +144,24 @@ class LoRAConfig:
             given["parameter_budget"] = self.parameter_budget
         for key, rank in given.items():
             check_count(key, rank)
-        if self.rank != "auto" and (not is_whole(self.rank) or int(self.rank) < 1):
+        known = self.rank in RULES if self.by_rule else is_whole(self.rank) and int(self.rank) > 0
+        if not known:
             raise ConfigError(
-                f'rank must be a whole number of at least 1, got {self.rank!r}; "auto" lets the '
-                "target's data decide"
+                f"rank must be a whole number of at least 1, got {self.rank!r}; or a rule by which "
+                f"the target's data decide: {', '.join(RULES)}"
             )
-        if self.rank != "auto" and self.parameter_budget is not None:
+        if not self.by_rule and self.parameter_budget is not None:
             raise ConfigError(
-                f'parameter_budget is for rank="auto", which it limits; rank is {self.rank}'
+                f"parameter_budget limits a rule such as {USUAL_RULE!r}; rank is {self.rank}"
             )
         if self.prune_to is not None:
             self._check_pruning(self.prune_to)
-        check_choice("rank_rule", self.rank_rule, RULES)
         check_number("rank_energy", self.rank_energy, "(0, 1]")
 
     def _check_pruning(self, to: float) -> None:
         if not is_real(to) or not 1 <= to < math.inf:
             raise ConfigError(f"prune_to is a mean rank of at least 1, got {to!r}")
-        if self.rank != "auto" and to >= int(self.rank):
+        if not self.by_rule and to >= int(self.rank):
             raise ConfigError(
                 f"prune_to={to} is no less than rank={self.rank}: begin with a larger rank"
             )
@@ -185,7 +191,7 @@ class LoRAConfig:
                 "xs=True freezes both factors and trains a core between them; freeze_a=True would "
                 "train B. Choose one"
             )
-        if self.xs and (self.rank == "auto" or self.prune_to is not None):
+        if self.xs and (self.by_rule or self.prune_to is not None):
             raise ConfigError(
                 "xs=True trains r × r numbers a layer, whose rank is neither chosen nor pruned: "
                 "give a whole number as rank, and leave prune_to out"
@@ -196,9 +202,14 @@ class LoRAConfig:
                 f"so init={self.init!r} has nothing to set; leave init out"
             )
 
+    @property
+    def by_rule(self) -> bool:
+        """Whether a rule chooses each layer's rank."""
+        return isinstance(self.rank, str)
+
     def scale(self, rank: int, alpha: float) -> float:
         """The scaling s of a layer with this rank and alpha."""
-        if self.scaling == "alpha/r" and self.rank == "auto":
+        if self.scaling == "alpha/r" and self.by_rule:
             return alpha / math.sqrt(NOMINAL_RANK * rank)
         return alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
 
@@ -222,6 +233,9 @@ class LoRAConfig:
         else:
             raise ConfigError(f"expected a LoRAConfig or a mapping, got {type(config).__name__}")
         given.update(kwargs)
+        rule = given.pop("rank_rule", None)  # of an older version's files and settings
+        if rule is not None and given.get("rank") == "auto":
+            given["rank"] = rule
         known = [f.name for f in dataclasses.fields(cls)]
         for key in given:
             if key not in known:

@@ -53,7 +53,7 @@ def inject(
         config: A `LoRAConfig`, a mapping of its fields, or nothing.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
         freeze: Let only the factors and the parameters that `trainable` names require a gradient.
-        data: Batches of the target, for ``rank="auto"`` and for a data-driven `init`; see
+        data: Batches of the target, for a rule as `rank` and for a data-driven `init`; see
             `choose_ranks` and `start_from_data`, as for `forward` and `loss`. With both they are
             iterated over twice.
         forward: From (model, batch): runs the model once.
@@ -71,10 +71,10 @@ def inject(
     """
     config = LoRAConfig.make(config, **kwargs)
     needs = METHODS[config.init].needs
-    if data is None and (needs != "nothing" or config.rank == "auto"):
+    if data is None and (needs != "nothing" or config.by_rule):
         why = (
-            'rank="auto" looks at the inputs of the layers on the target'
-            if config.rank == "auto"
+            f'rank="{config.rank}" looks at the inputs of the layers on the target'
+            if config.by_rule
             else f"init={config.init!r} starts from the target's {needs}"
         )
         raise ConfigError(
@@ -88,7 +88,7 @@ def inject(
         from lora_lightning.model.data_driven.rank_choice import choose_ranks
 
         try:
-            if config.rank == "auto":
+            if config.by_rule:
                 report = choose_ranks(model, data, name, forward=forward)
             if needs != "nothing":
                 start_from_data(model, data, name, forward=forward, loss=loss)
@@ -129,7 +129,7 @@ def place(model: nn.Module, config: LoRAConfig, name: str, freeze: bool = True) 
     with all_or_nothing(view, name):
         _put(name, targets, specs)
         register(view, state, config, report, freeze)
-        if config.rank == "auto":
+        if config.by_rule:
             state.unranked.add(name)
         if METHODS[config.init].needs != "nothing":
             state.unstarted.add(name)
@@ -166,7 +166,7 @@ def _specs(targets: list[Target], config: LoRAConfig) -> dict[str, FactorSpec]:
         rank = _last_match(config.rank_pattern, target, config.rank)
         alpha = _last_match(config.alpha_pattern, target, config.alpha)
         largest = layers.largest_rank(raw_tensor(target.module, target.tensor), target.bare)
-        if rank == "auto":  # the most that it may get
+        if isinstance(rank, str):  # a rule: the most that it may get
             rank = min(config.max_rank, largest)
         elif rank > largest and config.clamp_rank:
             rank = largest

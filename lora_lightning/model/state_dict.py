@@ -149,7 +149,7 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, strict
 def _take_ranks(view: View, state: states.ModelState, given: dict[str, Tensor]) -> None:
     """Take ranks from the state dict that were chosen from data, pruned or compressed."""
     for name, config in state.configs.items():
-        free = config.rank == "auto" or config.prune_to is not None
+        free = config.by_rule or config.prune_to is not None
         if not free and not _lowered(config, state.reports[name]):
             continue
         factors = states.named_factors(view, name)

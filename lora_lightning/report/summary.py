@@ -19,7 +19,7 @@ from lora_lightning.report.results import HELD_OUT, Prediction, Run
 _GRADED = re.compile(r"(?P<kind>.+)-(?P<severity>[1-9])")
 NAN = float("nan")
 # A row of a sweep over ranks, see `lora_lightning.runner.sweep`.
-RANKED = re.compile(r"LoRA, rank (?P<rank>\d+|auto), (?P<labels>.*target labels)")
+RANKED = re.compile(r"LoRA, rank (?P<rank>\d+|[a-z-]+), (?P<labels>.*target labels)")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def sweep_recipe(
 
     Args:
         name: See `run_recipe`.
-        ranks: Whole numbers, and ``"auto"``.
+        ranks: Whole numbers, and rules such as ``"explained-variance"``.
         overrides: See `run_recipe`; but for the methods, which are the source model and the adapter
             at each rank.
         jobs: How many ranks at once, and where.
@@ -218,8 +218,9 @@ def sweep_recipe(
     Raises:
         ConfigError: a rank that is none, or a recipe without an adapter on labels.
     """
+    from lora_lightning.lora.config import LoRAConfig
+
     for rank in ranks:
-        if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            raise ConfigError(f'ranks are whole numbers of at least 1, or "auto"; got {rank!r}')
+        LoRAConfig(rank=rank)
     methods = ",".join(["source_only", *(f"lora@{rank}" for rank in ranks)])
     return run_recipe(name, [*overrides, f"methods=[{methods}]"], jobs=jobs)

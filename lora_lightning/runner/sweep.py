@@ -1,4 +1,4 @@
-"""The row "lora" at other ranks than the recipe's: methods ``lora@8``, ``lora@auto``.
+"""The row "lora" at other ranks than the recipe's: methods ``lora@8``, ``lora@effective-rank``.
 
 ``lora-lightning sweep NAME`` compares them. The scaling is s = c/√r, with c that of
 the recipe's own rank, so that the first steps are of one size at every rank (Kalajdzievski 2023,
@@ -16,16 +16,16 @@ from typing import Any
 from lora_lightning.lora.config import NOMINAL_RANK, LoRAConfig
 from lora_lightning.registry import Registry
 
-_AT = re.compile(r"lora@(\d+|auto)")
+_AT = re.compile(r"lora@(\d+|[a-z][a-z-]*)")
 Rank = int | str
 
 
 def rank_of(method: str) -> Rank | None:
-    """8 of "lora@8", "auto" of "lora@auto", nothing of another method."""
+    """8 of "lora@8", the rule of "lora@effective-rank", nothing of another method."""
     found = _AT.fullmatch(method)
     if found is None:
         return None
-    return found[1] if found[1] == "auto" else int(found[1])
+    return int(found[1]) if found[1].isdigit() else found[1]
 
 
 def method_of(name: str, methods: Registry[Callable[..., Any]]) -> Callable[..., Any]:
@@ -38,6 +38,6 @@ def at_rank(lora: LoRAConfig, rank: Rank | None) -> LoRAConfig:
     """The same adapter at this rank, where layers allow it, with first steps of the same size."""
     if rank is None:
         return lora
-    now = NOMINAL_RANK if lora.rank == "auto" else int(lora.rank)
+    now = NOMINAL_RANK if lora.by_rule else int(lora.rank)
     c = lora.scale(now, lora.alpha) * math.sqrt(now)
     return LoRAConfig.make(lora, rank=rank, alpha=c, scaling="alpha/sqrt(r)", clamp_rank=True)

@@ -149,7 +149,7 @@ def _early_loader(trainer: Trainer, forward: Forward | None) -> Iterable[Any]:
         raise
     except Exception as error:
         raise ConfigError(
-            'rank="auto" looks at the training batches before the optimizer is made, and the '
+            "a rule as rank looks at the training batches before the optimizer is made, and the "
             f"module's train_dataloader cannot give them yet ({type(error).__name__}: {error}). "
             "Give LoRACallback(data=…), batches of the target"
         ) from error

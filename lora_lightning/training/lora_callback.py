@@ -47,7 +47,7 @@ class LoRACallback(injection.InjectingCallback):
             arguments instead, or over it.
         backbone: Attribute path of the network in the LightningModule; ``""``: the module.
         name: Name of the adapter.
-        data: Batches of the target that ``rank="auto"``, and an `init` which starts from the
+        data: Batches of the target that a rule as `rank`, and an `init` which starts from the
             target, read; None: the trainer's own training batches. Labels are needed for
             ``"lora-ga"`` alone.
         forward: From (backbone, batch): runs the backbone once on a batch of `data`; None: the

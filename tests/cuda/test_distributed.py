@@ -19,7 +19,7 @@ pytestmark = [
 ]
 OPTIONS = {
     "plain": {},
-    "from data": {"rank": "auto", "max_rank": 6, "rank_energy": 0.9, "init": "eva"},
+    "from data": {"rank": "explained-variance", "max_rank": 6, "rank_energy": 0.9, "init": "eva"},
     "pruned": {"rank": 4, "prune_to": 2},
     "core alone": {"rank": 4, "xs": True},
 }

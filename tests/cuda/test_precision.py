@@ -96,7 +96,9 @@ def test_verify_does_not_read_torchs_former_switches(device):
     try:
         backends[0].fp32_precision, backends[1].fp32_precision = "ieee", "tf32"
         verify(model.to(device), x)
-        inject(model, rank="auto", name="a", target_modules="all", trainable=[], data=[x])
+        inject(
+            model, rank="explained-variance", name="a", target_modules="all", trainable=[], data=[x]
+        )
         inject(model, rank=2, name="b", target_modules="all", trainable=[], init="eva", data=[x])
         assert [b.fp32_precision for b in backends] == ["ieee", "tf32"]
     finally:

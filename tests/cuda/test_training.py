@@ -40,8 +40,8 @@ START = {
     "eva": {"init": "eva"},
     "lora-ga": {"init": "lora-ga"},
     "activation-nmf": {"init": "activation-nmf"},
-    "auto": {"rank": "auto", "max_rank": 6},
-    "auto and eva": {"rank": "auto", "max_rank": 6, "init": "eva"},
+    "auto": {"rank": "explained-variance", "max_rank": 6},
+    "auto and eva": {"rank": "explained-variance", "max_rank": 6, "init": "eva"},
 }
 
 
@@ -92,7 +92,7 @@ def test_generators_are_as_they_were(device):
     cached = frozen()
     before = states(device)
     inject(model, rank=2, init="eva", data=data, seed=0)
-    inject(model, rank="auto", max_rank=4, data=data, name="auto", seed=0)
+    inject(model, rank="explained-variance", max_rank=4, data=data, name="auto", seed=0)
     verify(model, X)
     with PrefixCache(10).attach(cached), torch.no_grad():
         cached(X)

@@ -284,7 +284,9 @@ def test_weights_that_share_a_storage_are_told_apart():
 
 
 @pytest.mark.usefixtures("ieee_convolutions", "cudnn_rnn")
-@pytest.mark.parametrize("options", [{"init": init} for init in DATA] + [{"rank": "auto"}])
+@pytest.mark.parametrize(
+    "options", [{"init": init} for init in DATA] + [{"rank": "explained-variance"}]
+)
 def test_a_start_from_data_takes_torchs_settings_as_they_are(options):
     model = nn.GRU(6, 5)
     given = {"data": [torch.randn(4, 3, 6)], "loss": loss, "forward": run, "rank": 2}
@@ -416,9 +418,9 @@ def test_ranks_are_chosen_where_the_network_is_built_in_the_precision_of_the_fit
         def configure_model(self):
             self.model = tiny_vit()
 
-    callback = LoRACallback(rank="auto", max_rank=4, seed=0)
+    callback = LoRACallback(rank="explained-variance", max_rank=4, seed=0)
     trainer(tmp_path, callback, precision="64-true").fit(Late(), loader())
-    early = LoRACallback(rank="auto", max_rank=4, seed=0)
+    early = LoRACallback(rank="explained-variance", max_rank=4, seed=0)
     trainer(tmp_path, early, precision="64-true").fit(MakesTensors(), loader())
     assert len({row.rank for row in early.report_.rows}) > 1
     assert len(callback.report_.rows) == len(early.report_.rows)

@@ -21,6 +21,7 @@ from lora_lightning import (
     verify,
 )
 from lora_lightning.errors import AdapterError, ConfigError, DataError
+from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.rank_rules import RULES, Spectrum, choose, spectrum_of
 from lora_lightning.model.probing import difference, run
 from lora_lightning.model.state import named_factors
@@ -93,9 +94,7 @@ def batches(size=32):
 def test_a_network_gets_ranks_that_differ_and_stays_what_it_is(rule):
     base, model = tiny_vit(), tiny_vit()
     model.load_state_dict(base.state_dict())
-    report = inject(
-        model, rank="auto", rank_rule=rule, rank_energy=0.9, max_rank=48, data=batches(), alpha=16.0
-    )
+    report = inject(model, rank=rule, rank_energy=0.9, max_rank=48, data=batches(), alpha=16.0)
     ranks = [row.rank for row in report.rows]
     assert len(set(ranks)) > 1
     assert 1 <= min(ranks) <= max(ranks) <= 48
@@ -114,14 +113,18 @@ def test_a_network_keeps_to_its_budget_and_to_fixed_ranks():
     model = tiny_vit()
     options = {"data": batches(), "rank_energy": 1.0, "trainable": []}
     report = inject(
-        model, rank="auto", parameter_budget=4000, rank_pattern={"blocks.0.attn.qkv": 3}, **options
+        model,
+        rank="explained-variance",
+        parameter_budget=4000,
+        rank_pattern={"blocks.0.attn.qkv": 3},
+        **options,
     )
     ranks = {row.module: row.rank for row in report.rows}
     assert ranks["blocks.0.attn.qkv"] == 3
     left = 4000 - report.factor_parameters
     assert 0 <= left < max(row.parameters // row.rank for row in report.rows)
     with pytest.raises(ConfigError, match="too small"):
-        inject(model, rank="auto", parameter_budget=100, name="other", **options)
+        inject(model, rank="explained-variance", parameter_budget=100, name="other", **options)
     assert adapters(model) == ["default"]
 
 
@@ -135,7 +138,7 @@ def test_every_kind_of_layer(kind, init, tmp_path):
         before = run(model, x)
     try:
         inject(
-            model, rank="auto", max_rank=2, target_modules=targets(kind), trainable=[],
+            model, rank="effective-rank", max_rank=2, target_modules=targets(kind), trainable=[],
             init=init, data=[x], forward=run,
         )  # fmt: skip
     except DataError as error:  # embeddings and transposed convolutions alone
@@ -156,27 +159,44 @@ def test_every_kind_of_layer(kind, init, tmp_path):
         assert difference(run(fresh, x), adapted) < 1e-5
 
 
+def test_auto_is_accepted_and_says_its_rule_and_the_rank_to_take():
+    """A file of an older version, which names its rule, is read without a word."""
+    with pytest.warns(FutureWarning, match='now called rank="explained-variance".*take rank=8'):
+        assert LoRAConfig(rank="auto") == LoRAConfig(rank="explained-variance")
+    old = {"rank": "auto", "rank_rule": "effective-rank"}
+    assert LoRAConfig.make(old) == LoRAConfig(rank="effective-rank")
+    assert LoRAConfig.make({"rank": 8, "rank_rule": "effective-rank"}) == LoRAConfig()
+
+
 def test_what_cannot_be_chosen_is_said():
     model = tiny_vit()
-    with pytest.raises(ConfigError, match=r'rank="auto" looks at the inputs.*pass data='):
-        inject(model, rank="auto")
+    with pytest.raises(
+        ConfigError, match=r'rank="explained-variance" looks at the inputs.*pass data='
+    ):
+        inject(model, rank="explained-variance")
     inject(model, rank=4)
-    with pytest.raises(ConfigError, match='rank=4; only rank="auto" is chosen'):
+    with pytest.raises(ConfigError, match="rank=4, which no rule is to choose"):
         choose_ranks(model, batches())
     for bad, message in (
         ({"rank": "large"}, "rank must be a whole number.*'large'"),
-        ({"rank": 4, "parameter_budget": 100}, 'parameter_budget is for rank="auto"'),
-        ({"rank": "auto", "rank_rule": "best"}, "rank_rule must be one of"),
-        ({"rank": "auto", "rank_energy": 0}, "rank_energy must lie in"),
-        ({"rank": "auto", "max_rank": 0}, "max_rank must be a whole number"),
+        (
+            {"rank": 4, "parameter_budget": 100},
+            "parameter_budget limits a rule such as 'explained-variance'; rank is 4",
+        ),
+        (
+            {"rank": "auto", "rank_rule": "best"},
+            "got 'best'; or a rule.*: explained-variance, hard",
+        ),
+        ({"rank": "explained-variance", "rank_energy": 0}, "rank_energy must lie in"),
+        ({"rank": "explained-variance", "max_rank": 0}, "max_rank must be a whole number"),
     ):
         with pytest.raises(ConfigError, match=message):
             LoRACallback(**bad)
     model = tiny_vit()
     with pytest.raises(DataError, match="no batch"):
-        inject(model, rank="auto", data=[])
+        inject(model, rank="explained-variance", data=[])
     assert not adapters(model)
-    inject(model, rank="auto", data=batches())
+    inject(model, rank="explained-variance", data=batches())
     merge(model)
     with pytest.raises(AdapterError, match="merged"):
         choose_ranks(model, batches())
@@ -186,7 +206,7 @@ def test_what_cannot_be_chosen_is_said():
 
 
 def auto(tmp_path, **options) -> LoRACallback:
-    settings = {"rank": "auto", "rank_energy": 0.9, "max_rank": 12, "seed": 0}
+    settings = {"rank": "explained-variance", "rank_energy": 0.9, "max_rank": 12, "seed": 0}
     return LoRACallback(**settings | options, output_dir=tmp_path)
 
 

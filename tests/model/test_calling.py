@@ -105,8 +105,8 @@ def starts(model, batch, forward, folder):
 
 
 def chooses(model, batch, forward, folder):
-    inject(model, rank="auto", max_rank=2, target_modules="all", trainable=[], data=[batch],
-           forward=forward)  # fmt: skip
+    inject(model, rank="explained-variance", max_rank=2, target_modules="all", trainable=[],
+           data=[batch], forward=forward)  # fmt: skip
 
 
 def bank_of(model, folder, **options):
@@ -181,7 +181,13 @@ def test_the_callback_passes_forward_on(tmp_path):
         return backbone(batch["pixels"])
 
     data = [{"pixels": x} for x, _ in loader()]
-    options = {"rank": "auto", "max_rank": 2, "init": "eva", "data": data, "forward": forward}
+    options = {
+        "rank": "explained-variance",
+        "max_rank": 2,
+        "init": "eva",
+        "data": data,
+        "forward": forward,
+    }
     trainer(tmp_path, LoRACallback(**options)).fit(Module(tiny_vit()), loader())
     assert len(seen) > len(data)
     assert set(seen) == {dict}

@@ -331,7 +331,7 @@ def test_a_finished_fit_is_saved_and_goes_on(tmp_path, kind):
     assert go(5, ckpt_path=tmp_path / "after.ckpt")[1] == ranks
 
 
-@pytest.mark.parametrize("rank", [6, "auto"])
+@pytest.mark.parametrize("rank", [6, "explained-variance"])
 def test_a_checkpoint_of_a_finished_fit_is_the_model(tmp_path, rank):
     def parts():
         options = {"rank": rank, "max_rank": 6, "prune_to": 2, "seed": 0}

@@ -67,7 +67,7 @@ def test_a_second_fit_goes_on_from_the_first(tmp_path, init, between):
 
 def test_ranks_are_chosen_after_a_validation_and_after_a_failure(tmp_path):
     """Which inject the adapter, without data."""
-    auto = {"rank": "auto", "max_rank": 6}
+    auto = {"rank": "explained-variance", "max_rank": 6}
     chosen = fresh()
     trainer(tmp_path, lora(**auto)).fit(chosen, loader())
     validated, first = fresh(), trainer(tmp_path, lora(**auto))

@@ -152,7 +152,13 @@ MODULES = {
 
 
 def started(tmp_path, module, data, init, **options):
-    given = {"rank": "auto", "max_rank": 2, "target_modules": "all", "trainable": [], **options}
+    given = {
+        "rank": "explained-variance",
+        "max_rank": 2,
+        "target_modules": "all",
+        "trainable": [],
+        **options,
+    }
     callback = LoRACallback(init=init, verify=False, **given)
     trainer(tmp_path, callback, max_epochs=1).fit(module, data)
     return [p for m in module.modules() if isinstance(m, Factors) for p in m.parameters()]

@@ -124,7 +124,7 @@ class DeadOnOne(nn.Module):
 def test_ddp_on_two_cpu_processes(tmp_path):
     """Each process sees other batches, and must have the same ranks and factors all the same."""
     started = {"devices": 2, "strategy": "ddp_fork"}
-    adapter = Told(rank="auto", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
+    adapter = Told(rank="explained-variance", rank_energy=0.9, max_rank=6, init="eva", prune_to=1.5)
     saver = ModelCheckpoint(tmp_path / "c", monitor="epoch", mode="max")  # removes the first
     options = {"logger": CSVLogger(tmp_path), "enable_checkpointing": True, **started}
     fitted(tmp_path, Module(), adapter, saver, **options)

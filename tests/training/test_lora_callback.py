@@ -594,7 +594,7 @@ class Lowers(FitGuard):
 @pytest.mark.parametrize(
     ("options", "guard"),
     [
-        ({"rank": "auto", "max_rank": 6, "init": "eva", "prune_to": 1.5}, None),
+        ({"rank": "explained-variance", "max_rank": 6, "init": "eva", "prune_to": 1.5}, None),
         ({"init": "pissa"}, None),
         ({"dora": True, "batch_norm": "reset", "name": "b"}, FitGuard(lower_rank=False)),
         ({"init": "pissa", "rank": 4}, Lowers()),

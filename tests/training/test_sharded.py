@@ -187,7 +187,7 @@ def test_every_kind_of_adapter_equals_ddp(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "others", "named"),
     [
-        ({"rank": "auto"}, [], 'rank="auto"'),
+        ({"rank": "explained-variance"}, [], 'rank="explained-variance"'),
         ({"init": "eva"}, [], "init='eva'"),
         ({"rank": 4, "prune_to": 2}, [], "prune_to"),
         ({}, [WeightAveraging()], "WeightAveraging"),

@@ -38,10 +38,10 @@ def choose_ranks(
     max_batches: int = 20,
     progress: bool = False,
 ) -> InjectionReport:
-    """Give each layer of an adapter with ``rank="auto"`` its rank, from the target's inputs.
+    """Give each layer its rank by the rule that is the adapter's `rank`, from the target's inputs.
 
     The source model sees each batch once, in eval mode, without labels; the rule and the budget
-    are the configuration's (`rank_rule`, `rank_energy`, `parameter_budget`, `max_rank`), see
+    are the configuration's (`rank`, `rank_energy`, `parameter_budget`, `max_rank`), see
     `rank_rules.choose`. Layers whose inputs cannot be seen (embeddings, transposed
     convolutions, bare parameters), and those that `rank_pattern` names, keep the rank they have;
     they count in the budget. The function stays the source's. The parameters stay the objects
@@ -61,13 +61,13 @@ def choose_ranks(
     Raises:
         AdapterNotFoundError: there is no such adapter.
         AdapterError: the model is merged.
-        ConfigError: its rank is not "auto", or the budget is too small.
+        ConfigError: its rank is no rule, or the budget is too small.
         DataError: there is no batch, a batch of another kind, or NaN in a layer's inputs.
     """
     root, state, name = states.holder(model, name, "to choose ranks for")
     config = state.configs[name]
-    if config.rank != "auto":
-        raise ConfigError(f'adapter {name!r} has rank={config.rank}; only rank="auto" is chosen')
+    if not config.by_rule:
+        raise ConfigError(f"adapter {name!r} has rank={config.rank}, which no rule is to choose")
     View(root).check_unmerged("ranks are chosen")
     View(root).check_whole("choose_ranks", "inject with data= before fully_shard")
     factors = states.named_factors(root, name)
@@ -77,7 +77,7 @@ def choose_ranks(
         budget -= sum(
             f.spec.cost(*f.matrix) * f.spec.rank for p, f in factors.items() if p not in spectra
         )
-    chosen = rank_rules.choose(spectra, config.rank_rule, energy=config.rank_energy, budget=budget)
+    chosen = rank_rules.choose(spectra, str(config.rank), energy=config.rank_energy, budget=budget)
     return set_ranks(root, state, name, chosen)
 
 

@@ -35,7 +35,7 @@ def rank_plot(run: Run) -> Drawing | None:
         )  # fmt: skip
     axes.set_xscale("log")
     # Not matplotlib's own: its powers of ten are mathematics, which the style does not parse.
-    sizes = sorted({summary.parameters(m) for m, match in found if match["rank"] != "auto"})
+    sizes = sorted({summary.parameters(m) for m, match in found if match["rank"].isdigit()})
     axes.set_xticks(sizes, [si(size) for size in sizes])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trainable parameters")
@@ -45,12 +45,12 @@ def rank_plot(run: Run) -> Drawing | None:
     better = "lower" if summary.lower else "higher"
     return figure, (
         f"The numbers are ranks, the same in every layer that allows it; {better} is better. The "
-        f"star is rank=auto, where the target's data chose the rank of each layer.{summary.bars()}"
+        f"stars are rules, by which the target's data choose each layer's rank.{summary.bars()}"
     )
 
 
 def _one(axes: Axes, summary: Summary, at: dict[str, str], i: int, labels: str) -> None:
-    fixed = sorted((r for r in at if r != "auto"), key=int)
+    fixed = sorted((r for r in at if r.isdigit()), key=int)
     cells = [summary.target(at[r]) for r in fixed]
     x = np.array([summary.parameters(at[r]) for r in fixed])
     scale = summary.unit.scale
@@ -63,10 +63,10 @@ def _one(axes: Axes, summary: Summary, at: dict[str, str], i: int, labels: str) 
             rank, (place, height), (0, 6), textcoords="offset points", ha="center",
             fontsize=8.5, color=colour(i),
         )  # fmt: skip
-    if "auto" in at:
-        chosen = summary.target(at["auto"])
+    for rule in sorted(at.keys() - set(fixed)):
+        chosen = summary.target(at[rule])
         axes.errorbar(
-            [summary.parameters(at["auto"])], [scale * chosen.mean],
+            [summary.parameters(at[rule])], [scale * chosen.mean],
             np.nan_to_num([scale * chosen.sd]), linestyle="", elinewidth=1, marker="*",
-            markersize=13, color=colour(i), markeredgecolor=INK, label=f"rank=auto, {labels}",
+            markersize=13, color=colour(i), markeredgecolor=INK, label=f"rank={rule}, {labels}",
         )  # fmt: skip
