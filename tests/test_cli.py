@@ -232,7 +232,7 @@ def test_whatever_a_system_refuses_is_one_sentence(error, message, capsys, monke
         error() if callable(error) else None
         raise error
 
-    monkeypatch.setattr(cli, "_list", fail)
+    monkeypatch.setattr("lora_lightning.runner.cli._list", fail)
     assert main(["list"]) == 2
     err = capsys.readouterr().err
     assert message in err
@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_of_what_is_printed(monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_list", lambda _: {}["fault"])
+    monkeypatch.setattr("lora_lightning.runner.cli._list", lambda _: {}["fault"])
     with pytest.raises(KeyError):
         main(["list"])
 

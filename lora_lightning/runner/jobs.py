@@ -85,7 +85,7 @@ class Done:
         return self.value
 
 
-def add_options(parser: argparse.ArgumentParser, what: str) -> None:
+def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--jobs``, ``--engine`` and ``--address`` to a command that runs many of `what`."""
     parser.add_argument("--jobs", type=int, metavar="N", help=f"{what} at once (1)")
     parser.add_argument(
@@ -98,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def given(arguments: argparse.Namespace) -> Jobs:
-    """The options of `add_options`."""
+    """The options of `add_jobs`."""
     return Jobs(arguments.jobs, arguments.engine, arguments.address)
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import DataError
 from lora_lightning.lora.values import SEEDS, check_count, check_number
-from lora_lightning.runner.jobs import add_options as add_jobs
-from lora_lightning.runner.jobs import given
+from lora_lightning.runner.jobs import add_jobs, given
 from lora_lightning.runner.options import add_accelerator, add_options, add_training
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.runner.jobs import add_options as add_jobs
+from lora_lightning.runner.jobs import add_jobs
 from lora_lightning.runner.options import add_accelerator, add_options, add_training
 from lora_lightning.vision import commands as run
 
