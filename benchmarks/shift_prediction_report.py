@@ -66,7 +66,8 @@ def row_of(source: SourceStatistics, seen: dict[str, Any]) -> Row:
         held = seen[f"accuracy_{name}"]
         row |= {f"items_{name}": items, f"held_out_{name}": held}
         row[f"accuracy_{name}"] = (160 * items + 120 * held) / 280
-    row["before_expected"], row["after_expected"] = shift.expected_accuracy, shift.expected_adapted
+    row["before_expected"] = shift.expected_accuracy or 0.0  # None: too far for any
+    row["after_expected"] = shift.expected_adapted or 0.0
     for name, answers in (("before", p), ("after", q)):
         row |= {f"{name}_{k}": v for k, v in of_answers(source, answers).items()}
     row["before_frechet"] = row["after_frechet"] = -shift.frechet.value

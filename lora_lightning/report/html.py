@@ -31,9 +31,10 @@ _SAID = {
 }
 _SHIFTS = (
     "Told from the target's training pictures, without labels and before anything was adapted: the "
-    "source model's expected accuracy in %, beside it what was measured on the held-out pictures. "
-    "The guess can be wrong. Proxy A-distance from 0 to 2; Fréchet distance in units of the "
-    "source's variance; the block where the shift enters. First seed."
+    "source model's expected accuracy in %, with the interval that holds it 90 % of the time (none "
+    "from a Fréchet distance of 1 on), beside it what was measured on the held-out pictures. The "
+    "guess can be wrong. Proxy A-distance from 0 to 2; Fréchet distance in units of the source's "
+    "variance; the block where the shift enters. First seed."
 )
 
 
@@ -132,10 +133,12 @@ def _shifts(run: Run, summary: Summary) -> str:
     head = _heads(("target", *names))
     rows = []
     for domain, s in found.items():
-        accuracy = (s["expected_accuracy"], measured.get(domain))
+        within = s.get("expected_interval")  # older runs have none
         cells = [
             s["verdict"],
-            *("–" if a is None or math.isnan(a) else f"{100 * a:.1f}" for a in accuracy),
+            _percent(s["expected_accuracy"])
+            + (" ({:.0f} to {:.0f})".format(*(100 * x for x in within)) if within else ""),
+            _percent(measured.get(domain)),
             *(f"{s[name]['value']:.2f}" for name in ("proxy_a", "frechet")),
             str(s["entry"] or "–"),
         ]
@@ -147,6 +150,10 @@ def _shifts(run: Run, summary: Summary) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f'</table></div><p class="note">{_SHIFTS}</p>'
     )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}"
 
 
 def _figure(plot: Plot) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, SourceStatistics, inject, merge, shift
 from lora_lightning.adaptation.shift.batch_norm_agreement import second_opinion
+from lora_lightning.adaptation.shift.expected import expected_interval
 from lora_lightning.adaptation.shift.features import features_of
 from lora_lightning.adaptation.shift.measure import compare, proxy_a_distance
 from lora_lightning.adaptation.shift.verdicts import FAR, NEAR, verdict
@@ -87,6 +88,10 @@ def test_a_model_that_is_sure_of_something_else_does_not_pass_for_near():
     assert sure.expected_drop < NEAR  # all are of one class, and it is sure of that
     assert measured(target).expected_drop > 0.2  # but it does not stay with it
     assert measured(target).verdict == sure.verdict == "too far"
+    assert sure.expected_accuracy is sure.expected_interval is None  # and not "100 %"
+    assert "No accuracy can be expected there" in sure.sentence()
+    near = dataclasses.replace(statistics, layers={})
+    assert expected_interval(near, said.probabilities)[0] == 0  # one answer for every item
 
 
 def test_intervals_hold_the_value_and_the_seed_decides():
@@ -95,6 +100,12 @@ def test_intervals_hold_the_value_and_the_seed_decides():
     for name in ("proxy_a", "mmd", "coral", "frechet"):
         value, low, high = getattr(found, name)
         assert 0 <= low <= value <= high, name
+    low, high = found.expected_interval
+    assert 0 <= low < found.expected_accuracy < high <= 1
+    few_low, few_high = measured(target[:8]).expected_interval
+    assert few_high - few_low > high - low
+    more, text = 100 * low, found.sentence()
+    assert f"{100 * found.expected_accuracy:.0f} % ({more:.0f} to {100 * high:.0f})" in text
     assert measured(target) == found
     assert measured(target, seed=1).frechet != found.frechet
 
@@ -131,7 +142,11 @@ def test_a_model_without_batch_norm_is_judged_by_its_confidence():
     labels = before.argmax(1)
     labels[::3] += 1
     found = shift(model, source, target, labels=labels, repeats=2)
-    assert found.expected_accuracy == thresholded_confidence(after.amax(1), before.amax(1), 2 / 3)
+    sure, source_sure = after.amax(1)[:, None], before.amax(1)
+    surer = float((sure > source_sure).double().mean() + (sure == source_sure).double().mean() / 2)
+    assert found.expected_accuracy == pytest.approx(2 / 3 * min(1, 2 * surer))
+    low, high = found.expected_interval
+    assert 0 <= low < found.expected_accuracy < high < 2 / 3
     assert found.expected_drop == pytest.approx(2 / 3 - found.expected_accuracy)
     assert "by how sure the model is, a weak sign: it can be wrong" in found.caveat
     found = shift(model, source, target, repeats=2)
@@ -207,7 +222,7 @@ def test_what_is_printed_fits_a_terminal_and_owns_up():
         text = str(measured(target, repeats=2))
         assert max(map(len, text.splitlines())) <= 80
         flat = " ".join(text.split())
-        assert "by how steady the answers are: it can be wrong" in flat
+        assert "and how steady the answers are: it can be wrong" in flat
         assert "proxy A-distance" in flat
     assert "shift: too far" in flat
     assert "enters at blocks." in flat

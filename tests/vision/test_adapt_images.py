@@ -206,7 +206,14 @@ def test_how_far_a_folder_is(model, pictures, capsys):
     assert adapt(model, pictures, out, "--source-statistics", file) == 0
     told = json.loads((pictures / "night-report/shift.json").read_text())["0"]["night"]
     assert f"shift: {told['verdict']}" in table
-    assert "How far are the targets?" in (pictures / "night-report/report.html").read_text()
+    page = (pictures / "night-report/report.html").read_text()
+    assert "How far are the targets?" in page
+    if told["expected_accuracy"] is None:  # and not a high one beside "too far"
+        assert "No accuracy can be expected there" in page
+    else:
+        low, high = (100 * x for x in told["expected_interval"])
+        right = 100 * told["expected_accuracy"]
+        assert f"Expected accuracy {right:.0f} % ({low:.0f} to {high:.0f})" in page
 
 
 @pytest.mark.parametrize(

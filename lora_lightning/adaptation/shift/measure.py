@@ -24,9 +24,15 @@ from lora_lightning.adaptation.shift.distances import (
     frechet_distance,
     mmd,
 )
+from lora_lightning.adaptation.shift.expected import (
+    expected_accuracy,
+    expected_drop,
+    expected_interval,
+    expected_of_adapted,
+)
 from lora_lightning.adaptation.shift.features import HEAD, features_of
 from lora_lightning.adaptation.shift.source_statistics import SourceStatistics
-from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, STEADINESS, Shift, verdict
+from lora_lightning.adaptation.shift.verdicts import CONFIDENCE, SPREAD, STEADINESS, Shift, verdict
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.linalg.torch_settings import shuffled
 from lora_lightning.model import state as states
@@ -61,13 +67,13 @@ def shift(
       learning from different domains"). It saturates long before accuracy suffers, so the
       verdict does not use it;
     - MMD, CORAL and Fréchet distance, see `lora_lightning.adaptation.shift.distances`;
-    - expected accuracy, see `expected_accuracy`: from the model's agreement with itself under the
-      target's BatchNorm statistics; without BatchNorm, from its confidence. The verdict is its
+    - expected accuracy with its interval, see `expected_accuracy`: from the model's confidence and,
+      with BatchNorm, its agreement with itself under the target's statistics. The verdict is its
       drop from source to target: "near" below 5 points, "too far" from 40, or from
-      a Fréchet distance of 1.
+      a Fréchet distance of 1, where no accuracy is told.
 
     A model with an adapter is measured without it, and once more with it for `agreement` and
-    `expected_adapted`, the mean of the expected accuracies without and with it.
+    `expected_adapted`, see `expected_of_adapted`.
 
     Args:
         model: The source model, a classifier.
@@ -146,14 +152,13 @@ def compare(
         name: bootstrap(frechet_distance, *pair, repeats=_LAYER_REPEATS, seed=seed).value
         for name, pair in pairs.items()
     }
-    expect: Any = partial(expected_accuracy, source, second=second)
-    expected = expect(probabilities)
     drop = expected_drop(source, probabilities, second)
     frechet = interval(frechet_distance, s, t)
+    told = frechet.value < SPREAD  # beyond, nothing can be expected
     return Shift(
         verdict(drop, frechet.value),
         drop,
-        expected,
+        expected_accuracy(source, probabilities, second) if told else None,
         source.accuracy,
         score.nuclear_norm(probabilities),
         proxy_a_distance(s, t, repeats=repeats, seed=seed),
@@ -163,8 +168,11 @@ def compare(
         blocks,
         (len(s), len(t)),
         None if adapted is None else score.agreement(probabilities, adapted),
-        None if adapted is None or expected is None else (expected + expect(adapted)) / 2,
+        expected_of_adapted(source, probabilities, adapted, second)
+        if told and adapted is not None
+        else None,
         CONFIDENCE if second is None else STEADINESS,
+        expected_interval(source, probabilities, second) if told else None,
     )
 
 
@@ -204,35 +212,6 @@ def proxy_a_distance(
     drawn = [distance(*(rng.choice(p, len(p)) for p in parts)) for _ in range(repeats)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(distance(*parts), float(low), float(high))
-
-
-def expected_accuracy(
-    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
-) -> float | None:
-    r"""Expected accuracy of predictions (M, K); None where the source's labels are unknown.
-
-    With a second opinion :math:`acc_s\, a_t / a_s`, where :math:`a_t` is the agreement with it on
-    the target, :math:`a_s` that on the source and :math:`acc_s` the accuracy there. Otherwise
-    average thresholded confidence.
-    """
-    if source.accuracy is None:
-        return None
-    if second is None or not source.agreement:
-        confidence = probabilities.amax(dim=1)
-        return score.thresholded_confidence(confidence, source.confidence, source.accuracy)
-    return min(1.0, source.accuracy * second.agreement(probabilities) / source.agreement)
-
-
-def expected_drop(
-    source: SourceStatistics, probabilities: Tensor, second: Opinion | None = None
-) -> float:
-    """Expected drop of accuracy; without the source's labels, of agreement or of confidence."""
-    expected = expected_accuracy(source, probabilities, second)
-    if expected is not None and source.accuracy is not None:
-        return source.accuracy - expected
-    if second is not None and source.agreement is not None:
-        return source.agreement - second.agreement(probabilities)
-    return float(source.confidence.mean() - probabilities.amax(dim=1).mean())
 
 
 def _few(x: Tensor) -> Tensor:

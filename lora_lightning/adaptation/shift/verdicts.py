@@ -19,18 +19,21 @@ _WORDS = {
     "too far": "The target may be too far to adapt to without labels: label some items, or refuse.",
 }
 CONFIDENCE = "how sure the model is, a weak sign"
-STEADINESS = "how steady the answers are"
+STEADINESS = "how sure the model is and how steady the answers are"
+_OUTSIDE = (
+    "No accuracy can be expected there: the features lie outside of what the source model knows."
+)
 
 
 @dataclass(frozen=True)
 class Shift:
-    """The measures of `shift`; intervals are of 95 %.
+    """The measures of `shift`; intervals of distances are of 95 %.
 
     Attributes:
         verdict: ``"near"``, ``"adaptable"`` or ``"too far"``, see `verdict`.
         expected_drop: Accuracy that the source model is expected to lose from source to target.
         expected_accuracy: Of the source model on the target; None where the source's labels are
-            unknown.
+            unknown, or the Fréchet distance is 1 or more.
         source_accuracy: On the source's items, likewise.
         nuclear_norm: Of the predictions on the target, see `lora_lightning.adaptation.validators`.
         proxy_a: Proxy A-distance, 0 (a classifier cannot separate the domains) to 2.
@@ -43,6 +46,7 @@ class Shift:
             labels as the source model does. Otherwise None.
         expected_adapted: Its expected accuracy on the target, likewise.
         way: The basis of the expected accuracy, as text.
+        expected_interval: Least and most of `expected_accuracy`; holds 90 % of the time.
     """
 
     verdict: str
@@ -59,6 +63,7 @@ class Shift:
     agreement: float | None = None
     expected_adapted: float | None = None
     way: str = CONFIDENCE
+    expected_interval: tuple[float, float] | None = None
 
     @property
     def entry(self) -> str | None:
@@ -110,9 +115,8 @@ class Shift:
                 "blocks from there on first."
             )
         if self.agreement is not None:
-            expected = "" if self.expected_adapted is None else (
-                f", expected accuracy {100 * self.expected_adapted:.0f} %"
-            )  # fmt: skip
+            told = None if self.verdict == NAMES[2] else self.expected_adapted
+            expected = "" if told is None else f", expected accuracy {100 * told:.0f} %"
             sentences.append(
                 f"The adapter keeps {100 * self.agreement:.0f} % of the source model's answers"
                 f"{expected}."
@@ -125,11 +129,16 @@ class Shift:
         return f"Judged without labels, by {self.way}: it can be wrong (docs/shift.md)."
 
     def _expected(self) -> str:
-        if self.expected_accuracy is None or self.source_accuracy is None:
+        if self.source_accuracy is None:
             drop = 100 * self.expected_drop
             return f"The model is {drop:.0f} points less steady or sure than on the source."
+        if self.expected_accuracy is None:
+            return _OUTSIDE
+        within = "" if self.expected_interval is None else (
+            " ({:.0f} to {:.0f})".format(*(100 * x for x in self.expected_interval))
+        )  # fmt: skip
         return (
-            f"Expected accuracy {100 * self.expected_accuracy:.0f} %, on the source "
+            f"Expected accuracy {100 * self.expected_accuracy:.0f} %{within}, on the source "
             f"{100 * self.source_accuracy:.0f} %."
         )
 
