@@ -119,9 +119,8 @@ def measure(
 
 def answered_by(rounds: Any) -> str:
     """What gives the answers for the target's own items."""
-    if rounds.untrained is not None and rounds.answers_ is rounds.untrained:
-        return "centroids"
-    return "training" if rounds.accepted_ else "source"
+    kept = "training" if rounds.accepted_ else "source"
+    return "centroids" if kept == "source" and rounds.untrained is not None else kept
 
 
 def labelled(

@@ -96,16 +96,21 @@ class Guard:
         self.evenness = score.marginal_entropy(self.source)
         self.least_cohesion = self.cohesion(self.source) - self.limits.cohesion
 
-    def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
+    def begin_at(
+        self, probabilities: Tensor, rises: bool = False, untrained: Tensor | None = None
+    ) -> None:
         """Compare the cohesion with that of these predictions, from which training starts.
 
         Args:
             probabilities: (N, K) at the start of training.
             rises: Whether it has to be larger than theirs, by `Limits.rise`.
+            untrained: (N, K) answers that took no training, whose cohesion it has to match.
         """
         change = self.limits.rise if rises else -self.limits.cohesion
-        before = self.cohesion(probabilities)
-        self.least_cohesion = min(before + change, 1 - 1e-6)  # 1: of all labels
+        least = self.cohesion(probabilities) + change
+        if untrained is not None:
+            least = max(least, self.cohesion(untrained))
+        self.least_cohesion = min(least, 1 - 1e-6)  # 1: of all labels
 
     def cohesion(self, probabilities: Tensor) -> float:
         """How much neighbours agree on the labels of these predictions (N, K), see `cohesion`."""

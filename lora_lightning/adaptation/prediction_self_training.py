@@ -20,7 +20,6 @@ from lora_lightning.model.calling import classifier, logits_of
 from lora_lightning.training.steps import run_module
 
 NEIGHBOURS = 5  # of each item, for the guard
-UNTRAINED_ROUND = 1  # that of answers which took no training
 
 
 class PredictionRounds(Rounds[Tensor]):
@@ -34,18 +33,19 @@ class PredictionRounds(Rounds[Tensor]):
             loses on them raises an alarm. None: there are none.
         changed_in_: (N,) the accepted round in which each item got the label it has; 0: never.
         guard: the `Guard`.
-        untrained: (N, K) answers that took no training, of the first round; None: none. At the end
-            they are the answers, whatever state is kept, unless neighbours agree more on those of a
-            trained state that is.
     """
 
     def __init__(self, limits: Limits | None):
         super().__init__(self._check_of)
         self.limits = limits
         self.canary: Callable[[], float] | None = None
-        self._begin: tuple[Tensor, bool] | None = None
+        self._begin: tuple[Tensor, bool, Tensor | None] | None = None
         self._near: Tensor | None = None
-        self.untrained: Tensor | None = None
+
+    @property
+    def untrained(self) -> Tensor | None:
+        """(N, K) answers that took no training, for where no trained state is kept."""
+        return None if self._begin is None else self._begin[2]
 
     @property
     def probabilities_(self) -> Tensor:
@@ -57,7 +57,7 @@ class PredictionRounds(Rounds[Tensor]):
         """Begin with the source model and its predictions of the target, a `Predicted`."""
         features = source.features
         self._near = nearest(features, NEIGHBOURS)[0] if len(features) > 1 else None
-        self._begin = self.untrained = None
+        self._begin = None
         super().start(model, source.probabilities)
         self.changed_in_ = torch.zeros(len(self.source), dtype=torch.int64, device="cpu")
 
@@ -71,13 +71,10 @@ class PredictionRounds(Rounds[Tensor]):
         super().keep_last(model, now.probabilities)
 
     def finish(self, model: nn.Module) -> None:
-        """Also take the answers that took no training, where they are the better ones."""
+        """Also take the answers that took no training, where no trained state is kept."""
         super().finish(model)
-        if self.untrained is None:
-            return
-        worth = self.guard.cohesion
-        if not self.accepted_ or worth(self.untrained) >= worth(self.answers_):
-            self.note(UNTRAINED_ROUND, self.untrained)
+        if self.untrained is not None and not self.accepted_:
+            self.note(self.history_[-1].index, self.untrained)
             self.answers_ = self.untrained
             self.termination_condition_ += "; class centroids answer for these items, untrained"
 
@@ -87,9 +84,11 @@ class PredictionRounds(Rounds[Tensor]):
             self.guard.begin_at(*self._begin)
         return self._verdict
 
-    def begin_at(self, probabilities: Tensor, rises: bool = False) -> None:
+    def begin_at(
+        self, probabilities: Tensor, rises: bool = False, untrained: Tensor | None = None
+    ) -> None:
         """Take these predictions for those at the start of training, see `Guard.begin_at`."""
-        self._begin = probabilities, rises
+        self._begin = probabilities, rises, untrained
         self.guard.begin_at(*self._begin)
 
     def _verdict(self, now: Tensor, accepted: Tensor | None) -> Verdict:
@@ -113,13 +112,12 @@ class PredictionRounds(Rounds[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        own = {"neighbours": self._near, "begin": self._begin, "untrained": self.untrained}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "neighbours": self._near, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self._near, self._begin = state["neighbours"], state.get("begin")
-        self.untrained = state.get("untrained")
+        self._near, begin = state["neighbours"], state.get("begin")
+        self._begin = begin and (*begin, None)[:3]  # of earlier versions without the third
         super().load_state_dict(state)
 
 

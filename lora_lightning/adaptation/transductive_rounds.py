@@ -147,9 +147,14 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
         rounds = self.rounds_
         if rounds.limits is None:
             return
-        own = tracking(module.model)
-        why = self._nothing_to_teach(source) if own else self._answer_untrained(module, source)
-        rounds.begin_at(source.probabilities, rises=True)
+        untrained, why = None, ""
+        if tracking(module.model):
+            why = self._nothing_to_teach(source)
+        else:
+            found, why = confirmed_centroids(source, rounds.guard)
+            # A canary, which is of other items, judges models alone.
+            untrained = None if why or self.canary else found
+        rounds.begin_at(source.probabilities, True, untrained)
         if why:
             rounds.termination_condition_ = (
                 f"{why}; the source model stays. {module.setting} trains all the same"
@@ -165,16 +170,6 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
                 f"({even:.2f} of an even spread, below {LEAST_SPREAD:g})"
             )
         return ""
-
-    def _answer_untrained(self, module: Any, source: Predicted) -> str:
-        """Answer by class centroids, without BatchNorm; why not, or "" where they are trusted."""
-        rounds = self.rounds_
-        found, why = confirmed_centroids(source, rounds.guard)
-        if not why:
-            rounds.untrained = found
-            rounds.end_round(self.network(module), Predicted(found, source.features), keep=False)
-            print_wrapped(module, "round 1: class centroids answer for these items, untrained")
-        return why
 
 
 def trained_in_full(model: nn.Module) -> tuple[str, ...]:

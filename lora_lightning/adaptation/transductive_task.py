@@ -34,7 +34,8 @@ class TransductiveTask(TaskInRounds):
     prediction, their mean near the prior π, and cross-entropy to pseudo-labels ŷ, those of
     `soft_centroids` when training begins, weighted by their probability. As SHOT, Liang et al.
     2020, arXiv:2002.08546, which renews its labels in each epoch. Train the factors only: the
-    source model's head is the fixed reference for its features.
+    source model's head is the fixed reference for its features. (Without BatchNorm, whose
+    statistics follow the target, factors alone gain little: train what `trained_in_full` says.)
 
     After each epoch a round ends: the `Guard` compares the predictions of all items with the
     source model's. Where the learning rate falls, the last round decides, and only a collapse of
@@ -64,10 +65,11 @@ class TransductiveTask(TaskInRounds):
         prior: π, the share of each class in the target; None: uniform.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before
             training, ``"source"`` keeps them. ``"auto"`` re-estimates them where the predictions
-            gain information by it, and the guard accepts them. Where not, or without BatchNorm, it
-            trains on the source's, if there are 50 items and the predictions spread over some
-            classes; the result is kept only if neighbours agree more than by the source model, by
-            `Limits.rise`. They are frozen during training.
+            gain information by it, and the guard accepts them. Where not, it trains on the
+            source's, if there are 50 items and the predictions spread over some classes; without
+            BatchNorm, if `confirmed_centroids` are trusted, which then answer unless a trained
+            state does better. The result is kept only if neighbours agree more than by the source
+            model, by `Limits.rise`. They are frozen during training.
         limits: Of the guard; None: no guard.
         plot: A PNG of the rounds, written at the end; None: none.
         batch_size: Items in a batch.

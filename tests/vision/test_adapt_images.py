@@ -28,8 +28,8 @@ def undrawn(monkeypatch):
 @pytest.fixture(autouse=True)
 def untaught(monkeypatch):
     """What this model, which learnt nothing, says of the classes decides nothing."""
-    for least in ("LEAST_SPREAD", "LEAST_ITEMS"):
-        monkeypatch.setattr(f"lora_lightning.adaptation.transductive_rounds.{least}", 0)
+    for least in ("COMPLETE_ALONE", "LEAST_ITEMS"):
+        monkeypatch.setattr(f"lora_lightning.adaptation.class_centroids.{least}", 0)
     monkeypatch.setattr("lora_lightning.adaptation.guard.Guard._alarms", lambda *_: iter(()))
 
 
