@@ -12,6 +12,7 @@ from lightning.pytorch import seed_everything
 from torchmetrics.functional.text import sacre_bleu_score
 from torchmetrics.text import SacreBLEUScore
 
+from lora_lightning.lora.values import check_number
 from lora_lightning.report.results import Transcript
 from lora_lightning.runner.cases import LABELS, NO_LABELS, NOTHING, Adapted, Case, Unlabelled
 from lora_lightning.runner.checks import at_least, step_a_round
@@ -24,6 +25,7 @@ from lora_lightning.text.self_training import PseudoTranslationCallback, check_r
 from lora_lightning.text.settings import Config
 from lora_lightning.text.subwords import Subwords
 from lora_lightning.text.translation import Translation
+from lora_lightning.text.translation_guard import TranslationLimits
 from lora_lightning.text.translation_memory import check_memory
 from lora_lightning.text.translators import Translator, load_translator, save_translator
 
@@ -62,6 +64,7 @@ class Translating(Experiment[Config]):
             self.task(tiny, stage)
         check_memory(**vars(config.memory))
         check_rounds(own.keep, own.dropped)
+        check_number("train.label_free.confidence", own.confidence, "[0, 1]")
         step_a_round(own.steps, own.keep)
         self.task(tiny, own)
 
@@ -139,7 +142,9 @@ class Translating(Experiment[Config]):
             dropped=settings.dropped,
             batch_size=self.config.data.target_batch_size,
             seed=self.seed,
+            limits=TranslationLimits(confidence=settings.confidence),
         )
+        own.setting = "train.label_free.confidence=0"
         task, length = self.task(model, settings), in_rounds(settings.steps)
         return Unlabelled(task, lambda: self._tell(case, pairs, own), own.data, [own], length)
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 
 from lora_lightning.adaptation.rounds import Check
 from lora_lightning.adaptation.text_self_training import TextRounds, TextSelfTraining, check_keep
@@ -21,7 +22,8 @@ from lora_lightning.text.translation_guard import TranslationGuard, TranslationL
 class PseudoTranslationCallback(TextSelfTraining):
     """Adapt a `Translation` to sentences without translations: guarded self-training.
 
-        own = PseudoTranslationCallback(sentences, model.subwords)
+        limits = TranslationLimits(confidence=0)  # 1, the default, trains nothing
+        own = PseudoTranslationCallback(sentences, model.subwords, limits=limits)
         trainer = Trainer(max_steps=90, reload_dataloaders_every_n_epochs=1,
                           callbacks=[LoRACallback(rank=4), own])
         trainer.fit(Translation(model), own.data)
@@ -30,7 +32,7 @@ class PseudoTranslationCallback(TextSelfTraining):
     the highest confidence (mean log-probability of the pieces), with words of the sentence dropped
     at random; a larger part in each round. He et al. 2020, "Revisiting self-training for neural
     sequence generation", arXiv:1909.13788. At the first alarm training stops, and the last accepted
-    state is restored.
+    state is restored. By default nothing is trained, as nothing was gained on the mean.
 
     Args:
         sentences: The target, in the source language; duplicates count once.
@@ -60,6 +62,8 @@ class PseudoTranslationCallback(TextSelfTraining):
 
     task = Translation
     called = "sentences", "written for", "text"
+    # What a user sets to train all the same, in their interface
+    setting = "limits=TranslationLimits(confidence=0)"
 
     def __init__(
         self,
@@ -89,7 +93,14 @@ class PseudoTranslationCallback(TextSelfTraining):
         return self.rounds_.answers_ or {}
 
     def _check_of(self, source: dict[str, Translated]) -> Check:
-        return TranslationGuard(source, self.limits, self.words).check
+        self._guard = TranslationGuard(source, self.limits, self.words)
+        return self._guard.check
+
+    def start(self, module: LightningModule, source: Any) -> None:
+        """Start the rounds, or end them where the guard refuses to train."""
+        super().start(module, source)
+        if why := self._guard.refusal():
+            self.rounds_.termination_condition_ = f"{why} ({self.setting} trains all the same)"
 
     def doubt(self, written: Translated) -> float:
         """The mean negative log-probability of its pieces."""

@@ -93,6 +93,8 @@ class SelfTraining(Scheduled):
         steps: Optimizer steps, in all rounds together.
         keep: Part of the sentences that each round learns, in turn.
         dropped: Probability of leaving out a word of a sentence to learn.
+        confidence: Least mean probability of a piece of the source model's own translations for
+            anything to be trained; 1: nothing is, 0: always.
         label_smoothing: Part of the target spread over all pieces.
     """
 
@@ -101,6 +103,7 @@ class SelfTraining(Scheduled):
     steps: int = 60
     keep: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5])
     dropped: float = 0.1
+    confidence: float = 1.0
     label_smoothing: float = 0.0
 
 

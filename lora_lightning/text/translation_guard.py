@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from lora_lightning.adaptation.guard import NAN, Verdict
 from lora_lightning.adaptation.text_self_training import text_agreement
@@ -21,12 +22,16 @@ class TranslationLimits:
         agreement: 1 − normalised edit distance to the source's translations, at least.
         known: How much smaller than the source's the part of the words that belong to the target
             language may be.
+        confidence: Least mean probability of a piece of the source model's own translations for
+            anything to be trained. At 1 nothing is: on the mean of what was measured it lost, and
+            where the source was surest (0.95) as well.
     """
 
     least_length: float = 0.5
     most_length: float = 1.25
     agreement: float = 0.4
     known: float = 0.0
+    confidence: float = 1.0
 
 
 class TranslationGuard:
@@ -56,6 +61,17 @@ class TranslationGuard:
             return Verdict({}, [NAN.format("translations")])
         scores = self._scores(now)
         return Verdict(scores, [] if self.limits is None else list(self._alarms(scores)))
+
+    def refusal(self) -> str:
+        """Why nothing is to be trained; "" where there is no reason."""
+        found = math.exp(fmean(t.log_probability for t in self.source.values()))
+        if self.limits is None or found >= self.limits.confidence:
+            return ""
+        return (
+            "nothing is trained: by its own translations a translator has lost more often than "
+            f"gained; their pieces have a mean probability of {found:.2f} here, below "
+            f"{self.limits.confidence:g}. Translated sentences are needed"
+        )
 
     def _scores(self, now: Mapping[str, Translated]) -> dict[str, float]:
         written = [word for t in now.values() for word in t.text.split()]

@@ -38,7 +38,7 @@ def check_strategy(trainer: Trainer, config: LoRAConfig) -> None:
         return
     needs = METHODS[config.init].needs
     asks = {
-        f"rank={config.rank!r}": config.by_rule,
+        f'rank="{config.rank}"': config.by_rule,
         f"init={config.init!r}": needs != "nothing",
         "prune_to": config.prune_to is not None,
     }

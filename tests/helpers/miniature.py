@@ -14,7 +14,7 @@ TINY_TRANSLATION = [
     "data.registers.source_train=40", "data.registers.target_train=6", "data.test=3", "labelled=2",
     "unlabelled=4", "model.merges=100", "model.dim=8", "model.num_layers=1", "model.num_heads=2",
     "model.ffn_dim=8", "train.source.epochs=1", "train.lora.epochs=1", "train.full.epochs=1",
-    "train.label_free.steps=3", "lora.rank=1", "accelerator=cpu",
+    "train.label_free.steps=3", "train.label_free.confidence=0", "lora.rank=1", "accelerator=cpu",
 ]  # fmt: skip
 
 

@@ -405,7 +405,10 @@ def test_each_round_learns_more_sentences(tmp_path):
 
 
 def test_an_alarm_brings_the_source_back(tmp_path):
-    own = PseudoTranslationCallback(SENTENCES, SUBWORDS, keep=[1.0] * 3, batch_size=2)
+    limits = TranslationLimits(confidence=0.0)
+    own = PseudoTranslationCallback(
+        SENTENCES, SUBWORDS, keep=[1.0] * 3, limits=limits, batch_size=2
+    )
     task = teach(tmp_path, own, learning_rate=50.0, max_steps=6)
     assert own.accepted_ == 0
     assert own.termination_condition_.startswith("alarm in round 1")
@@ -413,6 +416,17 @@ def test_an_alarm_brings_the_source_back(tmp_path):
     before = translator()(pairs.source, pairs.target)
     now = task.model.eval()(pairs.source, pairs.target)
     assert torch.allclose(before, now, atol=1e-6)
+
+
+def test_nothing_is_trained_by_default(tmp_path):
+    own = PseudoTranslationCallback(SENTENCES, SUBWORDS, batch_size=2)
+    task = teach(tmp_path, own, max_steps=6)
+    assert task.trainer.global_step == 0
+    assert own.keeps_source
+    assert [r.index for r in own.history_] == [0]
+    why = own.termination_condition_
+    assert why.startswith("nothing is trained: by its own translations a translator")
+    assert why.endswith("(limits=TranslationLimits(confidence=0) trains all the same)")
 
 
 def said(**texts):
