@@ -13,7 +13,7 @@ import torch
 from omegaconf.errors import MissingMandatoryValue
 from safetensors.torch import load_file, save_file
 
-from lora_lightning import cli, inject, merge, read_header, save_adapter
+from lora_lightning import inject, merge, read_header, save_adapter
 from lora_lightning.cli import main
 from lora_lightning.model.adapter_file.format import read, write
 from lora_lightning.report.console import visible
