@@ -89,7 +89,7 @@ def test_a_model_that_is_sure_of_something_else_does_not_pass_for_near():
     assert measured(target).expected_drop > 0.2  # but it does not stay with it
     assert measured(target).verdict == sure.verdict == "too far"
     assert sure.expected_accuracy is sure.expected_interval is None  # and not "100 %"
-    assert "No accuracy can be expected there" in sure.sentence()
+    assert "No accuracy can be told for it" in sure.sentence()
     near = dataclasses.replace(statistics, layers={})
     assert expected_interval(near, said.probabilities)[0] == 0  # one answer for every item
 

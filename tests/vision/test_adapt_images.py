@@ -209,7 +209,7 @@ def test_how_far_a_folder_is(model, pictures, capsys):
     page = (pictures / "night-report/report.html").read_text()
     assert "How far are the targets?" in page
     if told["expected_accuracy"] is None:  # and not a high one beside "too far"
-        assert "No accuracy can be expected there" in page
+        assert "No accuracy can be told for it" in page
     else:
         low, high = (100 * x for x in told["expected_interval"])
         right = 100 * told["expected_accuracy"]

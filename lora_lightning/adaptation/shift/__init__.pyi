@@ -8,7 +8,6 @@ from .distances import mmd as mmd
 from .expected import expected_accuracy as expected_accuracy
 from .expected import expected_drop as expected_drop
 from .expected import expected_interval as expected_interval
-from .expected import expected_of_adapted as expected_of_adapted
 from .measure import compare as compare
 from .measure import proxy_a_distance as proxy_a_distance
 from .measure import shift as shift

@@ -21,7 +21,7 @@ _WORDS = {
 CONFIDENCE = "how sure the model is, a weak sign"
 STEADINESS = "how sure the model is and how steady the answers are"
 _OUTSIDE = (
-    "No accuracy can be expected there: the features lie outside of what the source model knows."
+    "No accuracy can be told for it: its features lie outside of what the source model knows."
 )
 
 
