@@ -36,7 +36,8 @@ task = TransductiveTask(model, target, batch_size=32)  # a tensor, a dataset or 
 trainer = lightning.Trainer(
     max_epochs=4,
     accelerator="cpu",
-    callbacks=[LoRACallback(rank=4, trainable=[], output_dir="adapters")],  # the head stays
+    # Of a network without BatchNorm; with it `trainable=[]`, the head stays.
+    callbacks=[LoRACallback(rank=4, trainable=["head", "norms"], output_dir="adapters")],
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,
