@@ -71,10 +71,9 @@ class Twice:
 
     @property
     def preference(self) -> float:
-        """By how many standard errors the mean difference of both predictions is not 0."""
+        """The part of the mean squared difference of both that is a difference of all, 0 to 1."""
         apart = (angle(self.plain) - angle(self.mirror) + 180).double() % 360 - 180
-        error = apart.std(correction=0) / len(self) ** 0.5
-        return float(apart.mean().abs() / error.clamp_min(1e-3))
+        return float(apart.mean().square() / apart.square().mean().clamp_min(1e-6))
 
     @property
     def spread(self) -> float:

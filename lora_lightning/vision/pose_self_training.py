@@ -57,8 +57,8 @@ class TransductivePose(Course, TaskInRounds):
         target: The images, see `lora_lightning.adaptation.target.Target`.
         training: The same images for training, for example augmented; None: `target`.
         tolerance: In degrees, above 0, at most 180.
-        preference: By how many standard errors both predictions must differ on the mean, for
-            training to begin; 0: always.
+        preference: Least part of the mean squared difference of both predictions that is common to
+            all images, a preference for a side, for training to begin; 0: always.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before training,
             ``"source"`` keeps them; ``"auto"`` re-estimates them where the guard accepts it.
         limits: Of the guard.
@@ -88,7 +88,7 @@ class TransductivePose(Course, TaskInRounds):
         *,
         training: Any = None,
         tolerance: float = 60.0,
-        preference: float = 3.0,
+        preference: float = 0.25,
         batch_norm: str = "auto",
         limits: PoseLimits = PoseLimits(),  # noqa: B008 - frozen
         batch_size: int = 32,
@@ -98,7 +98,7 @@ class TransductivePose(Course, TaskInRounds):
     ):
         super().__init__(learning_rate, weight_decay, schedule)
         check_number("tolerance", tolerance, "(0, 180]", unit="degrees")
-        check_number("preference", preference, "[0, inf)")
+        check_number("preference", preference, "[0, 1]")
         check_settings(batch_norm, batch_size)
         self.model = model.to(memory_format=torch.channels_last).train()
         self.target = Target(target)
@@ -192,8 +192,8 @@ class _Course(TaskRounds, SelfTraining):
             self._judge_statistics(module, source)
         if (found := self.rounds_.answers_.preference) < module.preference:
             self.rounds_.termination_condition_ = (
-                f"answers to mirror images differ by chance alone ({found:.1f} standard errors, "
-                f"below {module.preference:g}): there is no preference for a side to unlearn, and "
+                "answers to mirror images differ without a preference for a side that could be "
+                f"unlearnt ({found:.1%} of the difference, below {module.preference:.0%}): "
                 f"nothing is trained. {module.setting} trains all the same"
             )
 
