@@ -70,6 +70,12 @@ class Twice:
         return float(2 * (p * m).sum() / total.clamp_min(1e-12))
 
     @property
+    def preference(self) -> float:
+        """The part of the mean squared difference of both that is a difference of all, 0 to 1."""
+        apart = (angle(self.plain) - angle(self.mirror) + 180).double() % 360 - 180
+        return float(apart.mean().square() / apart.square().mean().clamp_min(1e-6))
+
+    @property
     def spread(self) -> float:
         """The entropy in nats of the predictions' histogram, with bins of 15 degrees."""
         found = torch.histc(angle(self.plain).float(), BINS, -180, 180)
@@ -89,23 +95,6 @@ def seen_twice(model: nn.Module, target: Target, batch_size: int, device: torch.
             plain.append(model(x.to(device)).float().cpu())
             mirror.append(mirrored(model(x.to(device).flip(-1)).float().cpu()))
     return Twice(torch.cat(plain), torch.cat(mirror))
-
-
-def judge_trained(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:
-    """The verdict on a trained state, which must also keep to what it was taught.
-
-    Agreement alone rises where predictions draw together, since it is trained for. So on these
-    images, which are not trained on, predictions must lie nearer to the means of both predictions
-    of the state before than that state's own do.
-    """
-    found = judge(source, best, now, limits)
-    before, after = (circular_error(angle(t.plain), angle(best.mean)).mean() for t in (best, now))
-    if not found.alarms and after >= before:
-        found.alarms.append(
-            f"the answers are {float(after):.1f} degrees from the means of both answers before "
-            f"training, those were {float(before):.1f}"
-        )
-    return found
 
 
 def judge(source: Twice, best: Twice, now: Twice, limits: PoseLimits) -> Verdict:

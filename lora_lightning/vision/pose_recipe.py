@@ -77,15 +77,18 @@ class PoseEstimation(Pictures):
     def transductive(self, model: nn.Module, target: Any, training: Any = None) -> TransductivePose:
         """Self-training by mirror images."""
         settings: Any = self.config.train.label_free
-        return TransductivePose(
+        task = TransductivePose(
             model,
             target,
             training=training,
             tolerance=settings.tolerance,
+            preference=settings.preference,
             batch_norm=settings.batch_norm,
             batch_size=settings.batch_size,
             **settings.arguments(),
         )
+        task.setting = "train.label_free.preference=0"
+        return task
 
     def tell(self, task: TransductivePose) -> None:
         """See `tell_course`."""

@@ -4,8 +4,10 @@ Where objects are as likely as their mirror images, a mirrored image shows the n
 angle. So there are two predictions of every unlabelled image: their difference is a lower bound of
 the error, and their mean may be nearer to the truth.
 
-The mean of two predictions is better only where their errors are independent. A network that has
-never seen a rear makes the same mistake twice, which no such method can detect.
+The mean of two predictions is better only where their errors are independent; a network that has
+never seen a rear makes the same mistake twice. And a network that learns that mean agrees better,
+too, where its predictions draw together, which no comparison of both predictions can tell from
+progress. What they do tell is a preference for a side: only that is unlearnt.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from lora_lightning.adaptation.transductive_rounds import statistics_of
 from lora_lightning.adaptation.transductive_task import check_settings
 from lora_lightning.errors import ConfigError
 from lora_lightning.lora.values import check_number
-from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, judge_trained, seen_twice
+from lora_lightning.vision.pose_guard import PoseLimits, Twice, judge, seen_twice
 from lora_lightning.vision.pose_regressor import mirrored
 
 JUDGED = 4  # every fourth image is not trained on, but used by the guard
@@ -45,17 +47,18 @@ class TransductivePose(Course, TaskInRounds):
     :math:`\|v(x) - t\|^2`, with half of the images mirrored, and R t for them.
 
     After each epoch a round ends: on every fourth image, which is not trained on, the two
-    predictions must agree better than when training began, they must lie nearer to the t of
-    then than the predictions of then do, and they must neither collapse nor change too much.
-    The last round decides, when the learning rate has fallen: its state is kept, or else the one
-    at the start of training. With ``schedule="constant"`` each round may be kept and relabels the
-    images, and the first alarm ends the training.
+    predictions must agree better than when training began, and they must neither collapse nor
+    change too much. The last round decides, when the learning rate has fallen: its state is kept,
+    or else the one at the start of training. With ``schedule="constant"`` each round may be kept
+    and relabels the images, and the first alarm ends the training.
 
     Args:
         model: The network, from images (B, 3, H, W) to (B, 2), (cos, sin).
         target: The images, see `lora_lightning.adaptation.target.Target`.
         training: The same images for training, for example augmented; None: `target`.
         tolerance: In degrees, above 0, at most 180.
+        preference: Least part of the mean squared difference of both predictions that is common to
+            all images, a preference for a side, for training to begin; 0: always.
         batch_norm: ``"target"`` re-estimates BatchNorm's statistics on the target before training,
             ``"source"`` keeps them; ``"auto"`` re-estimates them where the guard accepts it.
         limits: Of the guard.
@@ -76,6 +79,8 @@ class TransductivePose(Course, TaskInRounds):
         DataError: the target is empty.
     """
 
+    setting = "preference=0"  # what trains all the same, in the words of the user's interface
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,6 +88,7 @@ class TransductivePose(Course, TaskInRounds):
         *,
         training: Any = None,
         tolerance: float = 60.0,
+        preference: float = 0.25,
         batch_norm: str = "auto",
         limits: PoseLimits = PoseLimits(),  # noqa: B008 - frozen
         batch_size: int = 32,
@@ -92,13 +98,15 @@ class TransductivePose(Course, TaskInRounds):
     ):
         super().__init__(learning_rate, weight_decay, schedule)
         check_number("tolerance", tolerance, "(0, 180]", unit="degrees")
+        check_number("preference", preference, "[0, 1]")
         check_settings(batch_norm, batch_size)
         self.model = model.to(memory_format=torch.channels_last).train()
         self.target = Target(target)
         if not isinstance(self.target[0][0], Tensor):
             raise ConfigError("the target's items must be images as tensors, or begin with one")
         self.training_items = Target(target if training is None else training)
-        self.tolerance, self.batch_norm, self.batch_size = tolerance, batch_norm, batch_size
+        self.tolerance, self.preference = tolerance, preference
+        self.batch_norm, self.batch_size = batch_norm, batch_size
         self._course = _Course(self.target, limits)
         self.rounds_ = self._course.rounds_
 
@@ -165,7 +173,7 @@ class _Course(TaskRounds, SelfTraining):
 
         def check(now: Twice, _: Twice | None) -> Verdict:
             best: Twice = self.rounds_.answers_  # of the state that is kept so far
-            return judge_trained(source.of(on), best.of(on), now.of(on), self.limits)
+            return judge(source.of(on), best.of(on), now.of(on), self.limits)
 
         return check
 
@@ -180,8 +188,16 @@ class _Course(TaskRounds, SelfTraining):
 
     def start(self, module: Any, source: Twice) -> None:
         super().start(module, source)
-        if module.batch_norm == "source" or not statistics_of(module, self.target):
-            return
+        if module.batch_norm != "source" and statistics_of(module, self.target):
+            self._judge_statistics(module, source)
+        if (found := self.rounds_.answers_.preference) < module.preference:
+            self.rounds_.termination_condition_ = (
+                "answers to mirror images differ without a preference for a side that could be "
+                f"unlearnt ({found:.1%} of the difference, below {module.preference:.0%}): "
+                f"nothing is trained. {module.setting} trains all the same"
+            )
+
+    def _judge_statistics(self, module: Any, source: Twice) -> None:
         now = self.look(module)
         found = judge(source, source, now, self.limits)  # by all images: none is trained on yet
         asks = module.batch_norm == "auto"

@@ -178,9 +178,12 @@ class MirrorTraining(PictureTraining):
     Args:
         tolerance: A picture is learnt from where the answers to it and to its mirror image lie
             within so many degrees.
+        preference: Least part of those answers' mean squared difference that is common to all
+            pictures, for training to begin: it unlearns a preference for a side; 0: always.
     """
 
     tolerance: float = 60.0
+    preference: float = 0.25
 
 
 @dataclass
