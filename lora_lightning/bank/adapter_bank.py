@@ -48,8 +48,7 @@ class AdapterBank:
     The items' dimension in the input of each layer is inferred from a few runs of the first mixed
     batch (or of `example`), see `lora_lightning.bank.probe`, and kept: other batch sizes, lengths
     and image sizes are fine; a batch of another kind is probed as well. Layers that cannot compute
-    per item run once for every adapter of the batch (see `places`); where that is impossible too,
-    an error names the tensors.
+    per item run once for every adapter (see `places`), or an error names their tensors.
 
     Args:
         model: The base of all adapters. One block of one bank, in one thread, can serve it at a
@@ -131,9 +130,6 @@ class AdapterBank:
         listed: tuple[Any, ...] = (names,) if alone else tuple(names)  # type: ignore[arg-type]
         if not listed:
             raise ConfigError("no names: give one for each item of the batch")
-        wrong = [n for n in listed if n is not None and not isinstance(n, str)]
-        if wrong:
-            raise ConfigError(f"an adapter's name is a text, or None for the source: {wrong[0]!r}")
         self._store.check(n for n in listed if n is not None)
         return self._applied(listed, None if alone else len(listed))
 
@@ -159,13 +155,11 @@ class AdapterBank:
         """
         check_free(self.model)  # before `forward` runs it
         call = call_of(self.model, batch, forward)
-        names = (names,) if isinstance(names, str) else names
-        chosen = list(names or self._store.representatives())
+        given = (names,) if isinstance(names, str) else names
+        chosen = list(given or self._store.representatives())
         n = items_of(call, self.dim)
         if n < 2:
-            raise AdapterError(
-                f"a batch of two items or more is needed to tell them apart, got {n}"
-            )
+            raise AdapterError(f"two items or more are needed to tell them apart, got {n}")
         with ExitStack() as stack:
             prepared = self._prepared((*chosen, None), stack)
             self._looks.arrange(prepared, call, n, again=True)
@@ -198,10 +192,8 @@ class AdapterBank:
         return len(self._store.files)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, {len(self)} adapters, "
-            f"{len(self.held)} in memory)"
-        )
+        counts = f"{len(self)} adapters, {len(self.held)} in memory"
+        return f"{type(self).__name__}({type(self.model).__name__}, {counts})"
 
     @contextmanager
     def _applied(self, names: tuple[str | None, ...], expected: int | None) -> Iterator[nn.Module]:

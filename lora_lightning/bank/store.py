@@ -117,8 +117,14 @@ class Store:
         self._kind = now
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise `AdapterNotFoundError` for a name that the bank does not have."""
+        """Raise `AdapterNotFoundError` for a name that the bank does not have.
+
+        Raises:
+            ConfigError: something that is no name.
+        """
         for name in names:
+            if not isinstance(name, str):
+                raise ConfigError(f"an adapter's name is a text, or None for the source: {name!r}")
             if name not in self.files:
                 near = difflib.get_close_matches(name, self.files, 3)
                 hint = f"; did you mean {_listed(near)}?" if near else ""
