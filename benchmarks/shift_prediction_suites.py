@@ -27,9 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Table, setting
 from benchmarks.suites.case import Case
-from benchmarks.suites.choice import SEEDS, parser, runs
+from benchmarks.suites.choice import parser, tabulate
 from benchmarks.suites.features import of_case
 from lora_lightning.adaptation import validators as score
 from lora_lightning.adaptation.shift import expected
@@ -165,13 +164,7 @@ def main() -> None:
     if given.table:
         report([r for r in read(given.table) if r["part"] == given.part])
         return
-    seed = SEEDS[given.part]
-    table = Table("shift-suites", {**setting(), "part": given.part, "seed": seed})
-    with torch.no_grad():
-        for run in runs(given):
-            table.add(**measure(*run))
-    report(table.rows)
-    print(table.path)
+    tabulate("shift-suites", given, measure, report)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks.machine import Table, setting
 from benchmarks.suites.case import Case
-from benchmarks.suites.choice import SEEDS, parser, runs
+from benchmarks.suites.choice import parser, tabulate
 from benchmarks.suites.features import of_case
 from lora_lightning.adaptation.class_centroids import (
     complete,
@@ -108,14 +106,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure what the arguments choose; a row of the CSV each, then the table."""
-    given = parser(__doc__, CONDITIONS).parse_args()
-    seed = SEEDS[given.part]
-    table = Table("soft-centroids", {**setting(), "part": given.part, "seed": seed})
-    with torch.no_grad():
-        for run in runs(given):
-            table.add(**measure(*run))
-    report(table.rows)
-    print(table.path)
+    tabulate("soft-centroids", parser(__doc__, CONDITIONS).parse_args(), measure, report)
 
 
 if __name__ == "__main__":

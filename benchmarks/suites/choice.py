@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
+
+from benchmarks.machine import Table, setting
 from benchmarks.suites import DEVELOPMENT, FINAL, SUITES, load, part
 from benchmarks.suites.case import CONDITIONS, Case
 from benchmarks.suites.networks import NETWORKS, networks
@@ -31,3 +35,18 @@ def runs(given: argparse.Namespace) -> Iterator[tuple[Case, str, int, str]]:
         for network in [n for n in networks(case) if n in given.networks]:
             for condition in given.conditions:
                 yield case, condition, seed, network
+
+
+def tabulate(
+    name: str,
+    given: argparse.Namespace,
+    measure: Callable[..., dict[str, Any]],
+    report: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Measure each run without gradients, a row of the CSV `name` each; then report on the rows."""
+    table = Table(name, {**setting(), "part": given.part, "seed": SEEDS[given.part]})
+    with torch.no_grad():
+        for run in runs(given):
+            table.add(**measure(*run))
+    report(table.rows)
+    print(table.path)

@@ -7,12 +7,22 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lora_lightning.training.launch import COURSE, LaunchedCallback
+from lora_lightning.adaptation.self_training import SelfTraining
+from lora_lightning.training.launch import COURSE
 from lora_lightning.training.optimised_module import Optimised
 
 
-class TaskRounds(LaunchedCallback):
-    """Mixin of a `SelfTraining` that belongs to one task."""
+class TaskRounds(SelfTraining):
+    """A `SelfTraining` that belongs to one task, the module in training."""
+
+    def check(self, trainer: Trainer, module: Any) -> None:
+        """Also let the last round decide where the learning rate falls: its peak is too early."""
+        super().check(trainer, module)
+        self.each_counts = module.schedule == "constant"
+
+    def due_at_end(self, trainer: Trainer) -> bool:
+        """Whether the last round decides, and is still to be ended."""
+        return not self.each_counts and trainer.global_step > self._judged_at
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave a trainer that goes on with another module; Lightning would keep it there."""

@@ -50,8 +50,6 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Also warn where the classifier is trained, of a model with BatchNorm."""
         super().check(trainer, module)
-        # Where the learning rate falls, a round at its peak is judged too early.
-        self.each_counts = module.schedule == "constant"
         network = self.network(module)
         if tracking(network) and any(
             p.requires_grad
@@ -75,10 +73,6 @@ class TransductiveRounds(TaskRounds, PredictionSelfTraining):
             )
         elif not self._choose_statistics(module, source) and module.batch_norm == "auto":
             self._train_on_sources(module, source)
-
-    def due_at_end(self, trainer: Trainer) -> bool:
-        """Whether the last round decides, and is still to be ended."""
-        return not self.each_counts and trainer.global_step > self._judged_at
 
     def label(self, now: Predicted) -> dict[str, Any]:
         """The pseudo-labels, of when training begins."""

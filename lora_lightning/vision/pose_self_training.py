@@ -15,14 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lora_lightning.adaptation.guard import Verdict
 from lora_lightning.adaptation.resumable_loader import ResumableLoader
 from lora_lightning.adaptation.rounds import Check, Rounds
-from lora_lightning.adaptation.self_training import Course, SelfTraining
+from lora_lightning.adaptation.self_training import Course
 from lora_lightning.adaptation.target import Target
 from lora_lightning.adaptation.task_rounds import TaskInRounds, TaskRounds
 from lora_lightning.adaptation.transductive_rounds import statistics_of
@@ -161,7 +160,7 @@ class _Rounds(Rounds[Twice]):
         return Twice(**state)
 
 
-class _Course(TaskRounds, SelfTraining):
+class _Course(TaskRounds):
     """The rounds of a `TransductivePose`, which is the module in training."""
 
     def __init__(self, target: Target, limits: PoseLimits):
@@ -176,12 +175,6 @@ class _Course(TaskRounds, SelfTraining):
             return judge(source.of(on), best.of(on), now.of(on), self.limits)
 
         return check
-
-    def check(self, trainer: Trainer, module: Any) -> None:
-        self.each_counts = module.schedule == "constant"  # at its peak it is judged too early
-
-    def due_at_end(self, trainer: Trainer) -> bool:
-        return not self.each_counts and trainer.global_step > self._judged_at
 
     def look(self, module: Any) -> Twice:
         return seen_twice(module.model, self.target, 2 * module.batch_size, module.device)

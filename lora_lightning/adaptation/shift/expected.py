@@ -57,14 +57,15 @@ def expected_interval(
     It is wider with fewer items, with fewer of the source, and the more is lost. Where nearly all
     answers name one class, all of them may be wrong: it begins at 0.
     """
-    expected = expected_accuracy(source, probabilities, second)
-    if expected is None:
+    if source.accuracy is None:
         return None
+    lost = _lost(source, probabilities, second)
+    expected = source.accuracy * (1 - lost)
     items = 1 / len(probabilities) + 1 / len(source.confidence)
     # An accuracy of 0 or 1 on a few items does not make it certain.
     chance = min(max(expected, 0.1), 0.9)
     counted = NORMAL * math.sqrt(chance * (1 - chance) * items)
-    half = math.hypot(counted, FLOOR + REACH * _lost(source, probabilities, second))
+    half = math.hypot(counted, FLOOR + REACH * lost)
     answers = probabilities.argmax(dim=1).bincount()
     low = 0.0 if int(answers.max()) >= ONE_CLASS * len(probabilities) else expected - half
     return max(0.0, low), min(1.0, expected + half)
